@@ -1,0 +1,269 @@
+"""Every option, once: its name, type, default, range and meaning.
+
+A run is described by one `Config`. It is read from a preset or a TOML file and then from the command line,
+later wins; `rosd_fast.cli` does the reading. This module imports neither torch nor transformers, so that
+`--help` stays fast.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+PositiveInt = Annotated[int, Field(ge=1)]
+NonNegativeInt = Annotated[int, Field(ge=0)]
+PositiveFloat = Annotated[float, Field(gt=0)]
+NonNegativeFloat = Annotated[float, Field(ge=0)]
+Probability = Annotated[float, Field(gt=0, le=1)]
+DecayRate = Annotated[float, Field(ge=0, lt=1)]
+
+
+class Section(BaseModel):
+    """A group of options. Unknown keys are errors, and nothing changes after reading."""
+
+    model_config = ConfigDict(
+        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
+    )
+
+
+class DataConfig(Section):
+    """Where problems come from."""
+
+    train: str = "quickstart:train"
+    """Training problems: a .jsonl file, or quickstart:train."""
+    dev: str | None = "quickstart:dev"
+    """In-domain development problems, evaluated on; None: no evaluation in domain."""
+    dev_ood: str | None = None
+    """Out-of-domain development problems; None: no evaluation out of domain."""
+    verifier: str | None = None
+    """Verifier for problems that name none (number, choice, exact, contains)."""
+    shuffle: bool = True
+    """Draw the problems of each pass over the data in a new seeded order."""
+
+
+class SampleConfig(Section):
+    """Sampling of rollouts."""
+
+    problems_per_step: PositiveInt = 32
+    """Problems a step."""
+    group_size: PositiveInt = 8
+    """Rollouts of each problem (G). At least 2: a group needs a sibling to learn from."""
+    max_new_tokens: PositiveInt = 8192
+    """Tokens a rollout may have."""
+    max_prompt_tokens: PositiveInt = 2048
+    """Tokens a problem's prompt may have; a longer one is an error that names the problem."""
+    temperature: PositiveFloat = 1.0
+    """Sampling temperature; the loss uses the same unless loss.temperature is set."""
+    top_p: Probability = 1.0
+    """Nucleus sampling: keep the smallest set of tokens with this much probability."""
+    top_k: NonNegativeInt = 0
+    """Keep the k most likely tokens; 0: all."""
+
+
+class SelectConfig(Section):
+    """Which groups are worth a reflection. Dropped groups cost nothing further."""
+
+    threshold: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """A rollout is a success when its score is at least this."""
+    require_success: bool = True
+    """Drop groups without any success: they have no demonstration."""
+    drop_zero_variance: bool = False
+    """Drop groups whose rollouts all have the same score."""
+
+
+class ReflectConfig(Section):
+    """The reflector: what it sees, and what is asked of it."""
+
+    weights: Literal["student", "teacher"] = "student"
+    """Whose weights write the reflections."""
+    max_new_tokens: PositiveInt = 4096
+    """Tokens a reflection may have."""
+    max_prompt_tokens: PositiveInt = 8192
+    """Tokens a reflection prompt may have; the middle of the rollouts is cut to fit."""
+    temperature: NonNegativeFloat = 1.0
+    """Sampling temperature of reflections; 0: greedy."""
+    top_p: Probability = 1.0
+    """Nucleus sampling of reflections."""
+    demonstration: Literal["first", "shortest"] = "first"
+    """Which correct sibling is shown beside a wrong rollout."""
+    show_answer: bool = False
+    """Show the ground-truth answer to the reflector."""
+    on_correct: Literal["reflect", "skip"] = "reflect"
+    """Correct rollouts: distil them whole under their own reflection, or leave them out."""
+    wrong_template: str = (
+        "{problem}\n\n"
+        "Here is a correct solution:\n<correct_solution>\n{demonstration}\n</correct_solution>\n\n"
+        "Here is an attempt that ends in a wrong answer:\n<attempt>\n{rollout}\n</attempt>\n"
+        "{answer_note}\n"
+        "Find the first place where the reasoning of the attempt goes wrong. Copy that place word for word "
+        "from the attempt, then explain the correct idea in a few sentences. Use exactly this format:\n"
+        "<error_quote>words copied from the attempt</error_quote>\n"
+        "<explanation>the correct idea</explanation>"
+    )
+    """User turn for wrong rollouts: {problem}, {demonstration}, {rollout}, {answer_note}."""
+    correct_template: str = (
+        "{problem}\n\n"
+        "Here is a correct solution:\n<correct_solution>\n{rollout}\n</correct_solution>\n"
+        "{answer_note}\n"
+        "Explain in a few sentences which idea makes this solution right. Use exactly this format:\n"
+        "<explanation>the idea</explanation>"
+    )
+    """User turn for correct rollouts: {problem}, {rollout}, {answer_note}."""
+    answer_note: str = "The right answer is {answer}."
+    """Put in place of {answer_note} when show_answer is set; otherwise that place stays empty."""
+
+
+class SpanConfig(Section):
+    """From a quote to the tokens that are distilled."""
+
+    granularity: Literal["suffix", "span", "sentence"] = "suffix"
+    """suffix: from the first token of the quote to the end; span: the quote; sentence: its sentences."""
+    on_miss: Literal["skip", "full"] = "skip"
+    """A quote that is not in the rollout: leave the rollout out, or distil all of it."""
+
+
+class TeacherConfig(Section):
+    """The teacher: the student's own architecture, shown problem and reflection."""
+
+    kind: Literal["frozen", "ema"] = "frozen"
+    """frozen: the initial weights; ema: their moving average with the student's."""
+    ema_rate: Annotated[float, Field(gt=0, le=1)] = 0.05
+    """Share of the student's weights that enters the average after each step (kind ema)."""
+    max_prompt_tokens: PositiveInt = 8192
+    """Tokens a teacher prompt may have; the explanation's end is cut to fit."""
+    wrong_template: str = (
+        "{problem}\n\n"
+        "A note on an earlier attempt. It went wrong here: {quote}\n"
+        "The correct idea: {explanation}\n"
+        "Solve the problem with this in mind."
+    )
+    """User turn after a wrong rollout: {problem}, {quote}, {explanation}."""
+    correct_template: str = (
+        "{problem}\n\nA note on how to solve it: {explanation}\nSolve the problem with this in mind."
+    )
+    """User turn after a correct rollout: {problem}, {explanation}."""
+
+
+class LossConfig(Section):
+    """The token-level divergence between student and teacher; see kernels/rosd_kernels."""
+
+    divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "jsd"
+    """Divergence over the full vocabulary."""
+    beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
+    """Weight of the teacher in the mixture of jsd."""
+    temperature: PositiveFloat | None = None
+    """Divides both logits; None: sample.temperature."""
+    top_k: PositiveInt | None = None
+    """Compare on the student's k most likely tokens only; None: on all."""
+    tail: bool = True
+    """With top_k: one more bucket holds the remaining mass; otherwise renormalize."""
+    entry_clip: PositiveFloat | None = None
+    """Bound on each vocabulary entry's contribution; None: no bound."""
+    is_clip: PositiveFloat | None = 2.0
+    """Bound on the importance weight exp(student - rollout log-prob); None: no importance weight."""
+    strategy: Literal["auto", "chunked", "reference"] = "auto"
+    """How the divergence is computed; all give the same numbers."""
+    workspace_mib: PositiveInt = 256
+    """Memory for logits, whatever the number of tokens."""
+
+
+class OptimConfig(Section):
+    """AdamW with linear warm-up to a constant learning rate."""
+
+    lr: PositiveFloat = 1e-5
+    """Learning rate after warm-up."""
+    warmup_steps: NonNegativeInt = 10
+    """Steps over which the learning rate rises linearly."""
+    betas: tuple[DecayRate, DecayRate] = (0.9, 0.999)
+    """AdamW's moment decay rates."""
+    eps: PositiveFloat = 1e-8
+    """AdamW's epsilon."""
+    weight_decay: NonNegativeFloat = 0.01
+    """Decoupled weight decay, on matrices only."""
+    grad_clip: PositiveFloat = 1.0
+    """Largest global gradient norm."""
+
+
+class PackConfig(Section):
+    """Micro-batches."""
+
+    max_tokens: PositiveInt = 16384
+    """Tokens (student plus teacher) of a micro-batch; one longer sample is a micro-batch of its own."""
+
+
+class EvalConfig(Section):
+    """Evaluation on the development splits: before, every few steps, and after."""
+
+    every: NonNegativeInt = 10
+    """Steps between evaluations; 0: only before and after."""
+    problems: NonNegativeInt = 0
+    """Evaluate on the first this many problems of each split; 0: on all."""
+    samples: PositiveInt = 4
+    """Rollouts per problem; the figure is their mean accuracy (mean@k)."""
+    temperature: NonNegativeFloat = 1.0
+    """Sampling temperature of evaluation; 0: greedy."""
+    top_p: Probability = 1.0
+    """Nucleus sampling of evaluation."""
+
+
+class CheckpointConfig(Section):
+    """Checkpoints: a Hugging Face model folder plus what a resume needs."""
+
+    every: NonNegativeInt = 10
+    """Steps between checkpoints; 0: only at the end and on Ctrl-C."""
+    keep_last: PositiveInt = 2
+    """Older checkpoints are deleted."""
+
+
+class EngineConfig(Section):
+    """The rollout engine."""
+
+    kind: Literal["local"] = "local"
+    """local: in the trainer's process."""
+    max_rows: PositiveInt = 256
+    """Completions decoded side by side; more wait their turn."""
+
+
+class Config(Section):
+    """Options of a training run."""
+
+    model: str = "quickstart"
+    """quickstart, a model folder, or a Hugging Face hub id."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Parameter and compute type."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: CUDA where present."""
+    trust_remote_code: bool = False
+    """Allow a model folder to run Python code of its own."""
+    seed: NonNegativeInt = 0
+    """Fixes data order, rollouts, reflections and evaluation."""
+    steps: PositiveInt = 100
+    """Optimizer steps."""
+    out: str = "runs"
+    """Folder that holds run folders."""
+    name: str | None = None
+    """Name of the run folder; None: model, date and time."""
+    dump_rollouts: bool = True
+    """Write rollouts/step_*.jsonl."""
+    data: DataConfig = DataConfig()
+    sample: SampleConfig = SampleConfig()
+    select: SelectConfig = SelectConfig()
+    reflect: ReflectConfig = ReflectConfig()
+    span: SpanConfig = SpanConfig()
+    teacher: TeacherConfig = TeacherConfig()
+    loss: LossConfig = LossConfig()
+    optim: OptimConfig = OptimConfig()
+    pack: PackConfig = PackConfig()
+    eval: EvalConfig = EvalConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    engine: EngineConfig = EngineConfig()
+
+    @model_validator(mode="after")
+    def _check(self) -> Config:
+        if self.sample.group_size < 2:
+            raise ValueError(
+                f"sample.group_size is {self.sample.group_size}: a wrong rollout learns from a correct "
+                "sibling, so a group needs at least 2"
+            )
+        return self

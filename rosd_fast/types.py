@@ -1,0 +1,218 @@
+"""The records that cross module boundaries.
+
+One optimizer step moves left to right through them, and each refers to the one before it by id, so no
+stage has to keep parallel lists in step:
+
+    Problem -> Group[Rollout] -> Verdict -> Reflection -> ErrorSpan -> DistillSample -> PackedBatch
+
+Token positions are always positions in `completion_ids`, the ids that were sampled: text is never encoded
+again. Ranges are half-open. Log-probabilities are in nats.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+FinishReason = Literal["stop", "length"]
+SpanSource = Literal["quote", "full"]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Problem:
+    """A question with a verifiable answer.
+
+    >>> Problem(id="biology:473", domain="biology", prompt="2 + 2 = ?", answer="4", verifier="number")
+    """
+
+    id: str
+    domain: str  # the name its metrics are grouped under
+    prompt: str  # the user turn, as shown to the student
+    answer: str  # what the verifier compares with
+    verifier: str  # a name in rosd_fast.verify.VERIFIERS
+    system: str | None = None  # the system turn, None: no system turn
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SamplingParams:
+    """How tokens are drawn; the field names are those of the SGLang and transformers APIs."""
+
+    max_new_tokens: int
+    temperature: float = 1.0  # 0: greedy
+    top_p: float = 1.0
+    top_k: int = 0  # 0: off
+    stop_token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GenerationRequest:
+    """One prompt of which an engine draws `n` completions.
+
+    `seed` and `id` alone fix the draws: what else is in the batch does not matter.
+    """
+
+    id: str
+    prompt_ids: tuple[int, ...]
+    params: SamplingParams
+    n: int = 1
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not self.prompt_ids:
+            raise ValueError(f"request {self.id}: prompt_ids is empty")
+        if self.n < 1:
+            raise ValueError(f"request {self.id}: n is {self.n}, must be at least 1")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Generation:
+    """One completion. `completion_ids` includes the stop token when there was one."""
+
+    request_id: str
+    index: int  # 0 <= index < n
+    completion_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]  # of the distribution sampled from, one per completion token
+    finish_reason: FinishReason
+    policy_version: int
+
+    def __post_init__(self) -> None:
+        if len(self.logprobs) != len(self.completion_ids):
+            raise ValueError(
+                f"{self.request_id}/{self.index}: {len(self.completion_ids)} tokens but "
+                f"{len(self.logprobs)} logprobs"
+            )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rollout:
+    """A sampled answer to a problem; `id` is `<problem id>/<index in its group>`."""
+
+    id: str
+    problem_id: str
+    prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]  # with the stop token, when there was one
+    logprobs: tuple[float, ...]  # [len(completion_ids)]
+    text: str  # decoded completion, special tokens left out
+    finish_reason: FinishReason
+    policy_version: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Group:
+    """The G rollouts of one problem."""
+
+    problem: Problem
+    rollouts: tuple[Rollout, ...]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Verdict:
+    """What the verifier says of a rollout. `success` is `score >= threshold`."""
+
+    rollout_id: str
+    score: float  # in [0, 1]
+    success: bool
+    answer: str | None  # the answer found in the completion, None: none found
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.score <= 1.0:
+            raise ValueError(f"{self.rollout_id}: score {self.score} is outside [0, 1]")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reflection:
+    """The model's own words on a rollout: where it goes wrong (`quote`), and the correct idea.
+
+    `quote` is None for correct rollouts, and for wrong ones when the reflector wrote none.
+    """
+
+    rollout_id: str
+    demonstration_id: str | None  # the correct sibling that was shown, None: none
+    correct: bool  # whether the rollout reflected on was correct
+    text: str  # as generated
+    quote: str | None
+    explanation: str | None
+    well_formed: bool  # has every tag of the format, in order
+    num_tokens: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ErrorSpan:
+    """Which tokens of a rollout are distilled: `completion_ids[start:end]`, never empty."""
+
+    rollout_id: str
+    start: int
+    end: int
+    source: SpanSource  # found by its quote, or the whole completion
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.end:
+            raise ValueError(f"{self.rollout_id}: span [{self.start}, {self.end}) is empty")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class DistillSample:
+    """One rollout under both prompts. The teacher reads the same completion ids after its own prompt."""
+
+    rollout_id: str
+    student_prompt_ids: tuple[int, ...]
+    teacher_prompt_ids: tuple[int, ...]
+    completion_ids: tuple[int, ...]
+    logprobs: tuple[float, ...]  # of the rollout engine, [len(completion_ids)]
+    start: int  # distilled tokens: completion_ids[start:end]
+    end: int
+    weight: float = 1.0  # multiplies the divergence of each of its tokens
+    reflection_cut: bool = False  # whether the reflection had to be cut to fit the teacher's prompt
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.start < self.end <= len(self.completion_ids):
+            raise ValueError(
+                f"{self.rollout_id}: span [{self.start}, {self.end}) does not lie in a completion of "
+                f"{len(self.completion_ids)} tokens"
+            )
+        if len(self.logprobs) != len(self.completion_ids):
+            raise ValueError(
+                f"{self.rollout_id}: {len(self.completion_ids)} tokens but {len(self.logprobs)} logprobs"
+            )
+        if not self.student_prompt_ids or not self.teacher_prompt_ids:
+            raise ValueError(f"{self.rollout_id}: a prompt is empty, so its first token has no state")
+
+    @property
+    def num_distilled(self) -> int:
+        return self.end - self.start
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedSequences:
+    """B sequences laid end to end, without padding; attention never crosses `cu_seqlens`.
+
+    `gather[i]` is the row of the packed hidden states that predicts distilled token i.
+    """
+
+    input_ids: Tensor  # [T] int64
+    position_ids: Tensor  # [T] int64, restarts at 0 in each sequence
+    cu_seqlens: tuple[int, ...]  # [B + 1], 0 first and T last
+    gather: Tensor  # [N] int64
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedBatch:
+    """A micro-batch: the same B samples under the student's and the teacher's prompt.
+
+    Row i of every [N] tensor, and of both `gather`s, is the same distilled token.
+    """
+
+    rollout_ids: tuple[str, ...]  # [B]
+    student: PackedSequences
+    teacher: PackedSequences
+    token_ids: Tensor  # [N] int64, the distilled tokens
+    weights: Tensor  # [N] float32
+    rollout_logprobs: Tensor  # [N] float32
+    sample_index: Tensor  # [N] int64, which of the B samples a row belongs to
+
+    @property
+    def num_distilled(self) -> int:
+        return self.token_ids.shape[0]
