@@ -1,0 +1,114 @@
+"""From text to prompt ids, in one way for students, reflectors and teachers.
+
+A prompt is a user turn, and a system turn where the problem has one, rendered by the tokenizer's
+own chat template up to the tag that opens the answer. Templates of ours are filled in one pass, so
+what a model wrote is never read as a placeholder; a special token spelled out in a text stays text
+where transformers can do that.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rosd_fast.errors import UserError
+
+PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
+CUT = " [...] "  # stands where the middle of a text was left out
+PROBE = "the-system-turn"
+
+
+def render_prompt(tokenizer: Any, *, user: str, system: str | None = None) -> tuple[int, ...]:
+    """Ids of the chat template's prompt, with its generation prompt.
+
+    A template that refuses or ignores the system role gets the system text before the user text.
+    Raises UserError when the template fails on a user turn.
+    """
+    if system is not None and not has_system_role(tokenizer):
+        system, user = None, f"{system}\n\n{user}"
+    turns = [{"role": "user", "content": user}]
+    if system is not None:
+        turns.insert(0, {"role": "system", "content": system})
+    from jinja2 import TemplateError
+
+    try:
+        ids = tokenizer.apply_chat_template(
+            turns,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=False,
+            tokenizer_kwargs={"verbose": False},  # lengths are checked here, against our own limits
+            **_sanitize(tokenizer, user, system or ""),
+        )
+    except TemplateError as error:
+        raise UserError(
+            f"the chat template fails on a user turn ({error})",
+            where="tokenizer",
+            fix="Mend chat_template in tokenizer_config.json",
+        ) from error
+    return tuple(int(token) for token in ids)
+
+
+def has_system_role(tokenizer: Any) -> bool:
+    """Whether a system turn is rendered: some templates raise on it, others leave it out."""
+    from jinja2 import TemplateError
+
+    turns = [{"role": "system", "content": PROBE}, {"role": "user", "content": "x"}]
+    try:
+        return PROBE in tokenizer.apply_chat_template(turns, tokenize=False)
+    except TemplateError:
+        return False
+
+
+def _sanitize(tokenizer: Any, *texts: str) -> dict[str, bool]:
+    """Encode special tokens that stand in the texts as text; older transformers cannot."""
+    name = "sanitize_control_tokens"
+    if name not in inspect.signature(tokenizer.apply_chat_template).parameters:
+        return {}
+    written = any(token in text for token in tokenizer.all_special_tokens for text in texts)
+    return {name: True} if written else {}
+
+
+def placeholders(template: str) -> set[str]:
+    """The names in braces. Braces around anything else, as in `{"a": 1}` or `{42}`, are text."""
+    return set(PLACEHOLDER.findall(template))
+
+
+def fill_template(template: str, values: Mapping[str, str]) -> str:
+    """Put `values` in place of placeholders, in one pass. Raises KeyError for an unknown name."""
+    return PLACEHOLDER.sub(lambda match: values[match[1]], template)
+
+
+def cut_middle(text: str, keep: int) -> str:
+    """The first and last characters of `text`, `keep` in all, with a mark between them."""
+    if len(text) <= keep:
+        return text
+    tail = keep // 2
+    return text[: keep - tail] + CUT + text[len(text) - tail :]
+
+
+def fit_prompt(
+    render: Callable[[int], tuple[int, ...]], *, longest: int, max_tokens: int
+) -> tuple[int, tuple[int, ...]] | None:
+    """The prompt with the longest texts that fit `max_tokens`, as (characters kept, ids).
+
+    `render(keep)` is the prompt whose texts are cut to `keep` characters each; `longest` is the
+    length of the longest of them, so `render(longest)` cuts nothing. None when not even one
+    character fits.
+    """
+    ids = render(longest)
+    if len(ids) <= max_tokens:
+        return longest, ids
+    if longest <= 1 or len(best := render(1)) > max_tokens:
+        return None
+    low, high = 1, longest  # low fits, high does not
+    while high - low > 1:
+        middle = (low + high) // 2
+        ids = render(middle)
+        if len(ids) <= max_tokens:
+            low, best = middle, ids
+        else:
+            high = middle
+    return low, best

@@ -1,0 +1,62 @@
+"""Which groups are reflected on: chosen first, so that a dropped group costs nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rosd_fast.config import SelectConfig
+    from rosd_fast.types import Group, Verdict
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Selection:
+    """The groups kept, in their order, and what all groups were like, whatever the rules.
+
+    A group without any success whose scores are all equal counts in both numbers.
+    """
+
+    kept: tuple[Group, ...]
+    num_groups: int
+    num_no_success: int
+    num_zero_variance: int
+
+    def describe(self) -> str:
+        """As in `1 of 16 groups kept; 15 without a success, 16 with equal scores`."""
+        return (
+            f"{len(self.kept)} of {self.num_groups} groups kept; "
+            f"{self.num_no_success} without a success, {self.num_zero_variance} with equal scores"
+        )
+
+
+def select_groups(
+    groups: Sequence[Group], verdicts: Mapping[str, Verdict], config: SelectConfig
+) -> Selection:
+    """Drop groups without a demonstration, or without variance, as `config` says.
+
+    Raises ValueError when a rollout has no verdict.
+    """
+    kept = []
+    num_no_success = num_zero_variance = 0
+    for group in groups:
+        missing = [rollout.id for rollout in group.rollouts if rollout.id not in verdicts]
+        if missing:
+            raise ValueError(f"rollout {missing[0]} has no verdict")
+        own = [verdicts[rollout.id] for rollout in group.rollouts]
+        no_success = not any(verdict.success for verdict in own)
+        zero_variance = len({verdict.score for verdict in own}) <= 1
+        num_no_success += no_success
+        num_zero_variance += zero_variance
+        if config.require_success and no_success:
+            continue
+        if config.drop_zero_variance and zero_variance:
+            continue
+        kept.append(group)
+    return Selection(
+        kept=tuple(kept),
+        num_groups=len(groups),
+        num_no_success=num_no_success,
+        num_zero_variance=num_zero_variance,
+    )
