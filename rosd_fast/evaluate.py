@@ -1,0 +1,112 @@
+"""Evaluation: mean@k accuracy on a split, in total and by domain.
+
+    problems -> k rollouts each -> verdicts -> means
+
+The seed is the caller's and stays the same over a run, and a draw depends on the request alone, so
+the evaluations before and after training are paired: they differ by the weights only.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from rosd_fast.errors import UserError
+from rosd_fast.metrics import EVAL_TOTALS
+from rosd_fast.prompts import render_prompt
+from rosd_fast.rollout import collect_groups
+from rosd_fast.types import GenerationRequest, SamplingParams
+from rosd_fast.verify import verify_all
+
+if TYPE_CHECKING:
+    from rosd_fast.config import EvalConfig
+    from rosd_fast.engines.base import RolloutEngine
+    from rosd_fast.types import Problem
+
+
+async def evaluate(
+    engine: RolloutEngine,
+    problems: Sequence[Problem],
+    *,
+    split: str,
+    config: EvalConfig,
+    max_new_tokens: int,
+    tokenizer: Any,
+    stop_token_ids: Sequence[int],
+    threshold: float,
+    seed: int,
+    on_tokens: Callable[[int], None] | None = None,
+) -> dict[str, float]:
+    """Metrics of one split, with the weights that `engine` now has.
+
+    Keys: `eval/{split}/accuracy` (share of rollouts that succeed, in [0, 1]; the mean over
+    `config.samples` rollouts a problem, or of one greedy rollout at temperature 0),
+    `eval/{split}/{domain}` (the same within a domain), `eval/{split}/truncated_frac` (share cut at
+    `max_new_tokens`), `eval/{split}/tokens_mean`.
+
+    Raises UserError when there is no problem, when a domain has the name of another metric, and
+    when a prompt does not fit the model's context.
+    """
+    chosen = list(problems[: config.problems] if config.problems else problems)
+    if not chosen:
+        raise UserError("has no problems to evaluate on", where=f"the {split} split")
+    for problem in chosen:
+        if problem.domain in EVAL_TOTALS:
+            raise UserError(
+                f"the domain {problem.domain!r} has the name of a metric of eval/{split}",
+                where=f"problem {problem.id}",
+                fix="Give the domain another name.",
+            )
+
+    requests = build_eval_requests(
+        chosen,
+        split=split,
+        config=config,
+        max_new_tokens=max_new_tokens,
+        tokenizer=tokenizer,
+        stop_token_ids=stop_token_ids,
+        seed=seed,
+    )
+    generations = await engine.generate(requests, on_tokens=on_tokens)
+    groups = collect_groups(chosen, requests, generations, tokenizer=tokenizer)
+    verdicts = verify_all(groups, threshold=threshold)
+
+    successes: defaultdict[str, list[bool]] = defaultdict(list)  # by domain
+    for group in groups:
+        successes[group.problem.domain] += [verdicts[r.id].success for r in group.rollouts]
+    rollouts = [rollout for group in groups for rollout in group.rollouts]
+    metrics = {"accuracy": sum(map(sum, successes.values())) / len(rollouts)}
+    metrics |= {domain: sum(hits) / len(hits) for domain, hits in sorted(successes.items())}
+    metrics["truncated_frac"] = sum(r.finish_reason == "length" for r in rollouts) / len(rollouts)
+    metrics["tokens_mean"] = sum(len(r.completion_ids) for r in rollouts) / len(rollouts)
+    return {f"eval/{split}/{name}": value for name, value in metrics.items()}
+
+
+def build_eval_requests(
+    problems: Sequence[Problem],
+    *,
+    split: str,
+    config: EvalConfig,
+    max_new_tokens: int,
+    tokenizer: Any,
+    stop_token_ids: Sequence[int],
+    seed: int,
+) -> list[GenerationRequest]:
+    """One request a problem; at temperature 0 it asks for one rollout, as all would be the same."""
+    params = SamplingParams(
+        max_new_tokens=max_new_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        stop_token_ids=tuple(stop_token_ids),
+    )
+    return [
+        GenerationRequest(
+            id=f"eval/{split}/{problem.id}",
+            prompt_ids=render_prompt(tokenizer, user=problem.prompt, system=problem.system),
+            params=params,
+            n=1 if config.temperature == 0 else config.samples,
+            seed=seed,
+        )
+        for problem in problems
+    ]

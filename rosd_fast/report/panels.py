@@ -1,0 +1,228 @@
+"""The panels that the pictures are made of, each a function (axes, rows) that draws one thing."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from rosd_fast.report.series import domains, series, stage_times
+from rosd_fast.report.style import (
+    BLUE,
+    CYCLE,
+    FAINT,
+    GREEN,
+    INK,
+    MUTED,
+    ORANGE,
+    PURPLE,
+    SKY,
+    VERMILLION,
+    YELLOW,
+    Rows,
+    finish,
+    line,
+    name_ends,
+    percent,
+    plain,
+    trend,
+)
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+STAGE_COLOURS = {
+    "sample": BLUE,
+    "verify": PURPLE,
+    "reflect": ORANGE,
+    "locate": YELLOW,
+    "build": INK,
+    "learn": GREEN,
+    "sync": MUTED,
+    "evaluate": SKY,
+    "checkpoint": VERMILLION,
+}
+
+
+def accuracy(ax: Axes, rows: Rows, *, samples: int | None = None) -> None:
+    """Development accuracy in and out of domain, and that of the training rollouts behind it."""
+    training = series(rows, "rollout/accuracy")
+    dev = series(rows, "eval/dev/accuracy").finite()
+    ood = series(rows, "eval/ood/accuracy").finite()
+    line(ax, dev, BLUE, "in domain", width=2.4, marker="o", markers=True)
+    name_ends(ax, dev, BLUE, beside=ood)
+    line(ax, ood, VERMILLION, "out of domain", width=2.4, marker="s", markers=True)
+    name_ends(ax, ood, VERMILLION, beside=dev)
+    trend(ax, training, "#A8A8A8", "training rollouts", width=1.2)
+    kind = "accuracy" if samples is None else f"accuracy (mean@{samples})"
+    finish(ax, rows, "Accuracy on the development sets", kind)
+    percent(ax, [*training.values, *dev.values, *ood.values], least_range=0.3)
+
+
+def domain_accuracy(ax: Axes, rows: Rows, *, split: str, title: str) -> None:
+    """Accuracy of each domain of one split."""
+    values: list[float] = []
+    for i, domain in enumerate(domains(rows, split)):
+        shown = series(rows, f"eval/{split}/{domain}").finite()
+        line(
+            ax, shown, CYCLE[i % len(CYCLE)], plain(domain), marker="osD^vPX*"[i % 8], markers=True
+        )
+        values += shown.values
+    finish(ax, rows, title, "accuracy")
+    percent(ax, values, least_range=0.3)
+
+
+def divergence(ax: Axes, rows: Rows) -> None:
+    """The loss."""
+    trend(ax, series(rows, "loss/divergence"), BLUE)
+    finish(
+        ax,
+        rows,
+        "Divergence from the teacher",
+        "nats / token",
+        log=True,
+        note="mean over distilled tokens",
+    )
+
+
+def grad_norm(ax: Axes, rows: Rows) -> None:
+    """Global gradient norm before clipping."""
+    trend(ax, series(rows, "loss/grad_norm"), VERMILLION)
+    finish(
+        ax, rows, "Gradient norm", "L2 norm", log=True, note="of all parameters, before clipping"
+    )
+
+
+def entropies(ax: Axes, rows: Rows) -> None:
+    """Entropy of student and teacher at the distilled tokens."""
+    trend(ax, series(rows, "loss/student_entropy"), BLUE, "student")
+    trend(ax, series(rows, "loss/teacher_entropy"), ORANGE, "teacher")
+    finish(ax, rows, "Entropy at distilled tokens", "nats / token")
+
+
+def importance_weight(ax: Axes, rows: Rows) -> None:
+    """How far the trained model has moved from the one that sampled."""
+    trend(ax, series(rows, "loss/is_weight_mean"), GREEN)
+    finish(
+        ax,
+        rows,
+        "Importance weight",
+        "mean weight",
+        note="probability of the sampled token, student / rollout engine",
+    )
+    if ax.lines:  # nearly always 1: rounding must not look like a signal
+        low, high = ax.get_ylim()
+        ax.set_ylim(min(low, 0.99), max(high, 1.01))
+
+
+def distilled(ax: Axes, rows: Rows) -> None:
+    """Which share of the rollouts gives a signal."""
+    trend(ax, series(rows, "rollout/distilled_frac"), BLUE, "rollouts distilled")
+    trend(ax, series(rows, "rollout/groups_kept_frac"), GREEN, "groups kept")
+    trend(ax, series(rows, "rollout/accuracy"), ORANGE, "rollouts correct")
+    finish(ax, rows, "Share of rollouts distilled", "share")
+    percent(ax)
+
+
+def distilled_tokens(ax: Axes, rows: Rows) -> None:
+    """The size of the optimizer's batch."""
+    trend(ax, series(rows, "loss/num_distilled_tokens"), BLUE)
+    finish(
+        ax,
+        rows,
+        "Distilled tokens per step",
+        "tokens",
+        from_zero=True,
+        note="over which the loss is averaged",
+    )
+
+
+def span_start(ax: Axes, rows: Rows) -> None:
+    """Where in the rollout the located error begins."""
+    trend(ax, series(rows, "reflect/span_start_frac"), BLUE)
+    finish(
+        ax,
+        rows,
+        "Where the located error begins",
+        "position in the rollout",
+        note="mean over quotes found; 0%: first token, 100%: end",
+    )
+    percent(ax)
+
+
+def span_length(ax: Axes, rows: Rows) -> None:
+    """How long the distilled spans are."""
+    trend(ax, series(rows, "reflect/span_tokens"), GREEN)
+    finish(ax, rows, "Span length", "tokens", from_zero=True, note="mean over distilled rollouts")
+
+
+def reflection_quality(ax: Axes, rows: Rows) -> None:
+    """Whether reflections keep their format, and quotes are words of the rollout."""
+    trend(ax, series(rows, "reflect/well_formed_frac"), BLUE, "well formed")
+    trend(ax, series(rows, "reflect/found_frac"), GREEN, "quote found")
+    trend(ax, series(rows, "reflect/ambiguous_frac"), ORANGE, "quote ambiguous")
+    finish(ax, rows, "Quality of reflections", "share")
+    percent(ax)
+
+
+def time_per_step(ax: Axes, rows: Rows) -> None:
+    """Seconds a step, stacked by stage."""
+    times = stage_times(rows)
+    per_bar = max(times.num_steps, default=1)
+    large, small = _large_stages(times.totals)
+    bottom, widths = [0.0] * len(times.steps), [0.86 * count for count in times.num_steps]
+    for label, stages in [*((stage, [stage]) for stage in large), ("other", small)]:
+        heights = [sum(times.seconds[s][i] for s in stages) for i in range(len(bottom))]
+        if not any(heights):
+            continue
+        colour = STAGE_COLOURS.get(label, FAINT)
+        ax.bar(times.steps, heights, widths, bottom=bottom, color=colour, label=label)
+        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+    title = f"Time per step, mean of {per_bar} steps" if per_bar > 1 else "Time per step"
+    finish(ax, rows, title, "seconds", from_zero=True)
+
+
+def time_shares(ax: Axes, rows: Rows) -> None:
+    """Time of the whole run by stage."""
+    totals = stage_times(rows).totals
+    whole = sum(totals.values())
+    stages = list(totals)[::-1]  # the first stage on top
+    bars = ax.barh(
+        stages, [totals[s] for s in stages], 0.7, color=[STAGE_COLOURS[s] for s in stages]
+    )
+    labels = [f"{_duration(totals[s])} · {_share(totals[s] / whole)}" for s in stages]
+    ax.bar_label(bars, labels, padding=4, color=INK, fontsize=8.5)
+    if stages:
+        ax.set_xlim(0, 1.3 * max(totals.values()))  # room for the labels
+    finish(ax, rows, "Time of the whole run", "", steps=False, note=f"{_duration(whole)} in all")
+    ax.set_xlabel("seconds", color=MUTED, fontsize=9)
+    ax.grid(visible=False, axis="y")
+
+
+def throughput(ax: Axes, rows: Rows) -> None:
+    """Tokens a second of sampling and of learning."""
+    trend(ax, series(rows, "perf/rollout_tokens_per_s"), BLUE, "sampled")
+    trend(ax, series(rows, "perf/learn_tokens_per_s"), GREEN, "learned from")
+    finish(ax, rows, "Throughput", "tokens / s", from_zero=True)
+
+
+def _large_stages(totals: Mapping[str, float]) -> tuple[list[str], list[str]]:
+    """Stages with at least 2% of the time, and the rest, which would be invisible."""
+    whole = sum(totals.values())
+    large = [stage for stage, total in totals.items() if total >= 0.02 * whole]
+    return large, [stage for stage in totals if stage not in large]
+
+
+def _duration(seconds: float) -> str:
+    if 0 < seconds < 0.05:
+        return "<0.1 s"
+    if seconds < 10:
+        return f"{seconds:.1f} s"
+    if seconds < 120:
+        return f"{seconds:.0f} s"
+    if seconds < 7200:
+        return f"{seconds / 60:.0f} min"
+    return f"{seconds / 3600:.1f} h"
+
+
+def _share(part: float) -> str:
+    return f"{part:.0%}" if part >= 0.01 else "<1%"

@@ -1,0 +1,108 @@
+"""A run's pictures, from its metrics: `RUN/plots/*.png`."""
+
+from __future__ import annotations
+
+import io
+import tomllib
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from rosd_fast.files import write_atomic
+from rosd_fast.metrics import FILE_NAME, read_metrics
+from rosd_fast.report import panels
+from rosd_fast.report.series import domains
+from rosd_fast.report.style import MUTED, RAW_ALPHA, Rows, plain
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Panel = Callable[["Axes", Rows], None]
+PANEL_SIZE = (5.6, 3.5)  # inches
+DPI = 130
+
+
+def draw_plots(run: str | Path) -> list[Path]:
+    """Draw all pictures of a run folder, and return their paths.
+
+    A panel whose metrics the run lacks says "no data"; the picture by domain is left out for a run
+    without domains. Raises UserError when there is no `metrics.jsonl`, or when it is damaged.
+    """
+    run = Path(run)
+    rows = read_metrics(run / FILE_NAME)
+    accuracy = partial(panels.accuracy, samples=_eval_samples(run))
+    in_domain = partial(panels.domain_accuracy, split="dev", title="In domain")
+    out_of_domain = partial(panels.domain_accuracy, split="ood", title="Out of domain")
+    pictures: dict[str, list[list[Panel]]] = {
+        "overview": [
+            [accuracy, panels.divergence, panels.distilled],
+            [panels.span_start, panels.reflection_quality, panels.time_per_step],
+        ],
+        "accuracy": [[accuracy]],
+        "loss": [
+            [panels.divergence, panels.grad_norm],
+            [panels.entropies, panels.importance_weight],
+        ],
+        "distilled": [[panels.distilled, panels.distilled_tokens]],
+        "spans": [[panels.span_start, panels.span_length, panels.reflection_quality]],
+        "time": [[panels.time_per_step, panels.time_shares, panels.throughput]],
+    }
+    if domains(rows, "dev") or domains(rows, "ood"):
+        pictures["domains"] = [[in_domain, out_of_domain]]
+    return [
+        write_atomic(run / "plots" / f"{name}.png", _png(_figure(grid, rows, run.resolve().name)))
+        for name, grid in pictures.items()
+    ]
+
+
+def _figure(grid: list[list[Panel]], rows: Rows, run_name: str) -> Figure:
+    """The panels in a grid, under a line that names the run."""
+    num_rows, num_columns = len(grid), len(grid[0])
+    scale = 1.3 if num_rows == num_columns == 1 else 1.0
+    size = (PANEL_SIZE[0] * num_columns * scale, PANEL_SIZE[1] * num_rows * scale + 0.35)
+    figure = Figure(figsize=size, dpi=DPI, layout="constrained", facecolor="white")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.1, wspace=0.04, hspace=0.06)  # type: ignore[union-attr]
+    axes = figure.subplots(num_rows, num_columns, squeeze=False)
+    for i, line in enumerate(grid):
+        for j, panel in enumerate(line):
+            panel(axes[i][j], rows)
+    figure.suptitle(_caption(figure, rows, run_name), x=0.99, ha="right", fontsize=9, color=MUTED)
+    return figure
+
+
+def _caption(figure: Figure, rows: Rows, run_name: str) -> str:
+    """The run's name, how far it is, and what faint lines are, where there are any."""
+    parts = [plain(run_name, 60)]
+    if rows:
+        parts.append(f"step {max(row['step'] for row in rows)}")
+    lines = [line for axes in figure.axes for line in axes.lines]
+    if any(line.get_alpha() == RAW_ALPHA for line in lines):
+        parts.append("faint lines: each step, behind their moving median")
+    return " · ".join(parts)
+
+
+def _png(figure: Figure) -> bytes:
+    buffer = io.BytesIO()
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in a script the font lacks
+        # Without the version of matplotlib the same metrics give the same bytes.
+        FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
+    return buffer.getvalue()
+
+
+def _eval_samples(run: Path) -> int | None:
+    """k of mean@k, from the run's config.toml; None when it does not say."""
+    try:
+        config: dict[str, Any] = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    section = config.get("eval")
+    if not isinstance(section, dict):
+        return None
+    samples = 1 if section.get("temperature") == 0 else section.get("samples")
+    return samples if isinstance(samples, int) else None

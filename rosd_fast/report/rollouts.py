@@ -1,0 +1,183 @@
+"""`rollouts/step_*.jsonl`: what happened to each rollout of a step, one JSON object a line."""
+
+from __future__ import annotations
+
+import codecs
+import json
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from rosd_fast.errors import UserError
+from rosd_fast.files import write_atomic
+
+if TYPE_CHECKING:
+    from rosd_fast.types import ErrorSpan, Group, Problem, Reflection, Rollout, Verdict
+
+
+FIELDS = (
+    "step",
+    "problem",
+    "rollout_id",
+    "completion",
+    "completion_ids",
+    "score",
+    "success",
+    "extracted_answer",
+    "finish_reason",
+    "policy_version",
+    "group_dropped",
+    "reflection",
+    "span",
+    "divergence",
+)
+"""What each row has; those of a writer with `token_bytes` have "tokens", too."""
+
+
+class TokenBytesLike(Protocol):
+    """What is asked of `rosd_fast.spans.TokenBytes`: the bytes of each sampled id."""
+
+    def of(self, ids: Sequence[int], /) -> list[bytes]: ...
+
+
+def rollouts_path(run: str | Path, step: int) -> Path:
+    """Where the rollouts of a step are written: `RUN/rollouts/step_000010.jsonl`."""
+    return Path(run) / "rollouts" / f"step_{step:06d}.jsonl"
+
+
+def write_rollouts(
+    path: str | Path,
+    *,
+    step: int,
+    groups: Sequence[Group],
+    verdicts: Mapping[str, Verdict],
+    reflections: Mapping[str, Reflection],
+    spans: Mapping[str, ErrorSpan],
+    per_token: Mapping[str, Sequence[float]],
+    token_bytes: TokenBytesLike | None = None,
+    kept: Iterable[Group] | None = None,
+) -> Path:
+    """Write one line for each rollout of `groups`; the file appears whole or not at all.
+
+    `groups` are all groups of the step, dropped ones too; the mappings go by rollout id, and all
+    but `verdicts` may lack a rollout. `per_token` has the divergence in nats of each distilled
+    token. `token_bytes` adds the text of each token (`tokens`), which the token page needs. `kept`
+    are the groups that were selected; without it, a group none of whose rollouts was reflected on
+    counts as dropped.
+    """
+    kept_ids = None if kept is None else {group.problem.id for group in kept}
+    lines = []
+    for group in groups:
+        if kept_ids is None:
+            dropped = not any(rollout.id in reflections for rollout in group.rollouts)
+        else:
+            dropped = group.problem.id not in kept_ids
+        for rollout in group.rollouts:
+            texts = (
+                None if token_bytes is None else token_texts(token_bytes.of(rollout.completion_ids))
+            )
+            row = {
+                "step": step,
+                "problem": _problem_row(group.problem),
+                **_rollout_row(rollout, verdicts[rollout.id], texts),
+                "group_dropped": dropped,
+                "reflection": _reflection_row(reflections.get(rollout.id)),
+                "span": _span_row(spans.get(rollout.id), texts),
+                "divergence": _divergence(per_token.get(rollout.id), spans.get(rollout.id)),
+            }
+            lines.append(json.dumps(row, ensure_ascii=False, allow_nan=False))
+    # A lone surrogate in a user's prompt becomes \ud800, which is how JSON writes it.
+    data = "".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace")
+    return write_atomic(Path(path), data)
+
+
+def read_rollouts(path: str | Path) -> list[dict[str, Any]]:
+    """The rows of a rollout file. Raises UserError, with the line, for a missing or damaged one."""
+    path = Path(path)
+    rows = []
+    try:
+        with path.open("rb") as file:
+            for number, line in enumerate(file, start=1):
+                try:
+                    row = json.loads(line)
+                except ValueError as error:
+                    raise UserError(f"is not JSON ({error})", where=f"{path}:{number}") from None
+                missing = [name for name in FIELDS if not isinstance(row, dict) or name not in row]
+                if missing:
+                    raise UserError(f"has no {missing[0]}", where=f"{path}:{number}")
+                rows.append(row)
+    except OSError as error:
+        raise UserError(f"cannot be read: {error.strerror}", where=str(path)) from None
+    return rows
+
+
+def token_texts(pieces: Sequence[bytes]) -> list[str]:
+    """The text of each token; together they are the text of all bytes.
+
+    A character whose bytes are spread over several tokens is given to the token with its last byte,
+    so that the others have "". Bytes that are no UTF-8 become U+FFFD.
+    """
+    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+    texts = [decoder.decode(piece) for piece in pieces]
+    if texts:
+        texts[-1] += decoder.decode(b"", final=True)
+    return texts
+
+
+def _problem_row(problem: Problem) -> dict[str, Any]:
+    return {
+        "id": problem.id,
+        "domain": problem.domain,
+        "system": problem.system,
+        "prompt": problem.prompt,
+        "answer": problem.answer,
+    }
+
+
+def _rollout_row(rollout: Rollout, verdict: Verdict, texts: list[str] | None) -> dict[str, Any]:
+    row: dict[str, Any] = {
+        "rollout_id": rollout.id,
+        "completion": rollout.text,
+        "completion_ids": list(rollout.completion_ids),
+        "score": verdict.score,
+        "success": verdict.success,
+        "extracted_answer": verdict.answer,
+        "finish_reason": rollout.finish_reason,
+        "policy_version": rollout.policy_version,
+    }
+    if texts is not None:
+        row["tokens"] = texts
+    return row
+
+
+def _reflection_row(reflection: Reflection | None) -> dict[str, Any] | None:
+    if reflection is None:
+        return None
+    return {
+        "demonstration_id": reflection.demonstration_id,
+        "text": reflection.text,
+        "quote": reflection.quote,
+        "explanation": reflection.explanation,
+        "well_formed": reflection.well_formed,
+        "num_tokens": reflection.num_tokens,
+    }
+
+
+def _span_row(span: ErrorSpan | None, texts: list[str] | None) -> dict[str, Any] | None:
+    if span is None:
+        return None
+    text = None if texts is None else "".join(texts[span.start : span.end])
+    return {"start": span.start, "end": span.end, "source": span.source, "text": text}
+
+
+def _divergence(
+    values: Sequence[float] | None, span: ErrorSpan | None
+) -> list[float | None] | None:
+    """One number a distilled token, to six digits; what is not finite is null."""
+    if values is None:
+        return None
+    assert span is not None and len(values) == span.end - span.start, (
+        f"{len(values)} divergences for the span {span}"
+    )
+    return [float(f"{value:.6g}") if math.isfinite(value) else None for value in values]

@@ -1,0 +1,113 @@
+"""Metrics rows as series: one metric's steps and values, smoothed or gathered in bins."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+from rosd_fast.metrics import EVAL_TOTALS
+
+STAGES = (
+    "sample",
+    "verify",
+    "reflect",
+    "locate",
+    "build",
+    "learn",
+    "sync",
+    "evaluate",
+    "checkpoint",
+)
+"""The stages of a step, in the order they run; metrics `time/{stage}_s`."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Series:
+    """One metric over the steps that have it. Steps rise; a value may be NaN."""
+
+    steps: tuple[int, ...]
+    values: tuple[float, ...]  # [len(steps)]
+
+    def __bool__(self) -> bool:
+        """Whether there is a finite value to show."""
+        return any(map(math.isfinite, self.values))
+
+    def finite(self) -> Series:
+        """Without the values that are not finite."""
+        pairs = [(s, v) for s, v in zip(self.steps, self.values, strict=True) if math.isfinite(v)]
+        return Series(steps=tuple(s for s, _ in pairs), values=tuple(v for _, v in pairs))
+
+    def smoothed(self, window: int) -> Series:
+        """The centred median of `window` values, of fewer at the ends; NaNs are left out of it.
+
+        A median, as the mean would draw a single spike as a box.
+        """
+        half = window // 2
+        values = []
+        for i in range(len(self.values)):
+            near = [v for v in self.values[max(0, i - half) : i + half + 1] if math.isfinite(v)]
+            values.append(median(near) if near else math.nan)
+        return Series(steps=self.steps, values=tuple(values))
+
+
+def series(rows: Sequence[Mapping[str, Any]], name: str) -> Series:
+    """The metric `name`; where a step has it twice (a resumed run), the later row counts."""
+    by_step = {row["step"]: float(row[name]) for row in rows if name in row}
+    steps = sorted(by_step)
+    return Series(steps=tuple(steps), values=tuple(by_step[step] for step in steps))
+
+
+def domains(rows: Sequence[Mapping[str, Any]], split: str) -> list[str]:
+    """The domains that a split was evaluated on, by name."""
+    prefix = f"eval/{split}/"
+    names = {name.removeprefix(prefix) for row in rows for name in row if name.startswith(prefix)}
+    return sorted(names.difference(EVAL_TOTALS))
+
+
+def smoothing_window(num_values: int) -> int:
+    """Odd number of values to smooth over: 1 (none) for short series, growing with the length."""
+    return 1 if num_values < 20 else 2 * (num_values // 30) + 3
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageTimes:
+    """Seconds a step of each stage, in bars that each stand for one step or the mean of some."""
+
+    steps: tuple[float, ...]  # [num bars], the middle of each bar
+    num_steps: tuple[int, ...]  # [num bars], steps that a bar is the mean of
+    seconds: dict[str, tuple[float, ...]]  # stage -> [num bars]
+    totals: dict[str, float]  # stage -> seconds of the whole run
+
+    def __bool__(self) -> bool:
+        return any(total > 0 for total in self.totals.values())
+
+
+def stage_times(rows: Sequence[Mapping[str, Any]], *, max_bars: int = 120) -> StageTimes:
+    """The time of each stage that takes any, stages in the order they run.
+
+    The work of a step may be spread over several rows, which are added up. Runs of more than
+    `max_bars` steps have neighbouring steps averaged into one bar.
+    """
+    by_step: dict[int, dict[str, float]] = {}
+    for row in rows:
+        own = by_step.setdefault(row["step"], dict.fromkeys(STAGES, 0.0))
+        for stage in STAGES:
+            value = row.get(f"time/{stage}_s", 0.0)
+            own[stage] += value if math.isfinite(value) else 0.0
+    steps = [step for step in sorted(by_step) if any(by_step[step].values())]
+    per_bar = max(1, math.ceil(len(steps) / max_bars))
+    bars = [steps[i : i + per_bar] for i in range(0, len(steps), per_bar)]
+    totals = {stage: sum(by_step[step][stage] for step in steps) for stage in STAGES}
+    shown = [stage for stage in STAGES if totals[stage] > 0]
+    return StageTimes(
+        steps=tuple((bar[0] + bar[-1]) / 2 for bar in bars),
+        num_steps=tuple(len(bar) for bar in bars),
+        seconds={
+            stage: tuple(sum(by_step[step][stage] for step in bar) / len(bar) for bar in bars)
+            for stage in shown
+        },
+        totals={stage: totals[stage] for stage in shown},
+    )

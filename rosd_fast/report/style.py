@@ -1,0 +1,195 @@
+"""How every panel looks: colours, lines, axes.
+
+Colours are Okabe and Ito's, told apart with any colour vision. matplotlib's object interface only:
+no pyplot and no global state, so that a training process can draw too.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from matplotlib.patheffects import withStroke
+from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
+
+from rosd_fast.report.series import Series, smoothing_window
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+Rows = Sequence[Mapping[str, Any]]
+
+BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
+SKY, PURPLE, YELLOW = "#56B4E9", "#CC79A7", "#F0E442"
+INK, MUTED, FAINT = "#222222", "#5F5F5F", "#C8C8C8"
+CYCLE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, INK, MUTED)
+MARKERS_UP_TO = 40  # values; with more, markers run into each other
+RAW_ALPHA = 0.35  # of values that stand behind their moving median
+LEGEND_COLUMNS = 5
+
+
+def line(
+    ax: Axes,
+    shown: Series,
+    colour: str,
+    label: str | None = None,
+    *,
+    width: float = 1.8,
+    marker: str = "o",
+    markers: bool | None = None,
+) -> None:
+    """One series, if it has a value. `markers` None: where they do not run into each other."""
+    if not shown:
+        return
+    if markers is None:
+        markers = len(shown.steps) <= MARKERS_UP_TO
+    ax.plot(
+        shown.steps,
+        shown.values,
+        color=colour,
+        label=label,
+        linewidth=width,
+        marker=marker if markers or len(shown.steps) == 1 else None,
+        markersize=5.5,
+        markeredgecolor="white",
+        markeredgewidth=0.7,
+        solid_joinstyle="round",
+        clip_on=False,  # whole markers at 0% and 100%
+        zorder=3,
+    )
+
+
+def trend(
+    ax: Axes, shown: Series, colour: str, label: str | None = None, *, width: float = 1.8
+) -> None:
+    """The values; in long series faint, with their moving median in front."""
+    window = smoothing_window(len(shown.steps))
+    if window > 1 and shown:
+        ax.plot(shown.steps, shown.values, color=colour, linewidth=0.9, alpha=RAW_ALPHA)
+        shown = shown.smoothed(window)
+    line(ax, shown, colour, label, width=width, markers=False if window > 1 else None)
+
+
+def name_ends(ax: Axes, shown: Series, colour: str, *, beside: Series) -> None:
+    """Write the first and the last value at their points, away from those of `beside`."""
+    last = len(shown.steps) - 1
+    for i in sorted({0, last}) if shown else []:
+        side, shift = ("left", -4) if i == 0 else ("right", 4)
+        below = bool(beside) and shown.values[i] < beside.values[0 if i == 0 else -1]
+        ax.annotate(
+            f"{shown.values[i]:.1%}",
+            (shown.steps[i], shown.values[i]),
+            xytext=(shift if last else 0, -8 if below else 8),
+            textcoords="offset points",
+            ha=side if last else "center",
+            va="top" if below else "bottom",
+            color=colour,
+            fontsize=9.5,
+            fontweight="bold",
+            zorder=4,
+            path_effects=[withStroke(linewidth=3, foreground="white")],  # readable across lines
+        )
+
+
+def finish(
+    ax: Axes,
+    rows: Rows,
+    title: str,
+    y_label: str,
+    *,
+    note: str = "",
+    steps: bool = True,
+    from_zero: bool = False,
+    log: bool = False,
+) -> None:
+    """Title, labels, ticks, grid and legend, the same in every panel.
+
+    note: stands under the title where there is no legend. steps: x is the step. from_zero: y starts
+    at 0. log: y is logarithmic where the values span far.
+    """
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.spines[["left", "bottom"]].set_color(FAINT)
+    ax.tick_params(colors=MUTED, labelsize=9, length=3)
+    ax.grid(color="#E9E9E9", linewidth=0.7)
+    ax.set_axisbelow(True)
+    ax.set_ylabel(y_label, color=MUTED, fontsize=9.5)
+    _heading(ax, title, note)
+    if not ax.lines and not ax.patches:
+        ax.text(0.5, 0.5, "no data", transform=ax.transAxes, ha="center", va="center", color=MUTED)
+        ax.set_xticks([])
+        ax.set_yticks([])
+        return
+    if steps:
+        _step_axis(ax, [row["step"] for row in rows])
+    if log:
+        _log_if_wide(ax)
+    if from_zero:
+        ax.set_ylim(bottom=0)
+
+
+def _heading(ax: Axes, title: str, note: str) -> None:
+    """Title, and between it and the axes the legend or the note, where neither hides data."""
+    handles, labels = ax.get_legend_handles_labels()
+    num_lines = max(1, math.ceil(len(labels) / LEGEND_COLUMNS))
+    pad = 9 + 15 * num_lines
+    ax.set_title(title, loc="left", color=INK, fontsize=11.5, fontweight="bold", pad=pad)
+    if not labels:
+        ax.annotate(note, (0, 1), (1, 6), "axes fraction", "offset points", color=MUTED, fontsize=9)
+        return
+    ax.legend(
+        handles,
+        labels,
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        ncols=LEGEND_COLUMNS,
+        borderaxespad=0.4,
+        borderpad=0,
+        handlelength=1.2,
+        handletextpad=0.4,
+        columnspacing=1.0,
+        frameon=False,
+        fontsize=9,
+        labelcolor=INK,
+    )
+
+
+def percent(ax: Axes, values: Sequence[float] = (), *, least_range: float = 1.0) -> None:
+    """A percent axis round `values`, at least `least_range` long; from 0 to 100% without values."""
+    if not ax.lines:
+        return
+    ax.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
+    finite = [value for value in values if math.isfinite(value)] or [0.0, 1.0]
+    low, high = min(finite), max(finite)
+    margin = 0.04 + max(0.0, least_range - (high - low)) / 2
+    low, high = max(0.0, low - margin), min(1.0, high + margin)
+    ax.set_ylim(min(low, max(0.0, high - least_range)), max(high, min(1.0, low + least_range)))
+
+
+def plain(text: str, limit: int = 24) -> str:
+    """A name from the user's data as matplotlib shows it verbatim, shortened to `limit` characters.
+
+    "$" begins a formula for it, and a leading "_" keeps a line out of the legend.
+    """
+    short = text if len(text) <= limit else f"{text[: limit - 1]}…"
+    return short.replace("$", r"\$") if not short.startswith("_") else plain(f" {short}", limit + 1)
+
+
+def _step_axis(ax: Axes, steps: Sequence[int]) -> None:
+    ax.set_xlabel("step", color=MUTED, fontsize=9.5)
+    ax.xaxis.set_major_locator(MaxNLocator(nbins=8, integer=True, steps=[1, 2, 5, 10]))
+    first, last = min(steps), max(steps)
+    margin = max(0.6, 0.025 * (last - first))
+    ax.set_xlim(first - margin, last + margin)
+
+
+def _log_if_wide(ax: Axes) -> None:
+    """Logarithmic where values span more than a factor 50: a spike must not flatten the rest."""
+    drawn = [float(v) for shown in ax.lines for v in np.asarray(shown.get_ydata(), dtype=float)]
+    values = [value for value in drawn if math.isfinite(value)]
+    if values and min(values) > 0 and max(values) > 50 * min(values):
+        ax.set_yscale("log")
+        ax.yaxis.set_minor_formatter(NullFormatter())
+    elif values and min(values) >= 0:
+        ax.set_ylim(bottom=0)

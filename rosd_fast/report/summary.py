@@ -1,0 +1,130 @@
+"""What a run came to: accuracy before and after, and where its files are."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from rosd_fast.metrics import FILE_NAME, read_metrics
+from rosd_fast.report.series import domains, series
+
+SPLITS = {"dev": "in domain (dev)", "ood": "out of domain (ood)"}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Change:
+    """The accuracy of a split, or of one of its domains, in the first and last evaluation."""
+
+    split: str
+    domain: str | None  # None: the whole split
+    first_step: int
+    last_step: int
+    before: float  # in [0, 1]
+    after: float | None  # None: evaluated only once
+
+    @property
+    def points(self) -> float | None:
+        """The rise in percentage points."""
+        return None if self.after is None else 100 * (self.after - self.before)
+
+
+def before_after(rows: Sequence[Mapping[str, Any]]) -> list[Change]:
+    """The changes in accuracy that metrics rows tell of: each split, then its domains by name."""
+    changes = []
+    for split in SPLITS:
+        for domain in [None, *domains(rows, split)]:
+            values = series(rows, f"eval/{split}/{domain or 'accuracy'}").finite()
+            if not values:
+                continue
+            once = len(values.steps) == 1
+            changes.append(
+                Change(
+                    split=split,
+                    domain=domain,
+                    first_step=values.steps[0],
+                    last_step=values.steps[-1],
+                    before=values.values[0],
+                    after=None if once else values.values[-1],
+                )
+            )
+    return changes
+
+
+def before_after_table(run: str | Path) -> Table:
+    """Accuracy before and after, in percent, by split and domain; the change in points.
+
+    Raises UserError when the run folder has no `metrics.jsonl`, or a damaged one.
+    """
+    changes = before_after(read_metrics(Path(run) / FILE_NAME))
+    table = Table(title="Accuracy", title_justify="left", title_style="bold")
+    first = min((change.first_step for change in changes), default=0)
+    last = max((change.last_step for change in changes), default=0)
+    table.add_column("split")
+    table.add_column(f"step {first}", justify="right")
+    if last > first:
+        table.add_column(f"step {last}", justify="right")
+        table.add_column("change, points", justify="right")
+    for i, change in enumerate(changes):
+        if i and change.domain is None:
+            table.add_section()
+        # Text, as a domain's name could look like markup.
+        label = Text(SPLITS[change.split], "bold") if change.domain is None else Text(change.domain)
+        label.pad_left(0 if change.domain is None else 2)
+        cells = [label, Text(f"{change.before:.1%}")]
+        if last > first:
+            cells += [_percent(change.after), _points(change.points)]
+        table.add_row(*cells)
+    if not changes:
+        table.add_row(Text("no evaluation yet"))
+    return table
+
+
+def summarize(run: str | Path, console: Console | None = None) -> None:
+    """Print the table, and the paths of what the run left; only of what is there.
+
+    Raises UserError as `before_after_table` does.
+    """
+    run = Path(run)
+    console = console or Console()
+    console.print(before_after_table(run))
+    listing = Table.grid(padding=(0, 2))
+    for label, path in _outputs(run):
+        listing.add_row(Text(label), Text(str(path), overflow="fold"))
+    console.print(listing)
+
+
+def _outputs(run: Path) -> list[tuple[str, Path]]:
+    """The run's files by what they are."""
+    checkpoints = sorted((run / "checkpoints").glob("step_*"), key=_step_of)
+    found = [
+        ("config", run / "config.toml"),
+        ("metrics", run / FILE_NAME),
+        ("plots", run / "plots"),
+        ("rollouts", run / "rollouts"),
+        ("checkpoint", checkpoints[-1] if checkpoints else run / "checkpoints"),
+    ]
+    return [(label, path) for label, path in found if path.exists()]
+
+
+def _step_of(path: Path) -> int:
+    digits = path.name.removeprefix("step_")
+    return int(digits) if digits.isdecimal() else -1
+
+
+def _percent(value: float | None) -> Text:
+    return Text("-" if value is None else f"{value:.1%}")
+
+
+def _points(value: float | None) -> Text:
+    if value is None:
+        return Text("-")
+    shown = round(value, 1)
+    if shown == 0:
+        return Text("0.0")
+    return Text(f"{shown:+.1f}", "green" if shown > 0 else "red")

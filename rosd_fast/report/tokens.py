@@ -1,0 +1,257 @@
+"""A page that shows which tokens of a step's rollouts were corrected, how strongly, and why.
+
+One HTML file without scripts or anything fetched. Everything a model or a data set wrote is
+escaped.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from html import escape
+from itertools import groupby, pairwise
+from pathlib import Path
+from typing import Any
+
+from rosd_fast.errors import UserError
+from rosd_fast.files import write_atomic
+from rosd_fast.report.rollouts import read_rollouts
+from rosd_fast.report.style import BLUE, GREEN, VERMILLION
+
+Row = Mapping[str, Any]
+
+END = "⟨end⟩"  # stands for a last token without text, as the stop token is
+CONTROL = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
+"""Control characters to their visible pictures: browsers drop or alter them."""
+
+
+def render_tokens_html(run: str | Path, step: int, *, max_rollouts: int = 128) -> Path:
+    """Write `RUN/rollouts/step_*.html` from the step's .jsonl, and return its path.
+
+    Shows at most `max_rollouts` rollouts, those of groups that were kept first. Rollouts written
+    without token texts show their completion without colours. Raises UserError when the step has no
+    readable rollouts.
+    """
+    source = _source(Path(run), step)
+    rows = read_rollouts(source)
+    rows.sort(key=lambda row: bool(row["group_dropped"]))  # stable: groups stay together
+    page = _page(rows[:max_rollouts], step=step, run_name=Path(run).resolve().name, total=len(rows))
+    return write_atomic(source.with_suffix(".html"), page.encode("utf-8", "replace"))
+
+
+def _source(run: Path, step: int) -> Path:
+    folder = run / "rollouts"
+    found = {}
+    for path in folder.glob("step_*.jsonl"):
+        digits = path.stem.removeprefix("step_")
+        if digits.isdecimal():
+            found[int(digits)] = path
+    if step in found:
+        return found[step]
+    fix = "It has none at all."
+    if found:
+        fix = f"It has {len(found)}, from step {min(found)} to step {max(found)}."
+    raise UserError(f"there are no rollouts of step {step}", where=str(folder), fix=fix)
+
+
+def _page(rows: list[dict[str, Any]], *, step: int, run_name: str, total: int) -> str:
+    values = sorted(v for row in rows for v in row["divergence"] or () if v is not None)
+    top = _scale_top(values)
+    num_distilled = sum(row["divergence"] is not None for row in rows)
+    shown = f"{len(rows)} rollouts" if len(rows) == total else f"{len(rows)} of {total} rollouts"
+    facts = (
+        f"{shown}, {sum(row['success'] for row in rows)} correct, {num_distilled} distilled "
+        f"({len(values)} tokens)"
+    )
+    groups = "\n".join(
+        _group(list(members), top)
+        for _, members in groupby(rows, key=lambda row: row["problem"]["id"])
+    )
+    legend = ""
+    if values:
+        legend = (
+            f'<p class="key">Divergence of distilled tokens: 0 <span class="ramp"></span> '
+            f"{top:.2g} nats and more (square-root scale). <u>Underlined</u>: the quote of the "
+            "reflection. Grey: not distilled.</p>"
+        )
+    title = _text(f"{run_name}, step {step}")
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">\n'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; '
+        "style-src 'unsafe-inline'\">\n"
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{title}</title>\n<style>{STYLE}</style></head>\n<body>\n"
+        f"<header><h1>{title}</h1><p>{_text(facts)}</p>{legend}</header>\n"
+        f"{groups}\n</body></html>\n"
+    )
+
+
+def _scale_top(values: list[float]) -> float:
+    """The divergence of the full colour: the 98th percentile, so that no outlier hides the rest."""
+    if not values:
+        return 1.0
+    return max(values[math.ceil(0.98 * len(values)) - 1], 1e-6)
+
+
+def _group(rows: list[dict[str, Any]], top: float) -> str:
+    problem = rows[0]["problem"]
+    note = ' <span class="tag">dropped: no reflection</span>' if rows[0]["group_dropped"] else ""
+    return (
+        f"<section><h2>{_text(problem['id'])} "
+        f'<span class="tag">{_text(problem["domain"])}</span>{note}</h2>\n'
+        f'<div class="text problem">{_text(problem["prompt"])}</div>\n'
+        f"<p>Right answer: <code>{_text(problem['answer'])}</code></p>\n"
+        + "\n".join(_rollout(row, top) for row in rows)
+        + "\n</section>"
+    )
+
+
+def _rollout(row: Row, top: float) -> str:
+    verdict, mark = ("correct", "✓") if row["success"] else ("wrong", "✗")
+    answer = row["extracted_answer"]
+    found = "no answer found" if answer is None else f"answer <code>{_text(answer)}</code>"
+    facts = [
+        found,
+        f"score {row['score']:g}",
+        f"{len(row['completion_ids'])} tokens",
+        "cut at the limit" if row["finish_reason"] == "length" else "",
+        _span_note(row["span"]),
+    ]
+    return (
+        f'<article class="{verdict}"><h3><span class="verdict">{mark} {verdict}</span> '
+        f'{_text(row["rollout_id"])}</h3><p class="facts">{" · ".join(filter(None, facts))}</p>\n'
+        f'<div class="text">{_completion(row, top)}</div>\n{_reflection(row)}</article>'
+    )
+
+
+def _span_note(span: Row | None) -> str:
+    if span is None:
+        return "not distilled"
+    if span["source"] == "full":
+        return "distilled whole"
+    return f"distilled: tokens {span['start']} to {span['end'] - 1}"
+
+
+def _reflection(row: Row) -> str:
+    reflection = row["reflection"]
+    if reflection is None:
+        return ""
+    lines = []
+    if reflection["quote"] is not None:
+        lines.append(f"<p><b>Goes wrong at</b> <q>{_text(reflection['quote'])}</q></p>")
+    if reflection["explanation"] is not None:
+        lines.append(f"<p><b>Idea</b> {_text(reflection['explanation'])}</p>")
+    if not reflection["well_formed"]:
+        lines.append("<p><b>The reflection does not keep its format.</b></p>")
+    if not lines or not reflection["well_formed"]:
+        lines.append(f'<div class="text raw">{_text(reflection["text"])}</div>')
+    shown = reflection["demonstration_id"]
+    if shown is not None:
+        lines.append(f'<p class="facts">Shown beside it: {_text(shown)}</p>')
+    return f'<div class="reflection">{"".join(lines)}</div>'
+
+
+def _completion(row: Row, top: float) -> str:
+    """The completion: an element for each distilled token, the rest plain, the quote underlined."""
+    tokens, span = row.get("tokens"), row["span"]
+    if tokens is None:
+        return _text(row["completion"])
+    start, end = (span["start"], span["end"]) if span else (0, 0)
+    quote = _quote_range(tokens, row["reflection"], start)
+    values = row["divergence"] or [None] * (end - start)
+    parts, position, carried = [], 0, []
+    for i, token in enumerate(tokens):
+        if start <= i < end:
+            carried.append(values[i - start])
+        pieces = _split(token, position, quote)
+        position += len(token)
+        if not pieces and i + 1 < len(tokens):
+            continue  # part of a character that a later token completes: coloured with that one
+        html = "".join(f"<u>{_text(t)}</u>" if quoted else _text(t) for t, quoted in pieces)
+        if carried:
+            parts.append(_token(html or END, carried, top))
+        elif html:
+            parts.append(f"<span>{html}</span>")
+        carried = []
+    # Undistilled neighbours become one element: most of a long page.
+    return "".join(parts).replace("</span><span>", "").replace("</u><u>", "")
+
+
+def _token(html: str, values: Iterable[float | None], top: float) -> str:
+    known = [value for value in values if value is not None]
+    if not known:
+        return f'<i title="no divergence">{html}</i>'
+    value = max(known)
+    # The square root, as divergences are skewed: most are near 0.
+    strength = math.sqrt(min(max(value, 0.0) / top, 1.0))
+    return f'<i style="--d:{strength:.2f}" title="{value:.4g} nats">{html}</i>'
+
+
+def _quote_range(tokens: list[str], reflection: Row | None, start: int) -> range:
+    """The characters of the quote in the completion; empty when it is not there.
+
+    The occurrence at or after the span's first token counts, else the first. Spaces and line breaks
+    of the quote match any others.
+    """
+    words = (reflection["quote"] or "").split() if reflection else []
+    if not words:
+        return range(0)
+    text = "".join(tokens)
+    pattern = re.compile(r"\s+".join(map(re.escape, words)))
+    found = pattern.search(text, len("".join(tokens[:start]))) or pattern.search(text)
+    return range(*found.span()) if found else range(0)
+
+
+def _split(token: str, position: int, quote: range) -> list[tuple[str, bool]]:
+    """A token that begins at character `position`, cut where the quote begins or ends within it."""
+    cuts = {0, len(token)} | {
+        min(max(p - position, 0), len(token)) for p in (quote.start, quote.stop)
+    }
+    edges = sorted(cuts)
+    return [(token[low:high], position + low in quote) for low, high in pairwise(edges)]
+
+
+def _text(value: object) -> str:
+    return escape(str(value).translate(CONTROL))
+
+
+STYLE = f"""
+:root {{ color-scheme: light dark; --ink: #1c1c1c; --muted: #666; --page: #fff; --card: #f6f6f4;
+  --line: #ddd; --heat: 213, 94, 0; --right: {GREEN}; --wrong: {VERMILLION}; --note: {BLUE}; }}
+@media (prefers-color-scheme: dark) {{ :root {{ --ink: #e8e8e8; --muted: #9a9a9a; --page: #161616;
+  --card: #202020; --line: #383838; --heat: 240, 120, 30; --right: #2cc295; --wrong: #ff8a3d;
+  --note: #56b4e9; }} }}
+body {{ font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page);
+  max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
+h1 {{ font-size: 1.4rem; margin: 0; overflow-wrap: anywhere; }}
+h2 {{ font-size: 1.1rem; margin: 2.2rem 0 .5rem; padding-top: 1rem;
+  border-top: 1px solid var(--line); }}
+h3 {{ font-size: .9rem; font-weight: 500; margin: 0; color: var(--muted); }}
+p {{ margin: .25rem 0; }}
+code {{ font-family: ui-monospace, monospace; overflow-wrap: anywhere; }}
+.tag {{ font-size: .75rem; font-weight: 400; color: var(--muted); border: 1px solid var(--line);
+  border-radius: 1rem; padding: .1rem .6rem; }}
+.text {{ white-space: pre-wrap; overflow-wrap: anywhere; unicode-bidi: isolate;
+  font-family: ui-monospace, monospace; font-size: .85rem; line-height: 1.75; }}
+.problem {{ border-left: 3px solid var(--line); padding-left: .8rem; }}
+article {{ background: var(--card); border-left: 4px solid var(--right); border-radius: 0 6px 6px 0;
+  margin: .8rem 0; padding: .6rem .9rem; }}
+article.wrong {{ border-color: var(--wrong); }}
+.verdict {{ color: var(--right); font-weight: 700; }}
+.wrong .verdict {{ color: var(--wrong); }}
+.facts {{ color: var(--muted); font-size: .8rem; }}
+i {{ font-style: normal; border-radius: 2px;
+  background: rgba(var(--heat), calc(var(--d, 0) * .75)); }}
+i:hover {{ outline: 1px solid var(--ink); }}
+.text > span {{ color: var(--muted); }}
+u {{ text-decoration: underline 2px var(--note); text-underline-offset: 3px; }}
+.reflection {{ border-top: 1px dashed var(--line); margin-top: .5rem; padding-top: .4rem;
+  unicode-bidi: isolate; overflow-wrap: anywhere; }}
+.reflection b {{ color: var(--note); font-weight: 600; margin-right: .3rem; }}
+.raw {{ color: var(--muted); }}
+.key {{ color: var(--muted); font-size: .85rem; }}
+.ramp {{ display: inline-block; width: 7rem; height: .8rem; border-radius: 2px;
+  vertical-align: middle;
+  background: linear-gradient(90deg, rgba(var(--heat), 0), rgba(var(--heat), .75)); }}
+"""

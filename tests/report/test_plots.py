@@ -1,0 +1,186 @@
+"""The pictures: there, of a sensible size, with something drawn, and no panel that lies."""
+
+from __future__ import annotations
+
+import io
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from matplotlib.figure import Figure
+from PIL import Image
+
+from rosd_fast.errors import UserError
+from rosd_fast.metrics import MetricsLog
+from rosd_fast.report import draw_plots, panels
+from rosd_fast.report.plots import _eval_samples, _figure, _png
+from rosd_fast.report.series import domains, series, smoothing_window, stage_times
+
+NAMES = {"overview", "accuracy", "loss", "distilled", "spans", "time"}
+LOSSES = ("divergence", "grad_norm", "student_entropy", "teacher_entropy", "is_weight_mean")
+
+
+def make_row(step: int) -> dict[str, float]:
+    wave = 0.5 + 0.1 * math.sin(step)
+    row = {f"loss/{name}": wave for name in LOSSES} | {"loss/num_distilled_tokens": 900.0}
+    row |= {f"rollout/{name}": wave for name in ("accuracy", "distilled_frac", "groups_kept_frac")}
+    row |= {f"reflect/{n}_frac": wave for n in ("well_formed", "found", "ambiguous", "span_start")}
+    row |= {"reflect/span_tokens": 20 * wave, "perf/rollout_tokens_per_s": 9e3 * wave}
+    return row | {"time/sample_s": 1.0, "time/learn_s": 2.0, "time/verify_s": 0.01}
+
+
+def make_run(run: Path, num_steps: int) -> Path:
+    with MetricsLog(run / "metrics.jsonl") as log:
+        log.write(0, {"eval/dev/accuracy": 0.4, "eval/ood/accuracy": 0.3, "eval/dev/shop": 0.4})
+        for step in range(1, num_steps + 1):
+            log.write(step, make_row(step))
+        log.write(num_steps, {"eval/dev/accuracy": 0.6, "eval/ood/accuracy": 0.3})
+    return run
+
+
+def decode(path: Path) -> np.ndarray:
+    with Image.open(path) as image:
+        image.verify()  # checksums of every chunk
+    with Image.open(path) as image:
+        assert image.format == "PNG"
+        return np.asarray(image.convert("RGB"))
+
+
+def test_all_pictures_of_a_run(tmp_path: Path) -> None:
+    paths = draw_plots(make_run(tmp_path, 30))
+    assert {path.stem for path in paths} == NAMES | {"domains"}
+    assert sorted(paths) == sorted((tmp_path / "plots").iterdir())
+    for path in paths:
+        pixels = decode(path)
+        height, width, _ = pixels.shape
+        assert 700 <= width <= 2400, path
+        assert 400 <= height <= 1200, path
+        assert 0.01 < (pixels.min(axis=-1) < 250).mean() < 0.6, path  # neither blank nor a blot
+
+
+def test_same_metrics_same_bytes() -> None:
+    rows = [{"step": step, **make_row(step)} for step in range(1, 30)]
+    first, second = (_png(_figure([[panels.divergence]], rows, "run")) for _ in range(2))
+    assert first == second
+
+
+@pytest.mark.parametrize("num_steps", [0, 1])
+def test_hardly_any_steps(tmp_path: Path, num_steps: int) -> None:
+    for path in draw_plots(make_run(tmp_path, num_steps)):
+        decode(path)
+
+
+def test_a_run_without_any_row(tmp_path: Path) -> None:
+    MetricsLog(tmp_path / "metrics.jsonl").close()
+    assert {path.stem for path in draw_plots(tmp_path)} == NAMES
+
+
+def test_nothing_finite_and_hostile_names(tmp_path: Path) -> None:
+    run = tmp_path / "a $\\frac{ run"
+    with MetricsLog(run / "metrics.jsonl") as log:
+        log.write(1, dict.fromkeys([*make_row(1), "eval/dev/accuracy"], math.nan))
+        log.write(2, {"eval/dev/$\\frac{": 0.5, "eval/dev/_hidden": 0.6, "eval/dev/化学": 0.7})
+    assert len(draw_plots(run)) == len(NAMES) + 1
+
+
+def test_no_run_is_the_users_mistake(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"metrics\.jsonl"):
+        draw_plots(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def draw(panel: Any, rows: list[dict[str, Any]], **options: Any) -> Any:
+    figure = Figure()
+    ax = figure.subplots()
+    panel(ax, rows, **options)
+    figure.savefig(io.BytesIO())
+    return ax
+
+
+def texts(ax: Any) -> list[str]:
+    return [text.get_text() for text in ax.texts]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("accuracy", "divergence", "grad_norm", "entropies", "importance_weight", "distilled"),
+        *("distilled_tokens", "span_start", "span_length", "reflection_quality"),
+        *("time_per_step", "time_shares", "throughput"),
+    ],
+)
+def test_a_panel_without_its_metrics_says_so(name: str) -> None:
+    assert "no data" in texts(draw(getattr(panels, name), [{"step": 1, "other": 1.0}]))
+    drawn = draw(getattr(panels, name), [{"step": 1, **make_row(1)}])
+    assert "no data" not in texts(drawn)
+    assert drawn.get_title(loc="left")
+    assert drawn.get_xlabel()
+
+
+def test_accuracy_panel_names_its_ends() -> None:
+    rows = [
+        {"step": 0, "eval/dev/accuracy": 0.412, "eval/ood/accuracy": 0.5},
+        {"step": 5, "rollout/accuracy": 0.1},
+        {"step": 9, "eval/dev/accuracy": 0.634, "eval/ood/accuracy": 0.49},
+    ]
+    ax = draw(panels.accuracy, rows, samples=4)
+    assert texts(ax) == ["41.2%", "63.4%", "50.0%", "49.0%"]
+    assert ax.get_ylabel() == "accuracy (mean@4)"
+    low, high = ax.get_ylim()
+    assert 0 <= low < 0.1
+    assert 0.634 < high <= 1
+
+
+@pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
+def test_percent_axis_stays_within_0_and_100(value: float) -> None:
+    ax = draw(panels.accuracy, [{"step": 0, "eval/dev/accuracy": value}])
+    low, high = ax.get_ylim()
+    assert 0 <= low <= value <= high <= 1
+    assert high - low >= 0.3 - 1e-9
+
+
+def test_mean_at_k_comes_from_the_config(tmp_path: Path) -> None:
+    assert _eval_samples(tmp_path) is None
+    for text, expected in {
+        "[eval]\nsamples = 4\n": 4,
+        "[eval]\nsamples = 4\ntemperature = 0.0\n": 1,
+        "seed = 1\n": None,
+        "broken": None,
+    }.items():
+        (tmp_path / "config.toml").write_text(text)
+        assert _eval_samples(tmp_path) == expected
+
+
+def test_series_takes_the_later_row_of_a_step() -> None:
+    rows = [{"step": 2, "a": 1.0}, {"step": 1, "a": 3.0}, {"step": 2, "a": 2.0}, {"step": 3}]
+    got = series(rows, "a")
+    assert (got.steps, got.values) == ((1, 2), (3.0, 2.0))
+    assert not series(rows, "b")
+    assert not series([{"step": 1, "a": math.nan}], "a")
+
+
+def test_smoothing_ignores_a_spike_and_gaps() -> None:
+    values = [1.0] * 10 + [100.0, math.nan] + [1.0] * 10
+    got = series([{"step": i, "a": v} for i, v in enumerate(values)], "a").smoothed(5)
+    assert got.values == (1.0,) * 22
+    assert smoothing_window(19) == 1
+    assert all(smoothing_window(n) % 2 for n in (20, 100, 1000))
+
+
+def test_domains_are_what_is_no_total() -> None:
+    rows = [{"step": 0, "eval/dev/accuracy": 1.0, "eval/dev/tokens_mean": 9.0, "eval/dev/b/c": 0.0}]
+    assert domains([*rows, {"step": 1, "eval/dev/a": 1.0}], "dev") == ["a", "b/c"]
+    assert domains(rows, "ood") == []
+
+
+def test_stage_times_add_rows_of_a_step_and_average_bars() -> None:
+    rows: list[dict[str, Any]] = [{"step": i, "time/sample_s": 2.0} for i in range(1, 6)]
+    rows += [{"step": 1, "time/sample_s": 1.0, "time/evaluate_s": 4.0}, {"step": 0}]
+    times = stage_times(rows, max_bars=3)
+    assert times.num_steps == (2, 2, 1)
+    assert times.steps == (1.5, 3.5, 5.0)
+    assert times.seconds == {"sample": (2.5, 2.0, 2.0), "evaluate": (2.0, 0.0, 0.0)}
+    assert times.totals == {"sample": 11.0, "evaluate": 4.0}
+    assert not stage_times([])
