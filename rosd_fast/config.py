@@ -1,8 +1,8 @@
 """Every option, once: its name, type, default, range and meaning.
 
-A run is described by one `Config`. It is read from a preset or a TOML file and then from the command line,
-later wins; `rosd_fast.cli` does the reading. This module imports neither torch nor transformers, so that
-`--help` stays fast.
+A run is described by one `Config`. It is read from a preset or a TOML file and then from the
+command line, later wins; `rosd_fast.cli` does the reading. This module imports neither torch nor
+transformers, so that `--help` stays fast.
 """
 
 from __future__ import annotations
@@ -96,8 +96,9 @@ class ReflectConfig(Section):
         "Here is a correct solution:\n<correct_solution>\n{demonstration}\n</correct_solution>\n\n"
         "Here is an attempt that ends in a wrong answer:\n<attempt>\n{rollout}\n</attempt>\n"
         "{answer_note}\n"
-        "Find the first place where the reasoning of the attempt goes wrong. Copy that place word for word "
-        "from the attempt, then explain the correct idea in a few sentences. Use exactly this format:\n"
+        "Find the first place where the reasoning of the attempt goes wrong. Copy that place word "
+        "for word from the attempt, then explain the correct idea in a few sentences. Use exactly "
+        "this format:\n"
         "<error_quote>words copied from the attempt</error_quote>\n"
         "<explanation>the correct idea</explanation>"
     )
@@ -106,7 +107,8 @@ class ReflectConfig(Section):
         "{problem}\n\n"
         "Here is a correct solution:\n<correct_solution>\n{rollout}\n</correct_solution>\n"
         "{answer_note}\n"
-        "Explain in a few sentences which idea makes this solution right. Use exactly this format:\n"
+        "Explain in a few sentences which idea makes this solution right. Use exactly this "
+        "format:\n"
         "<explanation>the idea</explanation>"
     )
     """User turn for correct rollouts: {problem}, {rollout}, {answer_note}."""
@@ -118,7 +120,8 @@ class SpanConfig(Section):
     """From a quote to the tokens that are distilled."""
 
     granularity: Literal["suffix", "span", "sentence"] = "suffix"
-    """suffix: from the first token of the quote to the end; span: the quote; sentence: its sentences."""
+    """suffix: from the first token of the quote to the end; span: the quote; sentence: its
+    sentences."""
     on_miss: Literal["skip", "full"] = "skip"
     """A quote that is not in the rollout: leave the rollout out, or distil all of it."""
 
@@ -140,7 +143,9 @@ class TeacherConfig(Section):
     )
     """User turn after a wrong rollout: {problem}, {quote}, {explanation}."""
     correct_template: str = (
-        "{problem}\n\nA note on how to solve it: {explanation}\nSolve the problem with this in mind."
+        "{problem}\n\n"
+        "A note on how to solve it: {explanation}\n"
+        "Solve the problem with this in mind."
     )
     """User turn after a correct rollout: {problem}, {explanation}."""
 
@@ -161,7 +166,8 @@ class LossConfig(Section):
     entry_clip: PositiveFloat | None = None
     """Bound on each vocabulary entry's contribution; None: no bound."""
     is_clip: PositiveFloat | None = 2.0
-    """Bound on the importance weight exp(student - rollout log-prob); None: no importance weight."""
+    """Bound on the importance weight exp(student - rollout log-prob); None: no importance
+    weight."""
     strategy: Literal["auto", "chunked", "reference"] = "auto"
     """How the divergence is computed; all give the same numbers."""
     workspace_mib: PositiveInt = 256
@@ -189,7 +195,8 @@ class PackConfig(Section):
     """Micro-batches."""
 
     max_tokens: PositiveInt = 16384
-    """Tokens (student plus teacher) of a micro-batch; one longer sample is a micro-batch of its own."""
+    """Tokens (student plus teacher) of a micro-batch; one longer sample is a micro-batch of its
+    own."""
 
 
 class EvalConfig(Section):
@@ -263,7 +270,7 @@ class Config(Section):
     def _check(self) -> Config:
         if self.sample.group_size < 2:
             raise ValueError(
-                f"sample.group_size is {self.sample.group_size}: a wrong rollout learns from a correct "
-                "sibling, so a group needs at least 2"
+                f"sample.group_size is {self.sample.group_size}: a wrong rollout learns from a "
+                "correct sibling, so a group needs at least 2"
             )
         return self

@@ -1,4 +1,4 @@
-"""The one exception that a user's mistake raises, and nothing else does."""
+"""The exceptions that end the program with one line: a user's mistake, and a run that failed."""
 
 from __future__ import annotations
 
@@ -18,3 +18,7 @@ class UserError(Exception):
         if self.fix:
             text = f"{text.rstrip('.')}. {self.fix}"
         return " ".join(text.split())
+
+
+class RunFailed(Exception):
+    """A run that cannot go on although its input is right: printed as one line, exit code 1."""

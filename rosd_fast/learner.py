@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rosd_fast.config import Config
-from rosd_fast.errors import UserError
+from rosd_fast.errors import RunFailed, UserError
 from rosd_fast.loss import importance_weights, span_loss
 from rosd_fast.model.attention import head, hidden_states, packed_forward
 from rosd_fast.model.teacher import Teacher
@@ -26,7 +26,7 @@ from rosd_kernels import SpanDivergenceOutput
 MAX_SKIPPED = 5
 
 
-class TrainingDiverged(RuntimeError):
+class TrainingDiverged(RunFailed):
     """Loss or gradient was not finite in several steps in a row."""
 
 

@@ -1,12 +1,12 @@
 """The records that cross module boundaries.
 
-One optimizer step moves left to right through them, and each refers to the one before it by id, so no
-stage has to keep parallel lists in step:
+One optimizer step moves left to right through them, and each refers to the one before it by id, so
+no stage has to keep parallel lists in step:
 
     Problem -> Group[Rollout] -> Verdict -> Reflection -> ErrorSpan -> DistillSample -> PackedBatch
 
-Token positions are always positions in `completion_ids`, the ids that were sampled: text is never encoded
-again. Ranges are half-open. Log-probabilities are in nats.
+Token positions are always positions in `completion_ids`, the ids that were sampled: text is never
+encoded again. Ranges are half-open. Log-probabilities are in nats.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ SpanSource = Literal["quote", "full"]
 class Problem:
     """A question with a verifiable answer.
 
-    >>> Problem(id="biology:473", domain="biology", prompt="2 + 2 = ?", answer="4", verifier="number")
+    >>> Problem(id="biology:473", domain="biology", prompt="2 + 2 = ?", answer="4",
+    verifier="number")
     """
 
     id: str
@@ -155,7 +156,8 @@ class ErrorSpan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class DistillSample:
-    """One rollout under both prompts. The teacher reads the same completion ids after its own prompt."""
+    """One rollout under both prompts. The teacher reads the same completion ids after its own
+    prompt."""
 
     rollout_id: str
     student_prompt_ids: tuple[int, ...]
@@ -170,15 +172,18 @@ class DistillSample:
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.end <= len(self.completion_ids):
             raise ValueError(
-                f"{self.rollout_id}: span [{self.start}, {self.end}) does not lie in a completion of "
-                f"{len(self.completion_ids)} tokens"
+                f"{self.rollout_id}: span [{self.start}, {self.end}) does not lie in a completion "
+                f"of {len(self.completion_ids)} tokens"
             )
         if len(self.logprobs) != len(self.completion_ids):
             raise ValueError(
-                f"{self.rollout_id}: {len(self.completion_ids)} tokens but {len(self.logprobs)} logprobs"
+                f"{self.rollout_id}: {len(self.completion_ids)} tokens but "
+                f"{len(self.logprobs)} logprobs"
             )
         if not self.student_prompt_ids or not self.teacher_prompt_ids:
-            raise ValueError(f"{self.rollout_id}: a prompt is empty, so its first token has no state")
+            raise ValueError(
+                f"{self.rollout_id}: a prompt is empty: no state precedes the first token"
+            )
 
     @property
     def num_distilled(self) -> int:

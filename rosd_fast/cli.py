@@ -1,0 +1,100 @@
+"""The command line: `rosd-fast train | eval | data | report | doctor`.
+
+Arguments are read and checked before torch is imported. A mistake of the user's is one line on
+stderr and exit code 2; Ctrl-C before training has begun is exit code 130.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from difflib import get_close_matches
+from importlib import import_module
+from typing import Any
+
+from rosd_fast import __version__
+from rosd_fast.errors import RunFailed, UserError
+
+COMMANDS = {
+    "train": "run the loop: sample, verify, reflect, locate, distil, evaluate",
+    "eval": "accuracy of a model on a data set, by domain",
+    "data": "check a data set and show what is in it",
+    "report": "draw a run's plots again and print its before and after",
+    "doctor": "check that everything is there that a run needs",
+}
+FAILED, USAGE_ERROR, INTERRUPTED = 1, 2, 130
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    args = sys.argv[1:] if args is None else list(args)
+    try:
+        return dispatch(args)
+    except UserError as error:
+        print(f"rosd-fast: error: {error}", file=sys.stderr)
+        return USAGE_ERROR
+    except RunFailed as error:
+        print(f"rosd-fast: error: {error}", file=sys.stderr)
+        return FAILED
+    except KeyboardInterrupt:
+        return INTERRUPTED
+    except BrokenPipeError:  # the reader of our output has gone, as in `rosd-fast ... | head`
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+
+
+def dispatch(args: Sequence[str]) -> int:
+    """Find the command that `args` begin with, read the rest, and run it."""
+    if not args or args[0] in ("-h", "--help", "help"):
+        print(overview())
+        return 0
+    if args[0] in ("-V", "--version"):
+        print(f"rosd-fast {__version__}")
+        return 0
+    name, rest = args[0], args[1:]
+    if name not in COMMANDS:
+        near = get_close_matches(name, COMMANDS, n=1)
+        known = f"Commands are {', '.join(COMMANDS)}"
+        what = f"unknown {'option' if name.startswith('-') else 'command'} {name}"
+        raise UserError(what, fix=f"Did you mean {near[0]}?" if near else known)
+    command: Any = import_module(f"rosd_fast.commands.{name}")
+
+    from rosd_fast.options import options_of, read_args
+
+    wants_help = "-h" in rest or "--help" in rest
+    rest = [arg for arg in rest if arg not in ("-h", "--help")]
+    given = read_args(rest, options_of(command.Options), command.POSITIONAL)
+    if wants_help:
+        print_help(" ".join([name, *map(str.upper, command.POSITIONAL)]), command.defaults(given))
+        return 0
+    return command.run(given)
+
+
+def overview() -> str:
+    """The text of `rosd-fast --help`."""
+    lines = [
+        "usage: rosd-fast COMMAND [--option value ...]",
+        "",
+        "Reflective on-policy self-distillation of language models.",
+        "",
+        *(f"  {name:<8}{text}" for name, text in COMMANDS.items()),
+        "",
+        "rosd-fast COMMAND --help lists the options of a command, --version prints the version.",
+        "",
+        "  rosd-fast train                      the embedded default, in minutes on a CPU",
+        "  rosd-fast train --model DIR_OR_HUB_ID --data.train FILE.jsonl --data.dev FILE.jsonl",
+        "  rosd-fast train --resume runs/NAME   go on with a run",
+    ]
+    return "\n".join(lines)
+
+
+def print_help(usage: str, defaults: Any) -> None:
+    """Every option of a command with its meaning and default, by tyro from the option models."""
+    import tyro
+
+    try:
+        tyro.cli(type(defaults), prog=f"rosd-fast {usage}", args=["--help"], default=defaults)
+    except SystemExit as end:  # how tyro ends after printing the help
+        if end.code:
+            raise

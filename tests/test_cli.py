@@ -1,0 +1,261 @@
+"""The commands, as a user meets them: output, exit codes, and one line for a mistake."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import rosd_fast.quickstart
+from rosd_fast import __version__
+from rosd_fast.cli import COMMANDS, main
+from rosd_fast.commands import eval as eval_command
+from rosd_fast.commands.train import Options
+from rosd_fast.config import Config
+from rosd_fast.errors import UserError
+from rosd_fast.options import options_of
+from rosd_fast.settings import apply_args, load_preset, preset_names, to_toml
+
+Calls = list[tuple[Config, Path | None]]
+
+
+def run(*args: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "rosd_fast", *args]
+    return subprocess.run(command, capture_output=True, text=True, cwd=folder, timeout=60)
+
+
+def mistake(capsys: pytest.CaptureFixture[str], *args: str) -> str:
+    """The one line that a wrong call prints."""
+    assert main(args) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("rosd-fast: error: ")
+    assert err.count("\n") == 1
+    assert err.endswith("\n")
+    return err.removeprefix("rosd-fast: error: ").rstrip()
+
+
+def replace_train(
+    monkeypatch: pytest.MonkeyPatch, train: Callable[[Config, Path | None], None]
+) -> None:
+    """Put a stand-in where the command finds the real loop."""
+    module = types.ModuleType("rosd_fast.train")
+    module.train = lambda config, *, resume=None: train(config, resume)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "rosd_fast.train", module)
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> Calls:
+    """What `train` was called with."""
+    found: Calls = []
+    replace_train(monkeypatch, lambda config, resume: found.append((config, resume)))
+    return found
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["train", "--sample.group-sise", "3"], "Did you mean --sample.group-size?"),
+        (["train", "--sample.group-size", "x"], "--sample.group-size is 'x', must be a whole"),
+        (["trian"], "unknown command trian. Did you mean train?"),
+    ],
+)
+def test_a_mistake_is_one_line_and_exit_code_2(args: list[str], message: str) -> None:
+    done = run(*args)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert message in done.stderr
+    assert done.stderr.startswith("rosd-fast: error: ")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--help"],
+        ["train", "--help"],
+        ["eval", "--help"],
+        ["doctor", "--help"],
+        ["train", "--steps", "0"],
+        ["train", "--resume", "nowhere"],
+        ["data", "no.jsonl"],
+    ],
+    ids=" ".join,
+)
+def test_torch_is_not_imported_before_the_arguments_are_right(args: list[str]) -> None:
+    code = (
+        f"import sys\nfrom rosd_fast.cli import main\nmain({args!r})\n"
+        "slow = {'torch', 'transformers', 'matplotlib'} & set(sys.modules)\n"
+        "sys.exit(f'imported {slow}' if slow else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+
+
+def test_overview_and_version(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--help"]) == 0
+    text = capsys.readouterr().out
+    assert all(f"  {name} " in text for name in COMMANDS)
+    assert main([]) == 0
+    assert capsys.readouterr().out == text
+    assert main(["--version"]) == 0
+    assert capsys.readouterr().out == f"rosd-fast {__version__}\n"
+
+
+def test_the_help_of_train_lists_every_option(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["train", "--help"]) == 0
+    text = capsys.readouterr().out
+    for option in options_of(Options).values():
+        assert option.flag in text
+    assert f"(default: {load_preset('quickstart').steps})" in text
+    assert all(
+        name in (Options.model_fields["preset"].description or "") for name in preset_names()
+    )
+
+
+@pytest.mark.parametrize("name", COMMANDS)
+def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([name, "-h"]) == 0
+    assert f"usage: rosd-fast {name}" in capsys.readouterr().out
+
+
+def test_options_reach_the_loop(calls: Calls, tmp_path: Path) -> None:
+    assert main(["train"]) == 0
+    file = tmp_path / "own.toml"
+    file.write_text("steps = 9\n[optim]\nlr = 1e-3\n")
+    args = ["--preset", "smollm2", "--config", str(file), "--optim.lr", "2e-3", "--sample.top_k=5"]
+    assert main(["train", *args]) == 0
+    (first, _), (second, resume) = calls
+    assert first == load_preset("quickstart")
+    assert second == apply_args(
+        load_preset("smollm2"), {"steps": "9", "optim.lr": "2e-3", "sample.top_k": "5"}
+    )
+    assert resume is None
+
+
+def test_resume_takes_the_runs_own_options(calls: Calls, tmp_path: Path) -> None:
+    config = apply_args(load_preset("quickstart"), {"seed": "7", "name": "mine"})
+    (tmp_path / "config.toml").write_text(to_toml(config))
+    assert main(["train", "--resume", str(tmp_path), "--steps", "99"]) == 0
+    assert calls == [(apply_args(config, {"steps": "99"}), tmp_path)]
+
+
+def test_resume_mistakes(calls: Calls, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = str(tmp_path)
+    text = mistake(capsys, "train", "--resume", folder, "--optim.lr", "1")
+    assert text.startswith("--optim.lr cannot be changed where a run is resumed")
+    assert "holds no config.toml" in mistake(capsys, "train", "--resume", folder)
+    (tmp_path / "config.toml").write_text("steps = 'x'")
+    text = mistake(capsys, "train", "--resume", folder)
+    assert text.startswith(f"{folder}/config.toml:1: steps is ")
+    assert "no such run folder" in mistake(capsys, "train", "--resume", f"{folder}/no")
+    assert calls == []
+
+
+def test_a_mistake_found_by_the_loop_is_one_line_too(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def fail(config: Config, resume: Path | None) -> None:
+        raise UserError("too long\nby far", where="problem p:1", fix="Shorten it")
+
+    replace_train(monkeypatch, fail)
+    assert mistake(capsys, "train") == "problem p:1: too long by far. Shorten it"
+
+
+def test_ctrl_c_before_training_is_quiet(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupt(config: Config, resume: Path | None) -> None:
+        raise KeyboardInterrupt
+
+    replace_train(monkeypatch, interrupt)
+    assert main(["train"]) == 130
+    assert capsys.readouterr() == ("", "")
+
+
+def test_data_shows_what_is_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "sums.jsonl"
+    row = {"prompt": "What is [2 + 2]?", "answer": 4, "domain": "sums", "verifier": "number"}
+    file.write_text(json.dumps(row) + "\n" + json.dumps({**row, "system": "Be brief."}))
+    assert main(["data", str(file)]) == 0
+    text = capsys.readouterr().out
+    assert "2 problems" in text
+    assert "What is [2 + 2]?" in text
+    cells = [part.strip() for part in text.replace("┃", "│").split("│")]
+    assert cells[cells.index("sums") :][:4] == ["sums", "number", "1", "2"]
+
+
+def test_data_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "sums.jsonl"
+    file.write_text('{"prompt": "x", "answer": "1", "verifier": "number"}\n{"prompt": \n')
+    assert mistake(capsys, "data", str(file)).startswith(f"{file}:2: malformed JSON")
+    assert mistake(capsys, "data").startswith("no data set is named")
+    assert "unexpected argument" in mistake(capsys, "data", "one", "two")
+
+
+def test_report_draws_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    rows = [
+        {"step": 0, "eval/dev/accuracy": 0.25},
+        {"step": 1, "loss/divergence": 0.5, "rollout/accuracy": 0.5},
+        {"step": 2, "loss/divergence": 0.25, "eval/dev/accuracy": 0.75},
+    ]
+    (tmp_path / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    assert main(["report", str(tmp_path)]) == 0
+    text = capsys.readouterr().out
+    assert "25.0%" in text
+    assert "+50.0" in text
+    assert list((tmp_path / "plots").glob("*.png"))
+
+
+def test_report_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no such run folder" in mistake(capsys, "report", str(tmp_path / "no"))
+    assert "no metrics.jsonl" in mistake(capsys, "report", str(tmp_path))
+    assert mistake(capsys, "report").startswith("no run is named")
+
+
+def test_doctor_says_what_is_missing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    monkeypatch.setattr(rosd_fast.quickstart, "MODEL_DIR", model)
+    assert main(["doctor", "--out", str(tmp_path / "runs")]) == 1
+    assert "missing" in capsys.readouterr().out
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"):
+        (model / name).touch()
+    assert main(["doctor", "--out", str(tmp_path / "runs")]) == 0
+    text = capsys.readouterr().out
+    assert "missing" not in text
+    assert "transformers" in text
+    assert not (tmp_path / "runs").exists()
+    (tmp_path / "file").touch()
+    assert main(["doctor", "--out", str(tmp_path / "file" / "runs")]) == 1
+
+
+def test_eval_prints_accuracy_by_domain(capsys: pytest.CaptureFixture[str]) -> None:
+    args = ["--problems", "3", "--samples", "2", "--max-new-tokens", "4"]
+    assert main(["eval", "--model", "quickstart", *args]) == 0
+    text = capsys.readouterr().out
+    cells = [part.strip() for part in text.replace("┃", "│").split("│")]
+    # Four tokens hold no answer tag.
+    assert cells[cells.index("all") :][:3] == ["all", "3", "0.0%"]
+    assert "100.0% cut off" in text
+
+
+def test_eval_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "there is no such split" in mistake(capsys, "eval", "--data", "quickstart:x")
+    assert "--samples is '0'" in mistake(capsys, "eval", "--samples", "0")
+    text = mistake(capsys, "eval", "--model", str(tmp_path / "no" / "model"))
+    assert "there is no such model folder" in text
+
+
+def test_evals_options_mean_the_same_in_a_run() -> None:
+    options = eval_command.Options(samples=3, temperature=0.5, top_p=0.9, dtype="bfloat16")
+    config = eval_command.model_config(options)
+    assert (config.eval.samples, config.eval.temperature, config.eval.top_p) == (3, 0.5, 0.9)
+    assert config.dtype == "bfloat16"
