@@ -1,0 +1,151 @@
+"""The public function: checks its arguments, chooses a strategy, runs it."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from rosd_kernels.chunked import run_chunked
+from rosd_kernels.records import (
+    Divergence,
+    SpanDivergenceOutput,
+    SpanInputs,
+    SpanOptions,
+    Strategy,
+)
+from rosd_kernels.reference import run_reference
+
+STRATEGIES: dict[str, Strategy] = {"chunked": run_chunked, "reference": run_reference}
+AUTO = "chunked"
+
+
+def span_divergence(
+    student_hidden: Tensor,  # [N, H]
+    teacher_hidden: Tensor,  # [N, Ht]
+    student_head: Tensor,  # [V, H]
+    teacher_head: Tensor | None = None,  # [V, Ht]
+    *,
+    divergence: Divergence = "jsd",
+    beta: float = 0.5,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    student_bias: Tensor | None = None,  # [V]
+    teacher_bias: Tensor | None = None,  # [V]
+    weights: Tensor | None = None,  # [N]
+    token_ids: Tensor | None = None,  # [N]
+    rollout_logprobs: Tensor | None = None,  # [N]
+    is_clip: float | None = None,
+    top_k: int | None = None,
+    tail: bool = True,
+    entry_clip: float | None = None,
+    sparsity: Literal["exact"] = "exact",
+    strategy: Literal["auto", "chunked", "reference"] = "auto",
+    workspace_mib: float = 256,
+    vocab_group: None = None,
+) -> SpanDivergenceOutput:
+    """Token-level divergence of student and teacher, from hidden states: `sum_n w_n D_n`.
+
+    With logits `s = softcap(h W^T + b) / temperature` of the student, `z` of the teacher likewise,
+    `p = softmax(s)` and `q = softmax(z)`, the divergence D of a token is the sum over the
+    vocabulary of these contributions (`m = beta q + (1-beta) p`):
+
+        forward_kl   q_v log(q_v/p_v)                                     KL(q, p)
+        reverse_kl   p_v log(p_v/q_v)                                     KL(p, q)
+        jsd          beta q_v log(q_v/m_v) + (1-beta) p_v log(p_v/m_v)    JSD_beta
+
+    Args:
+        student_hidden: [N, H], after the final norm, of the distilled tokens only. N may be 0: the
+            loss is zero and backpropagates zeros.
+        teacher_hidden: [N, Ht]. No gradient flows into it.
+        student_head: [V, H].
+        teacher_head: [V, Ht]; used without a gradient. None: the student's head, and with it the
+            student's bias unless `teacher_bias` is given.
+        divergence: a name from the table.
+        beta: weight of the teacher in `m`, in (0, 1). Read by `jsd` only.
+        temperature: divides both logits, after the soft cap.
+        softcap: `softcap(x) = cap tanh(x / cap)`, on both logits. None: the identity.
+        student_bias, teacher_bias: [V], finite, added before the soft cap. None: no bias (but see
+            `teacher_head`).
+        weights: [N], without a gradient. None: ones. The loss is a sum, not a mean: a normalization
+            over the whole optimizer step goes into the weights.
+        token_ids: [N] sampled ids, int64 or int32; gives `student_logprob` and `teacher_logprob`.
+        rollout_logprobs: [N] log-probs of `token_ids` under the policy that sampled them. Read only
+            where `is_clip` is set.
+        is_clip: multiplies weight n by `min(exp(student_logprob_n - rollout_logprobs_n), is_clip)`,
+            without a gradient. Needs `token_ids` and `rollout_logprobs`. None: off.
+        top_k: compare on the student's k most likely ids only, 1 <= k <= V; the teacher is read at
+            the same ids. Entropies and log-probs still see the whole vocabulary. None: all ids.
+        tail: with `top_k`, True adds a bucket that holds the remaining mass of either side; False
+            renormalizes both over the k ids.
+        entry_clip: bounds what an entry contributes from above, `min(contribution_v, entry_clip)`;
+            an entry above the bound has no gradient. The tail's bucket is an entry as well. Below,
+            no bound is needed: a contribution is at least -1/e in the KLs and at least 0 in `jsd`.
+            A clipped KL may come out negative. None: no bound.
+        sparsity: "exact", all entries are computed: the one choice in this version.
+        strategy: "chunked" keeps all logit-sized buffers within `workspace_mib`; "reference" is
+            plain PyTorch on whole [N, V] logits, for tests; "auto" is "chunked" in this version.
+            They agree up to rounding.
+        workspace_mib: bound on all logit-sized buffers together. One row is held in any case.
+        vocab_group: None, every rank holds whole heads: the one choice in this version.
+
+    Returns:
+        `SpanDivergenceOutput`. Its `loss` is differentiable w.r.t. `student_hidden`, `student_head`
+        and `student_bias`, once: "chunked" refuses `create_graph=True` with a RuntimeError.
+        Floating tensors are float64, float32, bfloat16 or float16. Logits, sums and gradients are
+        formed in float32 (in float64 where a hidden state or head is float64), and a gradient is
+        rounded once, to the dtype of its input. Equal calls give equal bits on one machine and
+        thread count.
+
+    Raises:
+        ValueError: an argument breaks the contract above. Names the argument, what it got and what
+            it wants.
+    """
+    if sparsity != "exact":
+        raise ValueError(f"sparsity: got {sparsity!r}, this version supports 'exact' only")
+    if strategy != "auto" and strategy not in STRATEGIES:
+        names = ", ".join(repr(name) for name in ("auto", *STRATEGIES))
+        raise ValueError(f"strategy: got {strategy!r}, this version supports {names}")
+    if vocab_group is not None:
+        raise ValueError(
+            f"vocab_group: got {type(vocab_group).__name__}, this version supports None only "
+            "(every rank holds whole heads)"
+        )
+    options = SpanOptions(
+        divergence=divergence,
+        beta=beta,
+        temperature=temperature,
+        softcap=softcap,
+        is_clip=is_clip,
+        top_k=top_k,
+        tail=tail,
+        entry_clip=entry_clip,
+        workspace_mib=workspace_mib,
+    )
+    inputs = SpanInputs.of(
+        student_hidden=student_hidden,
+        teacher_hidden=teacher_hidden,
+        student_head=student_head,
+        teacher_head=teacher_head,
+        student_bias=student_bias,
+        teacher_bias=teacher_bias,
+        weights=weights,
+        token_ids=token_ids,
+        rollout_logprobs=rollout_logprobs,
+    )
+    _check_together(inputs, options)
+    # Autocast would turn the GEMMs, which are formed in float32 on purpose, into bfloat16 ones.
+    with torch.autocast(device_type=student_hidden.device.type, enabled=False):
+        return STRATEGIES[AUTO if strategy == "auto" else strategy](inputs, options)
+
+
+def _check_together(inputs: SpanInputs, options: SpanOptions) -> None:
+    if options.is_clip is not None:
+        for name in ("token_ids", "rollout_logprobs"):
+            if getattr(inputs, name) is None:
+                raise ValueError(
+                    f"{name}: got None, want shape [N] = [{inputs.num_tokens}] with is_clip"
+                )
+    if options.top_k is not None and options.top_k > inputs.vocab_size:
+        raise ValueError(f"top_k: got {options.top_k}, want at most V = {inputs.vocab_size}")

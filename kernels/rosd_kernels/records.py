@@ -1,0 +1,291 @@
+"""The records that pass between the public function and a strategy.
+
+A strategy is a function `(SpanInputs, SpanOptions) -> SpanDivergenceOutput`. Both records check
+themselves, so a strategy may rely on everything said here; every violation is a `ValueError` that
+names the argument.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
+DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
+FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpanOptions:
+    """Validated scalar options; `span_divergence` says what each means."""
+
+    divergence: Divergence = "jsd"
+    beta: float = 0.5
+    temperature: float = 1.0
+    softcap: float | None = None
+    is_clip: float | None = None
+    top_k: int | None = None
+    tail: bool = True
+    entry_clip: float | None = None
+    workspace_mib: float = 256
+
+    def __post_init__(self) -> None:
+        if self.divergence not in DIVERGENCES:
+            raise ValueError(f"divergence: got {self.divergence!r}, want one of {DIVERGENCES}")
+        if self.divergence == "jsd" and not (_is_positive(self.beta) and self.beta < 1):
+            raise ValueError(
+                f"beta: got {self.beta!r}, want a number in the open interval (0, 1); "
+                "its ends are the divergences 'forward_kl' and 'reverse_kl'"
+            )
+        for name in ("temperature", "softcap", "is_clip", "entry_clip", "workspace_mib"):
+            value = getattr(self, name)
+            optional = name in ("softcap", "is_clip", "entry_clip")
+            if not (value is None and optional) and not _is_positive(value):
+                wish = "None or a finite number > 0" if optional else "a finite number > 0"
+                raise ValueError(f"{name}: got {value!r}, want {wish}")
+        if self.top_k is not None and not (type(self.top_k) is int and self.top_k >= 1):
+            raise ValueError(f"top_k: got {self.top_k!r}, want None or an int from 1 to V")
+        if not isinstance(self.tail, bool):
+            raise ValueError(f"tail: got {self.tail!r}, want True or False")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpanInputs:
+    """Validated tensors. `teacher_*`, `weights` and `rollout_logprobs` are detached already.
+
+    Use `of` to build one: it fills in the teacher's head and detaches what has no gradient.
+    """
+
+    student_hidden: Tensor  # [N, H]
+    teacher_hidden: Tensor  # [N, Ht]
+    student_head: Tensor  # [V, H]
+    teacher_head: Tensor  # [V, Ht]
+    student_bias: Tensor | None  # [V]
+    teacher_bias: Tensor | None  # [V]
+    weights: Tensor | None  # [N]
+    token_ids: Tensor | None  # [N] int64
+    rollout_logprobs: Tensor | None  # [N]
+    head_is_shared: bool  # student_head and teacher_head are the same memory
+
+    @classmethod
+    def of(
+        cls,
+        *,
+        student_hidden: Tensor,
+        teacher_hidden: Tensor,
+        student_head: Tensor,
+        teacher_head: Tensor | None,
+        student_bias: Tensor | None,
+        teacher_bias: Tensor | None,
+        weights: Tensor | None,
+        token_ids: Tensor | None,
+        rollout_logprobs: Tensor | None,
+    ) -> SpanInputs:
+        """Check every tensor against the shape legend. Raises ValueError."""
+        _check_matrix("student_hidden", student_hidden, "[N, H]")
+        _check_matrix("teacher_hidden", teacher_hidden, "[N, Ht]")
+        _check_matrix("student_head", student_head, "[V, H]")
+        num_tokens, width = student_hidden.shape
+        vocab = student_head.shape[0]
+        if vocab == 0:
+            raise ValueError(_shape_text("student_head", student_head, "[V, H] with V >= 1"))
+        if student_head.shape[1] != width:
+            raise ValueError(_shape_text("student_head", student_head, f"[V, H] = [V, {width}]"))
+        if teacher_hidden.shape[0] != num_tokens:
+            raise ValueError(
+                _shape_text("teacher_hidden", teacher_hidden, f"[N, Ht] = [{num_tokens}, Ht]")
+            )
+        _forbid_gradient(teacher_hidden=teacher_hidden, weights=weights)
+        _forbid_gradient(rollout_logprobs=rollout_logprobs)
+        teacher_width = teacher_hidden.shape[1]
+        if teacher_head is None:
+            if teacher_width != width:
+                wish = f"[N, H] = [{num_tokens}, {width}], as teacher_head is None"
+                raise ValueError(_shape_text("teacher_hidden", teacher_hidden, wish))
+            teacher_head = student_head
+            teacher_bias = student_bias if teacher_bias is None else teacher_bias
+        _check_matrix("teacher_head", teacher_head, "[V, Ht]")
+        if tuple(teacher_head.shape) != (vocab, teacher_width):
+            wish = f"[V, Ht] = [{vocab}, {teacher_width}]"
+            raise ValueError(_shape_text("teacher_head", teacher_head, wish))
+        for name, tensor, want in (
+            ("student_bias", student_bias, ("V", vocab)),
+            ("teacher_bias", teacher_bias, ("V", vocab)),
+            ("weights", weights, ("N", num_tokens)),
+            ("rollout_logprobs", rollout_logprobs, ("N", num_tokens)),
+        ):
+            if tensor is not None:
+                _check_vector(name, tensor, *want)
+        if token_ids is not None:
+            token_ids = _check_token_ids(token_ids, num_tokens, vocab)
+        _check_devices(
+            student_hidden=student_hidden,
+            teacher_hidden=teacher_hidden,
+            student_head=student_head,
+            teacher_head=teacher_head,
+            student_bias=student_bias,
+            teacher_bias=teacher_bias,
+            weights=weights,
+            token_ids=token_ids,
+            rollout_logprobs=rollout_logprobs,
+        )
+        return cls(
+            student_hidden=student_hidden,
+            teacher_hidden=teacher_hidden.detach(),
+            student_head=student_head,
+            teacher_head=teacher_head.detach(),
+            student_bias=student_bias,
+            teacher_bias=None if teacher_bias is None else teacher_bias.detach(),
+            weights=weights,
+            token_ids=token_ids,
+            rollout_logprobs=rollout_logprobs,
+            head_is_shared=_same_memory(student_head, teacher_head),
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        return self.student_hidden.shape[0]
+
+    @property
+    def vocab_size(self) -> int:
+        return self.student_head.shape[0]
+
+    @property
+    def compute_dtype(self) -> torch.dtype:
+        """float64 where a hidden state or head is float64, otherwise float32."""
+        tensors = (
+            self.student_hidden,
+            self.teacher_hidden,
+            self.student_head,
+            self.teacher_head,
+        )
+        is_double = any(tensor.dtype == torch.float64 for tensor in tensors)
+        return torch.float64 if is_double else torch.float32
+
+    def rows(self, start: int, stop: int) -> SpanInputs:
+        """The same inputs for tokens start..stop only (views)."""
+        per_token = ("student_hidden", "teacher_hidden", "weights", "token_ids", "rollout_logprobs")
+        tensors = {name: getattr(self, name) for name in per_token}
+        cut = {name: x[start:stop] for name, x in tensors.items() if x is not None}
+        return replace(self, **cut)
+
+    def token_weights(self, student_logprob: Tensor | None, options: SpanOptions) -> Tensor:
+        """[N] weights, with `is_clip` times `min(exp(lp - rollout_lp), is_clip)`, in compute dtype.
+
+        `student_logprob` [N] is lp, detached; it may be None without `is_clip`.
+        """
+        dtype = self.compute_dtype
+        if self.weights is None:
+            weights = self.student_hidden.new_ones(self.num_tokens, dtype=dtype)
+        else:
+            weights = self.weights.to(dtype)
+        if options.is_clip is None:
+            return weights
+        assert student_logprob is not None and self.rollout_logprobs is not None
+        ratio = torch.exp(student_logprob - self.rollout_logprobs.to(dtype))
+        return weights * ratio.clamp(max=options.is_clip)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpanDivergenceStats:
+    """How the divergence was computed."""
+
+    strategy: str  # the strategy that ran; never "auto"
+    active_frac: float  # share of (row block, vocabulary tile) pairs that were computed
+    dropped_mass_max: float  # largest probability mass any row lost to sparsity
+    workspace_bytes: int  # logit-sized buffers held at once; 0: unbounded (reference)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class SpanDivergenceOutput:
+    """What `span_divergence` returns. Everything but `loss` is detached.
+
+    Dtypes are float32, or float64 where the inputs are.
+    """
+
+    loss: Tensor  # scalar: sum over tokens of weight * divergence
+    per_token: Tensor  # [N] divergence, without the weights, in nats
+    student_logprob: (
+        Tensor | None
+    )  # [N] of token_ids at the given temperature; None without token_ids
+    teacher_logprob: Tensor | None  # [N] likewise
+    student_entropy: Tensor | None  # [N] over the whole vocabulary, in nats
+    teacher_entropy: Tensor | None  # [N] likewise
+    stats: SpanDivergenceStats
+
+
+Strategy = Callable[[SpanInputs, SpanOptions], SpanDivergenceOutput]
+
+
+def _is_positive(value: object) -> bool:
+    if not isinstance(value, (int, float)) or isinstance(value, bool):
+        return False
+    return math.isfinite(value) and value > 0
+
+
+def _shape_text(name: str, tensor: Tensor, wish: str) -> str:
+    return f"{name}: got shape {list(tensor.shape)}, want {wish}"
+
+
+def _check_float(name: str, tensor: Tensor, wish: str) -> None:
+    if not isinstance(tensor, Tensor):
+        raise ValueError(f"{name}: got {type(tensor).__name__}, want a tensor {wish}")
+    if tensor.dtype not in FLOAT_DTYPES:
+        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
+        raise ValueError(f"{name}: got dtype {tensor.dtype}, want one of {names}")
+
+
+def _check_matrix(name: str, tensor: Tensor, wish: str) -> None:
+    _check_float(name, tensor, wish)
+    if tensor.ndim != 2:
+        raise ValueError(_shape_text(name, tensor, wish))
+
+
+def _check_vector(name: str, tensor: Tensor, letter: str, size: int) -> None:
+    wish = f"[{letter}] = [{size}]"
+    _check_float(name, tensor, wish)
+    if tuple(tensor.shape) != (size,):
+        raise ValueError(_shape_text(name, tensor, wish))
+
+
+def _check_token_ids(token_ids: Tensor, num_tokens: int, vocab: int) -> Tensor:
+    wish = f"[N] = [{num_tokens}]"
+    if not isinstance(token_ids, Tensor):
+        raise ValueError(f"token_ids: got {type(token_ids).__name__}, want a tensor {wish}")
+    if token_ids.dtype not in (torch.int64, torch.int32):
+        raise ValueError(f"token_ids: got dtype {token_ids.dtype}, want int64 or int32")
+    if tuple(token_ids.shape) != (num_tokens,):
+        raise ValueError(_shape_text("token_ids", token_ids, wish))
+    # Only where it costs no synchronization; a GPU's gather asserts by itself.
+    if token_ids.device.type == "cpu" and num_tokens:
+        low, high = int(token_ids.min()), int(token_ids.max())
+        if low < 0 or high >= vocab:
+            wrong = low if low < 0 else high
+            raise ValueError(f"token_ids: got id {wrong}, want 0 <= id < V = {vocab}")
+    return token_ids.long()
+
+
+def _forbid_gradient(**tensors: Tensor | None) -> None:
+    for name, tensor in tensors.items():
+        if isinstance(tensor, Tensor) and tensor.requires_grad:
+            raise ValueError(
+                f"{name}: requires a gradient, but none flows into it; pass {name}.detach()"
+            )
+
+
+def _check_devices(**tensors: Tensor | None) -> None:
+    devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
+    wanted = devices["student_hidden"]
+    for name, device in devices.items():
+        if device != wanted:
+            raise ValueError(f"{name}: is on {device}, want {wanted}, where student_hidden is")
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    same_layout = a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
+    return same_layout and a.data_ptr() == b.data_ptr()

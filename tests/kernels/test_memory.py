@@ -1,0 +1,73 @@
+"""What the chunked strategy allocates, counted by the allocator itself."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+
+from rosd_kernels import span_divergence
+
+
+def allocations(call) -> list[int]:
+    """Bytes of every allocation (> 0) and release (< 0) of the call, from the allocator itself."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(profile_memory=True, activities=activities) as profile:
+        kept = call()
+    assert kept is not None
+    profiler: Any = profile.profiler
+    events = profiler.kineto_results.events()
+    return [event.nbytes() for event in events if event.name() == "[memory]"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"top_k": 20}, {"top_k": 900, "tail": False}, {"entry_clip": 0.01, "softcap": 5.0}],
+    ids=str,
+)
+def test_memory_stays_within_the_workspace(make_case, dtype, options):
+    """Peak of what is allocated = workspace + float32 gradients + less than one row of logits."""
+    N, V, H, mib = 300, 2000, 8, 0.25
+    case = make_case(N, V, H, weights=True, sampled=True, dtype=dtype)
+    tensors = dict(case.tensors)
+    tensors["student_hidden"].requires_grad_()
+    tensors["student_head"].requires_grad_()
+    sizes = allocations(
+        lambda: span_divergence(**tensors, is_clip=2.0, workspace_mib=mib, **options)
+    )
+    live = peak = 0
+    for size in sizes:
+        live += size
+        peak = max(peak, live)
+    gradients, per_token, one_row = 4 * (V * H + N * H), 4 * 8 * N, 4 * V
+    assert 0 < max(sizes) < 4 * N * V / 8  # no [N, V] tensor
+    assert peak <= mib * 2**20 + gradients + per_token + one_row
+
+
+@pytest.mark.parametrize("layout", ["bfloat16", "spread"])
+def test_no_converted_copy_of_a_head(make_case, layout):
+    """A head that a GEMM cannot read as it is goes through the workspace tile by tile."""
+    N, V, H = 4, 500, 400
+    tensors = dict(make_case(N, V, H, teacher_width=H).tensors)
+    tensors["student_hidden"].requires_grad_()
+    for name in ("student_head", "teacher_head"):
+        head = tensors[name]
+        spread = head.repeat_interleave(2, dim=1)[:, ::2]
+        tensors[name] = head.bfloat16() if layout == "bfloat16" else spread
+    sizes = allocations(lambda: span_divergence(**tensors, workspace_mib=0.5))
+    assert 0 < max(sizes) <= 2**19 // 4 < 4 * V * H
+
+
+def test_no_head_gradient_is_held_where_none_is_wanted(make_case):
+    N, V, H = 4, 50, 2000
+    tensors = dict(make_case(N, V, H).tensors)
+    tensors["student_head"].requires_grad_()
+
+    def quietly():
+        with torch.no_grad():
+            return span_divergence(**tensors)
+
+    assert max(allocations(lambda: span_divergence(**tensors))) == 4 * V * H
+    assert max(allocations(quietly)) < 4 * V * H
