@@ -1,0 +1,122 @@
+"""What all benchmarks share: alternating timing, the environment, and a CSV row for each run."""
+
+from __future__ import annotations
+
+import csv
+import datetime
+import importlib.metadata
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TypeVar
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "bench" / "results"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, slots=True)
+class Timing:
+    """Wall-clock seconds of repeated runs of one candidate."""
+
+    seconds: tuple[float, ...]
+
+    @property
+    def median_s(self) -> float:
+        return statistics.median(self.seconds)
+
+    @property
+    def spread_frac(self) -> float:
+        """(slowest - fastest) / median."""
+        return (max(self.seconds) - min(self.seconds)) / self.median_s
+
+
+def time_alternating(
+    candidates: Mapping[str, Callable[[], T]], *, repeats: int, warmup: int = 1
+) -> dict[str, tuple[Timing, list[T]]]:
+    """Run the candidates in turn, `repeats` times each, and return their times and results by name.
+
+    In turn, so that a machine that slows down or is shared slows all of them down alike.
+    """
+    times: dict[str, list[float]] = {name: [] for name in candidates}
+    results: dict[str, list[T]] = {name: [] for name in candidates}
+    for turn in range(warmup + repeats):
+        for name, run in candidates.items():
+            start = time.perf_counter()
+            result = run()
+            elapsed = time.perf_counter() - start
+            if turn >= warmup:
+                times[name].append(elapsed)
+                results[name].append(result)
+    return {name: (Timing(tuple(times[name])), results[name]) for name in candidates}
+
+
+def environment() -> dict[str, str]:
+    """Machine, versions, commit and date, as CSV columns."""
+    return {
+        "date": datetime.date.today().isoformat(),
+        "machine": machine(),
+        "cores": str(
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        ),
+        "python": platform.python_version(),
+        "torch": version("torch"),
+        "transformers": version("transformers"),
+        "commit": git_commit(),
+    }
+
+
+def machine() -> str:
+    """The processor's name, or the architecture where there is no /proc/cpuinfo."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()
+
+
+def version(package: str) -> str:
+    """The installed version of `package`, "" when there is none."""
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+def git_commit() -> str:
+    """The short commit, "+" behind it when tracked files were changed; "" outside a clone."""
+
+    def git(*arguments: str) -> str:
+        command = ["git", "-C", str(ROOT), *arguments]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+        return done.stdout.strip()
+
+    try:
+        changed = git("status", "--porcelain", "--untracked-files=no")
+        return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
+    except (OSError, subprocess.SubprocessError):
+        return ""
+
+
+def append_row(path: Path, row: Mapping[str, object]) -> None:
+    """Add `row` to a CSV file, with a header when the file is new.
+
+    Raises ValueError when the file has other columns: with new columns begins a new file.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    header = path.read_text().splitlines()[:1] if path.exists() else []
+    if header and next(csv.reader(header)) != list(row):
+        raise ValueError(f"{path} has other columns than this benchmark writes; move it away first")
+    with path.open("a", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(row))
+        if not header:
+            writer.writeheader()
+        writer.writerow(row)

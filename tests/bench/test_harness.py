@@ -1,0 +1,52 @@
+"""The benchmarks' common parts."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+
+from bench import harness
+
+
+def test_candidates_take_turns() -> None:
+    calls: list[str] = []
+
+    def run(name: str) -> int:
+        calls.append(name)
+        return len(calls)
+
+    timed = harness.time_alternating(
+        {"a": lambda: run("a"), "b": lambda: run("b")}, repeats=3, warmup=1
+    )
+    assert calls == ["a", "b"] * 4
+    timing, results = timed["b"]
+    assert results == [4, 6, 8]  # without the warm-up
+    assert len(timing.seconds) == 3
+    assert min(timing.seconds) <= timing.median_s <= max(timing.seconds)
+    assert harness.Timing((1.0, 4.0, 2.0)).median_s == 2.0
+    assert harness.Timing((1.0, 4.0, 2.0)).spread_frac == 1.5
+
+
+def test_rows_are_appended_under_one_header(tmp_path: Path) -> None:
+    path = tmp_path / "results" / "speed.csv"
+    harness.append_row(path, {"machine": "a, b", "ratio": 2.5})
+    harness.append_row(path, {"machine": "c", "ratio": 3})
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert rows == [{"machine": "a, b", "ratio": "2.5"}, {"machine": "c", "ratio": "3"}]
+    with pytest.raises(ValueError, match="other columns"):
+        harness.append_row(path, {"machine": "c", "speed": 3})
+    assert len(path.read_text().splitlines()) == 3
+
+
+def test_the_environment_is_named_without_git(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    row = harness.environment()
+    assert row["commit"] == ""
+    assert row["torch"]
+    assert row["machine"]
+    assert harness.version("no-such-package-at-all") == ""
