@@ -1,0 +1,132 @@
+"""What the loop needs of a quickstart model, measured on the dev splits with the loop's own
+stages."""
+
+from __future__ import annotations
+
+from rosd_fast.config import Config
+from rosd_fast.engines.base import RolloutEngine
+from rosd_fast.engines.local import LocalEngine
+from rosd_fast.model.load import LoadedModel, load_model
+from rosd_fast.quickstart.tasks import load_split
+from rosd_fast.reflect import reflect
+from rosd_fast.rollout import sample_groups
+from rosd_fast.samples import build_samples
+from rosd_fast.select import select_groups
+from rosd_fast.settings import load_preset
+from rosd_fast.spans import TokenBytes, locate_errors
+from rosd_fast.types import DistillSample, GenerationRequest, Group, Problem, SamplingParams
+from rosd_fast.verify import VERIFIERS, verify_all
+
+Figures = dict[str, float]
+
+
+async def measure(model_folder: str, *, group_size: int = 8, seed: int = 0) -> Figures:
+    """Shares in [0, 1], at temperature 1.
+
+    solve/dev, solve/ood: accuracy from the problem alone. reflect/well_formed: reflections on wrong
+    rollouts that have both tags and quote a verbatim run of the rollout. teach/before, teach/after:
+    accuracy from the problem alone, and from problem + the model's own reflection, over the same
+    wrong rollouts' problems.
+    """
+    config = load_preset("quickstart").model_copy(update={"model": model_folder})
+    model = load_model(config)
+    engine = LocalEngine(model.model)
+    params = SamplingParams(
+        max_new_tokens=config.sample.max_new_tokens, stop_token_ids=model.stop_token_ids
+    )
+    groups = await _sample(engine, model, load_split("dev"), config, params, group_size, seed)
+    outside = await _sample(engine, model, load_split("dev_ood"), config, params, group_size, seed)
+    verdicts = verify_all([*groups, *outside], threshold=1.0)
+    score = {rollout_id: verdict.score for rollout_id, verdict in verdicts.items()}
+    figures: Figures = {
+        "solve/dev": _accuracy(groups, score),
+        "solve/ood": _accuracy(outside, score),
+    }
+    for domain in sorted({group.problem.domain for group in [*groups, *outside]}):
+        members = [group for group in [*groups, *outside] if group.problem.domain == domain]
+        figures[f"solve/{domain}"] = _accuracy(members, score)
+
+    kept = select_groups(groups, verdicts, config.select).kept
+    reflections = await reflect(
+        kept,
+        verdicts,
+        engine=engine,
+        config=config.reflect,
+        tokenizer=model.tokenizer,
+        stop_token_ids=model.stop_token_ids,
+        seed=seed,
+        step=0,
+    )
+    texts = {rollout.id: rollout.text for group in kept for rollout in group.rollouts}
+    wrong = [reflection for reflection in reflections.values() if not reflection.correct]
+    verbatim = [r for r in wrong if r.well_formed and r.quote and r.quote in texts[r.rollout_id]]
+    figures["reflect/well_formed"] = len(verbatim) / len(wrong)
+
+    located = locate_errors(
+        kept, verdicts, reflections, token_bytes=TokenBytes(model.tokenizer), config=config.span
+    )
+    samples = build_samples(
+        kept, reflections, located.spans, tokenizer=model.tokenizer, config=config.teacher
+    )
+    taught = [sample for sample in samples if not reflections[sample.rollout_id].correct]
+    return figures | await _teach(engine, model, taught, kept, score, params, seed)
+
+
+async def _sample(
+    engine: RolloutEngine,
+    model: LoadedModel,
+    problems: list[Problem],
+    config: Config,
+    params: SamplingParams,
+    group_size: int,
+    seed: int,
+) -> list[Group]:
+    return await sample_groups(
+        engine,
+        problems,
+        tokenizer=model.tokenizer,
+        group_size=group_size,
+        params=params,
+        seed=seed,
+        step=0,
+        max_prompt_tokens=config.sample.max_prompt_tokens,
+    )
+
+
+def _accuracy(groups: list[Group], score: dict[str, float]) -> float:
+    scores = [score[rollout.id] for group in groups for rollout in group.rollouts]
+    return sum(scores) / len(scores)
+
+
+async def _teach(
+    engine: RolloutEngine,
+    model: LoadedModel,
+    taught: list[DistillSample],
+    groups: tuple[Group, ...],
+    score: dict[str, float],
+    params: SamplingParams,
+    seed: int,
+) -> Figures:
+    """Answer once from each teacher prompt; compare with the plain accuracy of the same
+    problems."""
+    home = {rollout.id: group for group in groups for rollout in group.rollouts}
+    generations = await engine.generate(
+        [
+            GenerationRequest(
+                id=f"teach/{sample.rollout_id}",
+                prompt_ids=sample.teacher_prompt_ids,
+                params=params,
+                seed=seed,
+            )
+            for sample in taught
+        ]
+    )
+    before = after = 0.0
+    for sample, generation in zip(taught, generations, strict=True):
+        group = home[sample.rollout_id]
+        text = str(
+            model.tokenizer.decode(list(generation.completion_ids), skip_special_tokens=True)
+        )
+        after += VERIFIERS[group.problem.verifier](text, group.problem.answer)[0]
+        before += _accuracy([group], score)
+    return {"teach/before": before / len(taught), "teach/after": after / len(taught)}
