@@ -1,0 +1,148 @@
+"""The loop: one pass through `run_step` is one optimizer step of ROSD (arXiv 2605.28014).
+
+    sample -> verify -> select -> reflect -> locate -> build and pack -> learn -> sync -> log
+
+Each stage is a module of its own; what passes between them are the records of `rosd_fast.types`.
+`rosd_fast.run` opens the run: it loads model and data and checks everything before the first step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+from rosd_fast.config import Config
+from rosd_fast.evaluate import evaluate
+from rosd_fast.metrics import rollout_metrics
+from rosd_fast.packing import pack
+from rosd_fast.reflect import reflect, reflection_metrics
+from rosd_fast.report import rollouts_path, write_rollouts
+from rosd_fast.rollout import sample_groups
+from rosd_fast.run import Run, open_run
+from rosd_fast.samples import build_samples, sample_metrics
+from rosd_fast.select import select_groups
+from rosd_fast.spans import locate_errors
+from rosd_fast.verify import verify_all
+
+
+def train(config: Config, *, resume: Path | None = None) -> Path:
+    """Run `config.steps` optimizer steps, or those that are left of `resume`; returns the run
+    folder.
+
+    Raises UserError for anything the user can mend. Ctrl-C and SIGTERM end it after the current
+    step, with a checkpoint.
+    """
+    with open_run(config, resume=resume) as run:
+        asyncio.run(run_steps(run))
+    return run.folder
+
+
+async def run_steps(run: Run) -> None:
+    """Evaluate, then step, evaluate and save as often as the options say."""
+    config = run.config
+    await run.engine.load_weights(run.learner.weights, version=run.first_step - 1)
+    if run.first_step == 1:
+        run.finish_step(0, await evaluate_splits(run))
+    for step in range(run.first_step, config.steps + 1):
+        metrics = await run_step(run, step)
+        last = step == config.steps or run.stop.requested
+        if last or is_due(step, config.eval.every):
+            metrics |= await evaluate_splits(run)
+        if last or is_due(step, config.checkpoint.every):
+            with run.progress.stage("checkpoint"):
+                run.save(step)
+        run.finish_step(step, metrics)
+        if last:
+            break
+    await run.engine.close()
+
+
+async def run_step(run: Run, step: int) -> dict[str, float]:
+    """One optimizer step; returns its metrics."""
+    config, progress, tokenizer = run.config, run.progress, run.model.tokenizer
+    problems = run.stream.batch(step)
+    with progress.stage("sample"):
+        groups = await sample_groups(
+            run.engine,
+            problems,
+            tokenizer=tokenizer,
+            group_size=config.sample.group_size,
+            params=run.sampling_params,
+            seed=config.seed,
+            step=step,
+            max_prompt_tokens=config.sample.max_prompt_tokens,
+            on_tokens=progress.tokens,
+        )
+    with progress.stage("verify"):
+        verdicts = verify_all(groups, threshold=config.select.threshold)
+        selection = select_groups(groups, verdicts, config.select)
+    with progress.stage("reflect"):
+        reflections = await reflect(
+            selection.kept,
+            verdicts,
+            engine=run.reflector,
+            config=config.reflect,
+            tokenizer=tokenizer,
+            stop_token_ids=run.model.stop_token_ids,
+            seed=config.seed,
+            step=step,
+            on_tokens=progress.tokens,
+        )
+    with progress.stage("locate"):
+        located = locate_errors(
+            selection.kept, verdicts, reflections, token_bytes=run.token_bytes, config=config.span
+        )
+    with progress.stage("build"):
+        samples = build_samples(
+            selection.kept, reflections, located.spans, tokenizer=tokenizer, config=config.teacher
+        )
+        batches = pack(samples, max_tokens=config.pack.max_tokens)
+    if not batches:
+        progress.note(f"step {step}: nothing to distil ({selection.describe()})")
+    with progress.stage("learn"):
+        learned = run.learner.step(batches)
+    with progress.stage("sync"):
+        await run.engine.load_weights(run.learner.weights, version=step)
+    if config.dump_rollouts:
+        write_rollouts(
+            rollouts_path(run.folder, step),
+            step=step,
+            groups=groups,
+            verdicts=verdicts,
+            reflections=reflections,
+            spans=located.spans,
+            per_token=learned.per_token,
+            token_bytes=run.token_bytes,
+            kept=selection.kept,
+        )
+    return {
+        **learned.metrics,
+        **rollout_metrics(groups, verdicts, len(samples), selection),
+        **reflection_metrics(reflections),
+        **sample_metrics(samples),
+        **located.metrics(),
+    }
+
+
+async def evaluate_splits(run: Run) -> dict[str, float]:
+    """Mean accuracy on the development splits, always with the same draws."""
+    config, metrics = run.config, {}
+    with run.progress.stage("evaluate"):
+        for split, problems in run.dev_splits.items():
+            metrics |= await evaluate(
+                run.engine,
+                problems,
+                split=split,
+                config=config.eval,
+                max_new_tokens=config.sample.max_new_tokens,
+                tokenizer=run.model.tokenizer,
+                stop_token_ids=run.model.stop_token_ids,
+                threshold=config.select.threshold,
+                seed=config.seed,
+                on_tokens=run.progress.tokens,
+            )
+    return metrics
+
+
+def is_due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0

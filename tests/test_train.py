@@ -1,0 +1,208 @@
+"""The whole loop on the quickstart model, in small numbers: it resumes, stops and fails well."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from rosd_fast.config import Config
+from rosd_fast.errors import UserError
+from rosd_fast.metrics import read_metrics
+from rosd_fast.quickstart import MODEL_DIR
+from rosd_fast.settings import apply_args, load_preset
+from rosd_fast.train import train
+
+SMALL: dict[str, Any] = {
+    "steps": 2,
+    "name": "run",
+    "sample.problems_per_step": 4,
+    "sample.group_size": 4,
+    "eval.problems": 6,
+    "eval.samples": 1,
+    "checkpoint.every": 1,
+}
+
+
+def small(out: Path, **changes: Any) -> Config:
+    options = SMALL | {"out": str(out)} | {key.replace("__", "."): v for key, v in changes.items()}
+    return apply_args(load_preset("quickstart"), options)
+
+
+def rows_without_time(run: Path) -> list[dict[str, float]]:
+    return [
+        {key: value for key, value in row.items() if not key.startswith(("time/", "perf/"))}
+        for row in read_metrics(run / "metrics.jsonl")
+    ]
+
+
+def last_checkpoint(run: Path) -> Path:
+    return max((run / "checkpoints").iterdir())
+
+
+def assert_same_weights(run: Path, other: Path) -> None:
+    ours, theirs = (load_file(last_checkpoint(r) / "model.safetensors") for r in (run, other))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two steps."""
+    return train(small(tmp_path_factory.mktemp("finished")))
+
+
+def test_a_run_leaves_what_the_readme_says(finished: Path) -> None:
+    assert (finished / "config.toml").is_file()
+    rows = read_metrics(finished / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1, 2]
+    assert {"eval/dev/accuracy", "eval/ood/accuracy"} <= rows[0].keys() & rows[2].keys()
+    for row in rows[1:]:
+        assert row["loss/divergence"] > 0
+        assert row["loss/grad_norm"] > 0
+        assert 0 < row["rollout/distilled_frac"] <= 1
+        assert {"time/sample_s", "time/reflect_s", "time/learn_s", "time/step_s"} <= row.keys()
+    assert {path.name for path in (finished / "plots").glob("*.png")} >= {
+        "accuracy.png",
+        "loss.png",
+        "distilled.png",
+        "spans.png",
+        "time.png",
+    }
+
+
+def test_rollouts_tell_which_tokens_were_corrected(finished: Path) -> None:
+    lines = (finished / "rollouts" / "step_000001.jsonl").read_text().splitlines()
+    rows = [json.loads(line) for line in lines]
+    assert len(rows) == 16
+    distilled = [row for row in rows if row["span"]]
+    assert distilled
+    for row in distilled:
+        length = row["span"]["end"] - row["span"]["start"]
+        assert len(row["divergence"]) == length > 0
+        assert row["reflection"]["explanation"]
+        if not row["success"]:
+            assert row["span"]["end"] == len(row["completion_ids"])  # granularity suffix
+            assert row["reflection"]["quote"] in row["completion"]
+
+
+def test_checkpoints_load_like_any_model(finished: Path) -> None:
+    folder = last_checkpoint(finished)
+    assert folder.name == "step_000002"
+    model = AutoModelForCausalLM.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    ids = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "hi"}], return_tensors="pt", return_dict=False
+    )
+    assert model(ids).logits.shape[-1] == model.config.vocab_size
+
+
+def test_the_same_seed_gives_the_same_run(finished: Path, tmp_path: Path) -> None:
+    again = train(small(tmp_path))
+    assert rows_without_time(again) == rows_without_time(finished)
+    assert_same_weights(again, finished)
+
+
+@pytest.mark.parametrize("kind", ["frozen", "ema"])
+def test_a_resumed_run_equals_one_that_was_not_stopped(
+    kind: str, finished: Path, tmp_path: Path
+) -> None:
+    whole = finished if kind == "frozen" else train(small(tmp_path / "whole", teacher__kind=kind))
+    config = small(tmp_path / "cut", teacher__kind=kind, eval__every=0)
+    run = train(config.model_copy(update={"steps": 1}))
+    train(config, resume=run)
+    assert_same_weights(run, whole)
+    keys = ("loss/divergence", "loss/grad_norm", "rollout/accuracy", "eval/dev/accuracy")
+    ours, theirs = (read_metrics(folder / "metrics.jsonl")[-1] for folder in (run, whole))
+    assert [ours[key] for key in keys] == [theirs[key] for key in keys]
+
+
+def test_resuming_a_finished_run_says_so(finished: Path) -> None:
+    config = small(finished.parent)
+    with pytest.raises(UserError, match=r"all 2 steps are done.*--steps"):
+        train(config, resume=finished)
+    with pytest.raises(UserError, match="not the one that this checkpoint was made with"):
+        train(small(finished.parent, optim__lr=1e-3, steps=3), resume=finished)
+
+
+def test_without_any_right_rollout_a_step_ends_well(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    data = tmp_path / "data.jsonl"
+    rows = [{"prompt": f"Say {i}.", "answer": "-12345", "verifier": "number"} for i in range(4)]
+    data.write_text("\n".join(map(json.dumps, rows)))
+    run = train(small(tmp_path, data__train=str(data), data__dev=None, data__dev_ood=None, steps=1))
+    assert "nothing to distil" in capsys.readouterr().out
+    row = read_metrics(run / "metrics.jsonl")[-1]
+    assert row["loss/num_distilled_tokens"] == 0
+    assert row["rollout/accuracy"] == 0
+    before, after = (
+        load_file(path / "model.safetensors") for path in (MODEL_DIR, last_checkpoint(run))
+    )
+    assert all(torch.equal(before[name].float(), after[name].float()) for name in before)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"loss__divergence": "forward_kl", "span__granularity": "span"},
+        {"loss__divergence": "reverse_kl", "span__granularity": "sentence"},
+        {"reflect__weights": "teacher", "teacher__kind": "ema", "reflect__show_answer": True},
+        {"loss__top_k": 20, "reflect__on_correct": "skip", "span__on_miss": "full"},
+    ],
+)
+def test_other_choices_run_too(changes: dict[str, Any], tmp_path: Path) -> None:
+    run = train(small(tmp_path, steps=1, data__dev=None, data__dev_ood=None, **changes))
+    row = read_metrics(run / "metrics.jsonl")[-1]
+    assert row["loss/num_distilled_tokens"] > 0
+    assert row["loss/grad_norm"] > 0
+
+
+def test_an_existing_run_folder_is_never_written_into(tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with pytest.raises(UserError, match=r"exists already.*--resume"):
+        train(small(tmp_path))
+    assert not list((tmp_path / "run").iterdir())
+
+
+def test_bad_input_leaves_nothing_behind(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="max_prompt_tokens"):
+        train(small(tmp_path, sample__max_prompt_tokens=5))
+    with pytest.raises(UserError, match="unknown placeholder"):
+        train(small(tmp_path, teacher__wrong_template="{problem} {explanation} {oops}"))
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_end_after_the_step_with_a_checkpoint(number: int, tmp_path: Path) -> None:
+    options = SMALL | {"steps": 200, "out": tmp_path, "checkpoint.every": 0, "eval.every": 0}
+    args = [text for key, value in options.items() for text in (f"--{key}", str(value))]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rosd_fast", "train", "--preset", "quickstart", *args],
+        stdout=subprocess.PIPE,
+        text=True,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    log = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + 120
+    while not (log.is_file() and len(log.read_text().splitlines()) >= 3):
+        assert process.poll() is None
+        assert time.monotonic() < deadline
+        time.sleep(0.1)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=120)
+    assert process.returncode == 0
+    done = int(read_metrics(log)[-1]["step"])
+    assert 2 <= done < 200
+    assert last_checkpoint(tmp_path / "run").name == f"step_{done:06d}"
+    assert f"rosd-fast train --resume {tmp_path / 'run'}" in output
