@@ -23,6 +23,10 @@ from rich.table import Table
 from rich.text import Text
 
 REFRESHES_PER_S = 4
+RATES = {
+    "sample": "rollout",
+    "learn": "learn",
+}  # stages whose tokens/s are metrics, and their names
 RECENT_STEPS = 20  # the time left is reckoned from these
 
 
@@ -53,11 +57,11 @@ class StageClock:
         return next(reversed(self._open), "")
 
     def tokens(self, count: int) -> None:
-        """Count tokens as sampled in the current stage."""
+        """Count tokens as sampled, or learned from, in the current stage."""
         self._tokens[self.current] += count
 
     def tokens_per_s(self) -> float:
-        """Sampled tokens of the current stage over its seconds so far; changes nothing, as the bar
+        """Tokens of the current stage over its seconds so far; changes nothing, as the bar
         asks from a thread of its own.
         """
         stage, mark = self.current, self._mark
@@ -75,15 +79,17 @@ class StageClock:
 
     def metrics(self) -> dict[str, float]:
         """`pop` as metrics: time/{stage}_s, time/step_s (all of it, between stages too), and
-        perf/rollout_tokens_per_s where the stage "sample" counted tokens.
+        perf/rollout_tokens_per_s and perf/learn_tokens_per_s where "sample" and "learn" counted
+        tokens.
         """
         self._settle()
-        step_s, tokens = self._mark - self._start, self._tokens["sample"]
+        step_s, tokens = self._mark - self._start, dict(self._tokens)
         seconds = self.pop()
         found = {f"time/{stage}_s": value for stage, value in seconds.items()}
         found["time/step_s"] = step_s
-        if tokens and seconds.get("sample"):
-            found["perf/rollout_tokens_per_s"] = tokens / seconds["sample"]
+        for stage, name in RATES.items():
+            if tokens.get(stage) and seconds.get(stage):
+                found[f"perf/{name}_tokens_per_s"] = tokens[stage] / seconds[stage]
         return found
 
     def _settle(self) -> None:
@@ -116,7 +122,7 @@ class Progress:
             yield
 
     def tokens(self, count: int) -> None:
-        """Count further sampled tokens."""
+        """Count further tokens of the current stage."""
         self.clock.tokens(count)
 
     def step_done(self, step: int, metrics: Mapping[str, float]) -> None:

@@ -24,10 +24,12 @@ from rosd_fast.checkpoint import (
     save_checkpoint,
 )
 from rosd_fast.config import Config
-from rosd_fast.data import ProblemStream, load_problems
+from rosd_fast.data import ProblemStream
 from rosd_fast.engines.base import RolloutEngine
 from rosd_fast.engines.local import LocalEngine
 from rosd_fast.errors import UserError
+from rosd_fast.files import write_atomic
+from rosd_fast.inputs import check_budgets, load_data, with_absolute_paths
 from rosd_fast.learner import Learner
 from rosd_fast.metrics import MetricsLog
 from rosd_fast.model.load import LoadedModel, load_model
@@ -38,6 +40,8 @@ from rosd_fast.rollout import check_prompts
 from rosd_fast.settings import config_hash, to_toml
 from rosd_fast.spans import TokenBytes
 from rosd_fast.types import Problem, SamplingParams
+
+CONFIG_FILE = "config.toml"
 
 
 class StopRequest:
@@ -117,6 +121,7 @@ class Run:
 def open_run(config: Config, *, resume: Path | None = None) -> Iterator[Run]:
     """Load and check all that `config` names, make or reopen the run folder, and close it with a
     report."""
+    config = with_absolute_paths(config)
     check_templates(config.reflect, config.teacher)
     problems, dev_splits = load_data(config)
     stream = ProblemStream(
@@ -132,14 +137,18 @@ def open_run(config: Config, *, resume: Path | None = None) -> Iterator[Run]:
         max_prompt_tokens=config.sample.max_prompt_tokens,
         context_length=model.context_length,
     )
+    check_budgets(config, model, max(problems, key=lambda problem: len(problem.prompt)))
     learner = Learner(model.model, config)
+    engine = LocalEngine(model.model, max_rows=config.engine.max_rows)
+    reflector = make_reflector(config, engine, learner)
+    token_bytes = TokenBytes(model.tokenizer)
     if resume is None:
         folder, first_step = make_folder(config, model), 1
     else:
         folder, first_step = resume, restore(resume, config, learner)
+        write_atomic(folder / CONFIG_FILE, to_toml(config).encode())  # steps may have changed
     log = MetricsLog(folder / "metrics.jsonl")
     log.truncate_after(first_step - 1)
-    engine = LocalEngine(model.model, max_rows=config.engine.max_rows)
     stop = StopRequest()
     with progress(config.steps, first_step) as shown, stop.listening(shown):
         run = Run(
@@ -149,9 +158,9 @@ def open_run(config: Config, *, resume: Path | None = None) -> Iterator[Run]:
             stream=stream,
             dev_splits=dev_splits,
             engine=engine,
-            reflector=make_reflector(config, engine, learner),
+            reflector=reflector,
             learner=learner,
-            token_bytes=TokenBytes(model.tokenizer),
+            token_bytes=token_bytes,
             log=log,
             progress=shown,
             stop=stop,
@@ -159,19 +168,6 @@ def open_run(config: Config, *, resume: Path | None = None) -> Iterator[Run]:
         )
         yield run
     finish(run)
-
-
-def load_data(config: Config) -> tuple[list[Problem], dict[str, list[Problem]]]:
-    """Training problems, and the development splits that were given, cut to eval.problems."""
-    train = load_problems(config.data.train, verifier=config.data.verifier)
-    sources = {"dev": config.data.dev, "ood": config.data.dev_ood}
-    splits = {
-        name: load_problems(source, verifier=config.data.verifier)
-        for name, source in sources.items()
-        if source is not None
-    }
-    first = config.eval.problems or None
-    return train, {name: problems[:first] for name, problems in splits.items()}
 
 
 def make_reflector(config: Config, engine: LocalEngine, learner: Learner) -> RolloutEngine:
@@ -187,7 +183,9 @@ def make_folder(config: Config, model: LoadedModel) -> Path:
     folder = Path(config.out) / name
     try:
         folder.mkdir(parents=True)
-        (folder / "config.toml").write_text(to_toml(config.model_copy(update={"name": name})))
+        write_atomic(
+            folder / CONFIG_FILE, to_toml(config.model_copy(update={"name": name})).encode()
+        )
     except FileExistsError:
         raise UserError(
             "the run folder exists already",

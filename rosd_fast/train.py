@@ -101,6 +101,7 @@ async def run_step(run: Run, step: int) -> dict[str, float]:
         progress.note(f"step {step}: nothing to distil ({selection.describe()})")
     with progress.stage("learn"):
         learned = run.learner.step(batches)
+        progress.tokens(sum(batch.num_tokens for batch in batches))
     with progress.stage("sync"):
         await run.engine.load_weights(run.learner.weights, version=step)
     if config.dump_rollouts:

@@ -221,3 +221,8 @@ class PackedBatch:
     @property
     def num_distilled(self) -> int:
         return self.token_ids.shape[0]
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that go through a model: the student's and the teacher's."""
+        return self.student.cu_seqlens[-1] + self.teacher.cu_seqlens[-1]

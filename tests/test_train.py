@@ -20,7 +20,8 @@ from rosd_fast.config import Config
 from rosd_fast.errors import UserError
 from rosd_fast.metrics import read_metrics
 from rosd_fast.quickstart import MODEL_DIR
-from rosd_fast.settings import apply_args, load_preset
+from rosd_fast.quickstart.tasks import load_split
+from rosd_fast.settings import apply_args, apply_toml, load_preset
 from rosd_fast.train import train
 
 SMALL: dict[str, Any] = {
@@ -206,3 +207,29 @@ def test_signals_end_after_the_step_with_a_checkpoint(number: int, tmp_path: Pat
     assert 2 <= done < 200
     assert last_checkpoint(tmp_path / "run").name == f"step_{done:06d}"
     assert f"rosd-fast train --resume {tmp_path / 'run'}" in output
+
+
+def test_a_template_over_its_budget_is_found_before_the_run(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"teacher.max_prompt_tokens is 40.*Raise"):
+        train(small(tmp_path, teacher__max_prompt_tokens=40))
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_run_is_resumed_from_another_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Relative paths are kept absolute in the run's config.toml, and more steps are noted there."""
+    rows = [
+        {"id": str(i), "prompt": problem.prompt, "answer": problem.answer, "verifier": "number"}
+        for i, problem in enumerate(load_split("train")[:8])
+    ]
+    (tmp_path / "train.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    monkeypatch.chdir(tmp_path)
+    run = train(small(tmp_path, data__train="train.jsonl", data__dev=None, steps=1)).absolute()
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    config = apply_toml(Config(), run / "config.toml")
+    assert config.data.train == str(tmp_path / "train.jsonl")
+    train(config.model_copy(update={"steps": 2}), resume=run)
+    assert apply_toml(Config(), run / "config.toml").steps == 2
+    assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == [0, 1, 2]

@@ -21,7 +21,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from rosd_fast.quickstart import MODEL_DIR
 from rosd_fast.quickstart.corpus import Conversation, Corpus
-from rosd_fast.quickstart.figures import measure
+from rosd_fast.quickstart.figures import measure, show
 from rosd_fast.settings import load_preset
 
 SPECIAL = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
@@ -188,8 +188,7 @@ def main() -> None:
     minutes = (time.monotonic() - start) / 60
     cpu = time.process_time() / 60
     print(f"built {args.out} in {minutes:.1f} minutes ({cpu:.1f} CPU minutes)")
-    for name, value in asyncio.run(measure(str(args.out))).items():
-        print(f"{name:24s} {value:.3f}")
+    print(show(asyncio.run(measure(str(args.out)))))
 
 
 if __name__ == "__main__":

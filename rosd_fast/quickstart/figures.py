@@ -1,12 +1,18 @@
-"""What the loop needs of a quickstart model, measured on the dev splits with the loop's own
-stages."""
+"""What the loop needs of a quickstart model, measured on the dev splits with the loop's own stages.
+
+python -m rosd_fast.quickstart.figures [FOLDER]     # a minute; the shipped model by default
+"""
 
 from __future__ import annotations
+
+import asyncio
+import sys
 
 from rosd_fast.config import Config
 from rosd_fast.engines.base import RolloutEngine
 from rosd_fast.engines.local import LocalEngine
 from rosd_fast.model.load import LoadedModel, load_model
+from rosd_fast.quickstart import MODEL_DIR
 from rosd_fast.quickstart.tasks import load_split
 from rosd_fast.reflect import reflect
 from rosd_fast.rollout import sample_groups
@@ -130,3 +136,11 @@ async def _teach(
         after += VERIFIERS[group.problem.verifier](text, group.problem.answer)[0]
         before += _accuracy([group], score)
     return {"teach/before": before / len(taught), "teach/after": after / len(taught)}
+
+
+def show(figures: Figures) -> str:
+    return "\n".join(f"{name:24s} {value:.3f}" for name, value in figures.items())
+
+
+if __name__ == "__main__":
+    print(show(asyncio.run(measure(sys.argv[1] if len(sys.argv) > 1 else str(MODEL_DIR)))))

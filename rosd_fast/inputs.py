@@ -1,0 +1,67 @@
+"""What a run reads, loaded and checked before anything is written."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rosd_fast.data import load_problems
+from rosd_fast.errors import UserError
+from rosd_fast.prompts import fill_template, placeholders, render_prompt
+from rosd_fast.settings import preset_names
+
+if TYPE_CHECKING:
+    from rosd_fast.config import Config
+    from rosd_fast.model.load import LoadedModel
+    from rosd_fast.types import Problem
+
+
+def load_data(config: Config) -> tuple[list[Problem], dict[str, list[Problem]]]:
+    """Training problems, and the development splits that were given, cut to eval.problems."""
+    train = load_problems(config.data.train, verifier=config.data.verifier)
+    sources = {"dev": config.data.dev, "ood": config.data.dev_ood}
+    splits = {
+        name: load_problems(source, verifier=config.data.verifier)
+        for name, source in sources.items()
+        if source is not None
+    }
+    first = config.eval.problems or None
+    return train, {name: problems[:first] for name, problems in splits.items()}
+
+
+def with_absolute_paths(config: Config) -> Config:
+    """The same files and folders from wherever the run is resumed."""
+
+    def absolute(source: str | None) -> str | None:
+        if source is None or source.startswith("quickstart:"):
+            return source
+        return str(Path(source).expanduser().absolute())
+
+    data = config.data
+    sources = {name: absolute(getattr(data, name)) for name in ("train", "dev", "dev_ood")}
+    folder = Path(config.model).expanduser()
+    named = config.model in preset_names() or not folder.is_dir()
+    model = config.model if named else str(folder.absolute())
+    return config.model_copy(update={"model": model, "data": data.model_copy(update=sources)})
+
+
+def check_budgets(config: Config, model: LoadedModel, problem: Problem) -> None:
+    """Raise UserError when `problem`, the longest, and a template alone are over their budget."""
+    for section, name in (
+        ("reflect", "wrong_template"),
+        ("reflect", "correct_template"),
+        ("teacher", "wrong_template"),
+        ("teacher", "correct_template"),
+    ):
+        options = getattr(config, section)
+        template = getattr(options, name)
+        texts = {**dict.fromkeys(placeholders(template), ""), "problem": problem.prompt}
+        user = fill_template(template, texts)
+        length = len(render_prompt(model.tokenizer, user=user, system=problem.system))
+        if length >= options.max_prompt_tokens:
+            raise UserError(
+                f"{section}.{name} and the problem have {length} tokens together, and "
+                f"{section}.max_prompt_tokens is {options.max_prompt_tokens}",
+                where=f"problem {problem.id}",
+                fix=f"Raise {section}.max_prompt_tokens, or leave the problem out",
+            )
