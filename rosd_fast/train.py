@@ -48,10 +48,11 @@ async def run_steps(run: Run) -> None:
         last = step == config.steps or run.stop.requested
         if last or is_due(step, config.eval.every):
             metrics |= await evaluate_splits(run)
+        # The row before the checkpoint: killed in between, a resumed run does the step again.
+        run.finish_step(step, metrics)
         if last or is_due(step, config.checkpoint.every):
             with run.progress.stage("checkpoint"):
                 run.save(step)
-        run.finish_step(step, metrics)
         if last:
             break
     await run.engine.close()
