@@ -17,6 +17,7 @@ import random
 from dataclasses import dataclass
 
 from rosd_fast.config import Config
+from rosd_fast.prompts import fill_template
 from rosd_fast.quickstart.tasks import Plan, Step, draw
 
 SLIP = {"ledger": 0.55, "ages": 0.55, "shop": 0.5, "clock": 0.4, "pick": 0.35}
@@ -116,12 +117,6 @@ def explain_correct(solution: Solution) -> str:
     return f"Take care here: {', '.join(hard)}." if hard else "No step is hard here."
 
 
-def fill(template: str, **values: str) -> str:
-    for name, value in values.items():
-        template = template.replace("{" + name + "}", value)
-    return template
-
-
 class Corpus:
     """Conversations without end, fixed by the seed, from the train buckets only."""
 
@@ -149,35 +144,24 @@ class Corpus:
     def reflect_on_wrong(self, plan: Plan, wrong: Solution, correct: Solution) -> Conversation:
         error = wrong.first_error
         assert error is not None
-        user = fill(
-            self.reflect.wrong_template,
-            answer_note="",
-            demonstration=correct.text,
-            rollout=wrong.text,
-            problem=plan.text,
-        )
+        texts = {"problem": plan.text, "demonstration": correct.text, "rollout": wrong.text}
+        user = fill_template(self.reflect.wrong_template, texts | {"answer_note": ""})
         return Conversation(
             user,
             f"<error_quote>{error.written}</error_quote>\n<explanation>{explain_wrong(error)}</explanation>",
         )
 
     def reflect_on_correct(self, plan: Plan, correct: Solution) -> Conversation:
-        user = fill(
-            self.reflect.correct_template, answer_note="", rollout=correct.text, problem=plan.text
-        )
+        texts = {"problem": plan.text, "rollout": correct.text, "answer_note": ""}
+        user = fill_template(self.reflect.correct_template, texts)
         return Conversation(user, f"<explanation>{explain_correct(correct)}</explanation>")
 
     def after_wrong(self, plan: Plan, error: Line) -> Conversation:
-        user = fill(
-            self.teacher.wrong_template,
-            quote=error.written,
-            explanation=explain_wrong(error),
-            problem=plan.text,
-        )
+        texts = {"problem": plan.text, "quote": error.written, "explanation": explain_wrong(error)}
+        user = fill_template(self.teacher.wrong_template, texts)
         return Conversation(user, solve(plan, self.rng, TEACHER_SLIP, hinted=error).text)
 
     def after_correct(self, plan: Plan, correct: Solution) -> Conversation:
-        user = fill(
-            self.teacher.correct_template, explanation=explain_correct(correct), problem=plan.text
-        )
+        texts = {"problem": plan.text, "explanation": explain_correct(correct)}
+        user = fill_template(self.teacher.correct_template, texts)
         return Conversation(user, solve(plan, self.rng, TEACHER_SLIP, careful=True).text)

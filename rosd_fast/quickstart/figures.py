@@ -8,19 +8,18 @@ from __future__ import annotations
 import asyncio
 import sys
 
-from rosd_fast.config import Config
 from rosd_fast.engines.base import RolloutEngine
 from rosd_fast.engines.local import LocalEngine
 from rosd_fast.model.load import LoadedModel, load_model
 from rosd_fast.quickstart import MODEL_DIR
-from rosd_fast.quickstart.tasks import load_split
+from rosd_fast.quickstart.tasks import IN_DOMAIN, OUT_OF_DOMAIN, load_split
 from rosd_fast.reflect import reflect
 from rosd_fast.rollout import sample_groups
 from rosd_fast.samples import build_samples
 from rosd_fast.select import select_groups
 from rosd_fast.settings import load_preset
 from rosd_fast.spans import TokenBytes, locate_errors
-from rosd_fast.types import DistillSample, GenerationRequest, Group, Problem, SamplingParams
+from rosd_fast.types import DistillSample, GenerationRequest, Group, SamplingParams
 from rosd_fast.verify import VERIFIERS, verify_all
 
 Figures = dict[str, float]
@@ -40,16 +39,26 @@ async def measure(model_folder: str, *, group_size: int = 8, seed: int = 0) -> F
     params = SamplingParams(
         max_new_tokens=config.sample.max_new_tokens, stop_token_ids=model.stop_token_ids
     )
-    groups = await _sample(engine, model, load_split("dev"), config, params, group_size, seed)
-    outside = await _sample(engine, model, load_split("dev_ood"), config, params, group_size, seed)
-    verdicts = verify_all([*groups, *outside], threshold=1.0)
+    sampled = await sample_groups(
+        engine,
+        [*load_split("dev"), *load_split("dev_ood")],
+        tokenizer=model.tokenizer,
+        group_size=group_size,
+        params=params,
+        seed=seed,
+        step=0,
+        max_prompt_tokens=config.sample.max_prompt_tokens,
+    )
+    groups = [group for group in sampled if group.problem.domain in IN_DOMAIN]
+    outside = [group for group in sampled if group.problem.domain in OUT_OF_DOMAIN]
+    verdicts = verify_all(sampled, threshold=1.0)
     score = {rollout_id: verdict.score for rollout_id, verdict in verdicts.items()}
     figures: Figures = {
         "solve/dev": _accuracy(groups, score),
         "solve/ood": _accuracy(outside, score),
     }
-    for domain in sorted({group.problem.domain for group in [*groups, *outside]}):
-        members = [group for group in [*groups, *outside] if group.problem.domain == domain]
+    for domain in sorted({group.problem.domain for group in sampled}):
+        members = [group for group in sampled if group.problem.domain == domain]
         figures[f"solve/{domain}"] = _accuracy(members, score)
 
     kept = select_groups(groups, verdicts, config.select).kept
@@ -76,27 +85,6 @@ async def measure(model_folder: str, *, group_size: int = 8, seed: int = 0) -> F
     )
     taught = [sample for sample in samples if not reflections[sample.rollout_id].correct]
     return figures | await _teach(engine, model, taught, kept, score, params, seed)
-
-
-async def _sample(
-    engine: RolloutEngine,
-    model: LoadedModel,
-    problems: list[Problem],
-    config: Config,
-    params: SamplingParams,
-    group_size: int,
-    seed: int,
-) -> list[Group]:
-    return await sample_groups(
-        engine,
-        problems,
-        tokenizer=model.tokenizer,
-        group_size=group_size,
-        params=params,
-        seed=seed,
-        step=0,
-        max_prompt_tokens=config.sample.max_prompt_tokens,
-    )
 
 
 def _accuracy(groups: list[Group], score: dict[str, float]) -> float:
