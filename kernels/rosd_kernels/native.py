@@ -1,0 +1,103 @@
+"""The C++ operators `torch.ops.rosd.*` of csrc/: loading, fakes, and their Python face.
+
+They are an optional part of the installation. Where they are missing the same is done in plain
+PyTorch, and one line says so.
+"""
+
+from __future__ import annotations
+
+import warnings
+from functools import cache
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from rosd_kernels.records import DIVERGENCES, Form, SpanOptions
+
+# From the newest vector instructions to none. A library is named after those it was built with.
+CAPABILITIES = ("AVX512", "AVX2", "DEFAULT")
+DTYPES = (torch.float32, torch.float64)
+
+
+@cache
+def is_available() -> bool:
+    """Load the operators once; warns, once, when there are none for this processor."""
+    library = find_library(Path(__file__).parent, torch.backends.cpu.get_cpu_capability())
+    reason = "it was installed without its C++ extension"
+    if library is not None:
+        try:
+            torch.ops.load_library(library)
+        except OSError as error:  # built for another torch
+            reason = f"{library.name} cannot be loaded ({str(error).splitlines()[0]})"
+        else:
+            register_fakes()
+            return True
+    warnings.warn(
+        f"rosd_kernels computes in plain PyTorch, which is slower: {reason}; with a C++ compiler, "
+        "`pip install --no-build-isolation` builds it",
+        stacklevel=2,
+    )
+    return False
+
+
+def find_library(folder: Path, capability: str) -> Path | None:
+    """The library in `folder` for a processor of `capability`, the best if there are several."""
+    usable = CAPABILITIES[CAPABILITIES.index(capability) if capability in CAPABILITIES else -1 :]
+    for name in usable:
+        for suffix in (".so", ".pyd", ".dylib"):
+            for library in sorted(folder.glob(f"_C_{name}.*{suffix}")):
+                return library
+    return None
+
+
+def register_fakes() -> None:
+    """Shapes and dtypes of the results, for torch.compile and export."""
+
+    @torch.library.register_fake("rosd::stats")
+    def _(logits, bias, columns, softcap, temperature, tile):
+        num_rows, num_columns = logits.shape
+        found = logits.new_empty(4, num_rows, (num_columns + tile - 1) // tile)
+        return found, logits.new_empty(0 if columns is None else num_rows)
+
+    @torch.library.register_fake("rosd::terms_")
+    def _(student, teacher, *rest):
+        return student.new_empty(2, student.shape[0])
+
+
+def stats(
+    logits: Tensor, form: Form, columns: Tensor | None, tile: int
+) -> tuple[Tensor, Tensor | None]:
+    """See elementwise.stats."""
+    found, sampled = torch.ops.rosd.stats(
+        logits, form.bias, columns, form.softcap, form.temperature, tile
+    )
+    return found, None if columns is None else sampled
+
+
+def terms_(
+    student: Tensor,
+    teacher: Tensor,
+    student_form: Form,
+    teacher_form: Form,
+    student_lse: Tensor,
+    teacher_lse: Tensor,
+    options: SpanOptions,
+) -> Tensor:
+    """See elementwise.terms_."""
+    result = torch.ops.rosd.terms_(
+        student,
+        teacher,
+        student_form.bias,
+        teacher_form.bias,
+        student_lse,
+        teacher_lse,
+        DIVERGENCES.index(options.divergence),
+        options.beta,
+        options.entry_clip,
+        options.softcap,
+        options.temperature,
+    )
+    if options.entry_clip is None:  # a divergence is never negative; its rounded sum may be
+        result[0].clamp_(min=0)
+    return result
