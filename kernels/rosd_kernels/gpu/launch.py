@@ -1,0 +1,107 @@
+"""What the launchers share: a GEMM's config, how its operands are loaded, the launch itself."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from rosd_kernels.gpu.configs import Config, Kernel, Precision, select
+from rosd_kernels.gpu.modes import INTERPRETED
+
+# Few, so that programs of the interpreter take several turns of their persistent loop.
+INTERPRETED_PROGRAMS = 3
+INTERPRETED_CAPABILITY = 90
+TMA_CAPABILITY = 90
+TMA_ALIGNMENT = 16  # bytes, of the base and of the row stride
+DOT_PRECISIONS: dict[str, Precision] = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
+# Triton 3.10 turns fusion into FMAs off by default.
+COMPILER_OPTIONS = {"enable_fp_fusion": True}
+NARROW = (torch.bfloat16, torch.float16)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Gemm:
+    """How to multiply: operands are cast to float32 where their dtypes differ."""
+
+    config: Config
+    precision: str  # of tl.dot; says nothing for 16-bit operands
+    cast: bool
+    use_tma: bool
+
+    @classmethod
+    def of(cls, kernel: Kernel, *operands: Tensor, order: Tensor | None) -> Gemm:
+        """`order`: the head's rows are taken through an index, which TMA cannot do."""
+        a = operands[0]
+        cast = len({operand.dtype for operand in operands}) > 1
+        precision = DOT_PRECISIONS[torch.get_float32_matmul_precision()]
+        narrow = not cast and a.dtype in NARROW
+        use_tma = (
+            capability(a.device) >= TMA_CAPABILITY
+            and order is None
+            and all(_is_aligned(operand) for operand in operands)
+        )
+        return cls(
+            config=select(
+                kernel,
+                capability(a.device),
+                "narrow" if narrow else precision,
+                shared_bytes=_shared_bytes(a.device),
+                itemsize=2 if narrow else 4,
+            ),
+            precision="ieee" if narrow else precision,
+            cast=cast,
+            use_tma=use_tma,
+        )
+
+    def operand(self, tensor: Tensor, rows: int, columns: int) -> Tensor | TensorDescriptor:
+        """The kernel argument for a matrix that is loaded in blocks of [rows, columns]."""
+        if not self.use_tma:
+            return tensor
+        return TensorDescriptor.from_tensor(tensor, [rows, columns])
+
+
+def launch(kernel: Any, grid: tuple[int, ...], config: Config, **arguments: Any) -> None:
+    kernel[grid](
+        **arguments, num_warps=config.num_warps, num_stages=config.num_stages, **COMPILER_OPTIONS
+    )
+
+
+def rowwise(tensor: Tensor) -> Tensor:
+    """The kernels take any row stride, but want the elements of a row side by side."""
+    return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
+
+
+def capability(device: torch.device) -> int:
+    """Compute capability, as 10 * major + minor."""
+    if device.type != "cuda":
+        return INTERPRETED_CAPABILITY
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+def num_programs(device: torch.device, per_processor: int = 1) -> int:
+    """Programs of a persistent grid."""
+    if INTERPRETED or device.type != "cuda":
+        return INTERPRETED_PROGRAMS
+    return torch.cuda.get_device_properties(device).multi_processor_count * per_processor
+
+
+def _shared_bytes(device: torch.device) -> int | None:
+    if device.type != "cuda":
+        return None
+    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
+
+
+def _is_aligned(tensor: Tensor) -> bool:
+    stride_bytes = tensor.stride(0) * tensor.element_size()
+    return (
+        tensor.numel() > 0
+        and tensor.data_ptr() % TMA_ALIGNMENT == 0
+        and stride_bytes % TMA_ALIGNMENT == 0
+        and stride_bytes > 0
+        and tensor.stride(-1) == 1
+    )

@@ -1,0 +1,384 @@
+"""Student's and teacher's log-probabilities of one tile, computed together.
+
+Two accumulators lie side by side in registers; where both sides share the head, each block of it is
+loaded once for both. `loss.py` and `gradient.py` turn the result into sums and into G.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from rosd_kernels.gpu.active import active_pairs
+from rosd_kernels.gpu.blocks import add_bias, dot, head_rows, project
+from rosd_kernels.gpu.launch import Gemm, launch, num_programs
+from rosd_kernels.gpu.math import entry_terms, finish_logits, round_to
+from rosd_kernels.tiles import ROW_BLOCK
+
+
+@triton.jit
+def project_both(
+    student_hidden,
+    teacher_hidden,
+    head,
+    rows,
+    vocab_rows,
+    first_row,
+    first_column,
+    H,
+    student_stride,
+    teacher_stride,
+    head_stride,
+    BLOCK_M: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    EVEN_H: tl.constexpr,
+    CAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """`project` of both sides on one head."""
+    student = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
+    teacher = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
+    if USE_TMA:
+        for h in range(0, H, BLOCK_H):
+            b = head.load([first_column, h]).T
+            student = dot(student_hidden.load([first_row, h]), b, student, CAST, PRECISION)
+            teacher = dot(teacher_hidden.load([first_row, h]), b, teacher, CAST, PRECISION)
+    else:
+        offsets = tl.arange(0, BLOCK_H)
+        s_ptrs = student_hidden + rows[:, None] * student_stride + offsets[None, :]
+        t_ptrs = teacher_hidden + rows[:, None] * teacher_stride + offsets[None, :]
+        b_ptrs = head + vocab_rows[None, :] * head_stride + offsets[:, None]
+        for h in range(0, H, BLOCK_H):
+            if EVEN_H:
+                s, t, b = tl.load(s_ptrs), tl.load(t_ptrs), tl.load(b_ptrs)
+            else:
+                s = tl.load(s_ptrs, mask=offsets[None, :] < H - h, other=0.0)
+                t = tl.load(t_ptrs, mask=offsets[None, :] < H - h, other=0.0)
+                b = tl.load(b_ptrs, mask=offsets[:, None] < H - h, other=0.0)
+            student = dot(s, b, student, CAST, PRECISION)
+            teacher = dot(t, b, teacher, CAST, PRECISION)
+            s_ptrs += BLOCK_H
+            t_ptrs += BLOCK_H
+            b_ptrs += BLOCK_H
+    return student, teacher
+
+
+@triton.jit
+def pair_terms(
+    student_hidden,  # [N, H], descriptor or pointer, as the next three
+    teacher_hidden,  # [N, Ht]
+    student_head,  # [V, H]
+    teacher_head,  # [V, Ht]; not used with SHARED_HEAD
+    student_bias_ptr,
+    teacher_bias_ptr,
+    order_ptr,
+    student_lse_ptr,
+    teacher_lse_ptr,
+    first_row,
+    first_column,
+    N,
+    V,
+    H,
+    Ht,
+    student_stride,
+    teacher_stride,
+    student_head_stride,
+    teacher_head_stride,
+    beta,
+    clip,
+    softcap,
+    inv_temperature,
+    DIVERGENCE: tl.constexpr,
+    HAS_CLIP: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_STUDENT_BIAS: tl.constexpr,
+    HAS_TEACHER_BIAS: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+    SHARED_HEAD: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    EVEN_H: tl.constexpr,
+    CAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+):
+    """[BLOCK_M, BLOCK_V] each: value and e of math.py, p, and the derivative of the soft cap.
+
+    Columns beyond the vocabulary have p = q = 0; rows beyond N repeat the last one.
+    """
+    rows = tl.minimum(first_row + tl.arange(0, BLOCK_M), N - 1).to(tl.int64)
+    columns = first_column + tl.arange(0, BLOCK_V)
+    vocab_rows = head_rows(order_ptr, columns, V, HAS_ORDER)
+    if SHARED_HEAD:
+        student, teacher = project_both(
+            student_hidden,
+            teacher_hidden,
+            student_head,
+            rows,
+            vocab_rows,
+            first_row,
+            first_column,
+            H,
+            student_stride,
+            teacher_stride,
+            student_head_stride,
+            BLOCK_M,
+            BLOCK_V,
+            BLOCK_H,
+            USE_TMA,
+            EVEN_H,
+            CAST,
+            PRECISION,
+        )
+    else:
+        student = project(
+            student_hidden,
+            student_head,
+            rows,
+            vocab_rows,
+            first_row,
+            first_column,
+            H,
+            student_stride,
+            student_head_stride,
+            BLOCK_M,
+            BLOCK_V,
+            BLOCK_H,
+            USE_TMA,
+            EVEN_H,
+            CAST,
+            PRECISION,
+        )
+        teacher = project(
+            teacher_hidden,
+            teacher_head,
+            rows,
+            vocab_rows,
+            first_row,
+            first_column,
+            Ht,
+            teacher_stride,
+            teacher_head_stride,
+            BLOCK_M,
+            BLOCK_V,
+            BLOCK_H,
+            USE_TMA,
+            EVEN_H,
+            CAST,
+            PRECISION,
+        )
+    student = add_bias(student, student_bias_ptr, vocab_rows, HAS_STUDENT_BIAS)
+    teacher = add_bias(teacher, teacher_bias_ptr, vocab_rows, HAS_TEACHER_BIAS)
+    student, slope = finish_logits(student, softcap, inv_temperature, HAS_SOFTCAP)
+    teacher, _ = finish_logits(teacher, softcap, inv_temperature, HAS_SOFTCAP)
+    log_p = student - tl.load(student_lse_ptr + rows)[:, None]
+    log_q = teacher - tl.load(teacher_lse_ptr + rows)[:, None]
+    valid = (columns < V)[None, :]
+    p = tl.where(valid, tl.exp(log_p), 0.0)
+    q = tl.where(valid, tl.exp(log_q), 0.0)
+    value, e = entry_terms(log_p, log_q, p, q, beta, clip, DIVERGENCE, HAS_CLIP)
+    return value, e, p, slope
+
+
+@triton.jit(do_not_specialize=["N", "first_tile", "num_tiles"])
+def pair_kernel(
+    student_hidden,  # [N, H], descriptor or pointer, as the next three
+    teacher_hidden,  # [N, Ht]
+    student_head,  # [V, H]
+    teacher_head,  # [V, Ht]
+    student_bias_ptr,  # [V]
+    teacher_bias_ptr,  # [V]
+    order_ptr,  # [V] int64
+    student_lse_ptr,  # [N]
+    teacher_lse_ptr,  # [N]
+    pairs_ptr,  # [B * num_tiles] int64: row block * num_tiles + tile, the active ones first
+    num_pairs_ptr,  # [1] int32
+    total_ptr,  # [N]; with WRITE_GRADIENT
+    row_scale_ptr,  # [N]; with WRITE_GRADIENT
+    out_ptr,  # partial sums [2, num_tiles, N], or G [N, num_tiles * TILE]
+    out_stride,  # of G
+    N,
+    V,
+    H,
+    Ht,
+    first_tile,
+    num_tiles,
+    student_stride,
+    teacher_stride,
+    student_head_stride,
+    teacher_head_stride,
+    beta,
+    clip,
+    softcap,
+    inv_temperature,
+    WRITE_GRADIENT: tl.constexpr,
+    DIVERGENCE: tl.constexpr,
+    HAS_CLIP: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    HAS_STUDENT_BIAS: tl.constexpr,
+    HAS_TEACHER_BIAS: tl.constexpr,
+    HAS_ORDER: tl.constexpr,
+    SHARED_HEAD: tl.constexpr,
+    USE_TMA: tl.constexpr,
+    EVEN_H: tl.constexpr,
+    CAST: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_V: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    ROW_BLOCK: tl.constexpr,
+):
+    """Persistent over the active pairs of row block and tile; BLOCK_V is a tile."""
+    PARTS: tl.constexpr = ROW_BLOCK // BLOCK_M
+    for work in range(tl.program_id(0), tl.load(num_pairs_ptr) * PARTS, tl.num_programs(0)):
+        pair = tl.load(pairs_ptr + work // PARTS)
+        tile = (pair % num_tiles).to(tl.int32)
+        first_row = (pair // num_tiles).to(tl.int32) * ROW_BLOCK + work % PARTS * BLOCK_M
+        value, e, p, slope = pair_terms(
+            student_hidden,
+            teacher_hidden,
+            student_head,
+            teacher_head,
+            student_bias_ptr,
+            teacher_bias_ptr,
+            order_ptr,
+            student_lse_ptr,
+            teacher_lse_ptr,
+            first_row,
+            (first_tile + tile) * BLOCK_V,
+            N,
+            V,
+            H,
+            Ht,
+            student_stride,
+            teacher_stride,
+            student_head_stride,
+            teacher_head_stride,
+            beta,
+            clip,
+            softcap,
+            inv_temperature,
+            DIVERGENCE,
+            HAS_CLIP,
+            HAS_SOFTCAP,
+            HAS_STUDENT_BIAS,
+            HAS_TEACHER_BIAS,
+            HAS_ORDER,
+            SHARED_HEAD,
+            USE_TMA,
+            EVEN_H,
+            CAST,
+            PRECISION,
+            BLOCK_M,
+            BLOCK_V,
+            BLOCK_H,
+        )
+        rows = first_row + tl.arange(0, BLOCK_M)
+        inside = rows < N
+        if WRITE_GRADIENT:
+            total = tl.load(total_ptr + rows, mask=inside, other=0.0)
+            scale = tl.load(row_scale_ptr + rows, mask=inside, other=0.0)
+            grad = (e - p * total[:, None]) * slope * scale[:, None]
+            columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+            out = out_ptr + rows.to(tl.int64)[:, None] * out_stride + columns[None, :]
+            tl.store(out, round_to(grad, out_ptr.dtype.element_ty), mask=inside[:, None])
+        else:
+            slots = out_ptr + tile.to(tl.int64) * N + rows
+            tl.store(slots, tl.sum(value, axis=1), mask=inside)
+            tl.store(slots + num_tiles.to(tl.int64) * N, tl.sum(e, axis=1), mask=inside)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Pair:
+    """Both sides' tensors and the options of the entry terms."""
+
+    student_hidden: Tensor  # [N, H]
+    teacher_hidden: Tensor  # [N, Ht]
+    student_head: Tensor  # [V, H]
+    teacher_head: Tensor  # [V, Ht]
+    student_bias: Tensor | None  # [V]
+    teacher_bias: Tensor | None  # [V]
+    order: Tensor | None  # [V] int64
+    student_lse: Tensor  # [N]
+    teacher_lse: Tensor  # [N]
+    divergence: str
+    beta: float
+    temperature: float
+    softcap: float | None
+    entry_clip: float | None
+
+    def launch(
+        self,
+        active: Tensor,  # [B, num_tiles], of the tiles from first_tile on
+        *,
+        first_tile: int,
+        out: Tensor,
+        total: Tensor | None = None,  # [N]: writes G instead of partial sums
+        row_scale: Tensor | None = None,  # [N]
+    ) -> None:
+        hidden = (self.student_hidden, self.teacher_hidden)
+        heads = (self.student_head, self.teacher_head)
+        gemm = Gemm.of("pair", *hidden, *heads, order=self.order)
+        config = gemm.config
+        pairs, num_pairs = active_pairs(active, config.group)
+        # Interchangeable for the kernel, which then reads the head once.
+        shared = (
+            heads[0].data_ptr() == heads[1].data_ptr() and heads[0].stride() == heads[1].stride()
+        )
+        (V, H), Ht = heads[0].shape, heads[1].shape[1]
+        launch(
+            pair_kernel,
+            (min(active.numel() * ROW_BLOCK // config.block_m, num_programs(active.device)),),
+            config,
+            student_hidden=gemm.operand(hidden[0], config.block_m, config.block_k),
+            teacher_hidden=gemm.operand(hidden[1], config.block_m, config.block_k),
+            student_head=gemm.operand(heads[0], config.block_n, config.block_k),
+            teacher_head=gemm.operand(heads[1], config.block_n, config.block_k),
+            student_bias_ptr=self.student_bias,
+            teacher_bias_ptr=self.teacher_bias,
+            order_ptr=self.order,
+            student_lse_ptr=self.student_lse,
+            teacher_lse_ptr=self.teacher_lse,
+            pairs_ptr=pairs,
+            num_pairs_ptr=num_pairs,
+            total_ptr=total,
+            row_scale_ptr=row_scale,
+            out_ptr=out,
+            out_stride=out.stride(0),
+            N=hidden[0].shape[0],
+            V=V,
+            H=H,
+            Ht=Ht,
+            first_tile=first_tile,
+            num_tiles=active.shape[1],
+            student_stride=hidden[0].stride(0),
+            teacher_stride=hidden[1].stride(0),
+            student_head_stride=heads[0].stride(0),
+            teacher_head_stride=heads[1].stride(0),
+            beta=self.beta,
+            clip=self.entry_clip or 0.0,
+            softcap=self.softcap or 1.0,
+            inv_temperature=1.0 / self.temperature,
+            WRITE_GRADIENT=total is not None,
+            DIVERGENCE=self.divergence,
+            HAS_CLIP=self.entry_clip is not None,
+            HAS_SOFTCAP=self.softcap is not None,
+            HAS_STUDENT_BIAS=self.student_bias is not None,
+            HAS_TEACHER_BIAS=self.teacher_bias is not None,
+            HAS_ORDER=self.order is not None,
+            SHARED_HEAD=shared,
+            USE_TMA=gemm.use_tma,
+            EVEN_H=H % config.block_k == 0 and Ht % config.block_k == 0,
+            CAST=gemm.cast,
+            PRECISION=gemm.precision,
+            BLOCK_M=config.block_m,
+            BLOCK_V=config.block_n,
+            BLOCK_H=config.block_k,
+            ROW_BLOCK=ROW_BLOCK,
+        )
