@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Literal
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
+from rosd_kernels.auto import choose, remember
 from rosd_kernels.chunked import run_chunked
 from rosd_kernels.records import (
     Divergence,
@@ -16,9 +19,15 @@ from rosd_kernels.records import (
     Strategy,
 )
 from rosd_kernels.reference import run_reference
+from rosd_kernels.sparsity import Sparsity
+from rosd_kernels.tiled import run_tiled
+from rosd_kernels.vocabulary import Vocabulary
 
-STRATEGIES: dict[str, Strategy] = {"chunked": run_chunked, "reference": run_reference}
-AUTO = "chunked"
+STRATEGIES: dict[str, Strategy] = {
+    "chunked": run_chunked,
+    "tiled": run_tiled,
+    "reference": run_reference,
+}
 
 
 def span_divergence(
@@ -40,10 +49,10 @@ def span_divergence(
     top_k: int | None = None,
     tail: bool = True,
     entry_clip: float | None = None,
-    sparsity: Literal["exact"] = "exact",
-    strategy: Literal["auto", "chunked", "reference"] = "auto",
+    sparsity: Literal["exact"] | Sparsity = "exact",
+    strategy: Literal["auto", "tiled", "chunked", "reference"] = "auto",
     workspace_mib: float = 256,
-    vocab_group: None = None,
+    vocab_group: ProcessGroup | None = None,
 ) -> SpanDivergenceOutput:
     """Token-level divergence of student and teacher, from hidden states: `sum_n w_n D_n`.
 
@@ -83,35 +92,37 @@ def span_divergence(
             an entry above the bound has no gradient. The tail's bucket is an entry as well. Below,
             no bound is needed: a contribution is at least -1/e in the KLs and at least 0 in `jsd`.
             A clipped KL may come out negative. None: no bound.
-        sparsity: "exact", all entries are computed: the one choice in this version.
-        strategy: "chunked" keeps all logit-sized buffers within `workspace_mib`; "reference" is
-            plain PyTorch on whole [N, V] logits, for tests; "auto" is "chunked" in this version.
-            They agree up to rounding.
-        workspace_mib: bound on all logit-sized buffers together. One row is held in any case.
-        vocab_group: None, every rank holds whole heads: the one choice in this version.
+        sparsity: "exact", all entries are computed; `entry(eps)` or `mass(tol)`, tiles of the
+            vocabulary that hold next to nothing are left out by "tiled", and `stats` says how much
+            they held (see sparsity.py). "chunked" and "reference" compute everything in any case.
+        strategy: "chunked", dense GEMMs through a bounded workspace; "tiled", one tile of the
+            vocabulary at a time, and with `sparsity` only those that matter, without `top_k`;
+            "reference", plain PyTorch on whole [N, V] logits, for tests; "auto", see auto.py. They
+            agree up to rounding and what `sparsity` leaves out.
+        workspace_mib: bound on all logit-sized buffers together. One row ("chunked") or one tile
+            ("tiled") is held in any case.
+        vocab_group: a torch.distributed process group over which the vocabulary is sharded: heads
+            and biases are this rank's rows, in rank order, of any number; hidden states, weights,
+            ids (of the whole vocabulary) and log-probs are the same on all ranks. So are the
+            results, and each rank's gradient of `student_hidden` is the whole one. A collective:
+            all ranks of the group call it with the same options. Not for "reference".
 
     Returns:
         `SpanDivergenceOutput`. Its `loss` is differentiable w.r.t. `student_hidden`, `student_head`
-        and `student_bias`, once: "chunked" refuses `create_graph=True` with a RuntimeError.
-        Floating tensors are float64, float32, bfloat16 or float16. Logits, sums and gradients are
-        formed in float32 (in float64 where a hidden state or head is float64), and a gradient is
-        rounded once, to the dtype of its input. Equal calls give equal bits on one machine and
-        thread count.
+        and `student_bias`, once: all but "reference" refuse `create_graph=True` with a
+        RuntimeError. Floating tensors are float64, float32, bfloat16 or float16. Logits, sums and
+        gradients are formed in float32 (in float64 where a hidden state or head is float64), and a
+        gradient is rounded once, to the dtype of its input (on a GPU, "tiled" rounds the head's
+        when it is made, and again when a backward scales it). Equal calls give equal bits on one
+        machine and thread count.
 
     Raises:
         ValueError: an argument breaks the contract above. Names the argument, what it got and what
             it wants.
     """
-    if sparsity != "exact":
-        raise ValueError(f"sparsity: got {sparsity!r}, this version supports 'exact' only")
     if strategy != "auto" and strategy not in STRATEGIES:
         names = ", ".join(repr(name) for name in ("auto", *STRATEGIES))
-        raise ValueError(f"strategy: got {strategy!r}, this version supports {names}")
-    if vocab_group is not None:
-        raise ValueError(
-            f"vocab_group: got {type(vocab_group).__name__}, this version supports None only "
-            "(every rank holds whole heads)"
-        )
+        raise ValueError(f"strategy: got {strategy!r}, want one of {names}")
     options = SpanOptions(
         divergence=divergence,
         beta=beta,
@@ -121,6 +132,7 @@ def span_divergence(
         top_k=top_k,
         tail=tail,
         entry_clip=entry_clip,
+        sparsity=Sparsity() if sparsity == "exact" else sparsity,
         workspace_mib=workspace_mib,
     )
     inputs = SpanInputs.of(
@@ -134,18 +146,52 @@ def span_divergence(
         token_ids=token_ids,
         rollout_logprobs=rollout_logprobs,
     )
-    _check_together(inputs, options)
+    if vocab_group is not None and strategy == "reference":
+        raise ValueError(
+            "vocab_group: got a group with strategy 'reference', which needs whole heads; want "
+            "'chunked', 'tiled' or 'auto'"
+        )
+    _check_order(inputs, options)
+    vocabulary = Vocabulary(inputs.vocab_size, vocab_group, student_hidden.device)
+    _check_ids(inputs, options, vocabulary)
+    if options.top_k == vocabulary.size:  # nothing is left for a tail
+        options = replace(options, top_k=None)
+    if options.top_k is not None and strategy == "tiled":
+        raise ValueError(
+            f"top_k: got {top_k} with strategy 'tiled', which has no top-k; "
+            "want 'chunked' or 'auto'"
+        )
+    name = choose(inputs, options, vocabulary) if strategy == "auto" else strategy
     # Autocast would turn the GEMMs, which are formed in float32 on purpose, into bfloat16 ones.
     with torch.autocast(device_type=student_hidden.device.type, enabled=False):
-        return STRATEGIES[AUTO if strategy == "auto" else strategy](inputs, options)
+        output = STRATEGIES[name](inputs, options, vocabulary)
+    if strategy == "auto":
+        remember(inputs, options, vocabulary, output.stats)
+    return output
 
 
-def _check_together(inputs: SpanInputs, options: SpanOptions) -> None:
+def _check_order(inputs: SpanInputs, options: SpanOptions) -> None:
+    order = options.sparsity.order
+    if order is not None and order.vocab_size != inputs.vocab_size:
+        raise ValueError(
+            f"sparsity: got an order of {order.vocab_size} entries, want V = {inputs.vocab_size}"
+        )
+
+
+def _check_ids(inputs: SpanInputs, options: SpanOptions, vocabulary: Vocabulary) -> None:
+    """What depends on the size of the whole vocabulary, or on several arguments."""
     if options.is_clip is not None:
         for name in ("token_ids", "rollout_logprobs"):
             if getattr(inputs, name) is None:
                 raise ValueError(
                     f"{name}: got None, want shape [N] = [{inputs.num_tokens}] with is_clip"
                 )
-    if options.top_k is not None and options.top_k > inputs.vocab_size:
-        raise ValueError(f"top_k: got {options.top_k}, want at most V = {inputs.vocab_size}")
+    if options.top_k is not None and options.top_k > vocabulary.size:
+        raise ValueError(f"top_k: got {options.top_k}, want at most V = {vocabulary.size}")
+    ids = inputs.token_ids
+    # Only where it costs no synchronization; a GPU's gather asserts by itself.
+    if ids is not None and ids.device.type == "cpu" and len(ids):
+        low, high = int(ids.min()), int(ids.max())
+        if low < 0 or high >= vocabulary.size:
+            wrong = low if low < 0 else high
+            raise ValueError(f"token_ids: got id {wrong}, want 0 <= id < V = {vocabulary.size}")

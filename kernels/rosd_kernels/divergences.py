@@ -1,31 +1,31 @@
-"""In-place arithmetic of the divergences: value and gradient w.r.t. logits, for a block of rows.
+"""In-place arithmetic of the divergences in plain PyTorch: what an entry adds to the result.
 
-Let `c_v(p_v, q_v)` be what entry v contributes to the divergence D of a row, `entry_clip`
-applied, and `e_v = p_v dc_v/dp_v`, which is 0 where the entry is clipped. With
+Let `c_v(p_v, q_v)` be what entry v contributes to the divergence D of a row, `entry_clip` applied,
+and `e_v = p_v dc_v/dp_v`, which is 0 where the entry is clipped. With
 `dp_v/ds_u = p_v (delta_uv - p_u)` every divergence has the gradient
 
-    dD/ds_u = e_u - p_u K,     K = sum_v e_v,
+    G_u = dD/ds_u = e_u - p_u K,     K = sum_v e_v,
 
 for single entries and for buckets (top-k and tail) alike. Unclipped, with `m = b q + (1-b) p`:
 
-    divergence   e_v                      dD/ds_v
-    forward_kl   -q_v                     p_v - q_v
-    reverse_kl   p_v (log(p_v/q_v) + 1)   p_v (log p_v - log q_v - KL(p, q))
-    jsd          (1-b) p_v log(p_v/m_v)   (1-b) p_v (log p_v - log m_v - KL(p, m))
+    divergence   c_v                               e_v                dD/ds_v
+    forward_kl   q log(q/p) + p - q                -q                 p - q
+    reverse_kl   p log(p/q) - p + q                p log(p/q)         p (log(p/q) - KL(p, q))
+    jsd          b q log(q/m) + (1-b) p log(p/m)   (1-b) p log(p/m)   (1-b) p (log(p/m) - KL(p, m))
 
-A multiple of p may be added to e without changing the gradient, so the `+ 1` is needed only
-where entries are clipped. Constant factors are left to `gradient_scale`: they are applied to rows
-after the GEMMs, where there are H columns and not V.
+Three choices keep digits where teacher and student nearly agree, which is where self-distillation
+lives. `p - q` sums to zero over the vocabulary, but for the rounding of the two normalizers, whose
+error in `q log(q/p)` it takes out; it also makes every entry >= 0. `jsd` forms
+`log(m/p) = log1p(b expm1(r))` from `r = log(q/p)`. And K of forward_kl is -1, not a rounded sum.
 
-Self-distillation lives where teacher and student nearly agree, so values keep their digits there:
-`jsd` forms `log(m/p) = log1p(b expm1(r))` from `r = log(q/p)`. In the KLs the rounding of the two
-log-normalizers shifts all of r, and the value, by some 1e-7. Adding `sum p - sum q`, which is zero
-but for that same shift, takes most of it out (10 to 1000 times less error); in `jsd` it cancels.
+With `entry_clip` the KLs are bounded as published, without `p - q`, and e of reverse_kl is
+`p (log(p/q) + 1)`. (A multiple of p may be added to e without changing G only if it is added to all
+entries, clipped ones too.)
+
+The same formulas are in C++ (csrc/terms.h) and in Triton (gpu/math.py).
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -37,54 +37,50 @@ from rosd_kernels.records import SpanOptions
 MAX_LOG_RATIO = 80.0
 
 
-class Terms(NamedTuple):
-    """Value and gradient, which is `gradient_scale(options) * (e - p * total)`."""
-
-    value: Tensor  # [R] divergence
-    e: Tensor  # [R, K]
-    total: Tensor  # [R, 1] sum of e
+def known_total(options: SpanOptions) -> float | None:
+    """K where it is the same for every row, None where it has to be summed."""
+    is_known = options.divergence == "forward_kl" and options.entry_clip is None
+    return -1.0 if is_known else None
 
 
-def gradient_scale(options: SpanOptions) -> float:
-    """The constant factor that `Terms` leaves out of the gradient."""
-    return {"forward_kl": -1.0, "reverse_kl": 1.0, "jsd": options.beta - 1.0}[options.divergence]
-
-
-def divergence_terms(
+def entry_terms(
     log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, options: SpanOptions
-) -> Terms:
-    """Terms of [R, K] log-probabilities; `p` and `q` are their exponentials.
+) -> tuple[Tensor, Tensor]:
+    """(c, e) of [R, K] log-probabilities, whose exponentials are `p` and `q`.
 
-    Overwrites `log_p` and `log_q`; `e` lies in one of them or in `q`. `p` and `q` keep their values
-    but for what `entry_clip` cuts from `e`.
+    They lie in the memory of `log_p` and `log_q`, which are overwritten; `p` and `q` stay.
     """
     divergence = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd}
-    entries, e = divergence[options.divergence](log_p, log_q, p, q, options)
+    c, e = divergence[options.divergence](log_p, log_q, p, q, options)
     if options.entry_clip is not None:
-        e.masked_fill_(entries > options.entry_clip, 0)
-        value = entries.clamp_(max=options.entry_clip).sum(-1)
-        return Terms(value, e, e.sum(-1, keepdim=True))
-    value = entries.sum(-1)
-    if options.divergence == "forward_kl":
-        value += torch.sub(p, q, out=log_p).sum(-1)
-    elif options.divergence == "reverse_kl":
-        value -= torch.sub(p, q, out=log_q).sum(-1)
-    # A divergence is never negative; its rounded sum may be.
-    return Terms(value.clamp_(min=0), e, e.sum(-1, keepdim=True))
+        e.masked_fill_(c > options.entry_clip, 0)
+        c.clamp_(max=options.entry_clip)
+    return c, e
+
+
+def row_value(c: Tensor, options: SpanOptions) -> Tensor:
+    """[R] sum of [R, K] contributions. A divergence is never negative; its rounded sum may be."""
+    value = c.sum(-1)
+    return value if options.entry_clip is not None else value.clamp_(min=0)
 
 
 def _forward_kl(
     log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, options: SpanOptions
 ) -> tuple[Tensor, Tensor]:
-    return log_q.sub_(log_p).mul_(q), q  # log_p is free now
+    c = log_q.sub_(log_p).mul_(q)
+    if options.entry_clip is None:
+        c.add_(p).sub_(q)
+    return c, torch.neg(q, out=log_p)
 
 
 def _reverse_kl(
     log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, options: SpanOptions
 ) -> tuple[Tensor, Tensor]:
-    entries = log_p.sub_(log_q).mul_(p)  # log_q is free now
-    e = entries if options.entry_clip is None else torch.add(entries, p, out=log_q)
-    return entries, e
+    c = log_p.sub_(log_q).mul_(p)
+    if options.entry_clip is not None:
+        return c, torch.add(c, p, out=log_q)
+    e = log_q.copy_(c)
+    return c.sub_(p).add_(q), e
 
 
 def _jsd(
@@ -93,6 +89,6 @@ def _jsd(
     beta = options.beta
     log_q_over_p = log_q.sub_(log_p).clamp_(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     log_m_over_p = torch.expm1(log_q_over_p, out=log_p).mul_(beta).log1p_()
-    of_teacher = log_q_over_p.sub_(log_m_over_p).mul_(q)  # q log(q/m)
-    e = log_m_over_p.mul_(p)  # -p log(p/m)
-    return of_teacher.mul_(beta).sub_(e, alpha=1 - beta), e
+    of_teacher = log_q_over_p.sub_(log_m_over_p).mul_(q).mul_(beta)  # b q log(q/m)
+    e = log_m_over_p.mul_(p).mul_(beta - 1)  # (1-b) p log(p/m)
+    return of_teacher.add_(e), e

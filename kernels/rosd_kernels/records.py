@@ -1,19 +1,23 @@
 """The records that pass between the public function and a strategy.
 
-A strategy is a function `(SpanInputs, SpanOptions) -> SpanDivergenceOutput`. Both records check
-themselves, so a strategy may rely on everything said here; every violation is a `ValueError` that
-names the argument.
+A strategy is a function `(SpanInputs, SpanOptions, Vocabulary) -> SpanDivergenceOutput`. The
+records check themselves, so a strategy may rely on everything said here; every violation is a
+`ValueError` that names the argument.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Literal
+from dataclasses import dataclass, field, replace
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
+
+from rosd_kernels.order import VocabularyOrder
+from rosd_kernels.sparsity import Sparsity
+from rosd_kernels.vocabulary import Vocabulary
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
@@ -32,6 +36,7 @@ class SpanOptions:
     top_k: int | None = None
     tail: bool = True
     entry_clip: float | None = None
+    sparsity: Sparsity = field(default_factory=Sparsity)
     workspace_mib: float = 256
 
     def __post_init__(self) -> None:
@@ -52,6 +57,18 @@ class SpanOptions:
             raise ValueError(f"top_k: got {self.top_k!r}, want None or an int from 1 to V")
         if not isinstance(self.tail, bool):
             raise ValueError(f"tail: got {self.tail!r}, want True or False")
+        _check_sparsity(self.sparsity)
+
+
+class Form(NamedTuple):
+    """How raw logits `x = h W^T` become finished ones: `softcap(x + bias) / temperature`."""
+
+    bias: Tensor | None  # [C], contiguous, in the logits' dtype
+    softcap: float | None
+    temperature: float
+
+
+FINISHED = Form(None, None, 1.0)  # nothing is left to do
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,7 +139,7 @@ class SpanInputs:
             if tensor is not None:
                 _check_vector(name, tensor, *want)
         if token_ids is not None:
-            token_ids = _check_token_ids(token_ids, num_tokens, vocab)
+            token_ids = _check_token_ids(token_ids, num_tokens)
         _check_devices(
             student_hidden=student_hidden,
             teacher_hidden=teacher_hidden,
@@ -153,7 +170,32 @@ class SpanInputs:
 
     @property
     def vocab_size(self) -> int:
+        """V: the heads' rows. With a vocabulary group, of this rank."""
         return self.student_head.shape[0]
+
+    @property
+    def students(self) -> tuple[Tensor, Tensor, Tensor | None]:
+        """What may have a gradient: hidden states, head, bias."""
+        return self.student_hidden, self.student_head, self.student_bias
+
+    @property
+    def is_stacked(self) -> bool:
+        """Student and teacher go through the same weights: one GEMM can do both."""
+        same_bias = self.student_bias is self.teacher_bias or (
+            self.student_bias is not None
+            and self.teacher_bias is not None
+            and _same_memory(self.student_bias, self.teacher_bias)
+        )
+        return self.head_is_shared and same_bias
+
+    def forms(self, options: SpanOptions) -> tuple[Form, Form]:
+        """Of the student's logits and of the teacher's."""
+        biases = (
+            None if bias is None else bias.detach().to(self.compute_dtype).contiguous()
+            for bias in (self.student_bias, self.teacher_bias)
+        )
+        student, teacher = (Form(bias, options.softcap, options.temperature) for bias in biases)
+        return student, teacher
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -193,12 +235,27 @@ class SpanInputs:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpanDivergenceStats:
-    """How the divergence was computed."""
+    """How the divergence was computed. Reading a measured value waits for the device."""
 
     strategy: str  # the strategy that ran; never "auto"
-    active_frac: float  # share of (row block, vocabulary tile) pairs that were computed
-    dropped_mass_max: float  # largest probability mass any row lost to sparsity
     workspace_bytes: int  # logit-sized buffers held at once; 0: unbounded (reference)
+    measured: Tensor | None = None  # [3] the three properties below; None: all was computed
+
+    @property
+    def active_frac(self) -> float:
+        """Share of the (row block, vocabulary tile) pairs that were computed."""
+        return 1.0 if self.measured is None else float(self.measured[0])
+
+    @property
+    def dropped_mass_max(self) -> float:
+        """Largest probability mass, of student or teacher, that any token lost to sparsity."""
+        return 0.0 if self.measured is None else float(self.measured[1])
+
+    @property
+    def grad_error_bound(self) -> float:
+        """Bound for every token on what sparsity did to the gradient of its divergence w.r.t. its
+        logits, finished but for the temperature: `sum_v |G_v - exact G_v|`, rounding aside."""
+        return 0.0 if self.measured is None else float(self.measured[2])
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -210,16 +267,15 @@ class SpanDivergenceOutput:
 
     loss: Tensor  # scalar: sum over tokens of weight * divergence
     per_token: Tensor  # [N] divergence, without the weights, in nats
-    student_logprob: (
-        Tensor | None
-    )  # [N] of token_ids at the given temperature; None without token_ids
+    # [N] of token_ids at the given temperature; None without token_ids
+    student_logprob: Tensor | None
     teacher_logprob: Tensor | None  # [N] likewise
     student_entropy: Tensor | None  # [N] over the whole vocabulary, in nats
     teacher_entropy: Tensor | None  # [N] likewise
     stats: SpanDivergenceStats
 
 
-Strategy = Callable[[SpanInputs, SpanOptions], SpanDivergenceOutput]
+Strategy = Callable[[SpanInputs, SpanOptions, Vocabulary], SpanDivergenceOutput]
 
 
 def _is_positive(value: object) -> bool:
@@ -253,7 +309,25 @@ def _check_vector(name: str, tensor: Tensor, letter: str, size: int) -> None:
         raise ValueError(_shape_text(name, tensor, wish))
 
 
-def _check_token_ids(token_ids: Tensor, num_tokens: int, vocab: int) -> Tensor:
+def _check_sparsity(sparsity: object) -> None:
+    if not isinstance(sparsity, Sparsity):
+        raise ValueError(f"sparsity: got {sparsity!r}, want 'exact', entry(eps) or mass(tol)")
+    if sparsity.rule == "exact":
+        return
+    if not (_is_positive(sparsity.bound) and sparsity.bound < 1):
+        name = {"entry": "eps", "mass": "tol"}[sparsity.rule]
+        raise ValueError(
+            f"sparsity: got {sparsity.rule}({sparsity.bound!r}), want {name} in the open interval "
+            "(0, 1); 'exact' computes everything"
+        )
+    if sparsity.order is not None and not isinstance(sparsity.order, VocabularyOrder):
+        raise ValueError(
+            f"sparsity: got an order of type {type(sparsity.order).__name__}, want a "
+            "VocabularyOrder or None"
+        )
+
+
+def _check_token_ids(token_ids: Tensor, num_tokens: int) -> Tensor:
     wish = f"[N] = [{num_tokens}]"
     if not isinstance(token_ids, Tensor):
         raise ValueError(f"token_ids: got {type(token_ids).__name__}, want a tensor {wish}")
@@ -261,13 +335,7 @@ def _check_token_ids(token_ids: Tensor, num_tokens: int, vocab: int) -> Tensor:
         raise ValueError(f"token_ids: got dtype {token_ids.dtype}, want int64 or int32")
     if tuple(token_ids.shape) != (num_tokens,):
         raise ValueError(_shape_text("token_ids", token_ids, wish))
-    # Only where it costs no synchronization; a GPU's gather asserts by itself.
-    if token_ids.device.type == "cpu" and num_tokens:
-        low, high = int(token_ids.min()), int(token_ids.max())
-        if low < 0 or high >= vocab:
-            wrong = low if low < 0 else high
-            raise ValueError(f"token_ids: got id {wrong}, want 0 <= id < V = {vocab}")
-    return token_ids.long()
+    return token_ids.long().contiguous()
 
 
 def _forbid_gradient(**tensors: Tensor | None) -> None:

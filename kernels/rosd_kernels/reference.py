@@ -26,10 +26,13 @@ from rosd_kernels.records import (
     SpanInputs,
     SpanOptions,
 )
+from rosd_kernels.vocabulary import Vocabulary
 
 
-def run_reference(inputs: SpanInputs, options: SpanOptions) -> SpanDivergenceOutput:
-    """Compute the divergence with [N, V] logits in memory."""
+def run_reference(
+    inputs: SpanInputs, options: SpanOptions, vocabulary: Vocabulary
+) -> SpanDivergenceOutput:
+    """Compute the divergence with [N, V] logits in memory; the vocabulary is not sharded."""
     dtype = inputs.compute_dtype
     student = (inputs.student_hidden, inputs.student_head, inputs.student_bias)
     teacher = (inputs.teacher_hidden, inputs.teacher_head, inputs.teacher_bias)
@@ -55,9 +58,7 @@ def run_reference(inputs: SpanInputs, options: SpanOptions) -> SpanDivergenceOut
         teacher_logprob=teacher_logprob,
         student_entropy=student_entropy,
         teacher_entropy=teacher_entropy,
-        stats=SpanDivergenceStats(
-            strategy="reference", active_frac=1.0, dropped_mass_max=0.0, workspace_bytes=0
-        ),
+        stats=SpanDivergenceStats(strategy="reference", workspace_bytes=0),
     )
 
 

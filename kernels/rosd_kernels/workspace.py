@@ -8,9 +8,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from rosd_kernels.plain import NUM_SCRATCH
 from rosd_kernels.records import SpanInputs, SpanOptions
+from rosd_kernels.vocabulary import Vocabulary
 
 MIB = 1 << 20
+# On a CPU, a GEMM of this many rows is as fast as a larger one: more memory would bring nothing.
+CPU_CHUNK_ROWS = 128
 # Elementwise work on a CPU goes by blocks of this many elements (4 MiB in float32) and not by whole
 # chunks, so that its passes find the rows in the cache. Much smaller blocks would only add thread
 # synchronization.
@@ -25,54 +29,60 @@ class WorkspacePlan:
     dtype: torch.dtype
     vocab_size: int
     rows: int  # rows of a chunk: both logits of it are held, [2 * rows, V]
-    block: int  # rows of a block: it has num_scratch buffers [block, V]
-    num_scratch: int
+    block: int  # rows that are turned from logits into gradients at a time
     cast_rows: int  # rows of a head converted at a time; 0: no head has to be converted
     cast_width: int
     num_bytes: int  # all of it
 
     @classmethod
-    def of(cls, inputs: SpanInputs, options: SpanOptions) -> WorkspacePlan:
-        """Fit `options.workspace_mib`, with at least one row."""
-        dtype, vocab_size = inputs.compute_dtype, inputs.vocab_size
+    def of(
+        cls, inputs: SpanInputs, options: SpanOptions, vocabulary: Vocabulary, *, is_fused: bool
+    ) -> WorkspacePlan:
+        """Fit `options.workspace_mib`, with at least one row.
+
+        `is_fused`: the elementwise passes need no scratch memory. Shards of a vocabulary get the
+        same plan on every rank, that of the largest.
+        """
+        dtype, vocab_size = inputs.compute_dtype, vocabulary.largest
         budget = int(options.workspace_mib * MIB)
+        heads = (inputs.student_head, inputs.teacher_head)
         cast_width = max(
-            (
-                head.shape[1]
-                for head in (inputs.student_head, inputs.teacher_head)
-                if not is_gemm_ready(head, dtype)
-            ),
-            default=0,
+            (head.shape[1] for head in heads if not is_gemm_ready(head, dtype)), default=0
         )
         cast_rows = 0
         if cast_width:
             cast_budget = min(CAST_BYTES, budget // 4)
             cast_rows = min(max(1, cast_budget // (cast_width * dtype.itemsize)), vocab_size)
         cast_bytes = cast_rows * cast_width * dtype.itemsize
-        # Three buffers for every divergence, tanh^2 of the soft cap, the mask of clipped entries.
-        num_scratch = 3 + (options.softcap is not None)
-        num_buffers = num_scratch + (options.entry_clip is not None)
         row_bytes = vocab_size * dtype.itemsize
-        if options.top_k is not None:  # the ids and about ten buffers of k buckets
-            num_buffers += -(-options.top_k * (8 + 10 * dtype.itemsize) // row_bytes)
+        num_scratch = 0 if is_fused else NUM_SCRATCH + (options.softcap is not None)
+        if options.top_k is not None:  # the slope of the soft cap; some twenty buffers of k buckets
+            num_scratch += 1 + -(-options.top_k * 20 * dtype.itemsize // row_bytes)
 
         num_row_buffers = max(0, budget - cast_bytes) // row_bytes
-        block = max(1, num_row_buffers // (2 + num_buffers))
-        if inputs.student_hidden.device.type == "cpu":
+        block = max(1, num_row_buffers // (2 + num_scratch))
+        is_cpu = inputs.student_hidden.device.type == "cpu"
+        if is_cpu:
             block = min(block, max(1, CPU_BLOCK_ELEMENTS // vocab_size))
-        rows = max(1, (num_row_buffers - num_buffers * block) // 2)
+        rows = max(1, (num_row_buffers - num_scratch * block) // 2)
+        if is_cpu:
+            rows = min(rows, CPU_CHUNK_ROWS)
+        if vocabulary.is_sharded:  # as many chunks on every rank, whatever its memory's layout
+            fewest = vocabulary.max_(torch.tensor([-rows], device=inputs.student_hidden.device))
+            rows = -int(fewest)
         num_chunks = max(1, -(-inputs.num_tokens // rows))
         rows = -(-inputs.num_tokens // num_chunks)  # chunks of one size: no thin GEMM at the end
+        if is_fused and (vocabulary.is_sharded or not is_cpu) and options.top_k is None:
+            block = rows  # one exchange with the other ranks, or one launch, per chunk
         block = min(block, rows)
         return cls(
             dtype=dtype,
-            vocab_size=vocab_size,
+            vocab_size=inputs.vocab_size,
             rows=rows,
             block=block,
-            num_scratch=num_scratch,
             cast_rows=cast_rows,
             cast_width=cast_width,
-            num_bytes=(2 * rows + num_buffers * block) * row_bytes + cast_bytes,
+            num_bytes=(2 * rows + num_scratch * block) * row_bytes + cast_bytes,
         )
 
 
@@ -85,7 +95,6 @@ class Workspace:
 
         self.plan = plan
         self.logits = empty(2 * plan.rows, plan.vocab_size)
-        self.scratch = empty(plan.num_scratch, plan.block, plan.vocab_size)
         self.cast = empty(plan.cast_rows * plan.cast_width)
 
     def tiles(self, head: Tensor) -> Iterator[tuple[slice, Tensor]]:

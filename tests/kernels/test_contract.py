@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import rosd_kernels
-from rosd_kernels import SpanDivergenceOutput, span_divergence
+from rosd_kernels import SpanDivergenceOutput, VocabularyOrder, entry, mass, span_divergence
 
 N, V, H, HT = 4, 7, 3, 5
 
@@ -44,7 +44,7 @@ SHAPES = [
 
 
 @pytest.mark.parametrize(("name", "value", "got", "want"), SHAPES)
-@pytest.mark.parametrize("strategy", ["auto", "reference"])
+@pytest.mark.parametrize("strategy", ["auto", "tiled", "reference"])
 def test_wrong_shape(name, value, got, want, strategy):
     message = f"^{name}: got shape {re.escape(got)}, want .*{re.escape(want)}"
     with pytest.raises(ValueError, match=message):
@@ -77,11 +77,15 @@ VALUES = [
     ("top_k", True, "int"),
     ("top_k", V + 1, "at most V = 7"),
     ("tail", 1, "True or False"),
-    ("sparsity", "entry(1e-3)", "this version supports 'exact'"),
-    ("sparsity", "mass(1e-3)", "this version supports 'exact'"),
-    ("strategy", "tiled", "this version supports 'auto', 'chunked', 'reference'"),
-    ("strategy", "fast", "this version supports 'auto', 'chunked', 'reference'"),
-    ("vocab_group", object(), "this version supports None"),
+    ("sparsity", "entry(1e-3)", r"'exact', entry\(eps\) or mass\(tol\)"),
+    ("sparsity", None, r"'exact', entry\(eps\) or mass\(tol\)"),
+    ("sparsity", entry(0.0), r"eps in the open interval \(0, 1\)"),
+    ("sparsity", mass(1.0), r"tol in the open interval \(0, 1\)"),
+    ("sparsity", mass(float("nan")), r"tol in the open interval"),
+    ("sparsity", entry(0.1, order=[1, 2]), "VocabularyOrder or None"),  # type: ignore[arg-type]
+    ("sparsity", entry(0.1, VocabularyOrder(V + 1)), "V = 7"),
+    ("strategy", "fast", "one of 'auto', 'chunked', 'tiled', 'reference'"),
+    ("vocab_group", object(), "process group that this rank belongs to"),
 ]
 
 
@@ -89,6 +93,17 @@ VALUES = [
 def test_wrong_value(name, value, want):
     with pytest.raises(ValueError, match=f"^{name}: got .*{want}"):
         span_divergence(**good(**{name: value}))
+
+
+def test_tiled_has_no_top_k():
+    with pytest.raises(ValueError, match=r"^top_k: got 3 with strategy 'tiled'.* want 'chunked'"):
+        span_divergence(**good(), top_k=3, strategy="tiled")
+
+
+@pytest.mark.parametrize("size", [0, -1])
+def test_order_of_nothing(size):
+    with pytest.raises(ValueError, match=r"^VocabularyOrder: got vocab_size"):
+        VocabularyOrder(size)
 
 
 @pytest.mark.parametrize("name", ["teacher_hidden", "weights", "rollout_logprobs"])

@@ -1,4 +1,4 @@
-"""The chunked strategy against the float64 reference on the same rounded inputs."""
+"""The fast strategies against the float64 reference on the same rounded inputs."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rosd_kernels import span_divergence
+from rosd_kernels import entry, mass, span_divergence
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 ONE_ROW = 1e-4  # a workspace_mib so small that a chunk is one row
@@ -27,6 +27,8 @@ OPTION_CHOICES: dict[str, tuple[Any, ...]] = {
     "softcap": ({}, {"softcap": 2.5}),
     "is_clip": ({}, {"is_clip": 1.5}),
     "top_k": ({}, {"top_k": 4}, {"top_k": 4, "tail": False}, {"top_k": 29}),
+    "strategy": ({"strategy": "chunked"}, {"strategy": "tiled"}, {"strategy": "auto"}),
+    "sparsity": ({}, {"sparsity": entry(1e-12)}, {"sparsity": mass(1e-9)}),
     "entry_clip": ({}, {"entry_clip": 0.02}),
     "workspace_mib": ({}, {"workspace_mib": ONE_ROW}, {"workspace_mib": 0.004}),
 }
@@ -58,6 +60,17 @@ def pairwise(choices: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
     return picks
 
 
+def is_legal(options: dict[str, Any], vocab_size: int) -> bool:
+    """Tiles have no top-k; all other options go together."""
+    return not (options["strategy"] == "tiled" and options.get("top_k", vocab_size) != vocab_size)
+
+
+def legal(*choices: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
+    """Every strategy with every choice that it has."""
+    strategies = ("chunked", "tiled", "reference")
+    return [(s, o) for s in strategies for o in choices if s != "tiled" or "top_k" not in o]
+
+
 def split(combination: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     """(keywords of make_case, options of span_divergence)."""
     options: dict[str, Any] = {}
@@ -66,14 +79,22 @@ def split(combination: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
     return {name: combination[name] for name in TENSOR_CHOICES}, options
 
 
+@pytest.mark.parametrize("backend", ["native", "plain"])
 @pytest.mark.parametrize(
     "combination", pairwise(CHOICES), ids=lambda c: c["divergence"]["divergence"]
 )
-def test_every_pair_of_options(make_case, agrees, combination):
+def test_every_pair_of_options(make_case, agrees, combination, backend, request):
+    """Each legal combination agrees; each other one is a ValueError that says what to do."""
+    if backend == "plain":
+        request.getfixturevalue("without_native")
     tensors, options = split(combination)
     case = make_case(11, 29, 5, sampled=True, seed=1, **tensors)
-    truth = case.run(dtype=torch.float64, strategy="reference", **options)
-    actual = case.run(strategy="chunked", **options)
+    if not is_legal(options, 29):
+        with pytest.raises(ValueError, match=r"^top_k: got 4 with strategy 'tiled', .*; want"):
+            case.run(**options)
+        options["strategy"] = "chunked"
+    truth = case.run(dtype=torch.float64, **options | {"strategy": "reference"})
+    actual = case.run(**options)
     agrees(actual, truth)
     for name, gradient in actual.gradients.items():
         assert gradient.dtype == case.tensors[name].dtype
@@ -91,22 +112,37 @@ def test_every_pair_of_options(make_case, agrees, combination):
 def test_any_shape(make_case, agrees, shape, combination, scale, seed):
     tensors, options = split(combination)
     options["top_k"] = options.get("top_k") and min(options["top_k"], shape[1])
+    if not is_legal(options, shape[1]) and options["top_k"] is not None:
+        options["top_k"] = None
     case = make_case(*shape, sampled=True, scale=scale, seed=seed, **tensors)
-    truth = case.run(dtype=torch.float64, strategy="reference", **options)
-    agrees(case.run(strategy="chunked", **options), truth)
+    truth = case.run(dtype=torch.float64, **options | {"strategy": "reference"})
+    agrees(case.run(**options), truth, scale=max(1, scale), is_clipped="entry_clip" in options)
 
 
 @pytest.mark.parametrize("divergence", DIVERGENCES)
+@pytest.mark.parametrize("options", [{}, {"entry_clip": 0.02}, {"softcap": 3.0}], ids=str)
+@pytest.mark.parametrize("shape", [(1, 129, 3), (130, 300, 9), (257, 2500, 17)])
+@pytest.mark.parametrize("workspace_mib", [256, 1e-3])
+def test_tiles_of_every_shape(make_case, agrees, divergence, options, shape, workspace_mib):
+    """Several row blocks and tiles, the last ones short; kept logits and computed ones."""
+    case = make_case(*shape, teacher_width=4, bias=True, sampled=True, weights=True)
+    options = {"divergence": divergence, "temperature": 0.8, **options}
+    truth = case.run(dtype=torch.float64, strategy="reference", **options)
+    agrees(case.run(strategy="tiled", workspace_mib=workspace_mib, **options), truth)
+
+
+@pytest.mark.parametrize("strategy", ["chunked", "tiled"])
+@pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("shape", [(1, 7, 3), (0, 7, 3), (13, 7, 3), (5, 1, 3), (257, 301, 17)])
-def test_ragged_shapes(make_case, agrees, divergence, shape):
+def test_ragged_shapes(make_case, strategy, agrees, divergence, shape):
     case = make_case(*shape, sampled=True, weights=True)
     truth = case.run(dtype=torch.float64, strategy="reference", divergence=divergence)
-    agrees(case.run(divergence=divergence), truth)
+    agrees(case.run(strategy=strategy, divergence=divergence), truth)
 
 
-@pytest.mark.parametrize("strategy", ["chunked", "reference"])
 @pytest.mark.parametrize(
-    "options", [{}, {"top_k": 3}, {"entry_clip": 0.1, "softcap": 5.0}], ids=str
+    ("strategy", "options"),
+    legal({}, {"top_k": 3}, {"entry_clip": 0.1, "softcap": 5.0}, {"sparsity": entry(0.1)}),
 )
 def test_no_tokens_backpropagates_zeros(make_case, strategy, options):
     case = make_case(0, 7, 3, bias=True, sampled=True, weights=True, dtype=torch.bfloat16)
@@ -118,13 +154,14 @@ def test_no_tokens_backpropagates_zeros(make_case, strategy, options):
         assert gradient.abs().sum().item() == 0
 
 
+@pytest.mark.parametrize("strategy", ["chunked", "tiled"])
 @pytest.mark.parametrize("needs", [n for k in range(4) for n in itertools.combinations("hwb", k)])
-def test_only_the_needed_gradients(make_case, agrees, needs):
+def test_only_the_needed_gradients(make_case, strategy, agrees, needs):
     names = {"h": "student_hidden", "w": "student_head", "b": "student_bias"}
     case = make_case(6, 19, 5, bias=True)
     wanted = tuple(names[letter] for letter in needs)
     truth = case.run(dtype=torch.float64, strategy="reference", needs=wanted)
-    actual = case.run(strategy="chunked", needs=wanted)
+    actual = case.run(strategy=strategy, needs=wanted)
     agrees(actual, truth)
     assert set(actual.gradients) == set(wanted)
     assert actual.output.loss.requires_grad == bool(wanted)
@@ -147,13 +184,14 @@ def test_huge_logits(make_case, agrees, divergence, options):
     assert all(bool(g.isfinite().all()) for g in actual.gradients.values())
 
 
+@pytest.mark.parametrize("strategy", ["chunked", "tiled"])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-def test_one_hot_teacher(make_case, agrees, divergence):
+def test_one_hot_teacher(make_case, strategy, agrees, divergence):
     case = make_case(4, 21, 21)
     case.tensors["student_head"].copy_(torch.eye(21))
     case.tensors["teacher_hidden"].copy_(300 * torch.eye(21)[[3, 0, 20, 3]])
     truth = case.run(dtype=torch.float64, strategy="reference", divergence=divergence)
-    actual = case.run(divergence=divergence)
+    actual = case.run(strategy=strategy, divergence=divergence)
     agrees(actual, truth)
     if divergence == "forward_kl":  # the divergence is then the token's cross-entropy
         logits = case.tensors["student_hidden"]
@@ -163,9 +201,10 @@ def test_one_hot_teacher(make_case, agrees, divergence):
         assert torch.allclose(actual.output.per_token, want, rtol=1e-5)
 
 
-@pytest.mark.parametrize("strategy", ["chunked", "reference"])
+@pytest.mark.parametrize(
+    ("strategy", "options"), legal({}, {"top_k": 20}, {"top_k": 20, "tail": False})
+)
 @pytest.mark.parametrize("divergence", DIVERGENCES)
-@pytest.mark.parametrize("options", [{}, {"top_k": 20}, {"top_k": 20, "tail": False}], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_identical_student_and_teacher(make_case, strategy, divergence, options, dtype):
     case = make_case(9, 501, 16, bias=True, scale=3.0, dtype=dtype)
@@ -192,7 +231,7 @@ def test_value_keeps_its_digits_where_the_two_nearly_agree(make_case, divergence
     assert error.mean() < (1e-4 if divergence == "jsd" else 1.5e-3)
 
 
-@pytest.mark.parametrize("strategy", ["chunked", "reference"])
+@pytest.mark.parametrize("strategy", ["chunked", "tiled", "reference"])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_never_negative(make_case, strategy, divergence):
     """Where rounding outweighs the divergence, about half of the plain sums are below zero."""
@@ -202,9 +241,10 @@ def test_never_negative(make_case, strategy, divergence):
     assert bool((per_token >= 0).all()) and per_token.max() < 1e-6
 
 
-def test_inputs_that_are_not_contiguous(make_case, agrees):
+@pytest.mark.parametrize("strategy", ["chunked", "tiled"])
+def test_inputs_that_are_not_contiguous(make_case, strategy, agrees):
     case = make_case(10, 23, 6, teacher_width=8, bias=True, weights=True, sampled=True)
-    want = case.run(strategy="chunked", is_clip=2.0)
+    want = case.run(strategy=strategy, is_clip=2.0)
     for name, x in case.tensors.items():
         if x.ndim == 2:  # neither dimension has stride 1
             spread = torch.full((2 * x.shape[0], 3 * x.shape[1]), float("nan"))
@@ -212,18 +252,19 @@ def test_inputs_that_are_not_contiguous(make_case, agrees):
             case.tensors[name] = spread[::2, ::3]
         else:
             case.tensors[name] = x.repeat_interleave(2)[::2]
-    agrees(case.run(strategy="chunked", is_clip=2.0), want)
+    agrees(case.run(strategy=strategy, is_clip=2.0), want)
     for name in ("student_head", "teacher_head"):
         case.tensors[name] = case.tensors[name].T.contiguous().T
-    agrees(case.run(strategy="chunked", is_clip=2.0), want)
+    agrees(case.run(strategy=strategy, is_clip=2.0), want)
 
 
-def test_mixed_dtypes(make_case, agrees):
+@pytest.mark.parametrize("strategy", ["chunked", "tiled"])
+def test_mixed_dtypes(make_case, strategy, agrees):
     """A bfloat16 backbone under a float32 head; each gradient has its own input's dtype."""
     case = make_case(10, 23, 6, bias=True)
     for name in ("student_hidden", "teacher_hidden"):
         case.tensors[name] = case.tensors[name].bfloat16()
-    result = case.run(strategy="chunked")
+    result = case.run(strategy=strategy)
     agrees(result, case.run(dtype=torch.float64, strategy="reference"))
     assert result.gradients["student_hidden"].dtype == torch.bfloat16
     assert result.gradients["student_head"].dtype == torch.float32
@@ -286,10 +327,11 @@ def test_auto_is_chunked_and_reports_its_workspace(make_case):
     assert 0 < stats.workspace_bytes <= 256 << 20
 
 
+@pytest.mark.parametrize("strategy", ["chunked", "tiled"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
-def test_scaling_the_loss_scales_the_gradients(make_case, dtype):
+def test_scaling_the_loss_scales_the_gradients(make_case, strategy, dtype):
     case = make_case(12, 31, 5, bias=True, dtype=dtype)
-    once, twice = case.run(strategy="chunked"), case.run(strategy="chunked", factor=2.0)
+    once, twice = case.run(strategy=strategy), case.run(strategy=strategy, factor=2.0)
     for name, gradient in once.gradients.items():
         assert torch.equal(2 * gradient, twice.gradients[name])
 
@@ -340,10 +382,11 @@ def test_no_gradient_under_no_grad_and_none_through_metrics(make_case):
     assert torch.equal(quiet.loss, out.loss.detach())
 
 
-def test_second_derivative_is_refused(make_case):
+@pytest.mark.parametrize("strategy", ["chunked", "tiled"])
+def test_second_derivative_is_refused(make_case, strategy):
     tensors = dict(make_case(6, 11, 4).tensors)
     hidden = tensors["student_hidden"].requires_grad_()
-    loss = span_divergence(**tensors, strategy="chunked").loss
+    loss = span_divergence(**tensors, strategy=strategy).loss
     with pytest.raises(RuntimeError, match="create_graph"):
         torch.autograd.grad(loss, hidden, create_graph=True)
     loss = span_divergence(**tensors, strategy="reference").loss
@@ -352,7 +395,7 @@ def test_second_derivative_is_refused(make_case):
     assert hidden.grad is not None
 
 
-@pytest.mark.parametrize("strategy", ["chunked", "reference"])
+@pytest.mark.parametrize("strategy", ["chunked", "tiled", "reference"])
 def test_autocast_does_not_lower_the_precision(make_case, strategy):
     case = make_case(6, 40, 8, scale=4.0)
     want = case.run(strategy=strategy)

@@ -1,0 +1,110 @@
+"""How a strategy that computes loss and gradients together meets autograd, and what it returns.
+
+The gradients are made in forward, while the logits are at hand; backward multiplies them by the
+gradient of the loss. What is not needed is not computed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rosd_kernels.records import SpanDivergenceOutput, SpanDivergenceStats, SpanInputs
+
+CAST_BYTES = 16 << 20  # part of a gradient that is converted at a time
+
+Needed = tuple[bool, bool, bool]  # which gradients: hidden states, head, bias
+
+
+class TokenResults(NamedTuple):
+    """Detached results per token, [N] each; field names are those of SpanDivergenceOutput."""
+
+    per_token: Tensor
+    student_logprob: Tensor | None
+    teacher_logprob: Tensor | None
+    student_entropy: Tensor
+    teacher_entropy: Tensor
+
+
+class Gradients(NamedTuple):
+    """Gradients of the loss; None where not needed."""
+
+    hidden: Tensor | None  # [N, H]
+    head: Tensor | None  # [V, H]
+    bias: Tensor | None  # [V]
+
+
+class Computed(NamedTuple):
+    """What a strategy has computed."""
+
+    loss: Tensor
+    results: TokenResults
+    gradients: Gradients
+    stats: SpanDivergenceStats
+
+
+def differentiable(
+    inputs: SpanInputs, compute: Callable[[Needed], Computed]
+) -> SpanDivergenceOutput:
+    """Run `compute` and tie its loss to the student's tensors."""
+    # ctx.needs_input_grad would stay true under torch.no_grad.
+    hidden, head, bias = (
+        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
+        for tensor in inputs.students
+    )
+    with torch.no_grad():
+        computed = compute((hidden, head, bias))
+    loss = _Precomputed.apply(*inputs.students, computed.loss, computed.gradients)
+    return SpanDivergenceOutput(loss=loss, **computed.results._asdict(), stats=computed.stats)
+
+
+class _Precomputed(torch.autograd.Function):
+    """The loss, with gradients that are there already."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        student_hidden: Tensor,
+        student_head: Tensor,
+        student_bias: Tensor | None,
+        loss: Tensor,
+        gradients: Gradients,
+    ) -> Tensor:
+        ctx.save_for_backward(*gradients)
+        ctx.dtypes = tuple(
+            None if tensor is None else tensor.dtype
+            for tensor in (student_hidden, student_head, student_bias)
+        )
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
+        if torch.is_grad_enabled():
+            raise RuntimeError(
+                "span_divergence: no second derivative (create_graph=True) but with "
+                "strategy='reference'"
+            )
+        scaled = (
+            None if gradient is None else _scale(gradient, grad_loss, dtype)
+            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+        )
+        return (*scaled, None, None)
+
+
+def _scale(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`factor * gradient` rounded once to `dtype`; holds no second wide copy of the gradient."""
+    if gradient.dtype == dtype:
+        return gradient * factor
+    result = gradient.new_empty(gradient.shape, dtype=dtype)
+    step = max(1, CAST_BYTES // max(1, gradient[:1].nbytes))
+    for start, stop in ranges(gradient.shape[0], step):
+        result[start:stop] = gradient[start:stop] * factor
+    return result
+
+
+def ranges(stop: int, step: int) -> list[tuple[int, int]]:
+    """Consecutive half-open ranges of at most `step` that cover 0..stop."""
+    return [(first, min(first + step, stop)) for first in range(0, stop, max(1, step))]

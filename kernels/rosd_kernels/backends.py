@@ -1,0 +1,55 @@
+"""Which implementation a device gets: Triton on CUDA, C++ or plain PyTorch elsewhere.
+
+Triton is asked for only where it can be used, as importing it takes a while. The environment
+variable ROSD_KERNELS_BACKEND=triton asks for it on any device: with TRITON_INTERPRET=1 the kernels
+then run on a CPU, slowly, which is how they are tested. ROSD_KERNELS_BACKEND=torch keeps to plain
+PyTorch and C++.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from rosd_kernels.records import SpanInputs, SpanOptions
+
+
+def uses_triton(like: Tensor, dtype: torch.dtype) -> bool:
+    """Whether tensors of `like`'s device, computed in `dtype`, go to the Triton kernels."""
+    wish = os.environ.get("ROSD_KERNELS_BACKEND", "auto")
+    if wish not in ("auto", "torch", "triton"):
+        raise ValueError(f"ROSD_KERNELS_BACKEND: got {wish!r}, want auto, torch or triton")
+    if wish == "torch" or dtype != torch.float32 or not has_triton():
+        return False
+    return wish == "triton" or like.device.type == "cuda"
+
+
+@cache
+def has_triton() -> bool:
+    return importlib.util.find_spec("triton") is not None
+
+
+def gpu_rows(like: Tensor, dtype: torch.dtype) -> Callable[..., Any] | None:
+    """The fused elementwise pass of "chunked", or None where it is not for this device."""
+    if not uses_triton(like, dtype):
+        return None
+    from rosd_kernels.gpu.rows import finish_block
+
+    return finish_block
+
+
+def make_tiles(inputs: SpanInputs, options: SpanOptions, permutation: Tensor | None) -> Any:
+    """The dense work of "tiled": a `rosd_kernels.tiled.Tiles`."""
+    if uses_triton(inputs.student_hidden, inputs.compute_dtype):
+        from rosd_kernels.gpu.tiles import TritonTiles
+
+        return TritonTiles(inputs, options, permutation)
+    from rosd_kernels.gemm_tiles import GemmTiles
+
+    return GemmTiles(inputs, options, permutation)

@@ -1,0 +1,56 @@
+"""The two elementwise passes over logits, and which implementation does them.
+
+    stats     logits -> log sum exp, max, min and entropy of each tile
+    terms_    logits of both sides and their row's normalizers -> value and K (see divergences.py)
+
+On a CPU they are in C++ (native.py), elsewhere and without the extension in plain PyTorch
+(plain.py). The GPU's kernels do not come by here: see gpu/.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from rosd_kernels import native, plain
+from rosd_kernels.records import Form, SpanOptions
+
+
+def uses_native(logits_like: Tensor) -> bool:
+    """Whether tensors of this device and dtype are handled in C++."""
+    return (
+        logits_like.device.type == "cpu"
+        and logits_like.dtype in native.DTYPES
+        and native.is_available()
+    )
+
+
+def stats(
+    logits: Tensor, form: Form, columns: Tensor | None = None, tile: int | None = None
+) -> tuple[Tensor, Tensor | None]:
+    """([4, R, T] statistics of the tiles: lse, max, min, entropy; [R] logit at `columns` or None).
+
+    `logits` [R, C] are raw; `form` finishes them. Entropy: of `exp(s - lse)`. Entries may be
+    -inf. `columns` [R] int64 may be -1: its logit is 0 then. tile: None, the row is one tile.
+    """
+    implementation = native if uses_native(logits) else plain
+    return implementation.stats(logits, form, columns, tile or logits.shape[1])
+
+
+def terms_(
+    student: Tensor,  # [R, C] raw logits
+    teacher: Tensor,  # [R, C]
+    student_form: Form,
+    teacher_form: Form,
+    student_lse: Tensor,  # [R]
+    teacher_lse: Tensor,  # [R]
+    options: SpanOptions,
+) -> Tensor:
+    """[2, R]: sum of c and sum of e over the columns.
+
+    In place, `student` becomes `p w` and `teacher` `e w` with w = ds/d(raw) * temperature, so that
+    `teacher - K student` is the gradient w.r.t. the raw logits, times the temperature.
+    """
+    implementation = native if uses_native(student) else plain
+    return implementation.terms_(
+        student, teacher, student_form, teacher_form, student_lse, teacher_lse, options
+    )

@@ -1,0 +1,241 @@
+"""The dense work of strategy "tiled" by GEMMs of the library and elementwise passes (CPU).
+
+The vocabulary goes by in chunks of columns. Within a chunk each row block multiplies its runs of
+consecutive active tiles, so that the logits at hand are those of one run, [128, <= chunk]. A head
+that no GEMM can read as it is (another dtype, an order of the vocabulary) is copied chunk by chunk.
+
+If both logits of all active tiles fit into half of the workspace they are kept from the loss to the
+gradient, which saves their second computation: 2 + 4f units instead of 2 + 6f.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from rosd_kernels.autograd import Gradients, Needed, ranges
+from rosd_kernels.chunked import subtract_total
+from rosd_kernels.elementwise import stats, terms_
+from rosd_kernels.records import Form, SpanInputs, SpanOptions
+from rosd_kernels.sparsity import Sweep, TileStats
+from rosd_kernels.tiles import ROW_BLOCK, TILE, num_tiles
+from rosd_kernels.workspace import MIB, is_gemm_ready
+
+CHUNK_TILES = 16  # 2048 columns: enough for a good GEMM, and logits that stay in the cache
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Run:
+    """Consecutive active tiles of a row block, within a chunk of the vocabulary."""
+
+    rows: slice
+    columns: slice  # positions in the vocabulary's order
+    local: slice  # the same from the chunk's first column
+
+
+class GemmTiles:
+    """A `tiled.Tiles`. permutation: [V] int64 or None, the head's row of each position."""
+
+    def __init__(
+        self, inputs: SpanInputs, options: SpanOptions, permutation: Tensor | None
+    ) -> None:
+        self.inputs, self.options, self.permutation = inputs, options, permutation
+        self.dtype = inputs.compute_dtype
+        student, teacher = inputs.forms(options)
+        self.forms = self._ordered(student), self._ordered(teacher)
+        self.hidden = (
+            inputs.student_hidden.detach().to(self.dtype),
+            inputs.teacher_hidden.to(self.dtype),
+        )
+        self.heads = inputs.student_head.detach(), inputs.teacher_head
+        self.needs_copy = [
+            permutation is not None or not is_gemm_ready(head, self.dtype) for head in self.heads
+        ]
+        # Both logits of a row block (twice that in a stacked sweep), and what is copied of heads.
+        copied = (h.shape[1] for h, copy in zip(self.heads, self.needs_copy, strict=True) if copy)
+        column_bytes = (4 * ROW_BLOCK + sum(copied)) * self.dtype.itemsize
+        self.budget = int(options.workspace_mib * MIB)
+        fitting = self.budget // 2 // (column_bytes * TILE)
+        self.width = min(max(1, fitting), CHUNK_TILES, num_tiles(inputs.vocab_size)) * TILE
+        self.workspace_bytes = column_bytes * self.width
+        self.logits = inputs.student_hidden.new_empty(4 * ROW_BLOCK * self.width, dtype=self.dtype)
+        self.kept: dict[tuple[int, int], tuple[Tensor, Tensor]] | None = None
+
+    def sweep(self, columns: Tensor | None) -> tuple[Sweep, Sweep]:
+        """Statistics of all tiles. One GEMM does both sides where the weights are shared."""
+        num_tokens = self.inputs.num_tokens
+        if self.inputs.is_stacked:
+            twice = None if columns is None else torch.cat([columns, columns])
+            found, sampled = self._sweep(torch.cat(self.hidden), 0, twice)
+            student, teacher = (
+                Sweep(TileStats(*found[:, rows]), None if sampled is None else sampled[rows])
+                for rows in (slice(0, num_tokens), slice(num_tokens, None))
+            )
+            return student, teacher
+        student, teacher = (self._sweep(self.hidden[side], side, columns) for side in (0, 1))
+        return Sweep(TileStats(*student[0]), student[1]), Sweep(TileStats(*teacher[0]), teacher[1])
+
+    def _sweep(
+        self, hidden: Tensor, side: int, columns: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """([4, M, T] statistics, [M] logit of the sampled tokens)."""
+        num_rows = hidden.shape[0]
+        found = hidden.new_empty(4, num_rows, num_tiles(self.inputs.vocab_size))
+        sampled = None if columns is None else hidden.new_zeros(num_rows)
+        for start, stop in ranges(self.inputs.vocab_size, self.width):
+            head = self._head(side, slice(start, stop))
+            tiles = slice(start // TILE, -(-stop // TILE))
+            form = _cut(self.forms[side], slice(start, stop))
+            for first, last in ranges(num_rows, 4 * ROW_BLOCK):
+                rows = slice(first, last)
+                logits = self.logits[: (last - first) * (stop - start)].view(last - first, -1)
+                torch.mm(hidden[rows], head.T, out=logits)
+                local = None
+                if columns is not None:
+                    inside = (columns[rows] >= start) & (columns[rows] < stop)
+                    local = torch.where(inside, columns[rows] - start, -1)
+                found[:, rows, tiles], picked = stats(logits, form, local, TILE)
+                if sampled is not None and picked is not None:
+                    sampled[rows] += picked
+        return found, sampled
+
+    def loss(
+        self, active: Tensor, student_lse: Tensor, teacher_lse: Tensor, needed: Needed
+    ) -> tuple[Tensor, Tensor]:
+        """([N] sum of c, [N] sum of e) over the active tiles of each row."""
+        sums = student_lse.new_zeros(2, self.inputs.num_tokens)
+        rows_of_tiles = active.sum(1, dtype=torch.int64) * TILE * ROW_BLOCK
+        num_bytes = 2 * int(rows_of_tiles.sum()) * self.dtype.itemsize
+        if any(needed) and num_bytes <= self.budget // 2:
+            self.kept = {}
+            self.workspace_bytes += num_bytes
+        for run, heads in self._runs(active):
+            student, teacher = self._logits(run, heads)
+            sums[:, run.rows] += self._terms(run, student, teacher, student_lse, teacher_lse)
+            if self.kept is not None:
+                self.kept[run.rows.start, run.columns.start] = student, teacher
+        return sums[0], sums[1]
+
+    def gradients(
+        self,
+        active: Tensor,  # [B, T] uint8
+        student_lse: Tensor,  # [N]
+        teacher_lse: Tensor,  # [N]
+        total: Tensor,  # [N] K
+        row_scale: Tensor,  # [N] weight / temperature
+        needed: Needed,
+    ) -> Gradients:
+        """What the active tiles give, in the compute dtype."""
+        hidden, head, bias = (
+            tensor.new_zeros(tensor.shape, dtype=self.dtype)
+            if need and tensor is not None
+            else None
+            for tensor, need in zip(self.inputs.students, needed, strict=True)
+        )
+        scaled = self.hidden[0] * row_scale[:, None] if head is not None else None
+        for run, heads in self._runs(active, is_student_only=self.kept is not None):
+            if self.kept is None:
+                student, teacher = self._logits(run, heads)
+                self._terms(run, student, teacher, student_lse, teacher_lse)
+            else:
+                student, teacher = self.kept.pop((run.rows.start, run.columns.start))
+            subtract_total(student, teacher, total[run.rows], self.options)
+            if hidden is not None:
+                hidden[run.rows].addmm_(student, heads[0][run.local])
+            if head is not None and scaled is not None:
+                self._add(head, run.columns, student.T @ scaled[run.rows])
+            if bias is not None:
+                self._add(bias, run.columns, student.T @ row_scale[run.rows])
+        if hidden is not None:
+            hidden.mul_(row_scale[:, None])
+        return Gradients(hidden, head, bias)
+
+    def _runs(
+        self, active: Tensor, *, is_student_only: bool = False
+    ) -> Iterator[tuple[Run, tuple[Tensor, Tensor | None]]]:
+        """Every run with the heads of its chunk, [C, H]: chunk by chunk, row block by row block."""
+        flags = active.tolist()
+        for start, stop in ranges(self.inputs.vocab_size, self.width):
+            tiles = range(start // TILE, -(-stop // TILE))
+            if not any(row[tile] for row in flags for tile in tiles):
+                continue
+            student = self._head(0, slice(start, stop))
+            teacher = None
+            if not is_student_only:
+                shared = self.inputs.head_is_shared
+                teacher = student if shared else self._head(1, slice(start, stop))
+            for block, row in enumerate(flags):
+                rows = slice(
+                    block * ROW_BLOCK, min((block + 1) * ROW_BLOCK, self.inputs.num_tokens)
+                )
+                for first, last in _consecutive([tile for tile in tiles if row[tile]]):
+                    columns = slice(first * TILE, min(last * TILE, self.inputs.vocab_size))
+                    local = slice(columns.start - start, columns.stop - start)
+                    yield Run(rows=rows, columns=columns, local=local), (student, teacher)
+
+    def _logits(self, run: Run, heads: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
+        """Raw logits of a run, of both sides: in the workspace, or in memory that is kept."""
+        num_rows = run.rows.stop - run.rows.start
+        size = 2 * num_rows * (run.columns.stop - run.columns.start)
+        memory = self.logits[:size] if self.kept is None else self.logits.new_empty(size)
+        both = memory.view(2, num_rows, -1)
+        for logits, hidden, head in zip(both, self.hidden, heads, strict=True):
+            assert head is not None
+            torch.mm(hidden[run.rows], head[run.local].T, out=logits)
+        return both[0], both[1]
+
+    def _terms(
+        self,
+        run: Run,
+        student: Tensor,
+        teacher: Tensor,
+        student_lse: Tensor,
+        teacher_lse: Tensor,
+    ) -> Tensor:
+        """[2, R] sums of c and e; the logits become p w and e w."""
+        return terms_(
+            student,
+            teacher,
+            _cut(self.forms[0], run.columns),
+            _cut(self.forms[1], run.columns),
+            student_lse[run.rows],
+            teacher_lse[run.rows],
+            self.options,
+        )
+
+    def _head(self, side: int, columns: slice) -> Tensor:
+        """[C, H] rows of a head at positions `columns`, in the compute dtype; a copy if need be."""
+        head = self.heads[side]
+        if self.permutation is not None:
+            return head[self.permutation[columns]].to(self.dtype)
+        return head[columns].to(self.dtype) if self.needs_copy[side] else head[columns]
+
+    def _add(self, gradient: Tensor, columns: slice, part: Tensor) -> None:
+        """Add rows at positions `columns` to a gradient in the head's own order."""
+        if self.permutation is None:
+            gradient[columns] += part
+        else:
+            gradient.index_add_(0, self.permutation[columns], part)  # no index twice: no order
+
+    def _ordered(self, form: Form) -> Form:
+        if form.bias is None or self.permutation is None:
+            return form
+        return form._replace(bias=form.bias[self.permutation])
+
+
+def _cut(form: Form, columns: slice) -> Form:
+    return form if form.bias is None else form._replace(bias=form.bias[columns])
+
+
+def _consecutive(tiles: list[int]) -> list[tuple[int, int]]:
+    """Half-open ranges of the consecutive numbers among rising ones."""
+    found: list[tuple[int, int]] = []
+    for tile in tiles:
+        if found and found[-1][1] == tile:
+            found[-1] = found[-1][0], tile + 1
+        else:
+            found.append((tile, tile + 1))
+    return found

@@ -1,0 +1,32 @@
+"""From the statistics of tiles to those of rows, over all tiles and shards of the vocabulary."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from rosd_kernels.vocabulary import Vocabulary
+
+
+class RowStats(NamedTuple):
+    """Of one side, [R] each."""
+
+    lse: Tensor  # log sum exp of the finished logits
+    entropy: Tensor  # nats
+    logprob: Tensor | None  # of the sampled token
+
+
+def row_stats(
+    lse: Tensor, entropy: Tensor, sampled: Tensor | None, vocabulary: Vocabulary
+) -> RowStats:
+    """Merge [R, T] log-sum-exps and entropies of tiles: `sum_t P_t (entropy_t - log P_t)`.
+
+    `sampled` [R]: the token's finished logit, 0 on the shards that do not have it.
+    """
+    of_row = vocabulary.logsumexp(torch.logsumexp(lse, -1) if lse.shape[1] > 1 else lse[:, 0])
+    log_share = lse - of_row[:, None]
+    total = vocabulary.sum_((log_share.exp() * (entropy - log_share)).sum(-1))
+    logprob = None if sampled is None else vocabulary.sum_(sampled) - of_row
+    return RowStats(lse=of_row, entropy=total, logprob=logprob)

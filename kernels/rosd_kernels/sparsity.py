@@ -1,0 +1,120 @@
+"""Which tiles of the vocabulary count: the rules, what they drop, and the bound on the error.
+
+Peaked distributions hold nearly all mass in few tiles. After the sweep the mass of each tile is
+known exactly, `P = exp(lse_tile - lse)` of the student and `Q` of the teacher, so that a rule picks
+the active tiles of a row block, and what the others hold is known as well:
+
+    exact       all tiles
+    entry(eps)  tiles in which some row of the block has an entry with p or q above eps
+    mass(tol)   all but the smallest tiles of each row that together hold at most tol of p and of q
+
+A dropped tile enters the loss as one entry with probabilities P and Q (never too much, as merging
+entries lowers a divergence), and its entries get no gradient. Let `E_D` bound `sum_D |e_v|` over
+the dropped entries D (see divergences.py for e and K). The gradient of a row w.r.t. its logits,
+`e_v - p_v K`, is then off in L1 norm by at most
+
+    2 E_D + P_D (|K_A| + E_D)       with K_A the sum of e over the active entries,
+    E_D + P_D                       for forward_kl without entry_clip, where K = -1 is known,
+
+    forward_kl   E_D = Q_D                          e = -q
+    reverse_kl   E_D = sum_t P_t max(0, r_t) + Q_D/e    p log(q/p) <= q/e, and log(p/q) <= r_t
+                 (+ P_D with entry_clip)            r_t: student's highest less teacher's lowest
+    jsd          E_D = (1-b) (P_D log(1/(1-b)) + b Q_D)    p log(p/m) <= p log(1/(1-b)),
+                                                    p log(m/p) <= m - p <= b q
+
+Legend: N tokens, T tiles, B row blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rosd_kernels.tiles import ROW_BLOCK, num_row_blocks
+
+if TYPE_CHECKING:
+    from rosd_kernels.order import VocabularyOrder
+
+Rule = Literal["exact", "entry", "mass"]
+BISECTIONS = 20  # halvings of the threshold of `mass`, in log mass
+
+
+@dataclass(frozen=True, slots=True)
+class Sparsity:
+    """A rule of the table; made by `entry` and `mass`."""
+
+    rule: Rule = "exact"
+    bound: float = 0.0
+    order: VocabularyOrder | None = None
+
+
+def entry(eps: float, order: VocabularyOrder | None = None) -> Sparsity:
+    """Compute the tiles in which some entry has p or q above `eps`, in (0, 1).
+
+    2^-12 is what a bfloat16 gradient resolves. `order`: of the vocabulary, see VocabularyOrder.
+    """
+    return Sparsity("entry", eps, order)
+
+
+def mass(tol: float, order: VocabularyOrder | None = None) -> Sparsity:
+    """Drop the smallest tiles of each token while it loses at most `tol`, in (0, 1), of p and of q.
+
+    `order`: of the vocabulary, see VocabularyOrder.
+    """
+    return Sparsity("mass", tol, order)
+
+
+class TileStats(NamedTuple):
+    """Of the finished logits of one side, over the entries of each tile: [N, T] each."""
+
+    lse: Tensor  # log sum exp
+    max: Tensor
+    min: Tensor
+    entropy: Tensor  # of exp(s - lse), nats
+
+
+class Sweep(NamedTuple):
+    """What a look at all tiles of one side tells."""
+
+    stats: TileStats
+    sampled: Tensor | None  # [N] finished logit of the sampled token, 0 where it is another shard's
+
+
+def select_tiles(
+    student: TileStats, teacher: TileStats, student_lse: Tensor, teacher_lse: Tensor, rule: Sparsity
+) -> Tensor:
+    """[B, T] uint8: 1 where a row block computes a tile. The lse's are [N], of whole rows."""
+    num_tokens, tiles = student.lse.shape
+    if rule.rule == "exact":
+        return student.lse.new_ones(num_row_blocks(num_tokens), tiles, dtype=torch.uint8)
+    if rule.rule == "entry":
+        largest = torch.maximum(
+            student.max - student_lse[:, None], teacher.max - teacher_lse[:, None]
+        )
+        wanted = largest > math.log(rule.bound)
+    else:
+        log_p, log_q = student.lse - student_lse[:, None], teacher.lse - teacher_lse[:, None]
+        wanted = torch.maximum(log_p, log_q) > _mass_threshold(log_p, log_q, rule.bound)[:, None]
+    padded = wanted.new_zeros(num_row_blocks(num_tokens) * ROW_BLOCK, tiles)
+    padded[:num_tokens] = wanted
+    return padded.view(-1, ROW_BLOCK, tiles).any(1).to(torch.uint8)
+
+
+def _mass_threshold(log_p: Tensor, log_q: Tensor, tol: float) -> Tensor:
+    """[N] log mass: the tiles of a row at or below it hold at most `tol` of p and of q together.
+
+    Bisection between log(tol/T), which cannot drop too much, and 0, the whole row.
+    """
+    p, q, larger = log_p.exp(), log_q.exp(), torch.maximum(log_p, log_q)
+    low = torch.full_like(log_p[:, 0], math.log(tol / log_p.shape[1]))
+    high = torch.zeros_like(low)
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        dropped = larger <= middle[:, None]
+        fits = torch.maximum((p * dropped).sum(1), (q * dropped).sum(1)) <= tol
+        low, high = torch.where(fits, middle, low), torch.where(fits, high, middle)
+    return low

@@ -1,0 +1,216 @@
+"""Strategy "tiled": no logits but those of one tile at a time, and only of tiles that matter.
+
+    sweep     log sum exp, max, min and entropy of each tile of 128 entries    2 units
+    select    lse of the rows; a row block's active tiles (sparsity.py)
+    loss      value and K over the active tiles                                2f units
+    gradient  G of the active tiles again, then dh = G W and dW = G^T h        4f units
+
+A unit is one sweep of the head's GEMM over all tokens, f the active share. The vocabulary is walked
+in chunks, not the tokens: when the last row block of a chunk is done, its rows of dW are complete.
+
+Where the vocabulary is sharded, each rank selects among its own tiles; normalizers, values, K and
+dh are summed over the ranks. Sums have a fixed order and there are no atomics.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from rosd_kernels.autograd import Computed, Gradients, Needed, TokenResults, differentiable
+from rosd_kernels.backends import make_tiles
+from rosd_kernels.divergences import entry_terms, known_total
+from rosd_kernels.records import (
+    SpanDivergenceOutput,
+    SpanDivergenceStats,
+    SpanInputs,
+    SpanOptions,
+)
+from rosd_kernels.rows import RowStats, row_stats
+from rosd_kernels.sparsity import Sparsity, Sweep, TileStats, select_tiles
+from rosd_kernels.tiles import ROW_BLOCK
+from rosd_kernels.vocabulary import Vocabulary
+
+
+class Tiles(Protocol):
+    """The dense work, of one call of `span_divergence`, on one device."""
+
+    workspace_bytes: int  # logit-sized buffers held at once
+
+    def sweep(self, columns: Tensor | None) -> tuple[Sweep, Sweep]:
+        """Statistics of all tiles, student and teacher. columns: [N] of the sampled tokens."""
+        ...
+
+    def loss(
+        self, active: Tensor, student_lse: Tensor, teacher_lse: Tensor, needed: Needed
+    ) -> tuple[Tensor, Tensor]:
+        """([N] sum of c, [N] sum of e) over the active tiles of each row."""
+        ...
+
+    def gradients(
+        self,
+        active: Tensor,  # [B, T] uint8
+        student_lse: Tensor,  # [N]
+        teacher_lse: Tensor,
+        total: Tensor,  # [N] K
+        row_scale: Tensor,  # [N] weight / temperature
+        needed: Needed,
+    ) -> Gradients:
+        """What the active tiles give."""
+        ...
+
+
+def run_tiled(
+    inputs: SpanInputs, options: SpanOptions, vocabulary: Vocabulary
+) -> SpanDivergenceOutput:
+    """Compute the divergence tile by tile; `options.sparsity` says which."""
+    return differentiable(inputs, lambda needed: _compute(inputs, options, vocabulary, needed))
+
+
+def _compute(
+    inputs: SpanInputs, options: SpanOptions, vocabulary: Vocabulary, needed: Needed
+) -> Computed:
+    sparsity = options.sparsity
+    permutation = None
+    if sparsity.order is not None and sparsity.order.permutation is not None:
+        permutation = sparsity.order.permutation.to(inputs.student_hidden.device)
+    tiles = make_tiles(inputs, options, permutation)
+
+    student, teacher = tiles.sweep(_positions(vocabulary.columns(inputs.token_ids), permutation))
+    of_student, of_teacher = (
+        row_stats(side.stats.lse, side.stats.entropy, side.sampled, vocabulary)
+        for side in (student, teacher)
+    )
+    if sparsity.order is not None:
+        _teach(sparsity, inputs, options, of_student, of_teacher)
+    # A row's budget of dropped mass is shared out to the ranks.
+    rule = replace(sparsity, bound=sparsity.bound / vocabulary.num_shards)
+    rule = sparsity if sparsity.rule != "mass" else rule
+    active = select_tiles(student.stats, teacher.stats, of_student.lse, of_teacher.lse, rule)
+
+    value, total = tiles.loss(active, of_student.lse, of_teacher.lse, needed)
+    sums = [value, total]
+    if sparsity.rule != "exact":
+        lost = dropped(student.stats, teacher.stats, of_student, of_teacher, active, options)
+        sums = [value + lost.value, total, *lost[1:]]
+    summed = vocabulary.sum_(torch.stack(sums))
+    value, total = summed[0], summed[1]
+    known = known_total(options)
+    if known is not None:
+        total = torch.full_like(total, known)
+    measured = None
+    if sparsity.rule != "exact":
+        measured = _measure(active, summed[2:], total, options, vocabulary)
+
+    results = TokenResults(
+        value, of_student.logprob, of_teacher.logprob, of_student.entropy, of_teacher.entropy
+    )
+    weights = inputs.token_weights(results.student_logprob, options)
+    gradients = Gradients(None, None, None)
+    if any(needed):
+        row_scale = weights / options.temperature
+        gradients = tiles.gradients(
+            active, of_student.lse, of_teacher.lse, total, row_scale, needed
+        )
+        if gradients.hidden is not None:
+            vocabulary.sum_(gradients.hidden)
+    return Computed(
+        loss=(weights * value).sum(),
+        results=results,
+        gradients=gradients,
+        stats=SpanDivergenceStats(
+            strategy="tiled", workspace_bytes=tiles.workspace_bytes, measured=measured
+        ),
+    )
+
+
+class Dropped(NamedTuple):
+    """Of the inactive tiles of each row, [N] each."""
+
+    value: Tensor  # of the tiles as single entries
+    student_mass: Tensor
+    teacher_mass: Tensor
+    e_bound: Tensor  # E_D: at least sum |e_v|
+
+
+def dropped(
+    student: TileStats,
+    teacher: TileStats,
+    of_student: RowStats,
+    of_teacher: RowStats,
+    active: Tensor,
+    options: SpanOptions,
+) -> Dropped:
+    """What the rows lose; the formulas are those of sparsity.py."""
+    log_p = student.lse - of_student.lse[:, None]
+    log_q = teacher.lse - of_teacher.lse[:, None]
+    num_tokens = log_p.shape[0]
+    is_dropped = active.repeat_interleave(ROW_BLOCK, 0)[:num_tokens] == 0
+    p, q = log_p.exp().mul_(is_dropped), log_q.exp().mul_(is_dropped)
+    beta = options.beta
+    if options.divergence == "forward_kl":
+        e_bound = q
+    elif options.divergence == "reverse_kl":
+        highest = (student.max - of_student.lse[:, None]) - (teacher.min - of_teacher.lse[:, None])
+        slack = 0.0 if options.entry_clip is None else 1.0
+        e_bound = p * (highest.clamp(min=0) + slack) + q / math.e
+    else:
+        e_bound = (1 - beta) * (p * -math.log1p(-beta) + beta * q)
+    c, _ = entry_terms(log_p, log_q, log_p.exp(), log_q.exp(), options)
+    return Dropped((c * is_dropped).sum(1), p.sum(1), q.sum(1), e_bound.sum(1))
+
+
+def _measure(
+    active: Tensor, lost: Tensor, total: Tensor, options: SpanOptions, vocabulary: Vocabulary
+) -> Tensor:
+    """[3] active share, largest dropped mass, bound on the gradient's error; see sparsity.py."""
+    student_mass, teacher_mass, e_bound = lost
+    if known_total(options) is None:
+        bound = 2 * e_bound + student_mass * (total.abs() + e_bound)
+    else:
+        bound = e_bound + student_mass
+    share = torch.stack([active.sum(dtype=total.dtype), total.new_tensor(active.numel())])
+    share = vocabulary.sum_(share)
+    if total.shape[0] == 0:
+        return total.new_tensor([1.0, 0.0, 0.0])
+    return torch.stack(
+        [share[0] / share[1], torch.maximum(student_mass, teacher_mass).max(), bound.max()]
+    )
+
+
+def _positions(columns: Tensor | None, permutation: Tensor | None) -> Tensor | None:
+    """Where the tokens are in the vocabulary's order."""
+    if columns is None or permutation is None:
+        return columns
+    places = torch.empty_like(permutation)
+    places[permutation] = torch.arange(len(permutation), device=permutation.device)
+    return torch.where(columns >= 0, places[columns.clamp(min=0)], -1)
+
+
+def _teach(
+    sparsity: Sparsity,
+    inputs: SpanInputs,
+    options: SpanOptions,
+    of_student: RowStats,
+    of_teacher: RowStats,
+) -> None:
+    """Show the vocabulary's order what both sides hold likely."""
+    assert sparsity.order is not None
+    student, teacher = inputs.forms(options)
+    for hidden, head, form, side in (
+        (inputs.student_hidden, inputs.student_head, student, of_student),
+        (inputs.teacher_hidden, inputs.teacher_head, teacher, of_teacher),
+    ):
+        sparsity.order.observe(
+            hidden.detach(),
+            head.detach(),
+            form.bias,
+            side.lse,
+            softcap=options.softcap,
+            temperature=options.temperature,
+        )
+    sparsity.order.settle()

@@ -1,0 +1,16 @@
+"""The grain of sparsity: a row block and a tile of the vocabulary are computed, or not, as one."""
+
+from __future__ import annotations
+
+TILE = 128  # vocabulary entries of a tile
+ROW_BLOCK = 128  # tokens of a row block
+
+
+def num_tiles(vocab_size: int) -> int:
+    """T: tiles that cover the vocabulary; the last may be short."""
+    return -(-vocab_size // TILE)
+
+
+def num_row_blocks(num_tokens: int) -> int:
+    """B: row blocks that cover the tokens; the last may be short."""
+    return -(-num_tokens // ROW_BLOCK)

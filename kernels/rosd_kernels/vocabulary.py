@@ -1,0 +1,77 @@
+"""The vocabulary over a process group: each rank's head holds some of its rows.
+
+A row's sums over the vocabulary are finished here: on one rank they are whole already, and every
+method returns what it was given.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Vocabulary:
+    """The entries of this rank, `offset <= id < offset + local_size` of `size`."""
+
+    def __init__(self, local_size: int, group: Any = None, device: torch.device | None = None):
+        """`group`: ranks hold consecutive shards, in rank order. Raises ValueError if not a group.
+
+        With a group this is a collective: all of its ranks call it.
+        """
+        self.group = group
+        self.local_size, self.size, self.largest = local_size, local_size, local_size
+        self.rank, self.num_shards, self.offset = 0, 1, 0
+        if group is None:
+            return
+        if not isinstance(group, dist.ProcessGroup):
+            raise ValueError(
+                f"vocab_group: got {type(group).__name__}, want a torch.distributed process group "
+                "that this rank belongs to, or None"
+            )
+        self.rank, self.num_shards = dist.get_rank(group), dist.get_world_size(group)
+        mine = torch.tensor([local_size], device=device)
+        parts = [torch.empty_like(mine) for _ in range(self.num_shards)]
+        dist.all_gather(parts, mine, group=group)
+        sizes = [int(part) for part in parts]
+        self.offset, self.size, self.largest = sum(sizes[: self.rank]), sum(sizes), max(sizes)
+
+    @property
+    def is_sharded(self) -> bool:
+        return self.group is not None
+
+    def columns(self, ids: Tensor | None) -> Tensor | None:
+        """Ids of the whole vocabulary as rows of this rank's head; -1 where another has them."""
+        if ids is None or not self.is_sharded:
+            return ids
+        local = ids - self.offset
+        return torch.where((local >= 0) & (local < self.local_size), local, -1)
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """In-place sum over the shards."""
+        if self.is_sharded:
+            dist.all_reduce(tensor, group=self.group)
+        return tensor
+
+    def max_(self, tensor: Tensor) -> Tensor:
+        """In-place maximum over the shards."""
+        if self.is_sharded:
+            dist.all_reduce(tensor, dist.ReduceOp.MAX, group=self.group)
+        return tensor
+
+    def logsumexp(self, lse: Tensor) -> Tensor:
+        """log sum exp over the shards, elementwise; -inf is an empty shard."""
+        if not self.is_sharded:
+            return lse
+        largest = self.max_(lse.clone())
+        return self.sum_((lse - largest).exp_()).log_().add_(largest)
+
+    def gather(self, tensor: Tensor) -> Tensor:
+        """Tensors of one shape, side by side in the last dimension, in rank order."""
+        if not self.is_sharded:
+            return tensor
+        parts = [torch.empty_like(tensor) for _ in range(self.num_shards)]
+        dist.all_gather(parts, tensor.contiguous(), group=self.group)
+        return torch.cat(parts, dim=-1)
