@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -109,12 +109,13 @@ def span_divergence(
 
     Returns:
         `SpanDivergenceOutput`. Its `loss` is differentiable w.r.t. `student_hidden`, `student_head`
-        and `student_bias`, once: all but "reference" refuse `create_graph=True` with a
-        RuntimeError. Floating tensors are float64, float32, bfloat16 or float16. Logits, sums and
-        gradients are formed in float32 (in float64 where a hidden state or head is float64), and a
-        gradient is rounded once, to the dtype of its input (on a GPU, "tiled" rounds the head's
-        when it is made, and again when a backward scales it). Equal calls give equal bits on one
-        machine and thread count.
+        and `student_bias`, once: all but "reference" refuse a second backward and
+        `create_graph=True` with a RuntimeError. Floating tensors are float64, float32, bfloat16 or
+        float16. Logits, sums and gradients are formed in float32 (in float64 where a hidden state
+        or head is float64), and a gradient is rounded once, to the dtype of its input (on a GPU,
+        "tiled" rounds the head's when it is made, and again when a backward scales it). Equal calls
+        give equal bits on one machine and thread count.
+        Under torch.compile the graph breaks here.
 
     Raises:
         ValueError: an argument breaks the contract above. Names the argument, what it got and what
@@ -146,24 +147,33 @@ def span_divergence(
         token_ids=token_ids,
         rollout_logprobs=rollout_logprobs,
     )
+    # A tracer would unroll the loops over chunks, and collectives and memories are not for it.
+    run: Any = torch.compiler.disable(_run) if torch.compiler.is_compiling() else _run
+    return run(strategy, inputs, options, vocab_group)
+
+
+def _run(
+    strategy: str, inputs: SpanInputs, options: SpanOptions, vocab_group: ProcessGroup | None
+) -> SpanDivergenceOutput:
+    """What needs the whole vocabulary's size: the last checks, the choice, the strategy."""
     if vocab_group is not None and strategy == "reference":
         raise ValueError(
             "vocab_group: got a group with strategy 'reference', which needs whole heads; want "
             "'chunked', 'tiled' or 'auto'"
         )
     _check_order(inputs, options)
-    vocabulary = Vocabulary(inputs.vocab_size, vocab_group, student_hidden.device)
+    vocabulary = Vocabulary(inputs.vocab_size, vocab_group, inputs.student_hidden.device)
     _check_ids(inputs, options, vocabulary)
     if options.top_k == vocabulary.size:  # nothing is left for a tail
         options = replace(options, top_k=None)
     if options.top_k is not None and strategy == "tiled":
         raise ValueError(
-            f"top_k: got {top_k} with strategy 'tiled', which has no top-k; "
+            f"top_k: got {options.top_k} with strategy 'tiled', which has no top-k; "
             "want 'chunked' or 'auto'"
         )
     name = choose(inputs, options, vocabulary) if strategy == "auto" else strategy
     # Autocast would turn the GEMMs, which are formed in float32 on purpose, into bfloat16 ones.
-    with torch.autocast(device_type=student_hidden.device.type, enabled=False):
+    with torch.autocast(device_type=inputs.student_hidden.device.type, enabled=False):
         output = STRATEGIES[name](inputs, options, vocabulary)
     if strategy == "auto":
         remember(inputs, options, vocabulary, output.stats)

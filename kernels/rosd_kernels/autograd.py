@@ -1,7 +1,8 @@
 """How a strategy that computes loss and gradients together meets autograd, and what it returns.
 
 The gradients are made in forward, while the logits are at hand; backward multiplies them by the
-gradient of the loss. What is not needed is not computed.
+gradient of the loss, in place where it can, and hands them over: a second copy of the head's
+gradient would be the largest tensor of all. What is not needed is not computed.
 """
 
 from __future__ import annotations
@@ -73,7 +74,7 @@ class _Precomputed(torch.autograd.Function):
         loss: Tensor,
         gradients: Gradients,
     ) -> Tensor:
-        ctx.save_for_backward(*gradients)
+        ctx.gradients = gradients
         ctx.dtypes = tuple(
             None if tensor is None else tensor.dtype
             for tensor in (student_hidden, student_head, student_bias)
@@ -87,17 +88,23 @@ class _Precomputed(torch.autograd.Function):
                 "span_divergence: no second derivative (create_graph=True) but with "
                 "strategy='reference'"
             )
+        if ctx.gradients is None:
+            raise RuntimeError(
+                "span_divergence: a second backward through one loss, whose gradients went out "
+                "with the first; call span_divergence again, or use strategy='reference'"
+            )
+        gradients, ctx.gradients = ctx.gradients, None
         scaled = (
-            None if gradient is None else _scale(gradient, grad_loss, dtype)
-            for gradient, dtype in zip(ctx.saved_tensors, ctx.dtypes, strict=True)
+            None if gradient is None else _scale_(gradient, grad_loss, dtype)
+            for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         )
         return (*scaled, None, None)
 
 
-def _scale(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`factor * gradient` rounded once to `dtype`; holds no second wide copy of the gradient."""
+def _scale_(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+    """`factor * gradient` rounded once to `dtype`: in place, or else without a second wide copy."""
     if gradient.dtype == dtype:
-        return gradient * factor
+        return gradient.mul_(factor)
     result = gradient.new_empty(gradient.shape, dtype=dtype)
     step = max(1, CAST_BYTES // max(1, gradient[:1].nbytes))
     for start, stop in ranges(gradient.shape[0], step):

@@ -20,7 +20,7 @@ from rosd_kernels.autograd import Gradients, Needed, ranges
 from rosd_kernels.chunked import subtract_total
 from rosd_kernels.elementwise import stats, terms_
 from rosd_kernels.records import Form, SpanInputs, SpanOptions
-from rosd_kernels.sparsity import Sweep, TileStats
+from rosd_kernels.sparsity import Sparsity, Sweep, TileStats, select_tiles
 from rosd_kernels.tiles import ROW_BLOCK, TILE, num_tiles
 from rosd_kernels.workspace import MIB, is_gemm_ready
 
@@ -101,6 +101,17 @@ class GemmTiles:
                 if sampled is not None and picked is not None:
                     sampled[rows] += picked
         return found, sampled
+
+    def select(
+        self,
+        student: TileStats,
+        teacher: TileStats,
+        student_lse: Tensor,  # [N]
+        teacher_lse: Tensor,  # [N]
+        rule: Sparsity,
+    ) -> Tensor:
+        """[B, T] uint8: 1 where a row block computes a tile."""
+        return select_tiles(student, teacher, student_lse, teacher_lse, rule)
 
     def loss(
         self, active: Tensor, student_lse: Tensor, teacher_lse: Tensor, needed: Needed

@@ -25,9 +25,10 @@ def stats(
     if columns is not None:
         picked = finished.gather(1, columns.clamp(min=0)[:, None]).squeeze(1)
         picked.masked_fill_(columns < 0, 0)
-    whole = num_columns // tile * tile
-    parts = [finished[:, :whole].reshape(num_rows, -1, tile), finished[:, None, whole:]]
-    found = torch.cat([_part_stats(part) for part in parts if part.shape[2]], dim=-1)
+    num_whole = num_columns // tile
+    whole = finished[:, : num_whole * tile].reshape(num_rows, num_whole, tile)
+    parts = [whole, finished[:, None, num_whole * tile :]]
+    found = torch.cat([_part_stats(x) for x in parts if x.shape[1] and x.shape[2]], dim=-1)
     return found, picked
 
 

@@ -31,7 +31,7 @@ from rosd_kernels.records import (
     SpanOptions,
 )
 from rosd_kernels.rows import RowStats, row_stats
-from rosd_kernels.sparsity import Sparsity, Sweep, TileStats, select_tiles
+from rosd_kernels.sparsity import Sparsity, Sweep, TileStats
 from rosd_kernels.tiles import ROW_BLOCK
 from rosd_kernels.vocabulary import Vocabulary
 
@@ -43,6 +43,17 @@ class Tiles(Protocol):
 
     def sweep(self, columns: Tensor | None) -> tuple[Sweep, Sweep]:
         """Statistics of all tiles, student and teacher. columns: [N] of the sampled tokens."""
+        ...
+
+    def select(
+        self,
+        student: TileStats,
+        teacher: TileStats,
+        student_lse: Tensor,  # [N]
+        teacher_lse: Tensor,
+        rule: Sparsity,
+    ) -> Tensor:
+        """[B, T] uint8: 1 where a row block computes a tile; see sparsity.py."""
         ...
 
     def loss(
@@ -90,7 +101,7 @@ def _compute(
     # A row's budget of dropped mass is shared out to the ranks.
     rule = replace(sparsity, bound=sparsity.bound / vocabulary.num_shards)
     rule = sparsity if sparsity.rule != "mass" else rule
-    active = select_tiles(student.stats, teacher.stats, of_student.lse, of_teacher.lse, rule)
+    active = tiles.select(student.stats, teacher.stats, of_student.lse, of_teacher.lse, rule)
 
     value, total = tiles.loss(active, of_student.lse, of_teacher.lse, needed)
     sums = [value, total]

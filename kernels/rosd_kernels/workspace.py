@@ -67,9 +67,11 @@ class WorkspacePlan:
         rows = max(1, (num_row_buffers - num_scratch * block) // 2)
         if is_cpu:
             rows = min(rows, CPU_CHUNK_ROWS)
-        if vocabulary.is_sharded:  # as many chunks on every rank, whatever its memory's layout
-            fewest = vocabulary.max_(torch.tensor([-rows], device=inputs.student_hidden.device))
-            rows = -int(fewest)
+        if vocabulary.is_sharded:  # every chunk and block is an exchange: the same on every rank,
+            # whatever the layout of its heads and with or without the C++ extension
+            mine = torch.tensor([-rows, -block, -is_fused], device=inputs.student_hidden.device)
+            fewest = vocabulary.max_(mine).tolist()
+            rows, block, is_fused = -fewest[0], -fewest[1], fewest[2] != 0
         num_chunks = max(1, -(-inputs.num_tokens // rows))
         rows = -(-inputs.num_tokens // num_chunks)  # chunks of one size: no thin GEMM at the end
         if is_fused and (vocabulary.is_sharded or not is_cpu) and options.top_k is None:

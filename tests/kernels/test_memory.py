@@ -1,4 +1,4 @@
-"""What the chunked strategy allocates, counted by the allocator itself."""
+"""What the strategies allocate, counted by the allocator itself."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from rosd_kernels import span_divergence
+from rosd_kernels import entry, span_divergence
+from rosd_kernels.gemm_tiles import CHUNK_TILES
+from rosd_kernels.tiles import ROW_BLOCK, TILE, num_tiles
 
 
 def allocations(call) -> list[int]:
@@ -19,6 +21,14 @@ def allocations(call) -> list[int]:
     profiler: Any = profile.profiler
     events = profiler.kineto_results.events()
     return [event.nbytes() for event in events if event.name() == "[memory]"]
+
+
+def peak_of(sizes: list[int]) -> int:
+    live = peak = 0
+    for size in sizes:
+        live += size
+        peak = max(peak, live)
+    return peak
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -37,13 +47,31 @@ def test_memory_stays_within_the_workspace(make_case, dtype, options):
     sizes = allocations(
         lambda: span_divergence(**tensors, is_clip=2.0, workspace_mib=mib, **options)
     )
-    live = peak = 0
-    for size in sizes:
-        live += size
-        peak = max(peak, live)
     gradients, per_token, one_row = 4 * (V * H + N * H), 4 * 8 * N, 4 * V
     assert 0 < max(sizes) < 4 * N * V / 8  # no [N, V] tensor
-    assert peak <= mib * 2**20 + gradients + per_token + one_row
+    assert peak_of(sizes) <= mib * 2**20 + gradients + per_token + one_row
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("options", [{}, {"sparsity": entry(1e-3)}], ids=["exact", "entry"])
+@pytest.mark.parametrize("mib", [0.25, 8])
+def test_tiles_need_no_more_logits_for_more_tokens(make_case, dtype, options, mib):
+    """Peak = workspace + float32 gradients + what grows with N: not the logits but, a 128th of
+    them each, the statistics of tiles (8 planes; 16 with temporaries), and some [N, H]."""
+    V, H = 2000, 8
+    planes = 16 if options else 12
+    for N in (150, 600, 2400):
+        tensors = dict(make_case(N, V, H, weights=True, sampled=True, dtype=dtype).tensors)
+        tensors["student_hidden"].requires_grad_()
+        tensors["student_head"].requires_grad_()
+        call = {"is_clip": 2.0, "workspace_mib": mib, "strategy": "tiled", **options}
+        sizes = allocations(lambda t=tensors, c=call: span_divergence(**t, **c))
+        one_tile = (4 * ROW_BLOCK + 2 * H) * TILE * 4  # logits, and a converted piece of a head
+        workspace, gradients = max(mib * 2**20, one_tile), 4 * (V * H + N * H)
+        growing = 4 * N * (planes * num_tiles(V) + 2 * H + 16)
+        part_of_head = 4 * H * TILE * CHUNK_TILES
+        assert peak_of(sizes) <= workspace + gradients + growing + part_of_head, f"N = {N}"
+    assert max(sizes) < 4 * N * V / 4  # no [N, V] tensor
 
 
 @pytest.mark.parametrize("layout", ["bfloat16", "spread"])

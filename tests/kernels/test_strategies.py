@@ -360,14 +360,25 @@ def test_composes_with_other_losses(make_case):
         assert torch.allclose(got, want, rtol=1e-4, atol=1e-5)
 
 
-def test_backward_twice_with_retain_graph(make_case):
+def test_backward_twice_is_refused(make_case):
+    """The gradients are handed over, not copied."""
     tensors = dict(make_case(6, 11, 4).tensors)
     head = tensors["student_head"].requires_grad_()
     loss = span_divergence(**tensors).loss
     loss.backward(retain_graph=True)
     first = head.grad.clone()
-    loss.backward()
-    assert torch.equal(head.grad, 2 * first)
+    with pytest.raises(RuntimeError, match="call span_divergence again"):
+        loss.backward()
+    assert torch.equal(head.grad, first)
+
+
+def test_gradients_of_two_losses_add_up(make_case):
+    tensors = dict(make_case(6, 11, 4).tensors)
+    head = tensors["student_head"].requires_grad_()
+    span_divergence(**tensors).loss.backward()
+    once = head.grad.clone()
+    (3 * span_divergence(**tensors).loss).backward()
+    assert torch.allclose(head.grad, 4 * once)
 
 
 def test_no_gradient_under_no_grad_and_none_through_metrics(make_case):

@@ -10,9 +10,10 @@ from torch import Tensor
 from rosd_kernels.autograd import Gradients, Needed
 from rosd_kernels.gpu.gradient import grad_dtype, grad_head, grad_hidden, grad_logits
 from rosd_kernels.gpu.loss import loss
+from rosd_kernels.gpu.select import select
 from rosd_kernels.gpu.sweep import sweep
 from rosd_kernels.records import SpanInputs, SpanOptions
-from rosd_kernels.sparsity import TileStats
+from rosd_kernels.sparsity import Sparsity, TileStats
 from rosd_kernels.tiled import Sweep
 from rosd_kernels.tiles import TILE, num_tiles
 from rosd_kernels.workspace import MIB
@@ -39,8 +40,11 @@ class TritonTiles:
         self.heads = (inputs.student_head.detach(), inputs.teacher_head)
         if inputs.head_is_shared:
             self.heads = (self.heads[0], self.heads[0])
-        bias = inputs.student_bias
-        self.biases = (None if bias is None else bias.detach(), inputs.teacher_bias)
+        # The kernels take rows of any stride, but a bias only as a whole.
+        self.biases = tuple(
+            None if bias is None else bias.detach().contiguous()
+            for bias in (inputs.student_bias, inputs.teacher_bias)
+        )
         self.grad_dtype = grad_dtype(*(side[0] for side in (self.hidden, self.heads)))
         self.chunk_tiles = self._chunk_tiles(int(options.workspace_mib * MIB))
         num_tokens = inputs.num_tokens
@@ -68,6 +72,17 @@ class TritonTiles:
     ) -> tuple[Tensor, Tensor | None]:
         head, bias = self.heads[side], self.biases[side]
         return sweep(hidden, head, bias, self.order, columns, **self.finish)
+
+    def select(
+        self,
+        student: TileStats,
+        teacher: TileStats,
+        student_lse: Tensor,  # [N]
+        teacher_lse: Tensor,  # [N]
+        rule: Sparsity,
+    ) -> Tensor:
+        """[B, T] uint8: 1 where a row block computes a tile."""
+        return select(student, teacher, student_lse, teacher_lse, rule)
 
     def loss(
         self, active: Tensor, student_lse: Tensor, teacher_lse: Tensor, needed: Needed
