@@ -168,8 +168,16 @@ class LossConfig(Section):
     is_clip: PositiveFloat | None = 2.0
     """Bound on the importance weight exp(student - rollout log-prob); None: no importance
     weight."""
-    strategy: Literal["auto", "chunked", "reference"] = "auto"
-    """How the divergence is computed; all give the same numbers."""
+    strategy: Literal["auto", "chunked", "tiled", "reference"] = "auto"
+    """How the divergence is computed; all give the same numbers, rounding aside. auto: tiled with a
+    sparsity, otherwise chunked."""
+    sparsity: Literal["exact", "entry", "mass"] = "exact"
+    """Parts of the vocabulary that tiled leaves out: none; those where no token has an entry above
+    sparsity_bound; the smallest ones of a token up to that mass."""
+    sparsity_bound: Annotated[float, Field(gt=0, lt=1)] = 2**-12
+    """Probability that sparsity entry or mass may drop."""
+    vocabulary_order: bool = True
+    """With sparsity: put likely entries together, by what the first 1024 distilled tokens show."""
     workspace_mib: PositiveInt = 256
     """Memory for logits, whatever the number of tokens."""
 
@@ -268,6 +276,18 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
+        if self.loss.top_k is not None and (
+            self.loss.strategy == "tiled" or self.loss.sparsity != "exact"
+        ):
+            raise ValueError(
+                f"loss.top_k is {self.loss.top_k}: top-k needs every logit of a token, so "
+                "loss.strategy cannot be tiled nor loss.sparsity other than exact"
+            )
+        if self.loss.sparsity != "exact" and self.loss.strategy not in ("auto", "tiled"):
+            raise ValueError(
+                f"loss.sparsity is {self.loss.sparsity}: only loss.strategy tiled leaves anything "
+                f"out, and it is {self.loss.strategy}"
+            )
         if self.sample.group_size < 2:
             raise ValueError(
                 f"sample.group_size is {self.sample.group_size}: a wrong rollout learns from a "

@@ -16,12 +16,12 @@ from transformers import PreTrainedModel
 
 from rosd_fast.config import Config
 from rosd_fast.errors import RunFailed, UserError
-from rosd_fast.loss import importance_weights, span_loss
+from rosd_fast.loss import importance_weights, span_loss, vocabulary_order
 from rosd_fast.model.attention import head, hidden_states, packed_forward
 from rosd_fast.model.teacher import Teacher
 from rosd_fast.optim import Optimizer
 from rosd_fast.types import PackedBatch
-from rosd_kernels import SpanDivergenceOutput
+from rosd_kernels import SpanDivergenceOutput, SpanDivergenceStats
 
 MAX_SKIPPED = 5
 
@@ -51,6 +51,7 @@ class Tally:
         self.loss: Tensor | float = 0.0
         self.sums: dict[str, Tensor | float] = defaultdict(float)
         self.rows: list[tuple[PackedBatch, Tensor]] = []
+        self.stats: list[SpanDivergenceStats] = []
 
     def add(self, batch: PackedBatch, output: SpanDivergenceOutput) -> None:
         divergence, logprob = output.per_token, output.student_logprob
@@ -64,11 +65,27 @@ class Tally:
         self.sums["loss/student_entropy"] += output.student_entropy.sum()
         self.sums["loss/teacher_entropy"] += output.teacher_entropy.sum()
         self.rows.append((batch, divergence))
+        self.stats.append(output.stats)
 
     def metrics(self, total: int) -> dict[str, float]:
         """Means over the step's distilled tokens."""
         return {key: float(value) / total for key, value in self.sums.items()} | {
             "loss/num_micro_batches": float(len(self.rows)),
+            **self.sparsity_metrics(total),
+        }
+
+    def sparsity_metrics(self, total: int) -> dict[str, float]:
+        """What the divergence left out; empty where it computed everything."""
+        if all(stats.measured is None for stats in self.stats):
+            return {}
+        shares = (
+            stats.active_frac * batch.num_distilled / total
+            for stats, (batch, _) in zip(self.stats, self.rows, strict=True)
+        )
+        return {
+            "loss/active_frac": sum(shares),
+            "loss/dropped_mass_max": max(stats.dropped_mass_max for stats in self.stats),
+            "loss/grad_error_bound": max(stats.grad_error_bound for stats in self.stats),
         }
 
     def per_token(self) -> dict[str, list[float]]:
@@ -97,6 +114,7 @@ class Learner:
         self.config = config
         self.teacher = Teacher(model, config.teacher)
         self.optimizer = Optimizer(model.named_parameters(), config.optim)
+        self.order = vocabulary_order(config.loss, vocab)
         self.num_skipped = 0  # steps in a row that were not finite
 
     @property
@@ -132,16 +150,24 @@ class Learner:
         )
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Optimizer and teacher as a flat mapping; the student's weights are saved as a model."""
-        optimizer, teacher = self.optimizer.state_dict(), self.teacher.state_dict()
-        return {f"optimizer.{key}": value for key, value in optimizer.items()} | {
-            f"teacher.{key}": value for key, value in teacher.items()
+        """Optimizer, teacher and vocabulary order as a flat mapping.
+
+        The student's weights are saved as a model.
+        """
+        parts = {"optimizer": self.optimizer, "teacher": self.teacher, "order": self.order}
+        return {
+            f"{name}.{key}": value
+            for name, part in parts.items()
+            if part is not None
+            for key, value in part.state_dict().items()
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over `state`. Raises KeyError or RuntimeError when it belongs to another model."""
         self.optimizer.load_state_dict(with_prefix(state, "optimizer."))
         self.teacher.load_state_dict(with_prefix(state, "teacher."))
+        if self.order is not None:
+            self.order.load_state_dict(with_prefix(state, "order."))
 
     def _backward(self, batch: PackedBatch, total: int) -> SpanDivergenceOutput:
         """Add a micro-batch's gradient; its graph is freed before the next one starts."""
@@ -158,6 +184,7 @@ class Learner:
                 teacher_head=self.teacher.head,
                 config=self.config.loss,
                 temperature=self.config.sample.temperature,
+                order=self.order,
             )
             (output.loss / total).backward()
         self.optimizer.accumulate()

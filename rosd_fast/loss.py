@@ -9,13 +9,15 @@ The importance weight is detached and left out when `is_clip` is None.
 
 from __future__ import annotations
 
+from typing import Any, Literal
+
 import torch
 from torch import Tensor
 
 from rosd_fast.config import LossConfig
 from rosd_fast.model.attention import Head
 from rosd_fast.types import PackedBatch
-from rosd_kernels import SpanDivergenceOutput, span_divergence
+from rosd_kernels import SpanDivergenceOutput, VocabularyOrder, entry, mass, span_divergence
 
 
 def span_loss(
@@ -27,10 +29,12 @@ def span_loss(
     teacher_head: Head,
     config: LossConfig,
     temperature: float,
+    order: VocabularyOrder | None = None,
 ) -> SpanDivergenceOutput:
     """The micro-batch's summed loss, with per-token divergence, log-probs and entropies.
 
-    `temperature` is that of the rollouts; `config.temperature`, when set, takes its place.
+    `temperature` is that of the rollouts; `config.temperature`, when set, takes its place. `order`,
+    of `vocabulary_order`, learns from the first calls.
     Differentiable with respect to the student's states and head. `loss` is a sum: divide it by the
     step's N.
     """
@@ -53,9 +57,35 @@ def span_loss(
         top_k=config.top_k,
         tail=config.tail,
         entry_clip=config.entry_clip,
-        strategy=config.strategy,
+        strategy=strategy(config),
         workspace_mib=config.workspace_mib,
+        **sparsity(config, order),
     )
+
+
+def strategy(config: LossConfig) -> Literal["chunked", "tiled", "reference"]:
+    """The kernels' strategy. "auto" is settled here by the options alone.
+
+    The kernels' own "auto" goes by what earlier calls measured, which a resumed run has not seen.
+    """
+    if config.strategy != "auto":
+        return config.strategy
+    return "chunked" if config.sparsity == "exact" else "tiled"
+
+
+def sparsity(config: LossConfig, order: VocabularyOrder | None) -> dict[str, Any]:
+    """The kernels' rule, as an argument."""
+    if config.sparsity == "exact":
+        return {}
+    rule = entry if config.sparsity == "entry" else mass
+    return {"sparsity": rule(config.sparsity_bound, order)}
+
+
+def vocabulary_order(config: LossConfig, vocab_size: int) -> VocabularyOrder | None:
+    """A new order of the vocabulary, None where nothing would come of it."""
+    if config.sparsity == "exact" or not config.vocabulary_order:
+        return None
+    return VocabularyOrder(vocab_size)
 
 
 def importance_weights(

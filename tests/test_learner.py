@@ -388,3 +388,54 @@ def test_bfloat16_step():
 def test_top_k_beyond_the_vocabulary_is_named():
     with pytest.raises(UserError, match=r"loss\.top_k"):
         Learner(tiny_model(), config(loss={"top_k": VOCAB + 1}))
+
+
+@pytest.mark.parametrize("rule", ["entry", "mass"])
+def test_sparsity_leaves_little_out_and_says_how_much(rule, monkeypatch):
+    samples = [sample(i) for i in range(6)]
+    batches = [batch(samples[:3]), batch(samples[3:])]
+    exact = Learner(tiny_model(), config())
+    sparse = Learner(tiny_model(), config(loss={"sparsity": rule, "sparsity_bound": 1e-3}))
+    for learner in (exact, sparse):
+        torch.manual_seed(1)
+        with torch.no_grad():  # teacher and student apart
+            for p in learner.teacher.model.parameters():
+                p.add_(0.05 * torch.randn_like(p))
+    wanted = gradients_of_step(exact, batches, monkeypatch)
+    got = gradients_of_step(sparse, batches, monkeypatch)
+    for name, gradient in wanted.items():
+        assert float((got[name] - gradient).norm()) <= 0.02 * float(gradient.norm()), name
+    metrics = sparse.step(batches).metrics
+    assert 0 < metrics["loss/active_frac"] <= 1
+    assert 0 <= metrics["loss/dropped_mass_max"] <= 1e-3 * VOCAB
+    assert metrics["loss/grad_error_bound"] >= 0
+    assert "loss/active_frac" not in exact.step(batches).metrics
+
+
+def test_vocabulary_order_goes_on_after_a_reload():
+    loss = {"sparsity": "entry"}
+    first = Learner(tiny_model(), config(loss=loss))
+    first.step([batch([sample(i) for i in range(3)])])
+    state = first.state_dict()
+    assert first.order is not None and int(state["order.num_seen"]) == first.order.num_seen > 0
+    second = Learner(tiny_model(), config(loss=loss))
+    second.load_state_dict(state)
+    assert second.order is not None
+    assert torch.equal(second.order.mass, first.order.mass)
+    assert "order.mass" not in Learner(tiny_model(), config()).state_dict()
+    unordered = Learner(tiny_model(), config(loss=loss | {"vocabulary_order": False}))
+    assert unordered.order is None
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [
+        {"top_k": 3, "strategy": "tiled"},
+        {"top_k": 3, "sparsity": "entry"},
+        {"strategy": "chunked", "sparsity": "mass"},
+    ],
+    ids=str,
+)
+def test_loss_options_that_exclude_each_other(loss):
+    with pytest.raises(ValueError, match=r"loss\.(top_k|sparsity) is"):
+        config(loss=loss)

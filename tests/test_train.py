@@ -128,6 +128,16 @@ def test_a_resumed_run_equals_one_that_was_not_stopped(
     assert [ours[key] for key in keys] == [theirs[key] for key in keys]
 
 
+def test_a_resumed_run_keeps_its_vocabulary_order(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"loss__sparsity": "entry", "eval__every": 0}
+    whole = train(small(tmp_path / "whole", **options))
+    config = small(tmp_path / "cut", **options)
+    run = train(config.model_copy(update={"steps": 1}))
+    train(config, resume=run)
+    assert_same_weights(run, whole)
+    assert read_metrics(run / "metrics.jsonl")[-1]["loss/active_frac"] <= 1
+
+
 def test_resuming_a_finished_run_says_so(finished: Path) -> None:
     config = small(finished.parent)
     with pytest.raises(UserError, match=r"all 2 steps are done.*--steps"):
@@ -159,6 +169,8 @@ def test_without_any_right_rollout_a_step_ends_well(
         {"loss__divergence": "forward_kl", "span__granularity": "span"},
         {"loss__divergence": "reverse_kl", "span__granularity": "sentence"},
         {"reflect__weights": "teacher", "teacher__kind": "ema", "reflect__show_answer": True},
+        {"loss__strategy": "tiled"},
+        {"loss__sparsity": "mass", "loss__sparsity_bound": 0.01, "loss__vocabulary_order": False},
         {"loss__top_k": 20, "reflect__on_correct": "skip", "span__on_miss": "full"},
     ],
 )
