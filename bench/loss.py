@@ -1,0 +1,382 @@
+"""The divergence, forward and backward: `span_divergence` against eager PyTorch and Liger.
+
+    python bench/loss.py                         # all shapes; rewrites the CSV and the picture
+    python bench/loss.py --tokens 128 --repeats 2 --csv /tmp/loss.csv --picture /tmp/loss.png
+
+JSD, float32, gradients to student hidden states and head. The candidates run in turns in one
+process; medians are compared. Beside them stands the floor: the four GEMM sweeps over the head that
+a gradient needs, and nothing else. Peak memory is measured in a process of its own for each, beyond
+the inputs and the gradients.
+
+Inputs for a vocabulary of 49152: SmolLM2-135M-Instruct samples answers, its states on them are the
+student's, and its states on the same tokens under a prompt that tells the right answer are the
+teacher's. For 151936, of which no model is at hand, states and head are made: each state is a
+mixture of eight rows of a random head, drawn by Zipf's law, so that the entropies are alike.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import math
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from harness import RESULTS, ROOT, append_row, environment, time_alternating, version
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from rosd_kernels import VocabularyOrder, entry, span_divergence
+
+EPS = 2.0**-12
+BETA = 0.5
+LEARN_TOKENS = 1024  # that the vocabulary's order is learned from; none of them is timed
+SHAPES = {"smollm2": (49152, 576), "made": (151936, 1024)}
+CANDIDATES = ("chunked", "tiled exact", "tiled entry", "tiled entry, ordered", "eager", "liger")
+CSV = RESULTS / "loss_cpu.csv"
+PICTURE = ROOT / "docs" / "loss_cpu.png"
+
+Run = Callable[[], Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Student and teacher share the head."""
+
+    student: Tensor  # [N, H]
+    teacher: Tensor  # [N, H]
+    head: Tensor  # [V, H]
+    permutation_mass: Tensor  # [V] what a VocabularyOrder learned from other tokens
+
+    @classmethod
+    def load(cls, file: Path, num_tokens: int) -> Inputs:
+        # Copies: a file that is mapped counts as resident memory only once it is read.
+        tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
+        return cls(
+            tensors["student"][:num_tokens].requires_grad_(),
+            tensors["teacher"][:num_tokens],
+            tensors["head"].requires_grad_(),
+            tensors["mass"],
+        )
+
+
+def main() -> None:
+    args = parse_arguments()
+    if args.memory:
+        print(json.dumps(peak_memory(args)))
+        return
+    for path in (args.csv,):
+        path.unlink(missing_ok=True)
+    rows: list[dict[str, Any]] = []
+    with tempfile.TemporaryDirectory() as folder:
+        for source in args.sources:
+            file = Path(folder) / f"{source}.safetensors"
+            make = {"smollm2": smollm2_states, "made": made_states}[source]
+            save_file(make(max(args.tokens)), file)
+            for num_tokens in args.tokens:
+                rows += measure(source, file, num_tokens, args)
+            file.unlink()
+    draw(rows, args.picture)
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[128, 512, 2048])
+    parser.add_argument("--sources", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--csv", type=Path, default=CSV, help="file to write")
+    parser.add_argument("--picture", type=Path, default=PICTURE)
+    parser.add_argument("--memory", nargs=2, metavar=("CANDIDATE", "FILE"), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def measure(
+    source: str, file: Path, num_tokens: int, args: argparse.Namespace
+) -> list[dict[str, Any]]:
+    """A CSV row for each candidate and for the floor."""
+    inputs = Inputs.load(file, num_tokens)
+    runs: dict[str, Run] = {name: candidate(name, inputs) for name in CANDIDATES}
+    runs["floor"] = gemm_floor(inputs)
+    timed = time_alternating(runs, repeats=args.repeats)
+    shown = span_divergence(
+        inputs.student.detach(),
+        inputs.teacher,
+        inputs.head.detach(),
+        token_ids=torch.zeros(num_tokens, dtype=torch.long),
+    )
+    assert shown.student_entropy is not None
+    seconds = {name: timing.median_s for name, (timing, _) in timed.items()}
+    V, H = SHAPES[source]
+    rows = []
+    for name, (timing, results) in timed.items():
+        memory = math.nan if name == "floor" else run_memory(name, file, num_tokens)
+        row = {
+            **environment(),
+            "liger_kernel": version("liger_kernel"),
+            "threads": torch.get_num_threads(),
+            "states": source,
+            "tokens": num_tokens,
+            "vocab": V,
+            "hidden": H,
+            "student_entropy": f"{shown.student_entropy.mean():.3f}",
+            "candidate": name,
+            "repeats": args.repeats,
+            "median_s": f"{timing.median_s:.4f}",
+            "spread_frac": f"{timing.spread_frac:.2f}",
+            "vs_eager": f"{timing.median_s / seconds['eager']:.3f}",
+            "vs_liger": f"{timing.median_s / seconds['liger']:.3f}",
+            "vs_floor": f"{timing.median_s / seconds['floor']:.3f}",
+            "active_frac": "" if results[-1] is None else f"{results[-1]:.3f}",
+            "peak_mib": f"{memory:.0f}",
+        }
+        append_row(args.csv, row)
+        rows.append(row)
+        print(
+            f"{source:8} N {num_tokens:5}  {name:21} {timing.median_s:8.3f} s  "
+            f"x eager {row['vs_eager']}  x liger {row['vs_liger']}  x floor {row['vs_floor']}  "
+            f"peak {row['peak_mib']:>6} MiB  active {row['active_frac']}",
+            flush=True,
+        )
+    return rows
+
+
+def candidate(name: str, inputs: Inputs) -> Run:
+    """Forward and backward; gives the active share where there is one."""
+    if name == "eager":
+        forward = eager
+    elif name == "liger":
+        forward = liger
+    else:
+        options = ours(name, inputs)
+
+        def forward(inputs: Inputs) -> Any:
+            return span_divergence(inputs.student, inputs.teacher, inputs.head, **options)
+
+    def run() -> float | None:
+        inputs.student.grad = inputs.head.grad = None
+        out = forward(inputs)
+        loss = out if isinstance(out, Tensor) else out.loss
+        loss.backward()
+        return None if isinstance(out, Tensor) else out.stats.active_frac
+
+    return run
+
+
+def ours(name: str, inputs: Inputs) -> dict[str, Any]:
+    options: dict[str, Any] = {"divergence": "jsd", "beta": BETA, "strategy": name.split()[0]}
+    if "entry" in name:
+        order = None
+        if "ordered" in name:
+            order = VocabularyOrder(inputs.head.shape[0], LEARN_TOKENS)
+            seen = torch.tensor(LEARN_TOKENS)
+            order.load_state_dict({"mass": inputs.permutation_mass, "num_seen": seen})
+        options["sparsity"] = entry(EPS, order)
+    return options
+
+
+def eager(inputs: Inputs) -> Tensor:
+    """JSD as one writes it with full logits."""
+    log_p = (inputs.student @ inputs.head.T).log_softmax(-1)
+    with torch.no_grad():
+        log_q = (inputs.teacher @ inputs.head.T).log_softmax(-1)
+    log_m = torch.logsumexp(
+        torch.stack([log_q + math.log(BETA), log_p + math.log(1 - BETA)]), dim=0
+    )
+    of_teacher = (log_q.exp() * (log_q - log_m)).sum(-1)
+    of_student = (log_p.exp() * (log_p - log_m)).sum(-1)
+    return (BETA * of_teacher + (1 - BETA) * of_student).sum()
+
+
+def liger(inputs: Inputs) -> Tensor:
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    loss = LigerFusedLinearJSDLoss(
+        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=BETA, compiled=False
+    )
+    labels = torch.zeros(inputs.student.shape[0], dtype=torch.long)
+    return loss(inputs.student, inputs.head, inputs.teacher, inputs.head.detach(), labels)
+
+
+def gemm_floor(inputs: Inputs) -> Run:
+    """Logits of both, dh and dW, in chunks of 128 tokens into buffers that exist already."""
+    student, teacher, head = inputs.student.detach(), inputs.teacher, inputs.head.detach()
+    rows = min(128, student.shape[0])
+    logits = torch.zeros(rows, head.shape[0])
+    dh, dW = torch.zeros_like(student), torch.zeros_like(head)
+
+    def run() -> None:
+        for start in range(0, student.shape[0], rows):
+            chunk = slice(start, start + rows)
+            torch.mm(teacher[chunk], head.T, out=logits)
+            torch.mm(student[chunk], head.T, out=logits)
+            torch.mm(logits, head, out=dh[chunk])
+            dW.addmm_(logits.T, student[chunk])
+
+    return run
+
+
+def run_memory(name: str, file: Path, num_tokens: int) -> float:
+    """Peak MiB of one candidate, from a process of its own."""
+    command = [sys.executable, __file__, "--tokens", str(num_tokens), "--memory", name, str(file)]
+    done = subprocess.run(command, check=True, capture_output=True, text=True)
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def peak_memory(args: argparse.Namespace) -> float:
+    """Peak resident memory of one run beyond what was there before and the gradients, in MiB."""
+    name, file = args.memory
+    inputs = Inputs.load(Path(file), args.tokens[0])
+    few = Inputs(inputs.student[:2], inputs.teacher[:2], inputs.head[:256], torch.ones(256))
+    leaves = Inputs(
+        few.student.detach().requires_grad_(),
+        few.teacher,
+        few.head.detach().requires_grad_(),
+        few.permutation_mass,
+    )
+    candidate(name, leaves)()  # loads what is loaded once
+    run = candidate(name, inputs)
+    before = resident("VmRSS")
+    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    run()
+    gradients = 4 * (inputs.student.numel() + inputs.head.numel())
+    return max(0.0, resident("VmHWM") - before - gradients) / 2**20
+
+
+def resident(field: str) -> int:
+    """VmRSS, or VmHWM (the peak), in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"no {field} in /proc/self/status; memory is measured on Linux only")
+
+
+def smollm2_states(num_tokens: int) -> dict[str, Tensor]:
+    """Student and teacher states of tokens that the model sampled; see above."""
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from rosd_fast.engines.local import LocalEngine
+    from rosd_fast.model.smollm2 import smollm2_folder
+    from rosd_fast.prompts import render_prompt
+    from rosd_fast.quickstart.tasks import load_split
+    from rosd_fast.types import GenerationRequest, SamplingParams
+
+    folder = smollm2_folder()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    problems = load_split("dev")
+    stop = tokenizer.eos_token_id
+    engine = LocalEngine(model, pad_token_id=stop)
+    params = SamplingParams(max_new_tokens=128, stop_token_ids=(stop,))
+    wanted = num_tokens + LEARN_TOKENS
+    states: tuple[list[Tensor], list[Tensor]] = ([], [])
+    count = seed = 0
+    while count < wanted:
+        batch = [problems[(seed * 16 + i) % len(problems)] for i in range(16)]
+        told = "{}\n\nThe right answer is {}. Explain it step by step."
+        prompts = [
+            (
+                render_prompt(tokenizer, user=problem.prompt),
+                render_prompt(tokenizer, user=told.format(problem.prompt, problem.answer)),
+            )
+            for problem in batch
+        ]
+        requests = [
+            GenerationRequest(id=str(i), prompt_ids=plain, params=params, n=1, seed=seed)
+            for i, (plain, _) in enumerate(prompts)
+        ]
+        generations = asyncio.run(engine.generate(requests))
+        for generation, pair in zip(generations, prompts, strict=True):
+            completion = list(generation.completion_ids)
+            for side, prompt in zip(states, pair, strict=True):
+                ids = torch.tensor([list(prompt) + completion])
+                with torch.no_grad():
+                    hidden = model.model(ids).last_hidden_state[0]
+                side.append(hidden[len(prompt) - 1 : -1].clone())
+            count += len(completion)
+        seed += 1
+    student, teacher = (torch.cat(side)[:wanted] for side in states)
+    return with_mass(student, teacher, model.lm_head.weight.detach().clone(), num_tokens)
+
+
+def made_states(num_tokens: int) -> dict[str, Tensor]:
+    """States of a made model; see above."""
+    V, H = SHAPES["made"]
+    generator = torch.Generator().manual_seed(0)
+    head = torch.randn(V, H, generator=generator)
+    head /= head.norm(dim=1, keepdim=True)
+    wanted = num_tokens + LEARN_TOKENS
+    names = torch.randperm(V, generator=generator)
+    frequency = 1 / torch.arange(1, V + 1, dtype=torch.float64)
+    ids = names[torch.multinomial(frequency, wanted * 8, True, generator=generator)].view(-1, 8)
+    height = 18 - 8 * torch.rand(wanted, 8, generator=generator)
+    height[:, 0] = 18
+    teacher_height = height + torch.randn(wanted, 8, generator=generator)
+    student, teacher = (
+        torch.einsum("nk,nkh->nh", value, head[ids]) for value in (height, teacher_height)
+    )
+    return with_mass(student, teacher, head, num_tokens)
+
+
+def with_mass(student: Tensor, teacher: Tensor, head: Tensor, num_tokens: int) -> dict[str, Tensor]:
+    """The timed tokens, and what an order learns from the others."""
+    order = VocabularyOrder(head.shape[0], LEARN_TOKENS)
+    for hidden in (student[num_tokens:], teacher[num_tokens:]):
+        for rows in hidden.split(256):
+            lse = torch.cat([(part @ head.T).logsumexp(1) for part in rows.split(64)])
+            order.observe(rows, head, None, lse, softcap=None, temperature=1.0)
+    return {
+        "student": student[:num_tokens].contiguous(),
+        "teacher": teacher[:num_tokens].contiguous(),
+        "head": head.contiguous(),
+        "mass": order.state_dict()["mass"].contiguous(),
+    }
+
+
+def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
+    """Time over that of eager, and peak memory, for each shape."""
+    from matplotlib.figure import Figure
+
+    colours = {
+        "chunked": "#0072B2",
+        "tiled exact": "#56B4E9",
+        "tiled entry": "#009E73",
+        "tiled entry, ordered": "#F0E442",
+        "eager": "#D55E00",
+        "liger": "#CC79A7",
+        "floor": "#999999",
+    }
+    sources = list(dict.fromkeys(row["states"] for row in rows))
+    figure = Figure(figsize=(12, 3.6 * len(sources)), layout="constrained")
+    axes = figure.subplots(len(sources), 2, squeeze=False)
+    for (left, right), source in zip(axes, sources, strict=True):
+        chosen = [row for row in rows if row["states"] == source]
+        tokens = sorted({row["tokens"] for row in chosen})
+        width = 0.8 / len(colours)
+        for place, (name, colour) in enumerate(colours.items()):
+            mine = [row for row in chosen if row["candidate"] == name]
+            mine.sort(key=lambda row: row["tokens"])
+            x = [i + (place - 3) * width for i in range(len(tokens))]
+            left.bar(x, [float(row["vs_eager"]) for row in mine], width, color=colour, label=name)
+            if name != "floor":
+                right.bar(x, [float(row["peak_mib"]) for row in mine], width, color=colour)
+        V, H = SHAPES[source]
+        for axis in (left, right):
+            axis.set_xticks(range(len(tokens)), [f"{n} tokens" for n in tokens])
+            axis.spines[["top", "right"]].set_visible(False)
+        left.set_title(f"time / time of eager   (V = {V}, H = {H})", loc="left")
+        right.set_title("peak memory beyond inputs and gradients, MiB", loc="left")
+        right.set_yscale("log")
+        left.legend(frameon=False, fontsize=8, ncols=2)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=110)
+
+
+if __name__ == "__main__":
+    main()
