@@ -89,3 +89,17 @@ def add_bias(logits, bias_ptr, vocab_rows, HAS_BIAS: tl.constexpr):
     if HAS_BIAS:
         logits += tl.load(bias_ptr + vocab_rows).to(tl.float32)[None, :]
     return logits
+
+
+@triton.jit
+def _add_both(a0, b0, a1, b1):
+    return a0 + a1, b0 + b1
+
+
+@triton.jit
+def sum_both(a, b, AXIS: tl.constexpr):
+    """Sums along an axis, in one pass: apart, all of `a` stays in registers for both."""
+    if INTERPRET:
+        return tl.sum(a, axis=AXIS), tl.sum(b, axis=AXIS)
+    else:
+        return tl.reduce((a, b), AXIS, _add_both)

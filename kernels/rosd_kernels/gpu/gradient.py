@@ -29,7 +29,7 @@ def grad_hidden_kernel(
     order_ptr,  # [V] int64
     tiles_ptr,  # [B, num_tiles] int64: active tiles first
     counts_ptr,  # [B] int32
-    out_ptr,  # [N, H] float32, added to
+    out_ptr,  # [N, H] float32, contiguous, added to
     N,
     V,
     H,
@@ -37,7 +37,6 @@ def grad_hidden_kernel(
     num_tiles,
     grad_stride,
     head_stride,
-    out_stride,
     HAS_ORDER: tl.constexpr,
     USE_TMA: tl.constexpr,
     CAST: tl.constexpr,
@@ -57,7 +56,11 @@ def grad_hidden_kernel(
     columns = first_column + tl.arange(0, BLOCK_N)
     grad_rows = tl.minimum(rows, N - 1).to(tl.int64)[:, None] * grad_stride
     inside = (columns < H)[None, :]
-    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    mask = (rows < N)[:, None] & inside
+    # Short offsets from one long address: a long one per entry takes two registers.
+    out = out_ptr + first_row.to(tl.int64) * H + first_column
+    out += tl.arange(0, BLOCK_M)[:, None] * H + tl.arange(0, BLOCK_N)[None, :]
+    acc = tl.load(out, mask=mask, other=0.0)
     for step in range(tl.load(counts_ptr + row_block) * STEPS):
         tile = tl.load(tiles_ptr + row_block * num_tiles + step // STEPS).to(tl.int32)
         k = tile * TILE + step % STEPS * BLOCK_K
@@ -71,9 +74,7 @@ def grad_hidden_kernel(
             b_ptrs = head + vocab_rows[:, None] * head_stride + columns[None, :]
             b = tl.load(b_ptrs, mask=inside, other=0.0)
         acc = dot(a, b, acc, CAST, PRECISION)
-    out = out_ptr + rows.to(tl.int64)[:, None] * out_stride + columns[None, :]
-    mask = (rows < N)[:, None] & inside
-    tl.store(out, tl.load(out, mask=mask, other=0.0) + acc, mask=mask)
+    tl.store(out, acc, mask=mask)
 
 
 @triton.jit(do_not_specialize=["N", "first_tile", "num_tiles", "num_row_blocks"])
@@ -240,7 +241,6 @@ def _grad_hidden(
         num_tiles=active.shape[1],
         grad_stride=grad.stride(0),
         head_stride=head.stride(0),
-        out_stride=out.stride(0),
         HAS_ORDER=order is not None,
         USE_TMA=gemm.use_tma,
         CAST=gemm.cast,

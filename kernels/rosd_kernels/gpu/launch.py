@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rosd_kernels.gpu.configs import Config, Kernel, Precision, select
@@ -77,10 +78,12 @@ def rowwise(tensor: Tensor) -> Tensor:
 
 def capability(device: torch.device) -> int:
     """Compute capability, as 10 * major + minor."""
-    if device.type != "cuda":
+    if device.type == "cuda":
+        major, minor = torch.cuda.get_device_capability(device)
+        return 10 * major + minor
+    if INTERPRETED:
         return INTERPRETED_CAPABILITY
-    major, minor = torch.cuda.get_device_capability(device)
-    return 10 * major + minor
+    return driver.active.get_current_target().arch  # compiled ahead of time
 
 
 def num_programs(device: torch.device, per_processor: int = 1) -> int:

@@ -20,10 +20,14 @@ already. With `clip` the KLs are taken without it, and an entry above `clip` cou
 
 from __future__ import annotations
 
+import math
+
 import triton
 import triton.language as tl
 
 from rosd_kernels.gpu.modes import INTERPRET
+
+LN_2 = tl.constexpr(math.log(2))
 
 
 @triton.jit
@@ -48,7 +52,7 @@ def tanh(x):
 
 @triton.jit
 def atanh_rest(t):
-    """atanh(t) - t for |t| < 0.25."""
+    """atanh(t) - t for |t| <= 0.2."""
     w = t * t
     series = 1.0 / 9 + w * (1.0 / 11)
     series = 1.0 / 7 + w * series
@@ -92,6 +96,24 @@ def finish_logits(logits, softcap, inv_temperature, HAS_SOFTCAP: tl.constexpr):
 
 
 @triton.jit
+def log1p(y):
+    """(log(1 + y), (1 + y) log(1 + y) - y) for y > -1.
+
+    With 1 + y = 2^k (1 + a), 1 + a from 2/3 to 4/3: log(1 + y) = k log 2 + 2 atanh(a / (2 + a)).
+    No branch, unlike the logarithm of CUDA's library: a branch per entry spills a block's others.
+    """
+    z = 1.0 + y
+    bits = z.to(tl.int32, bitcast=True)
+    exponent = (bits - 0x3F2AAAAB) & -0x800000
+    near = exponent == 0
+    a = tl.where(near, y, (bits - exponent).to(tl.float32, bitcast=True) - 1.0)
+    t = a / (2.0 + a)
+    rest = 2.0 * atanh_rest(t)
+    log = exponent.to(tl.float32) * (LN_2 / 0x800000) + (2.0 * t + rest)
+    return log, tl.where(near, y * t + z * rest, z * log - y)
+
+
+@triton.jit
 def jsd_terms(r, p, q, beta):
     """Value and e of jsd.
 
@@ -106,15 +128,10 @@ def jsd_terms(r, p, q, beta):
     c = tl.where(of_teacher, 1.0 - beta, beta)
     r = tl.where(of_teacher, -r, r)
     x = expm1(r)
-    y = c * x  # from -1 to 6.4
-    t = y / (2.0 + y)
-    rest = 2.0 * atanh_rest(t)
-    log_m_over_base = tl.where(tl.abs(t) < 0.25, 2.0 * t + rest, tl.log(1.0 + y))
-    near = c * bregman_gamma(r) - (y * t + (1.0 + y) * rest)
-    apart = c * (1.0 + x) * r - (1.0 + y) * log_m_over_base
-    value = base * tl.maximum(tl.where(tl.abs(r) < 0.5, near, apart), 0.0)
+    log_m_over_base, f_of_m = log1p(c * x)
+    f = tl.where(tl.abs(r) < 0.5, bregman_gamma(r), (1.0 + x) * r - x)
     log_m_over_p = tl.where(of_teacher, log_m_over_base - r, log_m_over_base)
-    return value, (beta - 1.0) * p * log_m_over_p
+    return base * tl.maximum(c * f - f_of_m, 0.0), (beta - 1.0) * p * log_m_over_p
 
 
 @triton.jit
@@ -139,6 +156,128 @@ def entry_terms(log_p, log_q, p, q, beta, clip, DIVERGENCE: tl.constexpr, HAS_CL
         e = tl.where(value > clip, 0.0, e)
         value = tl.minimum(value, clip)
     return value, e
+
+
+@triton.jit
+def in_order(x):
+    """x; the compiler computes nothing across this that depends on it, nor changes the order."""
+    return tl.inline_asm_elementwise(
+        "mov.b32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+    )
+
+
+@triton.jit
+def pair_entry(
+    student,
+    teacher,
+    student_lse,
+    teacher_lse,
+    total,
+    valid,
+    scale,
+    beta,
+    clip,
+    DIVERGENCE: tl.constexpr,
+    HAS_CLIP: tl.constexpr,
+):
+    """(value, e - p total) from both sides' logits, still to be multiplied by `scale`."""
+    if not INTERPRET:
+        student = in_order(student)
+    log_p = student * scale - student_lse
+    log_q = teacher * scale - teacher_lse
+    p = tl.where(valid, tl.exp(log_p), 0.0)
+    q = tl.where(valid, tl.exp(log_q), 0.0)
+    value, e = entry_terms(log_p, log_q, p, q, beta, clip, DIVERGENCE, HAS_CLIP)
+    e -= p * total
+    if not INTERPRET:
+        value, e = in_order(value), in_order(e)
+    return value, e
+
+
+# A function that is mapped takes no constants, hence one for each of their combinations.
+@triton.jit
+def forward_kl_entry(s, t, lse_s, lse_t, total, valid, scale, beta, clip):
+    return pair_entry(s, t, lse_s, lse_t, total, valid, scale, beta, clip, "forward_kl", False)
+
+
+@triton.jit
+def forward_kl_entry_clipped(s, t, lse_s, lse_t, total, valid, scale, beta, clip):
+    return pair_entry(s, t, lse_s, lse_t, total, valid, scale, beta, clip, "forward_kl", True)
+
+
+@triton.jit
+def reverse_kl_entry(s, t, lse_s, lse_t, total, valid, scale, beta, clip):
+    return pair_entry(s, t, lse_s, lse_t, total, valid, scale, beta, clip, "reverse_kl", False)
+
+
+@triton.jit
+def reverse_kl_entry_clipped(s, t, lse_s, lse_t, total, valid, scale, beta, clip):
+    return pair_entry(s, t, lse_s, lse_t, total, valid, scale, beta, clip, "reverse_kl", True)
+
+
+@triton.jit
+def jsd_entry(s, t, lse_s, lse_t, total, valid, scale, beta, clip):
+    return pair_entry(s, t, lse_s, lse_t, total, valid, scale, beta, clip, "jsd", False)
+
+
+@triton.jit
+def jsd_entry_clipped(s, t, lse_s, lse_t, total, valid, scale, beta, clip):
+    return pair_entry(s, t, lse_s, lse_t, total, valid, scale, beta, clip, "jsd", True)
+
+
+@triton.jit
+def pair_entries(
+    s,
+    t,
+    lse_s,
+    lse_t,
+    total,
+    valid,
+    scale,
+    beta,
+    clip,
+    DIVERGENCE: tl.constexpr,
+    HAS_CLIP: tl.constexpr,
+):
+    """`pair_entry` of blocks, entry after entry.
+
+    Formulas on blocks keep a register per entry for each of their steps; of the 64 entries that a
+    thread has of each side, that is more than there are. The interpreter, which has no registers,
+    cannot map.
+    """
+    if INTERPRET:
+        return pair_entry(s, t, lse_s, lse_t, total, valid, scale, beta, clip, DIVERGENCE, HAS_CLIP)
+    elif DIVERGENCE == "forward_kl" and HAS_CLIP:
+        return tl.map_elementwise(
+            forward_kl_entry_clipped, s, t, lse_s, lse_t, total, valid, scale, beta, clip
+        )
+    elif DIVERGENCE == "forward_kl":
+        return tl.map_elementwise(
+            forward_kl_entry, s, t, lse_s, lse_t, total, valid, scale, beta, clip
+        )
+    elif DIVERGENCE == "reverse_kl" and HAS_CLIP:
+        return tl.map_elementwise(
+            reverse_kl_entry_clipped, s, t, lse_s, lse_t, total, valid, scale, beta, clip
+        )
+    elif DIVERGENCE == "reverse_kl":
+        return tl.map_elementwise(
+            reverse_kl_entry, s, t, lse_s, lse_t, total, valid, scale, beta, clip
+        )
+    elif HAS_CLIP:
+        return tl.map_elementwise(
+            jsd_entry_clipped, s, t, lse_s, lse_t, total, valid, scale, beta, clip
+        )
+    else:
+        return tl.map_elementwise(jsd_entry, s, t, lse_s, lse_t, total, valid, scale, beta, clip)
+
+
+@triton.jit
+def tanh_each(x):
+    """`tanh` of a block, entry after entry like `pair_entries`."""
+    if INTERPRET:
+        return tanh(x)
+    else:
+        return tl.map_elementwise(tanh, x)
 
 
 @triton.jit

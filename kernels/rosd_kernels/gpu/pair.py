@@ -13,9 +13,9 @@ import triton.language as tl
 from torch import Tensor
 
 from rosd_kernels.gpu.active import active_pairs
-from rosd_kernels.gpu.blocks import add_bias, dot, head_rows, project
-from rosd_kernels.gpu.launch import Gemm, launch, num_programs
-from rosd_kernels.gpu.math import entry_terms, finish_logits, round_to
+from rosd_kernels.gpu.blocks import add_bias, dot, head_rows, project, sum_both
+from rosd_kernels.gpu.launch import Gemm, launch
+from rosd_kernels.gpu.math import pair_entries, round_to, tanh_each
 from rosd_kernels.tiles import ROW_BLOCK
 
 
@@ -79,6 +79,7 @@ def pair_terms(
     order_ptr,
     student_lse_ptr,
     teacher_lse_ptr,
+    total,  # [BLOCK_M, 1], or 0.0: grad is then e
     first_row,
     first_column,
     N,
@@ -108,7 +109,7 @@ def pair_terms(
     BLOCK_V: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """[BLOCK_M, BLOCK_V] each: value and e of math.py, p, and the derivative of the soft cap.
+    """[BLOCK_M, BLOCK_V] each: value and e - p total of math.py, and the student's tanh or logits.
 
     Columns beyond the vocabulary have p = q = 0; rows beyond N repeat the last one.
     """
@@ -175,15 +176,25 @@ def pair_terms(
         )
     student = add_bias(student, student_bias_ptr, vocab_rows, HAS_STUDENT_BIAS)
     teacher = add_bias(teacher, teacher_bias_ptr, vocab_rows, HAS_TEACHER_BIAS)
-    student, slope = finish_logits(student, softcap, inv_temperature, HAS_SOFTCAP)
-    teacher, _ = finish_logits(teacher, softcap, inv_temperature, HAS_SOFTCAP)
-    log_p = student - tl.load(student_lse_ptr + rows)[:, None]
-    log_q = teacher - tl.load(teacher_lse_ptr + rows)[:, None]
-    valid = (columns < V)[None, :]
-    p = tl.where(valid, tl.exp(log_p), 0.0)
-    q = tl.where(valid, tl.exp(log_q), 0.0)
-    value, e = entry_terms(log_p, log_q, p, q, beta, clip, DIVERGENCE, HAS_CLIP)
-    return value, e, p, slope
+    scale = inv_temperature
+    if HAS_SOFTCAP:
+        scale *= softcap
+        student = tanh_each(student / softcap)
+        teacher = tanh_each(teacher / softcap)
+    value, grad = pair_entries(
+        student,
+        teacher,
+        tl.load(student_lse_ptr + rows)[:, None],
+        tl.load(teacher_lse_ptr + rows)[:, None],
+        total,
+        (columns < V)[None, :],
+        scale,
+        beta,
+        clip,
+        DIVERGENCE,
+        HAS_CLIP,
+    )
+    return value, grad, student
 
 
 @triton.jit(do_not_specialize=["N", "first_tile", "num_tiles"])
@@ -234,64 +245,74 @@ def pair_kernel(
     BLOCK_H: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
 ):
-    """Persistent over the active pairs of row block and tile; BLOCK_V is a tile."""
+    """One part of one active pair of row block and tile; BLOCK_V is a tile.
+
+    The grid has all pairs: what a loop over active ones keeps from turn to turn costs registers.
+    """
     PARTS: tl.constexpr = ROW_BLOCK // BLOCK_M
-    for work in range(tl.program_id(0), tl.load(num_pairs_ptr) * PARTS, tl.num_programs(0)):
-        pair = tl.load(pairs_ptr + work // PARTS)
-        tile = (pair % num_tiles).to(tl.int32)
-        first_row = (pair // num_tiles).to(tl.int32) * ROW_BLOCK + work % PARTS * BLOCK_M
-        value, e, p, slope = pair_terms(
-            student_hidden,
-            teacher_hidden,
-            student_head,
-            teacher_head,
-            student_bias_ptr,
-            teacher_bias_ptr,
-            order_ptr,
-            student_lse_ptr,
-            teacher_lse_ptr,
-            first_row,
-            (first_tile + tile) * BLOCK_V,
-            N,
-            V,
-            H,
-            Ht,
-            student_stride,
-            teacher_stride,
-            student_head_stride,
-            teacher_head_stride,
-            beta,
-            clip,
-            softcap,
-            inv_temperature,
-            DIVERGENCE,
-            HAS_CLIP,
-            HAS_SOFTCAP,
-            HAS_STUDENT_BIAS,
-            HAS_TEACHER_BIAS,
-            HAS_ORDER,
-            SHARED_HEAD,
-            USE_TMA,
-            EVEN_H,
-            CAST,
-            PRECISION,
-            BLOCK_M,
-            BLOCK_V,
-            BLOCK_H,
-        )
-        rows = first_row + tl.arange(0, BLOCK_M)
-        inside = rows < N
-        if WRITE_GRADIENT:
-            total = tl.load(total_ptr + rows, mask=inside, other=0.0)
-            scale = tl.load(row_scale_ptr + rows, mask=inside, other=0.0)
-            grad = (e - p * total[:, None]) * slope * scale[:, None]
-            columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
-            out = out_ptr + rows.to(tl.int64)[:, None] * out_stride + columns[None, :]
-            tl.store(out, round_to(grad, out_ptr.dtype.element_ty), mask=inside[:, None])
-        else:
-            slots = out_ptr + tile.to(tl.int64) * N + rows
-            tl.store(slots, tl.sum(value, axis=1), mask=inside)
-            tl.store(slots + num_tiles.to(tl.int64) * N, tl.sum(e, axis=1), mask=inside)
+    work = tl.program_id(0)
+    if work >= tl.load(num_pairs_ptr) * PARTS:
+        return
+    pair = tl.load(pairs_ptr + work // PARTS)
+    tile = (pair % num_tiles).to(tl.int32)
+    first_row = (pair // num_tiles).to(tl.int32) * ROW_BLOCK + work % PARTS * BLOCK_M
+    rows = first_row + tl.arange(0, BLOCK_M)
+    inside = rows < N
+    total = 0.0
+    if WRITE_GRADIENT:
+        total = tl.load(total_ptr + rows, mask=inside, other=0.0)[:, None]
+    value, grad, bounded = pair_terms(
+        student_hidden,
+        teacher_hidden,
+        student_head,
+        teacher_head,
+        student_bias_ptr,
+        teacher_bias_ptr,
+        order_ptr,
+        student_lse_ptr,
+        teacher_lse_ptr,
+        total,
+        first_row,
+        (first_tile + tile) * BLOCK_V,
+        N,
+        V,
+        H,
+        Ht,
+        student_stride,
+        teacher_stride,
+        student_head_stride,
+        teacher_head_stride,
+        beta,
+        clip,
+        softcap,
+        inv_temperature,
+        DIVERGENCE,
+        HAS_CLIP,
+        HAS_SOFTCAP,
+        HAS_STUDENT_BIAS,
+        HAS_TEACHER_BIAS,
+        HAS_ORDER,
+        SHARED_HEAD,
+        USE_TMA,
+        EVEN_H,
+        CAST,
+        PRECISION,
+        BLOCK_M,
+        BLOCK_V,
+        BLOCK_H,
+    )
+    if WRITE_GRADIENT:
+        if HAS_SOFTCAP:
+            grad *= 1.0 - bounded * bounded
+        grad *= tl.load(row_scale_ptr + rows, mask=inside, other=0.0)[:, None]
+        columns = tile * BLOCK_V + tl.arange(0, BLOCK_V)
+        out = out_ptr + rows.to(tl.int64)[:, None] * out_stride + columns[None, :]
+        tl.store(out, round_to(grad, out_ptr.dtype.element_ty), mask=inside[:, None])
+    else:
+        slots = out_ptr + tile.to(tl.int64) * N + rows
+        value_sum, total_sum = sum_both(value, grad, 1)
+        tl.store(slots, value_sum, mask=inside)
+        tl.store(slots + num_tiles.to(tl.int64) * N, total_sum, mask=inside)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -334,7 +355,7 @@ class Pair:
         (V, H), Ht = heads[0].shape, heads[1].shape[1]
         launch(
             pair_kernel,
-            (min(active.numel() * ROW_BLOCK // config.block_m, num_programs(active.device)),),
+            (active.numel() * ROW_BLOCK // config.block_m,),
             config,
             student_hidden=gemm.operand(hidden[0], config.block_m, config.block_k),
             teacher_hidden=gemm.operand(hidden[1], config.block_m, config.block_k),

@@ -18,30 +18,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from rosd_kernels.gpu.blocks import add_bias, grouped, head_rows, project
+from rosd_kernels.gpu.blocks import add_bias, grouped, head_rows, project, sum_both
 from rosd_kernels.gpu.launch import COMPILER_OPTIONS, Gemm, launch, num_programs, rowwise
 from rosd_kernels.gpu.math import finish_logits
-from rosd_kernels.gpu.modes import INTERPRET
 from rosd_kernels.tiles import TILE, num_tiles
 
 TILE_SIZE = tl.constexpr(TILE)
 LOG2_E = tl.constexpr(math.log2(math.e))
 NOTHING = tl.constexpr(-1e30)  # exp gives 0, and unlike -inf 0 * NOTHING is 0
 LN_2 = tl.constexpr(math.log(2))
-
-
-@triton.jit
-def _sum_both(a0, b0, a1, b1):
-    return a0 + a1, b0 + b1
-
-
-@triton.jit
-def sum_both(a, b):
-    """Sums along the last axis, in one pass: apart, all of `a` stays in registers for both."""
-    if INTERPRET:
-        return tl.sum(a, axis=2), tl.sum(b, axis=2)
-    else:
-        return tl.reduce((a, b), 2, _sum_both)
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -110,7 +95,7 @@ def sweep_kernel(
         # In powers of 2, which is what the hardware has: one vector less than with exp.
         shifted = (s - tile_max[:, :, None]) * LOG2_E
         weight = tl.exp2(shifted)
-        total, weighted = sum_both(weight, weight * shifted)
+        total, weighted = sum_both(weight, weight * shifted, 2)
 
         slots = stats_ptr + rows.to(tl.int64)[:, None] * T + tile[None, :]
         mask = (rows < M)[:, None] & (tile < T)[None, :]

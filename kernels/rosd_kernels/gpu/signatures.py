@@ -1,0 +1,232 @@
+"""What the launchers would have compiled on a GPU: recorded on a CPU, nothing runs.
+
+The product's own code is called with CPU tensors while Triton believes that a device of some
+architecture is active. Its hook ahead of a compilation then sees the signature, constants and
+alignments just as they are specialised on such a device, notes them and refuses to compile.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from rosd_kernels.gpu.configs import Kernel, Precision
+from rosd_kernels.gpu.launch import DOT_PRECISIONS
+from rosd_kernels.gpu.rows import rows
+from rosd_kernels.gpu.tiles import TritonTiles
+from rosd_kernels.records import Divergence, SpanInputs, SpanOptions
+from rosd_kernels.tiles import num_row_blocks, num_tiles
+
+N = 160
+OPTIONS = ("num_warps", "num_stages", "num_ctas", "enable_fp_fusion")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """A problem whose kernels differ from those of other problems."""
+
+    name: str
+    hidden: torch.dtype = torch.bfloat16
+    head: torch.dtype = torch.bfloat16
+    divergence: Divergence = "jsd"
+    V: int = 2176  # like that of most models a multiple of 16
+    H: int = 512
+    everything: bool = False  # biases, soft cap, clip, a teacher with a head of its own
+    ordered: bool = False
+
+
+NARROW = (
+    Variant(name="plain"),
+    Variant(name="everything", everything=True),
+    Variant(name="ordered", ordered=True),
+    Variant(name="ragged", V=2173, H=250),
+    Variant(name="forward_kl", divergence="forward_kl"),
+    Variant(name="reverse_kl", divergence="reverse_kl"),
+    Variant(name="kl, everything", divergence="reverse_kl", everything=True),
+)
+WIDE = (
+    Variant(name="plain", hidden=torch.float32, head=torch.float32),
+    Variant(name="everything", hidden=torch.float32, head=torch.float32, everything=True),
+    Variant(name="mixed", head=torch.float32),
+    Variant(name="mixed, ordered", head=torch.float32, ordered=True),
+)
+VARIANTS: dict[Precision, tuple[Variant, ...]] = {
+    "narrow": NARROW,
+    "tf32": WIDE,
+    "tf32x3": WIDE,
+    "ieee": WIDE,
+}
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """One compilation, e.g. of the sweep for arch 90 and the variant "plain"."""
+
+    kernel: str  # as the table names it: "sweep", "pair loss", "rows", ...
+    gemm: Kernel | None  # its name in configs.py
+    arch: int
+    precision: Precision
+    variant: str
+    module: str
+    function: str
+    signature: dict[str, str]
+    constants: dict[tuple[int, ...], Any]
+    attributes: dict[tuple[int, ...], Any]
+    options: dict[str, Any]
+
+    @property
+    def target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+    @property
+    def named(self) -> dict[str, Any]:
+        """Constants by the names of the kernel's parameters."""
+        names = list(self.signature)
+        return {names[path[0]]: value for path, value in self.constants.items()}
+
+    @property
+    def blocks(self) -> str:
+        """Like `str(Config)`, for the kernels that have none too."""
+        constants = self.named
+        names = [name for name in constants if name.startswith("BLOCK_")]
+        warps, stages = self.options["num_warps"], self.options["num_stages"]
+        return f"{'x'.join(str(constants[name]) for name in names)} w{warps} s{stages}"
+
+
+def jobs(arch: int, precisions: Iterable[Precision] = tuple(VARIANTS)) -> list[Job]:
+    """All different compilations for an architecture."""
+    found: dict[str, Job] = {}
+    for precision in precisions:
+        for variant in VARIANTS[precision]:
+            for job in record(arch, precision, variant):
+                parts = (job.function, job.signature, job.constants, job.attributes, job.options)
+                found.setdefault(repr(parts), job)
+    return list(found.values())
+
+
+def record(arch: int, precision: Precision, variant: Variant) -> list[Job]:
+    """The compilations that one step of "tiled", and of "chunked", asks for."""
+    assert not triton.knobs.runtime.interpret, "the interpreter compiles nothing"
+    found: list[Job] = []
+
+    def note(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
+        names = list(compile["signature"])
+        constants = {names[path[0]]: value for path, value in compile["constants"].items()}
+        kernel = fn.name.removesuffix("_kernel")
+        gemm = kernel if "PRECISION" in constants else None
+        if kernel == "pair":
+            kernel = "pair grad" if constants["WRITE_GRADIENT"] else "pair loss"
+        found.append(
+            Job(
+                kernel=kernel,
+                gemm=gemm,
+                arch=arch,
+                precision=precision,
+                variant=variant.name,
+                module=fn.module,
+                function=fn.name,
+                signature=compile["signature"],
+                constants=compile["constants"],
+                attributes=compile["configs"][0],
+                options={name: compile[name] for name in OPTIONS},
+            )
+        )
+        return True  # do not compile, hence do not launch
+
+    with _pretend(arch, precision), triton.knobs.runtime.scope():
+        triton.knobs.runtime.jit_cache_hook = note
+        _step(variant)
+    return found
+
+
+class _Device:
+    """The little of a Triton driver that is asked before a compilation."""
+
+    def __init__(self, arch: int) -> None:
+        self.arch = arch
+
+    def get_current_device(self) -> int:
+        return self.arch  # Triton caches what it knows of a device under this number
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.arch, 32)
+
+
+@contextmanager
+def _pretend(arch: int, precision: Precision) -> Iterator[None]:
+    before, active = torch.get_float32_matmul_precision(), driver._active
+    names = {of: name for name, of in DOT_PRECISIONS.items()}
+    driver.set_active(_Device(arch))
+    torch.set_float32_matmul_precision(names.get(precision, "highest"))
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+        driver.set_active(active)
+
+
+def _step(variant: Variant) -> None:
+    """Everything that is launched for a problem of the variant."""
+    V, H, everything = variant.V, variant.H, variant.everything
+    Ht = H + 128 if everything else H
+    bias = torch.zeros(V, dtype=variant.head) if everything else None
+    inputs = SpanInputs.of(
+        student_hidden=torch.zeros(N, H, dtype=variant.hidden),
+        teacher_hidden=torch.zeros(N, Ht, dtype=variant.hidden),
+        student_head=torch.zeros(V, H, dtype=variant.head),
+        teacher_head=torch.zeros(V, Ht, dtype=variant.head) if everything else None,
+        student_bias=bias,
+        teacher_bias=bias,
+        weights=None,
+        token_ids=torch.zeros(N, dtype=torch.int64),
+        rollout_logprobs=None,
+    )
+    options = SpanOptions(
+        divergence=variant.divergence,
+        beta=0.3,
+        softcap=30.0 if everything else None,
+        entry_clip=0.1 if everything else None,
+    )
+    tiles = TritonTiles(inputs, options, torch.arange(V) if variant.ordered else None)
+    active = torch.ones(num_row_blocks(N), num_tiles(V), dtype=torch.uint8)
+    lse, needed = torch.zeros(N), (True, True, bias is not None)
+    tiles.sweep(inputs.token_ids)
+    tiles.loss(active, lse, lse, needed)
+    tiles.gradients(active, lse, lse, lse, lse, needed)
+    if variant.head == torch.bfloat16 and not variant.ordered:  # logits are float32 in any case
+        _rows(torch.zeros(2, N, V), inputs.forms(options)[0].bias, inputs.token_ids, options)
+
+
+def _rows(
+    logits: Tensor, bias: Tensor | None, columns: Tensor | None, options: SpanOptions
+) -> None:
+    """The one pass of a whole vocabulary, and the passes of a shard."""
+    statistics = torch.zeros(2, N)
+    stages = ("all", "value", "stats", "terms", "grad")
+    for stage in stages if options.divergence == "jsd" else stages[:1]:
+        has_stats = stage in ("all", "value", "stats")
+        rows(
+            *logits,
+            bias,
+            bias,
+            columns,
+            divergence=options.divergence,
+            beta=options.beta,
+            temperature=options.temperature,
+            softcap=options.softcap,
+            entry_clip=options.entry_clip,
+            stage=stage,
+            lse=None if has_stats else statistics,
+            total=statistics[0] if stage == "grad" else None,
+        )
