@@ -1,4 +1,4 @@
-"""Block sizes of the GEMM kernels per architecture; the first that fits the device is taken.
+"""Block sizes of the GEMM kernels per architecture.
 
 Nothing is tuned at run time: a choice that depends on timings may differ between runs, and with it
 the order of sums. Every config here is compiled for its architecture by `rosd_kernels.aot`, which
@@ -7,6 +7,9 @@ refuses spills and too much shared memory.
     sweep, pair      [block_m rows] x [block_n vocabulary], reduced over block_k of the width
     grad_hidden      [block_m rows] x [block_n of the width], reduced over block_k of the vocabulary
     grad_head        [block_m vocabulary] x [block_n of the width], reduced over block_k rows
+
+A lean problem has rows of aligned, even length and, for sweep and pair, one head, no bias, soft cap
+or clip: as most models do. Its blocks may be larger than those that hold whatever is asked.
 """
 
 from __future__ import annotations
@@ -20,6 +23,9 @@ ARCHITECTURES = (80, 90, 100)
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 
 
+LEAN_WIDTH = 64  # a multiple of each block_k along the width
+
+
 @dataclass(frozen=True, slots=True)
 class Config:
     block_m: int
@@ -27,6 +33,7 @@ class Config:
     block_k: int
     num_warps: int
     num_stages: int
+    max_registers: int | None = None  # None: as many as the assembler sees fit
     group: int = 8  # row blocks that share a column in L2
 
     def __str__(self) -> str:
@@ -34,40 +41,45 @@ class Config:
         return f"{blocks} w{self.num_warps} s{self.num_stages}"
 
 
-CONFIGS: dict[tuple[Kernel, int, Precision], list[Config]] = {
-    ("sweep", 80, "narrow"): [Config(128, 128, 64, 8, 3)],
-    ("sweep", 90, "narrow"): [Config(128, 256, 64, 8, 3)],
-    ("sweep", 100, "narrow"): [Config(128, 128, 64, 8, 3)],
-    ("pair", 80, "narrow"): [Config(128, 128, 64, 8, 2)],
-    ("pair", 90, "narrow"): [Config(128, 128, 64, 8, 3)],
-    ("pair", 100, "narrow"): [Config(128, 128, 64, 8, 3)],
-    ("grad_hidden", 80, "narrow"): [Config(128, 128, 64, 8, 3)],
-    ("grad_hidden", 90, "narrow"): [Config(128, 256, 64, 8, 3)],
-    ("grad_hidden", 100, "narrow"): [Config(128, 256, 64, 8, 3)],
-    ("grad_head", 80, "narrow"): [Config(128, 128, 64, 8, 3)],
-    ("grad_head", 90, "narrow"): [Config(128, 256, 64, 8, 3)],
-    ("grad_head", 100, "narrow"): [Config(128, 256, 64, 8, 3)],
+_128x256 = Config(128, 256, 64, 8, 3)
+_128x128 = Config(128, 128, 64, 8, 3)
+_64x128 = Config(64, 128, 64, 8, 3)
+
+# (lean problems, all others)
+CONFIGS: dict[tuple[Kernel, int, Precision], tuple[Config, Config]] = {
+    ("sweep", 80, "narrow"): (_128x128, _128x128),
+    ("sweep", 90, "narrow"): (_128x256, _128x128),
+    ("sweep", 100, "narrow"): (Config(128, 128, 64, 8, 3, max_registers=255), _64x128),
+    ("pair", 80, "narrow"): (_64x128, Config(64, 128, 32, 8, 3)),
+    ("pair", 90, "narrow"): (_128x128, _64x128),
+    ("pair", 100, "narrow"): (_128x128, _64x128),
+    ("grad_hidden", 80, "narrow"): (_128x128, _64x128),
+    ("grad_hidden", 90, "narrow"): (_128x256, _64x128),
+    ("grad_hidden", 100, "narrow"): (_128x128, _64x128),
+    ("grad_head", 80, "narrow"): (_128x128, _128x128),
+    ("grad_head", 90, "narrow"): (_128x256, _128x256),
+    ("grad_head", 100, "narrow"): (_128x256, _128x256),
 }
-for _kernel in ("sweep", "pair", "grad_hidden", "grad_head"):
+_FLOATS: dict[Precision, tuple[Config, Config]] = {  # (pair, all other kernels)
+    "tf32": (Config(64, 128, 32, 8, 2), Config(64, 128, 32, 8, 2)),
+    "tf32x3": (Config(32, 128, 32, 8, 2), Config(64, 128, 32, 8, 2)),
+    "ieee": (Config(32, 128, 16, 8, 2), Config(64, 128, 16, 8, 2)),
+}
+for _precision, (_pair, _other) in _FLOATS.items():
     for _arch in ARCHITECTURES:
-        for _precision in ("tf32", "tf32x3", "ieee"):
-            CONFIGS[_kernel, _arch, _precision] = [Config(64, 128, 32, 8, 2)]
+        CONFIGS["pair", _arch, _precision] = (_pair, _pair)
+        for _kernel in ("sweep", "grad_hidden", "grad_head"):
+            CONFIGS[_kernel, _arch, _precision] = (_other, _other)
 
 
 def architecture(capability: int) -> int:
-    """The newest architecture of the table that the device understands."""
-    return max((arch for arch in ARCHITECTURES if arch <= capability), default=ARCHITECTURES[0])
+    """The one of ARCHITECTURES whose configs suit a device.
+
+    Only data-centre GPUs have the shared memory and tensor cores of 90 and 100: consumer GPUs, the
+    later ones (120) too, work like 80.
+    """
+    return {9: 90, 10: 100, 11: 100}.get(capability // 10, 80)
 
 
-def select(
-    kernel: Kernel,
-    capability: int,
-    precision: Precision,
-    *,
-    shared_bytes: int | None,
-    itemsize: int,
-) -> Config:
-    """The first config that fits `shared_bytes` (None: the architecture's), or else the last."""
-    arch = architecture(capability)
-    configs = CONFIGS[kernel, arch, precision]
-    return configs[0]
+def select(kernel: Kernel, capability: int, precision: Precision, *, lean: bool) -> Config:
+    return CONFIGS[kernel, architecture(capability), precision][0 if lean else 1]

@@ -10,7 +10,7 @@ from torch import Tensor
 from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from rosd_kernels.gpu.configs import Config, Kernel, Precision, select
+from rosd_kernels.gpu.configs import LEAN_WIDTH, Config, Kernel, Precision, select
 from rosd_kernels.gpu.modes import INTERPRETED
 
 # Few, so that programs of the interpreter take several turns of their persistent loop.
@@ -34,24 +34,27 @@ class Gemm:
     use_tma: bool
 
     @classmethod
-    def of(cls, kernel: Kernel, *operands: Tensor, order: Tensor | None) -> Gemm:
-        """`order`: the head's rows are taken through an index, which TMA cannot do."""
+    def of(
+        cls, kernel: Kernel, *operands: Tensor, order: Tensor | None, extras: bool = False
+    ) -> Gemm:
+        """How to multiply these.
+
+        order: the head's rows are taken through an index, which TMA cannot do.
+        extras: the kernel does more than a lean one, see configs.py.
+        """
         a = operands[0]
         cast = len({operand.dtype for operand in operands}) > 1
         precision = DOT_PRECISIONS[torch.get_float32_matmul_precision()]
         narrow = not cast and a.dtype in NARROW
-        use_tma = (
-            capability(a.device) >= TMA_CAPABILITY
-            and order is None
-            and all(_is_aligned(operand) for operand in operands)
-        )
+        aligned = all(_is_aligned(operand) for operand in operands)
+        use_tma = capability(a.device) >= TMA_CAPABILITY and order is None and aligned
+        even = all(operand.shape[1] % LEAN_WIDTH == 0 for operand in operands)
         return cls(
             config=select(
                 kernel,
                 capability(a.device),
                 "narrow" if narrow else precision,
-                shared_bytes=_shared_bytes(a.device),
-                itemsize=2 if narrow else 4,
+                lean=aligned and even and not extras,
             ),
             precision="ieee" if narrow else precision,
             cast=cast,
@@ -67,7 +70,11 @@ class Gemm:
 
 def launch(kernel: Any, grid: tuple[int, ...], config: Config, **arguments: Any) -> None:
     kernel[grid](
-        **arguments, num_warps=config.num_warps, num_stages=config.num_stages, **COMPILER_OPTIONS
+        **arguments,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+        maxnreg=config.max_registers,
+        **COMPILER_OPTIONS,
     )
 
 
@@ -91,12 +98,6 @@ def num_programs(device: torch.device, per_processor: int = 1) -> int:
     if INTERPRETED or device.type != "cuda":
         return INTERPRETED_PROGRAMS
     return torch.cuda.get_device_properties(device).multi_processor_count * per_processor
-
-
-def _shared_bytes(device: torch.device) -> int | None:
-    if device.type != "cuda":
-        return None
-    return torch.cuda.get_device_properties(device).shared_memory_per_block_optin
 
 
 def _is_aligned(tensor: Tensor) -> bool:

@@ -345,13 +345,15 @@ class Pair:
     ) -> None:
         hidden = (self.student_hidden, self.teacher_hidden)
         heads = (self.student_head, self.teacher_head)
-        gemm = Gemm.of("pair", *hidden, *heads, order=self.order)
-        config = gemm.config
-        pairs, num_pairs = active_pairs(active, config.group)
         # Interchangeable for the kernel, which then reads the head once.
         shared = (
             heads[0].data_ptr() == heads[1].data_ptr() and heads[0].stride() == heads[1].stride()
         )
+        options = (self.student_bias, self.teacher_bias, self.softcap, self.entry_clip)
+        extras = not shared or any(option is not None for option in options)
+        gemm = Gemm.of("pair", *hidden, *heads, order=self.order, extras=extras)
+        config = gemm.config
+        pairs, num_pairs = active_pairs(active, config.group)
         (V, H), Ht = heads[0].shape, heads[1].shape[1]
         launch(
             pair_kernel,

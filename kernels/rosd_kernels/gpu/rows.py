@@ -28,8 +28,8 @@ from rosd_kernels.rows import RowStats, row_stats
 from rosd_kernels.vocabulary import Vocabulary
 
 Stage = Literal["all", "value", "stats", "terms", "grad"]
-BLOCK_V = 4096
-NUM_WARPS = 16
+BLOCK_V = 2048
+NUM_WARPS = 8
 
 
 @triton.jit

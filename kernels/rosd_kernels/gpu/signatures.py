@@ -7,6 +7,7 @@ alignments just as they are specialised on such a device, notes them and refuses
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -23,10 +24,11 @@ from rosd_kernels.gpu.launch import DOT_PRECISIONS
 from rosd_kernels.gpu.rows import rows
 from rosd_kernels.gpu.tiles import TritonTiles
 from rosd_kernels.records import Divergence, SpanInputs, SpanOptions
+from rosd_kernels.sparsity import entry, mass
 from rosd_kernels.tiles import num_row_blocks, num_tiles
 
 N = 160
-OPTIONS = ("num_warps", "num_stages", "num_ctas", "enable_fp_fusion")
+OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -120,6 +122,7 @@ def record(arch: int, precision: Precision, variant: Variant) -> list[Job]:
     def note(*, fn: Any, compile: dict[str, Any], **_: Any) -> bool:
         names = list(compile["signature"])
         constants = {names[path[0]]: value for path, value in compile["constants"].items()}
+        options = json.loads(compile["specialization_data"])["options"]
         kernel = fn.name.removesuffix("_kernel")
         gemm = kernel if "PRECISION" in constants else None
         if kernel == "pair":
@@ -136,7 +139,7 @@ def record(arch: int, precision: Precision, variant: Variant) -> list[Job]:
                 signature=compile["signature"],
                 constants=compile["constants"],
                 attributes=compile["configs"][0],
-                options={name: compile[name] for name in OPTIONS},
+                options={name: options[name] for name in OPTIONS},
             )
         )
         return True  # do not compile, hence do not launch
@@ -201,7 +204,9 @@ def _step(variant: Variant) -> None:
     tiles = TritonTiles(inputs, options, torch.arange(V) if variant.ordered else None)
     active = torch.ones(num_row_blocks(N), num_tiles(V), dtype=torch.uint8)
     lse, needed = torch.zeros(N), (True, True, bias is not None)
-    tiles.sweep(inputs.token_ids)
+    student, teacher = tiles.sweep(inputs.token_ids)
+    for rule in (entry(2**-12), mass(1e-3)):
+        tiles.select(student.stats, teacher.stats, lse, lse, rule)
     tiles.loss(active, lse, lse, needed)
     tiles.gradients(active, lse, lse, lse, lse, needed)
     if variant.head == torch.bfloat16 and not variant.ordered:  # logits are float32 in any case

@@ -155,7 +155,8 @@ def _sweep(
     M, (V, H) = hidden.shape[0], head.shape
     if M == 0:
         return stats
-    gemm = Gemm.of("sweep", hidden, head, order=order)
+    extras = bias is not None or softcap is not None
+    gemm = Gemm.of("sweep", hidden, head, order=order, extras=extras)
     config = gemm.config
     blocks = -(-M // config.block_m) * -(-V // config.block_n)
     launch(
