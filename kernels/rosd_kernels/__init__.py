@@ -21,6 +21,7 @@ Ht hidden width of the teacher, R rows (tokens) of a chunk or block.
     gemm_tiles.py   the dense work of "tiled" with library GEMMs
     gpu/            Triton: the dense work of "tiled", the elementwise pass of "chunked"
     backends.py     which of them a device gets
+    aot.py          compiles all of gpu/ without a GPU and checks the machine code
 """
 
 from __future__ import annotations

@@ -217,7 +217,8 @@ def test_inputs_that_are_not_contiguous(make_case, strategy):
                 case.tensors[name] = x.repeat_interleave(2)[::2]
             assert not case.tensors[name].is_contiguous()
         got = case.run(strategy=strategy, is_clip=2.0)
-        assert torch.equal(got.output.loss, want.output.loss)
+        # The GEMM library rounds differently for other strides.
+        assert torch.allclose(got.output.loss, want.output.loss, rtol=1e-6, atol=0)
         for name, gradient in want.gradients.items():
             assert torch.allclose(got.gradients[name], gradient, rtol=1e-5, atol=1e-7), name
 
