@@ -72,8 +72,7 @@ def main() -> None:
     if args.memory:
         print(json.dumps(peak_memory(args)))
         return
-    for path in (args.csv,):
-        path.unlink(missing_ok=True)
+    args.csv.unlink(missing_ok=True)
     rows: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         for source in args.sources:
