@@ -35,7 +35,7 @@ train: $(STAMP)  ## train the embedded default; options: make train ARGS="--step
 	@$(BIN)/rosd-fast train $(ARGS)
 
 test: $(STAMP)  ## run the tests; options: make test ARGS="-k cli"
-	@$(BIN)/python -m pytest -q $(ARGS)
+	@$(BIN)/python -m pytest -q -n auto --maxprocesses 8 $(ARGS)
 
 slow: $(STAMP)  ## run the tests that take minutes
 	@$(BIN)/python -m pytest -q -m slow $(ARGS)

@@ -34,6 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rosd_kernels import VocabularyOrder, entry, span_divergence
+from rosd_kernels.peers import eager_jsd, gemm_floor, liger_jsd, peaked_states
 
 EPS = 2.0**-12
 BETA = 0.5
@@ -102,7 +103,7 @@ def measure(
     """A CSV row for each candidate and for the floor."""
     inputs = Inputs.load(file, num_tokens)
     runs: dict[str, Run] = {name: candidate(name, inputs) for name in CANDIDATES}
-    runs["floor"] = gemm_floor(inputs)
+    runs["floor"] = gemm_floor(inputs.student, inputs.teacher, inputs.head)
     timed = time_alternating(runs, repeats=args.repeats)
     shown = span_divergence(
         inputs.student.detach(),
@@ -148,10 +149,11 @@ def measure(
 
 def candidate(name: str, inputs: Inputs) -> Run:
     """Forward and backward; gives the active share where there is one."""
-    if name == "eager":
-        forward = eager
-    elif name == "liger":
-        forward = liger
+    if name in ("eager", "liger"):
+        peer = eager_jsd if name == "eager" else liger_jsd
+
+        def forward(inputs: Inputs) -> Any:
+            return peer(inputs.student, inputs.teacher, inputs.head, beta=BETA)
     else:
         options = ours(name, inputs)
 
@@ -178,47 +180,6 @@ def ours(name: str, inputs: Inputs) -> dict[str, Any]:
             order.load_state_dict({"mass": inputs.permutation_mass, "num_seen": seen})
         options["sparsity"] = entry(EPS, order)
     return options
-
-
-def eager(inputs: Inputs) -> Tensor:
-    """JSD as one writes it with full logits."""
-    log_p = (inputs.student @ inputs.head.T).log_softmax(-1)
-    with torch.no_grad():
-        log_q = (inputs.teacher @ inputs.head.T).log_softmax(-1)
-    log_m = torch.logsumexp(
-        torch.stack([log_q + math.log(BETA), log_p + math.log(1 - BETA)]), dim=0
-    )
-    of_teacher = (log_q.exp() * (log_q - log_m)).sum(-1)
-    of_student = (log_p.exp() * (log_p - log_m)).sum(-1)
-    return (BETA * of_teacher + (1 - BETA) * of_student).sum()
-
-
-def liger(inputs: Inputs) -> Tensor:
-    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
-
-    loss = LigerFusedLinearJSDLoss(
-        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=BETA, compiled=False
-    )
-    labels = torch.zeros(inputs.student.shape[0], dtype=torch.long)
-    return loss(inputs.student, inputs.head, inputs.teacher, inputs.head.detach(), labels)
-
-
-def gemm_floor(inputs: Inputs) -> Run:
-    """Logits of both, dh and dW, in chunks of 128 tokens into buffers that exist already."""
-    student, teacher, head = inputs.student.detach(), inputs.teacher, inputs.head.detach()
-    rows = min(128, student.shape[0])
-    logits = torch.zeros(rows, head.shape[0])
-    dh, dW = torch.zeros_like(student), torch.zeros_like(head)
-
-    def run() -> None:
-        for start in range(0, student.shape[0], rows):
-            chunk = slice(start, start + rows)
-            torch.mm(teacher[chunk], head.T, out=logits)
-            torch.mm(student[chunk], head.T, out=logits)
-            torch.mm(logits, head, out=dh[chunk])
-            dW.addmm_(logits.T, student[chunk])
-
-    return run
 
 
 def run_memory(name: str, file: Path, num_tokens: int) -> float:
@@ -308,18 +269,7 @@ def made_states(num_tokens: int) -> dict[str, Tensor]:
     """States of a made model; see above."""
     V, H = SHAPES["made"]
     generator = torch.Generator().manual_seed(0)
-    head = torch.randn(V, H, generator=generator)
-    head /= head.norm(dim=1, keepdim=True)
-    wanted = num_tokens + LEARN_TOKENS
-    names = torch.randperm(V, generator=generator)
-    frequency = 1 / torch.arange(1, V + 1, dtype=torch.float64)
-    ids = names[torch.multinomial(frequency, wanted * 8, True, generator=generator)].view(-1, 8)
-    height = 18 - 8 * torch.rand(wanted, 8, generator=generator)
-    height[:, 0] = 18
-    teacher_height = height + torch.randn(wanted, 8, generator=generator)
-    student, teacher = (
-        torch.einsum("nk,nkh->nh", value, head[ids]) for value in (height, teacher_height)
-    )
+    student, teacher, head = peaked_states(num_tokens + LEARN_TOKENS, V, H, generator)
     return with_mass(student, teacher, head, num_tokens)
 
 
@@ -372,6 +322,7 @@ def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
         left.set_title(f"time / time of eager   (V = {V}, H = {H})", loc="left")
         right.set_title("peak memory beyond inputs and gradients, MiB", loc="left")
         right.set_yscale("log")
+        left.set_ylim(top=1.35 * left.get_ylim()[1])  # room for the legend
         left.legend(frameon=False, fontsize=8, ncols=2)
     file.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=110)

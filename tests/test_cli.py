@@ -237,6 +237,57 @@ def test_doctor_says_what_is_missing(
     assert main(["doctor", "--out", str(tmp_path / "file" / "runs")]) == 1
 
 
+def test_doctor_gpu_without_a_gpu_is_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is one")
+    assert "sees no CUDA device" in mistake(capsys, "doctor", "--gpu")
+
+
+@pytest.mark.parametrize("ok", [True, False])
+def test_doctor_gpu_prints_checks_and_timings(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ok: bool
+) -> None:
+    """What it does on a device, done on the CPU and small."""
+    import torch
+
+    from rosd_fast.commands import doctor
+    from rosd_kernels import acceptance
+
+    real = acceptance.timings
+    shape = acceptance.Shape(16, 300, 8)
+    monkeypatch.setattr(doctor, "cuda_device", lambda: torch.device("cpu"))
+    monkeypatch.setattr(
+        acceptance,
+        "checks",
+        lambda device: [acceptance.Check("one", True, "fine"), acceptance.Check("two", ok, "x")],
+    )
+    monkeypatch.setattr(
+        acceptance, "timings", lambda device: real(device, shape, torch.float32, repeats=1)
+    )
+    assert main(["doctor", "--gpu"]) == (0 if ok else 1)
+    text = capsys.readouterr().out
+    assert ("FAIL two: x" in text) == (not ok)
+    assert f"{2 if ok else 1} of 2 checks passed" in text
+    for name in ("chunked", "tiled", "eager", "liger", "4 GEMM sweeps"):
+        assert any(line.startswith(name) and " ms" in line for line in text.splitlines()), name
+
+
+def test_timing_lines() -> None:
+    from rosd_fast.commands.doctor import timing_line
+    from rosd_kernels.acceptance import Timing
+
+    line = timing_line(Timing("tiled", 0.0125, 3 << 20, "active 0.15"))
+    assert line.split() == "tiled 12.50 ms 3 MiB at the peak active 0.15".split()
+    assert timing_line(Timing("eager", None, None, "out of memory")).split() == [
+        "eager",
+        "out",
+        "of",
+        "memory",
+    ]
+
+
 def test_eval_prints_accuracy_by_domain(capsys: pytest.CaptureFixture[str]) -> None:
     args = ["--problems", "3", "--samples", "2", "--max-new-tokens", "4"]
     assert main(["eval", "--model", "quickstart", *args]) == 0

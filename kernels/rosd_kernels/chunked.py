@@ -9,7 +9,8 @@ logits; then
     dh = c G W,  dW += G^T (c h),  db += G^T c      2 GEMMs
 
 with `c_n = weight_n / temperature`, applied where there are H columns and not V. That is 4 GEMM
-sweeps over the head, the least that dense gradients take.
+sweeps over the head, the least that dense gradients take. Where all inputs are bfloat16, a GPU
+multiplies them as they are and sums in float32; G and c h are then rounded to bfloat16 as well.
 
 With top-k, a row is its k buckets and one more of the tail, if there is a tail; a token v of the
 tail has the gradient of the tail's bucket times its share of it, `p_v / sum of p over the tail`.
@@ -40,7 +41,7 @@ from rosd_kernels.records import (
 )
 from rosd_kernels.rows import RowStats, row_stats
 from rosd_kernels.vocabulary import Vocabulary
-from rosd_kernels.workspace import Workspace, WorkspacePlan
+from rosd_kernels.workspace import Workspace, WorkspacePlan, multiply
 
 
 def run_chunked(
@@ -97,10 +98,11 @@ def _compute(
 
 def _project(chunk: SpanInputs, workspace: Workspace) -> tuple[Tensor, Tensor]:
     """Raw logits, [R, V] of the student and of the teacher, in the workspace."""
-    num_rows, dtype = chunk.num_tokens, workspace.plan.dtype
+    num_rows = chunk.num_tokens
     both = workspace.logits[: 2 * num_rows]
     student, teacher = both[:num_rows], both[num_rows:]
-    student_hidden, teacher_hidden = chunk.student_hidden.to(dtype), chunk.teacher_hidden.to(dtype)
+    student_hidden = workspace.operand(chunk.student_hidden)
+    teacher_hidden = workspace.operand(chunk.teacher_hidden)
     if chunk.head_is_shared:
         workspace.project(torch.cat([student_hidden, teacher_hidden]), chunk.student_head, out=both)
     else:
@@ -249,12 +251,13 @@ def _add_gradients(
     gradients: Gradients, chunk: SpanInputs, rows: slice, row_scale: Tensor, workspace: Workspace
 ) -> None:
     """Add a chunk whose G lies in the workspace; `row_scale` [R] is c of the docstring."""
-    grad_logits = workspace.logits[: chunk.num_tokens]
     column = row_scale[:, None]
+    if gradients.bias is not None:
+        gradients.bias.addmv_(workspace.logits[: chunk.num_tokens].T, row_scale)
+    grad_logits = workspace.grad_operand(chunk.num_tokens)
     if gradients.hidden is not None:
         grad_hidden = workspace.backproject(grad_logits, chunk.student_head)
         torch.mul(grad_hidden, column, out=gradients.hidden[rows])
     if gradients.head is not None:
-        gradients.head.addmm_(grad_logits.T, chunk.student_hidden.to(column.dtype) * column)
-    if gradients.bias is not None:
-        gradients.bias.addmv_(grad_logits.T, row_scale)
+        scaled = workspace.operand(chunk.student_hidden.to(column.dtype) * column)
+        multiply(grad_logits.T, scaled, out=gradients.head, add=True)

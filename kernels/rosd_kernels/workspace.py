@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ CPU_CHUNK_ROWS = 128
 # synchronization.
 CPU_BLOCK_ELEMENTS = 1 << 20
 CAST_BYTES = 16 * MIB  # a converted tile of a head: long enough for a good GEMM
+# Where a GEMM of bfloat16 operands gives its float32 sums unrounded.
+NARROW_DEVICES = ("cuda",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,6 +30,7 @@ class WorkspacePlan:
     """How many rows and which buffers fit the bound. Sizes are elements of `dtype`."""
 
     dtype: torch.dtype
+    gemm_dtype: torch.dtype  # of the GEMMs' operands: `dtype`, or bfloat16 where all inputs are
     vocab_size: int
     rows: int  # rows of a chunk: both logits of it are held, [2 * rows, V]
     block: int  # rows that are turned from logits into gradients at a time
@@ -46,14 +50,19 @@ class WorkspacePlan:
         dtype, vocab_size = inputs.compute_dtype, vocabulary.largest
         budget = int(options.workspace_mib * MIB)
         heads = (inputs.student_head, inputs.teacher_head)
+        operands = (inputs.student_hidden, inputs.teacher_hidden, *heads)
+        is_narrow = inputs.student_hidden.device.type in NARROW_DEVICES and all(
+            operand.dtype == torch.bfloat16 for operand in operands
+        )
+        gemm_dtype = torch.bfloat16 if is_narrow else dtype
         cast_width = max(
-            (head.shape[1] for head in heads if not is_gemm_ready(head, dtype)), default=0
+            (head.shape[1] for head in heads if not is_gemm_ready(head, gemm_dtype)), default=0
         )
         cast_rows = 0
         if cast_width:
             cast_budget = min(CAST_BYTES, budget // 4)
-            cast_rows = min(max(1, cast_budget // (cast_width * dtype.itemsize)), vocab_size)
-        cast_bytes = cast_rows * cast_width * dtype.itemsize
+            cast_rows = min(max(1, cast_budget // (cast_width * gemm_dtype.itemsize)), vocab_size)
+        cast_bytes = cast_rows * cast_width * gemm_dtype.itemsize
         row_bytes = vocab_size * dtype.itemsize
         num_scratch = 0 if is_fused else NUM_SCRATCH + (options.softcap is not None)
         if options.top_k is not None:  # the slope of the soft cap; some twenty buffers of k buckets
@@ -79,6 +88,7 @@ class WorkspacePlan:
         block = min(block, rows)
         return cls(
             dtype=dtype,
+            gemm_dtype=gemm_dtype,
             vocab_size=inputs.vocab_size,
             rows=rows,
             block=block,
@@ -92,20 +102,33 @@ class Workspace:
     """The buffers of a plan; lives for one call."""
 
     def __init__(self, plan: WorkspacePlan, device: torch.device) -> None:
-        def empty(*shape: int) -> Tensor:
-            return torch.empty(shape, dtype=plan.dtype, device=device)
-
         self.plan = plan
-        self.logits = empty(2 * plan.rows, plan.vocab_size)
-        self.cast = empty(plan.cast_rows * plan.cast_width)
+        self.logits = torch.empty(2 * plan.rows, plan.vocab_size, dtype=plan.dtype, device=device)
+        num_cast = plan.cast_rows * plan.cast_width
+        self.cast = torch.empty(num_cast, dtype=plan.gemm_dtype, device=device)
+
+    def operand(self, tensor: Tensor) -> Tensor:
+        """A matrix as the GEMMs want it."""
+        return tensor.to(self.plan.gemm_dtype)
+
+    def grad_operand(self, num_rows: int) -> Tensor:
+        """G, [R, V], which lies where the student's logits were, as the GEMMs want it.
+
+        A narrow copy takes the place of the teacher's logits, which are done with.
+        """
+        grad_logits = self.logits[:num_rows]
+        if self.plan.gemm_dtype == self.plan.dtype:
+            return grad_logits
+        place = self.logits[num_rows : 2 * num_rows].view(self.plan.gemm_dtype)
+        return place[:, : self.plan.vocab_size].copy_(grad_logits)
 
     def tiles(self, head: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """(vocabulary range, rows of the head in the compute dtype), in order.
+        """(vocabulary range, rows of the head as the GEMMs want them), in order.
 
         One tile that is the head itself where a GEMM can read it as it is.
         """
         vocab_size, width = head.shape
-        if is_gemm_ready(head, self.plan.dtype):
+        if is_gemm_ready(head, self.plan.gemm_dtype):
             yield slice(0, vocab_size), head
             return
         for start in range(0, vocab_size, self.plan.cast_rows):
@@ -116,14 +139,24 @@ class Workspace:
     def project(self, hidden: Tensor, head: Tensor, *, out: Tensor) -> None:
         """`out = hidden head^T`; hidden [R, H], head [V, H], out [R, V]."""
         for columns, rows in self.tiles(head):
-            torch.mm(hidden, rows.T, out=out[:, columns])
+            multiply(hidden, rows.T, out=out[:, columns])
 
     def backproject(self, grad_logits: Tensor, head: Tensor) -> Tensor:
         """`grad_logits head`, [R, H], summed over the tiles in the compute dtype."""
-        total = grad_logits.new_zeros(grad_logits.shape[0], head.shape[1])
+        shape = grad_logits.shape[0], head.shape[1]
+        total = grad_logits.new_zeros(shape, dtype=self.plan.dtype)
         for columns, rows in self.tiles(head):
-            total.addmm_(grad_logits[:, columns], rows)
+            multiply(grad_logits[:, columns], rows, out=total, add=True)
         return total
+
+
+def multiply(a: Tensor, b: Tensor, *, out: Tensor, add: bool = False) -> None:
+    """`out = a b`, or `out += a b`. Products of narrow operands are not rounded to their dtype."""
+    narrow: dict[str, Any] = {} if a.dtype == out.dtype else {"out_dtype": out.dtype}
+    if add:
+        torch.addmm(out, a, b, **narrow, out=out)
+    else:
+        torch.mm(a, b, **narrow, out=out)
 
 
 def is_gemm_ready(head: Tensor, dtype: torch.dtype) -> bool:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from rosd_fast.config import Section
+from rosd_fast.errors import UserError
 from rosd_fast.settings import apply_args
 
 POSITIONAL: tuple[str, ...] = ()
@@ -28,6 +29,9 @@ class Options(Section):
 
     out: str = "runs"
     """Folder that is to hold run folders."""
+    gpu: bool = False
+    """Check the divergence's kernels on the CUDA device against float64, and time them against
+    eager PyTorch and Liger: minutes, most of them compiling. Exit code 1 if a check fails."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +50,8 @@ def defaults(given: Mapping[str, Any]) -> Options:
 def run(given: Mapping[str, Any]) -> int:
     """Print all findings; 1 if one of them is bad."""
     options = apply_args(Options(), given)
+    if options.gpu:
+        return accept_gpu()
 
     from rich.console import Console
     from rich.table import Table
@@ -60,6 +66,59 @@ def run(given: Mapping[str, Any]) -> int:
     return int(any(finding.ok is False for finding in findings))
 
 
+def accept_gpu() -> int:
+    """Print the checks and timings of the kernels as they come; 1 if a check fails."""
+    from rich.console import Console
+    from rich.text import Text
+
+    device = cuda_device()
+    from rosd_kernels import acceptance
+
+    console = Console(highlight=False)
+    console.print(
+        find_device().text, f"torch {version('torch')}, triton {version('triton')}", sep="\n"
+    )
+    failed = count = 0
+    for check in acceptance.checks(device):
+        count += 1
+        failed += not check.ok
+        mark = Text("ok  ", "green") if check.ok else Text("FAIL", "bold red")
+        console.print(mark, f"{check.name}: {check.text}", soft_wrap=True)
+    console.print(f"{count - failed} of {count} checks passed")
+    size = acceptance.SIZE
+    console.print(
+        f"\nJSD forward and backward, bfloat16, N = {size.N}, V = {size.V}, H = {size.H}:"
+    )
+    for timing in acceptance.timings(device):
+        console.print(timing_line(timing), soft_wrap=True)
+    return int(failed > 0)
+
+
+def timing_line(timing: Any) -> str:
+    """One candidate of `acceptance.timings`."""
+    if timing.median_s is None:
+        return f"{timing.name:20}{timing.text}"
+    peak = "" if timing.peak_bytes is None else f"{timing.peak_bytes / 2**20:9.0f} MiB at the peak"
+    return f"{timing.name:20}{1000 * timing.median_s:9.2f} ms{peak}  {timing.text}".rstrip()
+
+
+def cuda_device() -> Any:
+    """The device to check. Raises UserError where the kernels cannot run."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"torch {torch.__version__} sees no CUDA device",
+            where="--gpu",
+            fix="It needs an NVIDIA driver and a CUDA build of torch; without --gpu, doctor checks "
+            "the rest",
+        )
+    if version("triton") is None:
+        fix = "pip install 'rosd-fast[gpu]'"
+        raise UserError("Triton is not installed", where="--gpu", fix=fix)
+    return torch.device("cuda", torch.cuda.current_device())
+
+
 def examine(options: Options) -> Iterator[Finding]:
     """Everything there is to say, in the order of a run's needs."""
     yield Finding("rosd-fast", version("rosd-fast") or "not installed, only on the path", None)
@@ -70,7 +129,7 @@ def examine(options: Options) -> Iterator[Finding]:
     triton = version("triton")
     yield Finding("triton", triton or "not installed: GPU kernels are left out", None)
     yield kernels()
-    yield device()
+    yield find_device()
     yield Finding("machine", machine(), None)
     yield quickstart_model()
     yield run_folder(Path(options.out).expanduser())
@@ -96,7 +155,7 @@ def kernels() -> Finding:
     return Finding("rosd_kernels", "importable")
 
 
-def device() -> Finding:
+def find_device() -> Finding:
     """What torch computes on."""
     try:
         import torch

@@ -1,0 +1,83 @@
+"""What `span_divergence` is compared with, and states to compare on.
+
+The peers run on any device; Liger's needs the package liger-kernel.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+
+def eager_jsd(student: Tensor, teacher: Tensor, head: Tensor, *, beta: float) -> Tensor:
+    """The JSD as one writes it with full logits, summed over the tokens.
+
+    student, teacher: [N, H]. head: [V, H], of both. Gradients reach `student` and `head`.
+    """
+    log_p = (student @ head.T).float().log_softmax(-1)
+    with torch.no_grad():
+        log_q = (teacher @ head.T).float().log_softmax(-1)
+    log_m = torch.logsumexp(torch.stack([log_q + math.log(beta), log_p + math.log1p(-beta)]), dim=0)
+    of_teacher = (log_q.exp() * (log_q - log_m)).sum(-1)
+    of_student = (log_p.exp() * (log_p - log_m)).sum(-1)
+    return (beta * of_teacher + (1 - beta) * of_student).sum()
+
+
+def liger_jsd(student: Tensor, teacher: Tensor, head: Tensor, *, beta: float) -> Tensor:
+    """Liger's chunked JSD; arguments as for `eager_jsd`. A mean over the tokens, not a sum."""
+    from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
+
+    loss = LigerFusedLinearJSDLoss(
+        weight_hard_loss=0.0, weight_soft_loss=1.0, beta=beta, compiled=False
+    )
+    labels = torch.zeros(student.shape[0], dtype=torch.long, device=student.device)
+    return loss(student, head, teacher, head.detach(), labels)
+
+
+def gemm_floor(
+    student: Tensor, teacher: Tensor, head: Tensor, *, chunk_rows: int = 128
+) -> Callable[[], None]:
+    """The four sweeps that dense gradients take, and nothing else: both logits, dh and dW.
+
+    The tokens go by in chunks, through one buffer of [chunk_rows, V] that is there already, as are
+    those of the gradients.
+    """
+    student, head = student.detach(), head.detach()
+    logits = student.new_zeros(min(chunk_rows, student.shape[0]), head.shape[0])
+    dh, dW = torch.zeros_like(student), torch.zeros_like(head)
+
+    def run() -> None:
+        for start in range(0, student.shape[0], chunk_rows):
+            rows = slice(start, min(start + chunk_rows, student.shape[0]))
+            part = logits[: rows.stop - start]
+            torch.mm(teacher[rows], head.T, out=part)
+            torch.mm(student[rows], head.T, out=part)
+            torch.mm(part, head, out=dh[rows])
+            dW.addmm_(part.T, student[rows])
+
+    return run
+
+
+def peaked_states(
+    num_tokens: int, vocab_size: int, width: int, generator: torch.Generator
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(student [N, H], teacher [N, H], head [V, H]) in float32 whose logits are peaked like a
+    language model's: each state is a mixture of eight rows of a random head, drawn by Zipf's law.
+    """
+    device = generator.device
+    head = torch.randn(vocab_size, width, generator=generator, device=device)
+    head /= head.norm(dim=1, keepdim=True)
+    names = torch.randperm(vocab_size, generator=generator, device=device)
+    frequency = 1 / torch.arange(1, vocab_size + 1, dtype=torch.float64, device=device)
+    drawn = torch.multinomial(frequency, num_tokens * 8, True, generator=generator)
+    ids = names[drawn].view(num_tokens, 8)
+    height = 18 - 8 * torch.rand(num_tokens, 8, generator=generator, device=device)
+    height[:, 0] = 18
+    noise = torch.randn(num_tokens, 8, generator=generator, device=device)
+    student, teacher = (
+        torch.einsum("nk,nkh->nh", value, head[ids]) for value in (height, height + noise)
+    )
+    return student, teacher, head

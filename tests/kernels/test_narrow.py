@@ -1,0 +1,108 @@
+"""bfloat16 GEMMs with float32 sums, which only GPUs have: here torch is taught them on the CPU."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from rosd_kernels import workspace
+from rosd_kernels.workspace import Workspace, WorkspacePlan
+
+BF16 = torch.bfloat16
+# G and the scaled hidden states are rounded to bfloat16 (2^-9 of each), products sum those up.
+TOLERANCE = 2.0**-8
+
+
+@pytest.fixture
+def narrow_gemms(monkeypatch):
+    """The calls that were made; unregistered afterwards."""
+    calls = []
+
+    def mm(a, b, out_dtype, *, out):
+        assert a.dtype == b.dtype == BF16
+        assert out_dtype == out.dtype == torch.float32
+        calls.append("mm")
+        return out.copy_(a.double() @ b.double())
+
+    def addmm(bias, a, b, out_dtype, *, beta=1, alpha=1, out):
+        assert a.dtype == b.dtype == BF16
+        assert out_dtype == out.dtype == bias.dtype == torch.float32
+        assert beta == alpha == 1
+        calls.append("addmm")
+        return out.copy_(bias + a.double() @ b.double())
+
+    library = torch.library.Library("aten", "IMPL")
+    library.impl("mm.dtype_out", mm, "CPU")
+    library.impl("addmm.dtype_out", addmm, "CPU")
+    monkeypatch.setattr(workspace, "NARROW_DEVICES", ("cpu",))
+    yield calls
+    library._destroy()
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"divergence": "forward_kl"},
+        {"divergence": "reverse_kl", "softcap": 5.0},
+        {"divergence": "jsd", "workspace_mib": 0.01},
+        {"divergence": "jsd", "top_k": 5},
+        {"divergence": "jsd", "top_k": 5, "tail": False},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("teacher_width", [None, 24])
+def test_agrees_with_float64(narrow_gemms, make_case, agrees, options, teacher_width):
+    case = make_case(
+        40, 300, 16, teacher_width=teacher_width, bias=True, weights=True, sampled=True, dtype=BF16
+    )
+    truth = case.run(
+        dtype=torch.float64, **{**options, "strategy": "reference", "workspace_mib": 256}
+    )
+    actual = case.run(**options, strategy="chunked")
+    assert {"mm", "addmm"} == set(narrow_gemms)
+    for name in ("loss", "per_token", "student_logprob", "teacher_entropy"):
+        got, want = getattr(actual.output, name), getattr(truth.output, name)
+        assert torch.allclose(got.double(), want.double(), rtol=1e-5, atol=1e-5), name
+    for name, want in truth.gradients.items():
+        got = actual.gradients[name].double()
+        allowed = TOLERANCE * (want.abs().max() + want.abs())
+        assert bool(((got - want).abs() <= allowed).all()), name
+
+
+def test_what_is_not_all_bfloat16_is_multiplied_in_float32(narrow_gemms, make_case, agrees):
+    case = make_case(5, 70, 8, dtype=BF16)
+    case.tensors["student_head"] = case.tensors["student_head"].float()
+    truth = case.run(dtype=torch.float64, strategy="reference")
+    agrees(case.run(strategy="chunked"), truth)
+    assert narrow_gemms == []
+
+
+def test_a_head_of_odd_strides_is_copied_narrow(narrow_gemms, make_case):
+    case = make_case(20, 300, 16, dtype=BF16)
+    want = case.run(strategy="chunked")
+    spread = torch.zeros(300, 32, dtype=BF16)
+    spread[:, ::2] = case.tensors["student_head"]
+    case.tensors["student_head"] = spread[:, ::2]
+    got = case.run(strategy="chunked")
+    for name, gradient in want.gradients.items():
+        assert torch.allclose(got.gradients[name], gradient, rtol=1e-2, atol=1e-5), name
+
+
+def test_the_narrow_copy_lies_in_the_workspace():
+    plan = WorkspacePlan(
+        dtype=torch.float32,
+        gemm_dtype=BF16,
+        vocab_size=7,
+        rows=3,
+        block=3,
+        cast_rows=0,
+        cast_width=0,
+        num_bytes=0,
+    )
+    space = Workspace(plan, torch.device("cpu"))
+    space.logits.copy_(torch.arange(42.0).view(6, 7))
+    narrow = space.grad_operand(2)
+    assert torch.equal(narrow.float(), torch.arange(14.0).view(2, 7))
+    assert narrow.untyped_storage().data_ptr() == space.logits.untyped_storage().data_ptr()
+    assert torch.equal(space.logits[:2], torch.arange(14.0).view(2, 7))
+    assert torch.equal(space.logits[4:], torch.arange(28.0, 42.0).view(2, 7))
