@@ -75,6 +75,9 @@ class SelectConfig(Section):
 class ReflectConfig(Section):
     """The reflector: what it sees, and what is asked of it."""
 
+    mode: Literal["verbatim", "sentence", "free"] = "verbatim"
+    """How a reflection names the first error. verbatim: it can quote nothing but words of the
+    rollout; sentence: the number of a sentence; free: any text, which may not be found."""
     weights: Literal["student", "teacher"] = "student"
     """Whose weights write the reflections."""
     max_new_tokens: PositiveInt = 4096
@@ -85,12 +88,29 @@ class ReflectConfig(Section):
     """Sampling temperature of reflections; 0: greedy."""
     top_p: Probability = 1.0
     """Nucleus sampling of reflections."""
-    demonstration: Literal["first", "shortest"] = "first"
+    min_quote_words: PositiveInt = 3
+    """Words a quote of mode verbatim has at least: short ones stand in several places."""
+    think: bool = False
+    """Let the reflector think within <think> tags first (modes verbatim and sentence)."""
+    demonstration: Literal["first", "shortest", "random"] = "first"
     """Which correct sibling is shown beside a wrong rollout."""
     show_answer: bool = False
     """Show the ground-truth answer to the reflector."""
     on_correct: Literal["reflect", "skip"] = "reflect"
     """Correct rollouts: distil them whole under their own reflection, or leave them out."""
+    leak: Literal["keep", "redact", "drop"] = "keep"
+    """Explanations that state the final answer: as they are, with the answer blotted out, or not
+    used."""
+    min_explanation_words: PositiveInt = 1
+    """Words an explanation has at least; shorter ones are not used."""
+    max_copied_frac: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """Share of an explanation's words that may be copied from the correct solution, in runs of
+    eight or more; above it, the explanation is not used."""
+    probe_every: NonNegativeInt = 0
+    """Steps between two looks at whether reflections help: the teacher answers probe_problems
+    problems with a reflection in its prompt; 0: never."""
+    probe_problems: PositiveInt = 16
+    """Problems of such a look."""
     wrong_template: str = (
         "{problem}\n\n"
         "Here is a correct solution:\n<correct_solution>\n{demonstration}\n</correct_solution>\n\n"
@@ -103,6 +123,18 @@ class ReflectConfig(Section):
         "<explanation>the correct idea</explanation>"
     )
     """User turn for wrong rollouts: {problem}, {demonstration}, {rollout}, {answer_note}."""
+    sentence_template: str = (
+        "{problem}\n\n"
+        "Here is a correct solution:\n<correct_solution>\n{demonstration}\n</correct_solution>\n\n"
+        "Here is an attempt that ends in a wrong answer, its sentences numbered:\n<attempt>\n"
+        "{rollout}\n</attempt>\n"
+        "{answer_note}\n"
+        "Find the first sentence of the attempt where the reasoning goes wrong. Name its number, "
+        "then explain the correct idea in a few sentences. Use exactly this format:\n"
+        "<error_sentence>number</error_sentence>\n"
+        "<explanation>the correct idea</explanation>"
+    )
+    """User turn for wrong rollouts in mode sentence: as wrong_template."""
     correct_template: str = (
         "{problem}\n\n"
         "Here is a correct solution:\n<correct_solution>\n{rollout}\n</correct_solution>\n"
@@ -122,8 +154,13 @@ class SpanConfig(Section):
     granularity: Literal["suffix", "span", "sentence"] = "suffix"
     """suffix: from the first token of the quote to the end; span: the quote; sentence: its
     sentences."""
-    on_miss: Literal["skip", "full"] = "skip"
-    """A quote that is not in the rollout: leave the rollout out, or distil all of it."""
+    occurrence: Literal["first", "last", "unique_only"] = "first"
+    """Of a quote that stands in several places: the first, the last, or count it as missed."""
+    on_miss: Literal["skip", "fuzzy", "full"] = "skip"
+    """A quote that is not in the rollout: leave the rollout out, take what is most like it, or
+    distil the whole rollout."""
+    min_score: Annotated[float, Field(ge=0, le=100)] = 90.0
+    """With on_miss fuzzy: how alike, of 100, the quote and what is taken for it must be."""
 
 
 class TeacherConfig(Section):

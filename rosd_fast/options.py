@@ -71,7 +71,7 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
     def likeness(other: str) -> float:
         whole = SequenceMatcher(None, name, other).ratio()
         last = SequenceMatcher(None, name.rpartition(".")[2], other.rpartition(".")[2]).ratio()
-        return max(whole, 0.95 * last)
+        return max(whole, 0.85 * last)
 
     best = max(known, key=likeness, default=None)
     return best if best is not None and likeness(best) >= ALIKE else None

@@ -4,17 +4,25 @@
 
 A wrong rollout is shown beside a correct sibling, its demonstration. A prompt over the budget loses
 the middle of the rollouts in it, never the problem or the instruction.
+
+How the error is named is the mode: `verbatim`, a quote that cannot but be words of the rollout;
+`sentence`, the number of one of its sentences, which are numbered in the prompt; `free`, a quote
+as the model likes. The first two are grammars (`grammar.py`) that the engine enforces.
 """
 
 from __future__ import annotations
 
+import random
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rosd_fast.errors import UserError
+from rosd_fast.gates import apply_gates
+from rosd_fast.grammar import explanation_grammar, sentence_grammar, verbatim_grammar
 from rosd_fast.prompts import cut_middle, fill_template, fit_prompt, placeholders, render_prompt
+from rosd_fast.sentences import sentences
 from rosd_fast.types import GenerationRequest, Reflection, SamplingParams
 
 if TYPE_CHECKING:
@@ -23,8 +31,12 @@ if TYPE_CHECKING:
     from rosd_fast.types import Group, Problem, Rollout, Verdict
 
 QUOTE = re.compile(r"<error_quote>(.*?)</error_quote>", re.IGNORECASE | re.DOTALL)
+SENTENCE = re.compile(r"<error_sentence>\s*(\d{1,9})\s*</error_sentence>", re.IGNORECASE)
+NUMBERED = re.compile(r"^\[(\d+)\] .*$", re.MULTILINE)
 EXPLANATION = re.compile(r"<explanation>(.*?)(</explanation>|\Z)", re.IGNORECASE | re.DOTALL)
+TAG = re.compile(r"</?(?:error_quote|error_sentence|explanation)>", re.IGNORECASE)
 CLOSING = "</explanation>"
+THINK_TAGS = ("<think>", "</think>")
 CUT_TAG = re.compile(  # a closing tag that the length limit cut
     f"({'|'.join(CLOSING[:length] for length in range(len(CLOSING) - 1, 1, -1))})\\Z", re.IGNORECASE
 )
@@ -38,6 +50,8 @@ class ReflectionTask:
     demonstration_id: str | None  # the correct sibling shown, None: none
     correct: bool  # whether the rollout reflected on is correct
     request: GenerationRequest
+    prompt_cut: bool  # whether the middle of a rollout was left out
+    sentences: tuple[str, ...] = ()  # of the rollout, for mode sentence
 
 
 async def reflect(
@@ -80,18 +94,26 @@ async def reflect(
             skip_special_tokens=True,
             clean_up_tokenization_spaces=False,  # it would change the spaces of a quote
         )
-        quote, explanation, well_formed = parse_reflection(text, correct=task.correct)
+        parsed = parse_reflection(
+            text,
+            correct=task.correct,
+            sentences=task.sentences if config.mode == "sentence" else None,
+        )
         reflections[task.rollout_id] = Reflection(
             rollout_id=task.rollout_id,
             demonstration_id=task.demonstration_id,
             correct=task.correct,
             text=text,
-            quote=quote,
-            explanation=explanation,
-            well_formed=well_formed,
+            quote=parsed.quote,
+            explanation=parsed.explanation,
+            well_formed=parsed.well_formed,
             num_tokens=len(generation.completion_ids),
+            sentence=parsed.sentence,
+            mode=config.mode,
+            prompt_cut=task.prompt_cut,
+            tolerated=parsed.tolerated,
         )
-    return reflections
+    return apply_gates(reflections, groups, config)
 
 
 def build_reflection_requests(
@@ -107,8 +129,8 @@ def build_reflection_requests(
     """One task a rollout, in order.
 
     Correct rollouts have none when `config.on_correct` is skip, wrong ones when the template shows
-    a demonstration and their group has none. Raises UserError when a problem and the template alone
-    are over `config.max_prompt_tokens`.
+    a demonstration and their group has none, or when nothing in them can be quoted. Raises
+    UserError when a problem and the template alone are over `config.max_prompt_tokens`.
     """
     params = SamplingParams(
         max_new_tokens=config.max_new_tokens,
@@ -116,25 +138,39 @@ def build_reflection_requests(
         top_p=config.top_p,
         stop_token_ids=tuple(stop_token_ids),
     )
+    own_tokens = tokenizer.get_added_vocab()
+    think = [tag for tag in THINK_TAGS if tag in own_tokens] if config.think else None
     tasks = []
     for group in groups:
-        demonstration = choose_demonstration(group, verdicts, config.demonstration)
+        key = f"{seed}/{step}/{group.problem.id}"
+        demonstration = choose_demonstration(group, verdicts, config.demonstration, key=key)
         for rollout in group.rollouts:
             correct = verdicts[rollout.id].success
             if correct and config.on_correct == "skip":
                 continue
-            template = config.correct_template if correct else config.wrong_template
-            texts = {"rollout": rollout.text}
+            template = template_of(config, correct=correct)
+            texts, parts = {"rollout": rollout.text}, ()
+            if config.mode == "sentence" and not correct:
+                parts = split_sentences(rollout.text)
+                texts["rollout"] = number_sentences(parts)
             shown = demonstration if "demonstration" in placeholders(template) else None
             if shown is not None:
                 texts["demonstration"] = shown.text
             elif "demonstration" in placeholders(template):
                 continue
+            keep, prompt_ids = _prompt(group.problem, template, texts, config, tokenizer)
+            grammar = None
+            if config.mode != "free":
+                visible = cut_middle(texts["rollout"], keep)
+                grammar = _grammar(rollout, visible, config, correct=correct, think=think)
+                if grammar is None:
+                    continue
             request = GenerationRequest(
                 id=f"step{step}/reflect/{rollout.id}",
-                prompt_ids=_prompt(group.problem, template, texts, config, tokenizer),
+                prompt_ids=prompt_ids,
                 params=params,
                 seed=seed,
+                grammar=grammar,
             )
             tasks.append(
                 ReflectionTask(
@@ -142,19 +178,62 @@ def build_reflection_requests(
                     demonstration_id=None if shown is None else shown.id,
                     correct=correct,
                     request=request,
+                    prompt_cut=keep < max(map(len, texts.values())),
+                    sentences=parts,
                 )
             )
     return tasks
 
 
+def template_of(config: ReflectConfig, *, correct: bool) -> str:
+    """The user turn for a rollout."""
+    if correct:
+        return config.correct_template
+    return config.sentence_template if config.mode == "sentence" else config.wrong_template
+
+
 def choose_demonstration(
-    group: Group, verdicts: Mapping[str, Verdict], policy: str
+    group: Group, verdicts: Mapping[str, Verdict], policy: str, *, key: str = ""
 ) -> Rollout | None:
-    """The `first` or the `shortest` correct rollout, in tokens; None: there is none."""
+    """The `first`, the `shortest` in tokens or a `random` correct rollout; None: there is none.
+
+    Equal keys choose equally.
+    """
     correct = [rollout for rollout in group.rollouts if verdicts[rollout.id].success]
     if policy == "shortest":
         correct.sort(key=lambda rollout: len(rollout.completion_ids))
+    if policy == "random" and correct:
+        return random.Random(key).choice(correct)
     return correct[0] if correct else None
+
+
+def split_sentences(text: str) -> tuple[str, ...]:
+    """The sentences of a rollout; sentence n is the one that `spans.locate_sentence(n)` finds."""
+    data = text.encode(errors="replace")
+    return tuple(data[first:last].decode() for first, last in sentences(data))
+
+
+def number_sentences(parts: Sequence[str]) -> str:
+    """One a line, as in "[1] Add the ones."; line breaks within one become spaces."""
+    lines = (" ".join(part.split()) for part in parts)
+    return "\n".join(f"[{number}] {line}" for number, line in enumerate(lines, start=1))
+
+
+def _grammar(
+    rollout: Rollout,
+    visible: str,
+    config: ReflectConfig,
+    *,
+    correct: bool,
+    think: Sequence[str] | None,
+) -> str | None:
+    """What the reflection must look like; None where it could name nothing."""
+    limits: dict[str, Any] = {"max_tokens": config.max_new_tokens, "think": think}
+    if correct:
+        return explanation_grammar(**limits)
+    if config.mode == "verbatim":
+        return verbatim_grammar(rollout.text, min_words=config.min_quote_words, **limits)
+    return sentence_grammar([int(match[1]) for match in NUMBERED.finditer(visible)], **limits)
 
 
 def _prompt(
@@ -163,8 +242,8 @@ def _prompt(
     texts: Mapping[str, str],
     config: ReflectConfig,
     tokenizer: Any,
-) -> tuple[int, ...]:
-    """The prompt, the middle of `texts` cut as far as the budget asks for."""
+) -> tuple[int, tuple[int, ...]]:
+    """(characters kept of each text, the prompt); as much of their middle is cut as need be."""
     note = (
         fill_template(config.answer_note, {"answer": problem.answer}) if config.show_answer else ""
     )
@@ -186,39 +265,81 @@ def _prompt(
             where=f"problem {problem.id}",
             fix="Raise reflect.max_prompt_tokens, or leave the problem out",
         )
-    return fitted[1]
+    return fitted
 
 
-def parse_reflection(text: str, *, correct: bool) -> tuple[str | None, str | None, bool]:
-    """The quote, the explanation, and whether every tag is there, in order and not empty.
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Parsed:
+    """What a reflection's text says."""
 
-    Whitespace around both is dropped; what is empty is None. Tags may be in any case. An
-    explanation whose closing tag is missing runs to the end of the text. On correct rollouts no
-    quote is asked for or read.
+    quote: str | None
+    explanation: str | None
+    sentence: int | None
+    well_formed: bool  # every tag is there, in order, and nothing is empty
+    tolerated: tuple[str, ...]
+
+
+def parse_reflection(text: str, *, correct: bool, sentences: Sequence[str] | None = None) -> Parsed:
+    """Read a reflection. `sentences`: of the rollout, for mode sentence.
+
+    Whitespace around quote and explanation is dropped; what is empty is None. Two things are
+    tolerated and told: tags in another "case", and an explanation that is "unclosed", which runs to
+    the end of the text. On correct rollouts no quote is asked for or read.
     """
-    quoted = None if correct else QUOTE.search(text)
+    named = None if correct else (QUOTE if sentences is None else SENTENCE).search(text)
     # An explanation before the quote, or one that the quote itself speaks of, is second choice.
-    explained = EXPLANATION.search(text, quoted.end() if quoted else 0)
-    in_order = explained is not None and (correct or quoted is not None)
-    if explained is None and quoted is not None:
-        explained = EXPLANATION.search(text[: quoted.start()])
-    quote = quoted[1].strip() if quoted else ""
+    explained = EXPLANATION.search(text, named.end() if named else 0)
+    in_order = explained is not None and (correct or named is not None)
+    if explained is None and named is not None:
+        explained = EXPLANATION.search(text[: named.start()])
+    quote, number = named[1].strip() if named else "", None
+    if sentences is not None and named is not None:
+        number = int(quote)
+        quote = sentences[number - 1] if 1 <= number <= len(sentences) else ""
+        number = number if quote else None
     explanation = closing = ""
     if explained is not None:
         closing = explained[2]
         explanation = (explained[1] if closing else CUT_TAG.sub("", explained[1])).strip()
-    well_formed = bool(in_order and closing and explanation and (correct or quote))
-    return quote or None, explanation or None, well_formed
+    tolerated = []
+    if any(tag != tag.lower() for tag in TAG.findall(text)):
+        tolerated.append("case")
+    if explanation and not closing:
+        tolerated.append("unclosed")
+    return Parsed(
+        quote=quote or None,
+        explanation=explanation or None,
+        sentence=number,
+        well_formed=bool(in_order and closing and explanation and (correct or quote)),
+        tolerated=tuple(tolerated),
+    )
 
 
 def reflection_metrics(reflections: Mapping[str, Reflection]) -> dict[str, float]:
-    """`reflect/num_reflections`, their share that is well formed, and their mean length."""
+    """`reflect/num_reflections`, their mean length, and shares of them:
+
+    well_formed_frac   with all tags
+    tolerated_frac     read although a tag is missing or in another case
+    truncated_frac     whose prompt lacks the middle of a rollout
+    leak_frac          whose explanation states the final answer
+    refused_frac       whose explanation is not used: it leaks, is empty, or is copied
+    """
     count = len(reflections)
     metrics = {"reflect/num_reflections": float(count)}
-    if count:
-        own = reflections.values()
-        metrics["reflect/well_formed_frac"] = sum(item.well_formed for item in own) / count
-        metrics["reflect/tokens_mean"] = sum(item.num_tokens for item in own) / count
+    if not count:
+        return metrics
+    own = reflections.values()
+    for name, number in (
+        ("well_formed", sum(item.well_formed for item in own)),
+        ("tolerated", sum(bool(item.tolerated) for item in own)),
+        ("truncated", sum(item.prompt_cut for item in own)),
+        ("leak", sum(item.leaks for item in own)),
+        ("empty", sum(item.refused == "empty" for item in own)),
+        ("copied", sum(item.refused == "copy" for item in own)),
+        ("refused", sum(item.refused is not None for item in own)),
+    ):
+        metrics[f"reflect/{name}_frac"] = number / count
+    metrics["reflect/tokens_mean"] = sum(item.num_tokens for item in own) / count
     return metrics
 
 
@@ -230,6 +351,12 @@ def check_templates(reflect: ReflectConfig, teacher: TeacherConfig) -> None:
         (
             "reflect.wrong_template",
             reflect.wrong_template,
+            {"problem", "rollout"} | note,
+            {"demonstration", "answer_note"},
+        ),
+        (
+            "reflect.sentence_template",
+            reflect.sentence_template,
             {"problem", "rollout"} | note,
             {"demonstration", "answer_note"},
         ),

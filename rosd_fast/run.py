@@ -79,6 +79,7 @@ class Run:
     dev_splits: dict[str, list[Problem]]  # "dev" and "ood", those that were given
     engine: RolloutEngine
     reflector: RolloutEngine
+    teacher_engine: RolloutEngine
     learner: Learner
     token_bytes: TokenBytes
     log: MetricsLog
@@ -139,9 +140,13 @@ def open_run(config: Config, *, resume: Path | None = None) -> Iterator[Run]:
     )
     check_budgets(config, model, max(problems, key=lambda problem: len(problem.prompt)))
     learner = Learner(model.model, config)
-    engine = LocalEngine(model.model, max_rows=config.engine.max_rows)
-    reflector = make_reflector(config, engine, learner)
+    engine, teacher_engine = (
+        LocalEngine(own, max_rows=config.engine.max_rows, tokenizer=model.tokenizer)
+        for own in (model.model, learner.teacher.model)
+    )
     token_bytes = TokenBytes(model.tokenizer)
+    if config.reflect.mode != "free":
+        engine.check_grammars(model.stop_token_ids)
     if resume is None:
         folder, first_step = make_folder(config, model), 1
     else:
@@ -158,7 +163,8 @@ def open_run(config: Config, *, resume: Path | None = None) -> Iterator[Run]:
             stream=stream,
             dev_splits=dev_splits,
             engine=engine,
-            reflector=reflector,
+            reflector=engine if config.reflect.weights == "student" else teacher_engine,
+            teacher_engine=teacher_engine,
             learner=learner,
             token_bytes=token_bytes,
             log=log,
@@ -168,13 +174,6 @@ def open_run(config: Config, *, resume: Path | None = None) -> Iterator[Run]:
         )
         yield run
     finish(run)
-
-
-def make_reflector(config: Config, engine: LocalEngine, learner: Learner) -> RolloutEngine:
-    """The rollout engine itself, or one that holds the teacher's weights."""
-    if config.reflect.weights == "student":
-        return engine
-    return LocalEngine(learner.teacher.model, max_rows=config.engine.max_rows)
 
 
 def make_folder(config: Config, model: LoadedModel) -> Path:

@@ -15,6 +15,7 @@ from rosd_fast.config import Config
 from rosd_fast.evaluate import evaluate
 from rosd_fast.metrics import rollout_metrics
 from rosd_fast.packing import pack
+from rosd_fast.probe import probe_metrics, teacher_helps, wrong_samples
 from rosd_fast.reflect import reflect, reflection_metrics
 from rosd_fast.report import rollouts_path, write_rollouts
 from rosd_fast.rollout import sample_groups
@@ -98,6 +99,19 @@ async def run_step(run: Run, step: int) -> dict[str, float]:
             selection.kept, reflections, located.spans, tokenizer=tokenizer, config=config.teacher
         )
         batches = pack(samples, max_tokens=config.pack.max_tokens)
+    helped = None
+    if is_due(step, config.reflect.probe_every):
+        with progress.stage("probe"):
+            helped = await teacher_helps(
+                run.teacher_engine,
+                wrong_samples(samples, verdicts, config.reflect.probe_problems),
+                selection.kept,
+                verdicts,
+                tokenizer=tokenizer,
+                params=run.sampling_params,
+                seed=config.seed,
+                step=step,
+            )
     if not batches:
         progress.note(f"step {step}: nothing to distil ({selection.describe()})")
     with progress.stage("learn"):
@@ -123,6 +137,7 @@ async def run_step(run: Run, step: int) -> dict[str, float]:
         **reflection_metrics(reflections),
         **sample_metrics(samples),
         **located.metrics(),
+        **probe_metrics(helped),
     }
 
 

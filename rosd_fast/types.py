@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FinishReason = Literal["stop", "length"]
-SpanSource = Literal["quote", "full"]
+SpanSource = Literal["quote", "normalized", "fuzzy", "full"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,6 +60,7 @@ class GenerationRequest:
     params: SamplingParams
     n: int = 1
     seed: int = 0
+    grammar: str | None = None  # Lark, in llguidance's dialect; None: any text
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:
@@ -127,7 +128,8 @@ class Verdict:
 class Reflection:
     """The model's own words on a rollout: where it goes wrong (`quote`), and the correct idea.
 
-    `quote` is None for correct rollouts, and for wrong ones when the reflector wrote none.
+    `quote` is None for correct rollouts, and for wrong ones when the reflector wrote none;
+    `explanation` when there is none, or when it may not be used (`refused`).
     """
 
     rollout_id: str
@@ -138,6 +140,14 @@ class Reflection:
     explanation: str | None
     well_formed: bool  # has every tag of the format, in order
     num_tokens: int
+    sentence: int | None = None  # number of the quoted sentence, from 1; None: found by the quote
+    mode: str = "free"  # reflect.mode that it was written in
+    prompt_cut: bool = False  # whether the middle of a rollout was left out of the prompt
+    tolerated: tuple[
+        str, ...
+    ] = ()  # what was read although the format is broken: "case", "unclosed"
+    leaks: bool = False  # whether the explanation stated the final answer
+    refused: str | None = None  # why the explanation is not used: "leak", "empty" or "copy"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -147,7 +157,7 @@ class ErrorSpan:
     rollout_id: str
     start: int
     end: int
-    source: SpanSource  # found by its quote, or the whole completion
+    source: SpanSource  # found by its quote (exactly or how else), or the whole completion
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.end:

@@ -60,6 +60,44 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 @pytest.fixture(scope="session")
+def prefix_space_tokenizer() -> PreTrainedTokenizerFast:
+    """Byte-level BPE that puts a space before the text, as RoBERTa's does, and that cleans up."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    backend = Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=True)
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(CORPUS, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        bos_token="<s>",
+        eos_token="</s>",
+        clean_up_tokenization_spaces=True,
+    )
+
+
+@pytest.fixture(scope="session")
+def smollm2_tokenizer() -> PreTrainedTokenizerFast:
+    """Of a real model, where its package is installed."""
+    from transformers import AutoTokenizer
+
+    from rosd_fast.errors import UserError
+    from rosd_fast.model.smollm2 import smollm2_folder
+
+    try:
+        return AutoTokenizer.from_pretrained(smollm2_folder())
+    except UserError as error:
+        pytest.skip(str(error))
+
+
+@pytest.fixture(scope="session")
 def sentencepiece_tokenizer() -> PreTrainedTokenizerFast:
     """BPE on ▁ words with byte fallback, as in Llama 2: the decoder drops the first space."""
     from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers

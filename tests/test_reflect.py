@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 from typing import Any
 
 import pytest
@@ -77,6 +79,62 @@ def test_choices(tokenizer, step):
     assert all("\nIt is 4. " in prompt for prompt in prompts(tokenizer, noted))
 
 
+def test_a_random_demonstration_is_the_same_each_time(tokenizer, make_group):
+    step = make_group(["no", *"abcdefgh"], [0.0, *[1.0] * 8])
+    chosen = [
+        next(task.demonstration_id for task in build(tokenizer, *step, demonstration="random"))
+        for _ in range(2)
+    ]
+    assert chosen[0] == chosen[1]
+    others = set()
+    for name in "abcdef":
+        group, verdicts = make_group(["no", *"abcdefgh"], [0.0, *[1.0] * 8], id=name)
+        tasks = build(tokenizer, group, verdicts, demonstration="random")
+        others.add(str(tasks[0].demonstration_id).rpartition("/")[2])
+    assert len(others) > 1
+
+
+def test_modes(tokenizer, make_group):
+    text = "Add 3.5 to 2. It is\nsix. So 6."
+    step = make_group([text, "4"], [0.0, 1.0])
+    free = build(tokenizer, *step, mode="free")
+    assert [task.request.grammar for task in free] == [None, None]
+    verbatim = build(tokenizer, *step, mode="verbatim")
+    assert f'"substring_words": {json.dumps(text)}' in str(verbatim[0].request.grammar)
+    assert "error_quote" not in str(verbatim[1].request.grammar)
+    template = SHORT["wrong_template"]
+    numbered = build(tokenizer, *step, mode="sentence", sentence_template=template)
+    assert (
+        "Bad: [1] Add 3.5 to 2.\n[2] It is\n[3] six.\n[4] So 6.\n"
+        in prompts(tokenizer, numbered)[0]
+    )
+    assert numbered[0].sentences == ("Add 3.5 to 2.", "It is", "six.", "So 6.")
+    assert 'number: "1" | "2" | "3" | "4"\n' in str(numbered[0].request.grammar)
+
+
+def test_only_sentences_that_are_shown_can_be_named(tokenizer, make_group):
+    wrong = " ".join(f"Step {number} is wrong." for number in range(60))
+    step = make_group([wrong, "4"], [0.0, 1.0])
+    template = SHORT["wrong_template"]
+    options = {"mode": "sentence", "sentence_template": template, "max_prompt_tokens": 100}
+    (task, _) = build(tokenizer, *step, **options)
+    assert task.prompt_cut and len(task.sentences) == 60
+    (rule,) = re.findall(r"^number: (.*)$", str(task.request.grammar), re.MULTILINE)
+    numbers = [int(name.strip('"')) for name in rule.split(" | ")]
+    prompt = prompts(tokenizer, [task])[0]
+    assert 0 < len(numbers) < 60
+    for number in numbers:
+        assert f"[{number}] Step {number - 1} is wrong." in prompt
+
+
+@pytest.mark.parametrize("mode", ["verbatim", "sentence"])
+@pytest.mark.parametrize("text", ["", " \n", "</error_quote>"])
+def test_nothing_is_asked_where_nothing_can_be_named(tokenizer, make_group, mode, text):
+    tasks = build(tokenizer, *make_group([text, "4"], [0.0, 1.0]), mode=mode)
+    named = mode == "sentence" and text.strip()
+    assert [task.correct for task in tasks] == ([False, True] if named else [True])
+
+
 def test_a_wrong_rollout_without_a_correct_sibling(tokenizer, make_group):
     step = make_group(["5", "6"], [0.0, 0.0])
     assert build(tokenizer, *step) == []
@@ -110,6 +168,7 @@ def test_over_the_budget_the_middle_of_the_rollouts_goes(tokenizer, make_group, 
         assert prompt.startswith("<|system|>Be brief.<|end|><|user|>2 + 2 = ?\nGood: s")
         assert len(tokenizer.encode(prompt)) > budget - 8  # no more is cut than needed
     assert first.endswith("Quote the error.<|end|><|assistant|>")
+    assert [task.prompt_cut for task in tasks] == [True, True, False]
     assert first.count(CUT) == 2 and second.count(CUT) == 1 and third.count(CUT) == 0
     good, bad = first.split("\nGood: ")[1].split("\nQuote")[0].split("\nBad: ")
     for text, whole in ((good, right), (bad, wrong)):
@@ -183,11 +242,14 @@ def test_reflect(tokenizer, step):
     assert (right.quote, right.explanation, right.correct) == (None, "Count.", True)
     assert (none.explanation, none.well_formed) == (None, False)
     assert [reflection.num_tokens for reflection in reflections.values()] == counted
+    shares = {"well_formed": 2 / 3, "leak": 1 / 3, "empty": 1 / 3, "refused": 1 / 3}
+    names = ("well_formed", "tolerated", "truncated", "leak", "empty", "copied", "refused")
     assert reflection_metrics(reflections) == {
         "reflect/num_reflections": 3.0,
-        "reflect/well_formed_frac": pytest.approx(2 / 3),
+        **{f"reflect/{name}_frac": pytest.approx(shares.get(name, 0)) for name in names},
         "reflect/tokens_mean": sum(counted) / 3,
     }
+    assert (wrong.leaks, wrong.refused, none.refused) == (True, None, "empty")
 
 
 def test_no_groups_ask_nothing(tokenizer):
@@ -200,6 +262,10 @@ def test_answers_to_other_requests_are_refused(tokenizer, step):
     engine = ScriptedEngine(tokenizer, ["a", "b", "c"], reverse=True)
     with pytest.raises(ValueError, match="not, in order"):
         run_reflect(tokenizer, engine, *step)
+
+
+def triple(parsed):
+    return parsed.quote, parsed.explanation, parsed.well_formed
 
 
 Q, E = "<error_quote>a b</error_quote>", "<explanation>why</explanation>"
@@ -232,7 +298,7 @@ Q, E = "<error_quote>a b</error_quote>", "<explanation>why</explanation>"
     ],
 )
 def test_parse_reflections_on_wrong_rollouts(text, expected):
-    assert parse_reflection(text, correct=False) == expected
+    assert triple(parse_reflection(text, correct=False)) == expected
 
 
 @pytest.mark.parametrize(
@@ -245,13 +311,45 @@ def test_parse_reflections_on_wrong_rollouts(text, expected):
     ],
 )
 def test_parse_reflections_on_correct_rollouts(text, expected):
-    assert parse_reflection(text, correct=True) == expected
+    assert triple(parse_reflection(text, correct=True)) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (f"{Q}{E}", ()),
+        (f"{Q}{E}".upper(), ("case",)),
+        (f"{Q}<explanation>why", ("unclosed",)),
+        (f"{Q}<Explanation>why</expl", ("case", "unclosed")),
+        ("<explanation>", ()),
+    ],
+)
+def test_what_is_tolerated_is_told(text, expected):
+    assert parse_reflection(text, correct=False).tolerated == expected
+
+
+@pytest.mark.parametrize(
+    ("name", "quote", "number", "well_formed"),
+    [
+        ("2", "Then 4.", 2, True),
+        (" 1 ", "Add 3.5.", 1, True),
+        ("0", None, None, False),
+        ("3", None, None, False),
+        ("two", None, None, False),
+        ("9" * 12, None, None, False),
+    ],
+)
+def test_parse_the_number_of_a_sentence(name, quote, number, well_formed):
+    text = f"<error_sentence>{name}</error_sentence>{E}"
+    parsed = parse_reflection(text, correct=False, sentences=["Add 3.5.", "Then 4."])
+    assert (parsed.quote, parsed.sentence) == (quote, number)
+    assert (parsed.explanation, parsed.well_formed) == ("why", well_formed)
 
 
 @given(text=st.text("<>/ae \n") | st.text())
 def test_parsing_never_fails(text):
     for correct in (False, True):
-        quote, explanation, well_formed = parse_reflection(text, correct=correct)
+        quote, explanation, well_formed = triple(parse_reflection(text, correct=correct))
         assert quote != "" and explanation != ""
         assert not well_formed or (explanation and (correct or quote))
 
@@ -259,7 +357,7 @@ def test_parsing_never_fails(text):
 @given(quote=st.text(min_size=1), explanation=st.text(min_size=1))
 def test_parsing_gives_back_what_was_written(quote, explanation):
     text = f"<error_quote>{quote}</error_quote>\n<explanation>{explanation}</explanation>"
-    assert parse_reflection(text, correct=False) == (
+    assert triple(parse_reflection(text, correct=False)) == (
         quote.strip() or None,
         explanation.strip() or None,
         bool(quote.strip() and explanation.strip()),

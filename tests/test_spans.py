@@ -2,15 +2,32 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from itertools import pairwise
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rosd_fast.config import SpanConfig
-from rosd_fast.spans import TokenBytes, locate_errors, locate_quote, replace_invalid
+from rosd_fast.sentences import sentences
+from rosd_fast.spans import (
+    TokenBytes,
+    locate,
+    locate_errors,
+    locate_sentence,
+    normalize,
+    replace_invalid,
+)
 from rosd_fast.types import Reflection
 
-KINDS = ["tokenizer", "sentencepiece_tokenizer", "metaspace_tokenizer"]
+KINDS = [
+    "tokenizer",
+    "prefix_space_tokenizer",
+    "sentencepiece_tokenizer",
+    "metaspace_tokenizer",
+    pytest.param("smollm2_tokenizer", marks=pytest.mark.slow),
+]
 
 
 @pytest.fixture(scope="module", params=KINDS)
@@ -43,7 +60,7 @@ def characters(pieces):
 
 
 def find(quote, pieces):
-    match = locate_quote(quote, pieces)
+    match = locate(quote, pieces)
     assert match is not None, quote
     return match
 
@@ -55,7 +72,7 @@ def assert_all_substrings_are_found(pieces, text):
         for last in range(first + 1, len(text) + 1):
             quote = text[first:last]
             if not quote.strip():
-                assert locate_quote(quote, pieces) is None
+                assert locate(quote, pieces) is None
                 continue
             match = find(quote, pieces)
             place = text.find(quote)
@@ -114,12 +131,12 @@ def test_whitespace_around_a_quote_is_dropped_only_if_need_be():
     "quote", ["", " ", "\n\t\u00a0", "and  5", "AND", "andd", "\ud800", "15 and 5.."]
 )
 def test_a_miss(quote):
-    assert locate_quote(quote, [b"15", b" and", b" 5", b"."]) is None
+    assert locate(quote, [b"15", b" and", b" 5", b"."]) is None
 
 
 def test_misses_in_a_completion_without_text(tokenizer):
-    assert locate_quote("a", []) is None
-    assert locate_quote("a", TokenBytes(tokenizer).of([tokenizer.eos_token_id])) is None
+    assert locate("a", []) is None
+    assert locate("a", TokenBytes(tokenizer).of([tokenizer.eos_token_id])) is None
 
 
 def test_empty_tokens_are_left_out_at_the_ends_only():
@@ -173,20 +190,6 @@ def test_sentences(quote, sentence):
     assert match.sentence_start == min(TEXT.index(sentence), match.start)
 
 
-def sentence_ranges(text):
-    """The oracle: read character by character."""
-    ranges, start = [], 0
-    for place, char in enumerate(text):
-        following = text[place + 1 : place + 2]
-        if char == "\n":
-            ranges.append((start, place))
-            start = place + 1
-        elif char in ".!?" and (not following or following.isspace()):
-            ranges.append((start, place + 1))
-            start = place + 1
-    return [*ranges, (start, len(text))]
-
-
 @settings(max_examples=200)
 @given(text=st.text("ab3. !?\n", min_size=1, max_size=24), data=st.data())
 def test_sentences_of_random_texts(text, data):
@@ -197,10 +200,85 @@ def test_sentences_of_random_texts(text, data):
     first = text.find(quote)
     last = first + len(quote)
     match = find(quote, [char.encode() for char in text])
-    start = max(start for start, _ in sentence_ranges(text) if start <= first)
-    end = min(end for _, end in sentence_ranges(text) if end >= last)
-    start += len(text[start:]) - len(text[start:].lstrip())
-    assert (match.sentence_start, match.sentence_end) == (start, len(text[:end].rstrip()))
+    held = [pair for pair in sentences(text.encode()) if pair[0] < last and pair[1] > first]
+    assert (match.sentence_start, match.sentence_end) == (held[0][0], held[-1][1])
+
+
+@pytest.mark.parametrize(
+    ("quote", "found", "text"),
+    [
+        ("the ﬁrst  Step", "normalized", "The first\nstep"),
+        ("½", "normalized", "½"),
+        ("1⁄2", "normalized", "½"),
+        ("cafe\u0301", "normalized", "café"),
+        ("e = mc2", "normalized", "E = mc²"),
+        ("the fxrst step is wrong", "fuzzy", "The first\nstep is wrong"),
+        ("something else altogether", None, None),
+        ("\u200b \ud800", None, None),
+    ],
+)
+def test_quotes_that_are_not_copied_to_the_letter(quote, found, text):
+    completion = "The first\nstep is wrong: ½ of a café, E = mc²."
+    pieces = [char.encode() for char in completion]
+    assert quote in completion or locate(quote, pieces) is None
+    match = locate(quote, pieces, min_score=80)
+    if quote in completion:
+        found = "quote"
+    if found is None:
+        assert match is None
+        return
+    assert match is not None and match.found == found
+    assert completion[match.start : match.end].strip() == text
+
+
+@given(st.text(max_size=40))
+def test_normalize_keeps_track_of_bytes(text):
+    text = text.encode(errors="replace").decode()
+    shown, origins = normalize(text)
+    assert len(shown) == len(origins)
+    data = text.encode()
+    assert all(a[0] <= b[0] for a, b in pairwise(origins))
+    for char, (first, last) in zip(shown, origins, strict=True):
+        assert char in normalize(data[first:last].decode())[0]
+
+
+@pytest.mark.parametrize("occurrence", ["first", "last"])
+def test_the_first_or_the_last_of_several_places(occurrence):
+    pieces = [b"a", b"b", b"a", b"b", b"A"]
+    assert find("ab", pieces).ambiguous
+    match = locate("ab", pieces, occurrence=occurrence)
+    assert match is not None and match.start == {"first": 0, "last": 2}[occurrence]
+    match = locate("B", pieces, occurrence=occurrence, min_score=90)
+    assert match is not None and match.found == "normalized" and match.ambiguous
+    assert match.start == {"first": 1, "last": 3}[occurrence]
+
+
+def test_a_sentence_by_its_number(tokenizer):
+    text = "Add 3.5. It is wrong. It is wrong. End"
+    pieces = TokenBytes(tokenizer).of([*tokenizer.encode(text), tokenizer.eos_token_id])
+    for number, want in enumerate(["Add 3.5.", "It is wrong.", "It is wrong.", "End"], 1):
+        match = locate_sentence(number, pieces)
+        assert match is not None and not match.ambiguous
+        assert b"".join(pieces[match.start : match.end]).decode().strip() == want
+        assert (match.sentence_start, match.sentence_end) == (match.start, match.end)
+    third, second = locate_sentence(3, pieces), locate_sentence(2, pieces)
+    assert third is not None and second is not None and third.start >= second.end
+    assert locate_sentence(0, pieces) is None
+    assert locate_sentence(5, pieces) is None
+    assert locate_sentence(1, []) is None
+
+
+def test_long_rollouts(tokenizer):
+    """A search that is quadratic in the length would not end today."""
+    text = "It is 3.5. " * 40_000
+    pieces = [text[i : i + 3].encode() for i in range(0, len(text), 3)]
+    match = locate("3.5. It", pieces, occurrence="last")
+    assert match is not None and match.start > len(pieces) - 10
+    match = locate("IT  IS 3.5.", pieces, min_score=90)
+    assert match is not None and match.found == "normalized" and match.start == 0
+    match = locate("It was 3.4. Itt", pieces, min_score=60)
+    assert match is not None and match.found == "fuzzy"
+    assert locate_sentence(40_000, pieces) is not None
 
 
 def make_reflection(
@@ -238,7 +316,7 @@ def step(make_group):
     return group, verdicts, reflections
 
 
-def locate(tokenizer, step, **options):
+def locate_step(tokenizer, step, **options):
     group, verdicts, reflections = step
     return locate_errors(
         [group],
@@ -258,7 +336,7 @@ def locate(tokenizer, step, **options):
     ],
 )
 def test_granularity(tokenizer, step, granularity, text):
-    spans = locate(tokenizer, step, granularity=granularity).spans
+    spans = locate_step(tokenizer, step, granularity=granularity).spans
     ids = step[0].rollouts[1].completion_ids
     span = spans["p0/1"]
     assert tokenizer.decode(ids[span.start : span.end]) == text
@@ -273,8 +351,8 @@ def test_granularity(tokenizer, step, granularity, text):
 
 
 def test_a_miss_is_skipped_or_distilled_whole_and_counted(tokenizer, step):
-    skipped = locate(tokenizer, step, on_miss="skip")
-    full = locate(tokenizer, step, on_miss="full")
+    skipped = locate_step(tokenizer, step, on_miss="skip")
+    full = locate_step(tokenizer, step, on_miss="full")
     for located in (skipped, full):
         numbers = (located.num_quotes, located.num_found, located.num_ambiguous, located.num_missed)
         assert numbers == (4, 2, 1, 2)
@@ -285,15 +363,45 @@ def test_a_miss_is_skipped_or_distilled_whole_and_counted(tokenizer, step):
         assert (span.start, span.end, span.source) == (0, length, "full")
 
 
+def test_a_quote_in_several_places_may_count_as_missed(tokenizer, step):
+    located = locate_step(tokenizer, step, occurrence="unique_only")
+    assert list(located.spans) == ["p0/0", "p0/1"]
+    assert (located.num_found, located.num_ambiguous, located.num_missed) == (1, 1, 3)
+    last = locate_step(tokenizer, step, occurrence="last").spans["p0/2"]
+    pieces = TokenBytes(tokenizer).of(step[0].rollouts[2].completion_ids)
+    assert last.start == len(pieces) - 1 - pieces[::-1].index(b" wrong")
+
+
+def test_a_miss_may_become_what_is_most_like_it(tokenizer, step):
+    group, verdicts, _ = step
+    reflections = {
+        "p0/1": make_reflection("p0/1", quote="RATE was"),
+        "p0/2": make_reflection("p0/2", quote="the wrng rate was"),
+        "p0/3": make_reflection("p0/3", quote="nothing like it at all"),
+        "p0/4": replace(make_reflection("p0/4"), sentence=2),
+    }
+    located = locate_step(
+        tokenizer, (group, verdicts, reflections), on_miss="fuzzy", min_score=80, granularity="span"
+    )
+    sources = {name: span.source for name, span in located.spans.items()}
+    assert sources == {"p0/1": "normalized", "p0/2": "fuzzy", "p0/4": "quote"}
+    assert (located.num_normalized, located.num_fuzzy, located.num_missed) == (1, 1, 1)
+    ids = group.rollouts[4].completion_ids
+    span = located.spans["p0/4"]
+    assert tokenizer.decode(ids[span.start : span.end]) == " The wrong rate was used, 3.5."
+    assert located.metrics()["reflect/inexact_frac"] == 0.5
+
+
 def test_metrics(tokenizer, step):
-    located = locate(tokenizer, step, granularity="span")
+    located = locate_step(tokenizer, step, granularity="span")
     pieces = TokenBytes(tokenizer).of(step[0].rollouts[1].completion_ids)
     starts = [pieces.index(b" rate") / len(pieces), pieces.index(b" wrong") / len(pieces)]
     lengths = [len(step[0].rollouts[0].completion_ids), 2, 1]
     assert located.metrics() == pytest.approx(
         {
             "reflect/found_frac": 0.5,
-            "reflect/ambiguous_frac": 0.5,
+            "reflect/ambiguous_frac": 0.25,
+            "reflect/inexact_frac": 0.0,
             "reflect/span_start_frac": sum(starts) / 2,
             "reflect/span_tokens": sum(lengths) / 3,
         }
@@ -308,5 +416,5 @@ def test_metrics(tokenizer, step):
 def test_a_correct_rollout_of_the_stop_token_alone_is_whole(tokenizer, make_group):
     group, verdicts = make_group([""], [1.0])
     reflections = {"p0/0": make_reflection("p0/0", correct=True)}
-    spans = locate(tokenizer, (group, verdicts, reflections)).spans
+    spans = locate_step(tokenizer, (group, verdicts, reflections)).spans
     assert (spans["p0/0"].start, spans["p0/0"].end) == (0, 1)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch import Tensor
 
+from rosd_fast.engines.constraint import Constraint, mask_logits
 from rosd_fast.engines.forward import NextToken
 from rosd_fast.engines.kv_cache import BLOCK, RowCache
 from rosd_fast.engines.sampling import Policy, draw, uniforms
@@ -27,6 +28,7 @@ class Share:
     request: GenerationRequest
     indices: range
     limit: int
+    constraint: Constraint | None = None  # at the start of the text; each row gets a copy
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +85,7 @@ class DecodeBatch:
         self.cache.num_rows = 0
         self.rows: Rows | None = None
         self.owners: list[tuple[Share, int]] = []  # of each row: its share and completion index
+        self.constraints: list[Constraint | None] = []  # of each row
         self.num_alive = 0
         self._make_stop_table(shares)
 
@@ -122,7 +125,7 @@ class DecodeBatch:
         logits = self.model.decode(self.cache, rows.last_ids, rows.positions, self._mask)
         taken = self.num_alive
         rows.positions += rows.alive  # finished rows stay where they are, within the context
-        self._take_tokens(rows, logits, self._policy)
+        self._take_tokens(rows, logits, self._policy, self.constraints)
         self.num_alive = int(rows.alive.sum())
         return taken
 
@@ -141,6 +144,7 @@ class DecodeBatch:
         self.cache.num_rows = self.num_alive
         self.rows = rows.take(order)
         self.owners = [self.owners[row] for row in order.tolist()]
+        self.constraints = [self.constraints[row] for row in order.tolist()]
         self._rows_changed()
         return finished
 
@@ -181,9 +185,11 @@ class DecodeBatch:
         share_of = share_of.to(self.device)
         self.cache.append_rows(prompts, share_of)
         rows = self._new_rows(owners, starts[share_of] + self.cache.end - width)
-        self._take_tokens(rows, logits[share_of], self._policy_of(owners))
+        constraints = [s.constraint.copy() if s.constraint is not None else None for s, _ in owners]
+        self._take_tokens(rows, logits[share_of], self._policy_of(owners), constraints)
         self.rows = rows if self.rows is None else self.rows.join(rows)
         self.owners += owners
+        self.constraints += constraints
         return len(owners)
 
     def _new_rows(self, owners: Sequence[tuple[Share, int]], starts: Tensor) -> Rows:
@@ -218,10 +224,24 @@ class DecodeBatch:
             logprobs=torch.zeros(num, slots, device=self.device),
         )
 
-    def _take_tokens(self, rows: Rows, logits: Tensor, policy: Policy) -> None:
+    def _take_tokens(
+        self,
+        rows: Rows,
+        logits: Tensor,
+        policy: Policy,
+        constraints: Sequence[Constraint | None],
+    ) -> None:
         """Draw a token for each row; a finished row's goes to the slot behind its tokens."""
+        bound: list[Constraint | None] = []
+        if any(constraint is not None for constraint in constraints):
+            alive = rows.alive.tolist()
+            bound = [c if a else None for c, a in zip(constraints, alive, strict=True)]
+            logits = mask_logits(logits, bound)
         slot = rows.counts[:, None]
         ids, logprobs = draw(logits, rows.uniforms.gather(1, slot)[:, 0], policy)
+        for constraint, token in zip(bound, ids.tolist() if bound else (), strict=True):
+            if constraint is not None:
+                constraint.take(token)
         rows.ids.scatter_(1, slot, ids[:, None])
         rows.logprobs.scatter_(1, slot, logprobs[:, None])
         rows.last_ids = ids

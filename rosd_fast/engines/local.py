@@ -13,12 +13,14 @@ import asyncio
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from rosd_fast.engines.base import RolloutEngine
+from rosd_fast.engines.constraint import Constraint, GrammarCompiler
 from rosd_fast.engines.decode import DecodeBatch, Finished, Share
 from rosd_fast.engines.forward import NextToken
 from rosd_fast.errors import UserError
@@ -33,12 +35,18 @@ class LocalEngine(RolloutEngine):
 
     model: a causal language model; in eval mode while it computes, and left as it was found.
     max_rows: completions decoded side by side. pad_token_id: stands before shorter prompts, masked.
+    tokenizer: reads the grammars of requests; without, such a request is an error.
 
     Raises UserError for a model that cannot be decoded with a padded cache.
     """
 
     def __init__(
-        self, model: PreTrainedModel, *, max_rows: int = 256, pad_token_id: int = 0
+        self,
+        model: PreTrainedModel,
+        *,
+        max_rows: int = 256,
+        pad_token_id: int = 0,
+        tokenizer: Any = None,
     ) -> None:
         if max_rows < 1:
             raise ValueError(f"max_rows is {max_rows}, must be at least 1")
@@ -48,6 +56,9 @@ class LocalEngine(RolloutEngine):
         # It is never attended to, so any id that has an embedding does.
         self.pad_token_id = pad_token_id if 0 <= pad_token_id < self._forward.vocab_size else 0
         self._num_running = 0
+        self._grammars = None
+        if tokenizer is not None:
+            self._grammars = GrammarCompiler(tokenizer, self._forward.vocab_size)
 
     async def generate(
         self,
@@ -130,7 +141,7 @@ class LocalEngine(RolloutEngine):
         """Checked requests, cut to at most `max_rows` rows, longest prompt first."""
         seen: set[str] = set()
         shares = []
-        for request in requests:
+        for request, constraint in zip(requests, self._constraints(requests), strict=True):
             if request.id in seen:
                 raise ValueError(
                     f"two requests have the id {request.id}: their draws would be the same"
@@ -139,7 +150,7 @@ class LocalEngine(RolloutEngine):
             limit = self._limit(request)
             for first in range(0, request.n, self.max_rows):
                 indices = range(first, min(first + self.max_rows, request.n))
-                shares.append(Share(request, indices, limit))
+                shares.append(Share(request, indices, limit, constraint))
         return sorted(shares, key=lambda share: -len(share.request.prompt_ids))
 
     def _limit(self, request: GenerationRequest) -> int:
@@ -166,6 +177,21 @@ class LocalEngine(RolloutEngine):
                 fix="Shorten the prompt or choose a model with a longer context",
             )
         return min(params.max_new_tokens, context - len(prompt))
+
+    def check_grammars(self, stop_token_ids: Sequence[int]) -> None:
+        """Raise UserError now if grammars cannot be enforced on this tokenizer."""
+        if self._grammars is not None:
+            self._grammars.constraint('start: "a"', stop_token_ids, where="check")
+
+    def _constraints(self, requests: Sequence[GenerationRequest]) -> list[Constraint | None]:
+        if self._grammars is not None:
+            return self._grammars.constraints(requests)
+        for request in requests:
+            if request.grammar is not None:
+                raise ValueError(
+                    f"request {request.id}: has a grammar, but the engine no tokenizer"
+                )
+        return [None] * len(requests)
 
     def _generation(self, done: Finished) -> Generation:
         if not math.isfinite(sum(done.logprobs)):

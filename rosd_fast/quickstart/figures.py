@@ -8,9 +8,9 @@ from __future__ import annotations
 import asyncio
 import sys
 
-from rosd_fast.engines.base import RolloutEngine
 from rosd_fast.engines.local import LocalEngine
-from rosd_fast.model.load import LoadedModel, load_model
+from rosd_fast.model.load import load_model
+from rosd_fast.probe import teacher_helps
 from rosd_fast.quickstart import MODEL_DIR
 from rosd_fast.quickstart.tasks import IN_DOMAIN, OUT_OF_DOMAIN, load_split
 from rosd_fast.reflect import reflect
@@ -19,8 +19,8 @@ from rosd_fast.samples import build_samples
 from rosd_fast.select import select_groups
 from rosd_fast.settings import load_preset
 from rosd_fast.spans import TokenBytes, locate_errors
-from rosd_fast.types import DistillSample, GenerationRequest, Group, SamplingParams
-from rosd_fast.verify import VERIFIERS, verify_all
+from rosd_fast.types import Group, SamplingParams
+from rosd_fast.verify import verify_all
 
 Figures = dict[str, float]
 
@@ -28,14 +28,14 @@ Figures = dict[str, float]
 async def measure(model_folder: str, *, group_size: int = 8, seed: int = 0) -> Figures:
     """Shares in [0, 1], at temperature 1.
 
-    solve/dev, solve/ood: accuracy from the problem alone. reflect/well_formed: reflections on wrong
-    rollouts that have both tags and quote a verbatim run of the rollout. teach/before, teach/after:
-    accuracy from the problem alone, and from problem + the model's own reflection, over the same
-    wrong rollouts' problems.
+    solve/dev, solve/ood: accuracy from the problem alone. reflect/well_formed: unconstrained
+    reflections on wrong rollouts that have both tags and quote a verbatim run of the rollout.
+    teach/before, teach/after: accuracy from the problem alone, and from problem + the model's own
+    reflection, over the same wrong rollouts' problems.
     """
     config = load_preset("quickstart").model_copy(update={"model": model_folder})
     model = load_model(config)
-    engine = LocalEngine(model.model)
+    engine = LocalEngine(model.model, tokenizer=model.tokenizer)
     params = SamplingParams(
         max_new_tokens=config.sample.max_new_tokens, stop_token_ids=model.stop_token_ids
     )
@@ -66,7 +66,7 @@ async def measure(model_folder: str, *, group_size: int = 8, seed: int = 0) -> F
         kept,
         verdicts,
         engine=engine,
-        config=config.reflect,
+        config=config.reflect.model_copy(update={"mode": "free"}),
         tokenizer=model.tokenizer,
         stop_token_ids=model.stop_token_ids,
         seed=seed,
@@ -84,46 +84,24 @@ async def measure(model_folder: str, *, group_size: int = 8, seed: int = 0) -> F
         kept, reflections, located.spans, tokenizer=model.tokenizer, config=config.teacher
     )
     taught = [sample for sample in samples if not reflections[sample.rollout_id].correct]
-    return figures | await _teach(engine, model, taught, kept, score, params, seed)
+    helped = await teacher_helps(
+        engine,
+        taught,
+        kept,
+        verdicts,
+        tokenizer=model.tokenizer,
+        params=params,
+        seed=seed,
+        step=0,
+    )
+    if helped is not None:
+        figures["teach/before"], figures["teach/after"] = helped
+    return figures
 
 
 def _accuracy(groups: list[Group], score: dict[str, float]) -> float:
     scores = [score[rollout.id] for group in groups for rollout in group.rollouts]
     return sum(scores) / len(scores)
-
-
-async def _teach(
-    engine: RolloutEngine,
-    model: LoadedModel,
-    taught: list[DistillSample],
-    groups: tuple[Group, ...],
-    score: dict[str, float],
-    params: SamplingParams,
-    seed: int,
-) -> Figures:
-    """Answer once from each teacher prompt; compare with the plain accuracy of the same
-    problems."""
-    home = {rollout.id: group for group in groups for rollout in group.rollouts}
-    generations = await engine.generate(
-        [
-            GenerationRequest(
-                id=f"teach/{sample.rollout_id}",
-                prompt_ids=sample.teacher_prompt_ids,
-                params=params,
-                seed=seed,
-            )
-            for sample in taught
-        ]
-    )
-    before = after = 0.0
-    for sample, generation in zip(taught, generations, strict=True):
-        group = home[sample.rollout_id]
-        text = str(
-            model.tokenizer.decode(list(generation.completion_ids), skip_special_tokens=True)
-        )
-        after += VERIFIERS[group.problem.verifier](text, group.problem.answer)[0]
-        before += _accuracy([group], score)
-    return {"teach/before": before / len(taught), "teach/after": after / len(taught)}
 
 
 def show(figures: Figures) -> str:

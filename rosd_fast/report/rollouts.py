@@ -155,10 +155,13 @@ def _reflection_row(reflection: Reflection | None) -> dict[str, Any] | None:
     if reflection is None:
         return None
     return {
+        "mode": reflection.mode,
         "demonstration_id": reflection.demonstration_id,
         "text": reflection.text,
         "quote": reflection.quote,
+        "sentence": reflection.sentence,
         "explanation": reflection.explanation,
+        "refused": reflection.refused,
         "well_formed": reflection.well_formed,
         "num_tokens": reflection.num_tokens,
     }

@@ -16,6 +16,7 @@ STAGES = (
     "reflect",
     "locate",
     "build",
+    "probe",
     "learn",
     "sync",
     "evaluate",

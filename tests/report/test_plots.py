@@ -26,7 +26,10 @@ def make_row(step: int) -> dict[str, float]:
     wave = 0.5 + 0.1 * math.sin(step)
     row = {f"loss/{name}": wave for name in LOSSES} | {"loss/num_distilled_tokens": 900.0}
     row |= {f"rollout/{name}": wave for name in ("accuracy", "distilled_frac", "groups_kept_frac")}
-    row |= {f"reflect/{n}_frac": wave for n in ("well_formed", "found", "ambiguous", "span_start")}
+    row |= {
+        f"reflect/{n}_frac": wave
+        for n in ("well_formed", "found", "ambiguous", "span_start", "truncated", "leak")
+    }
     row |= {"reflect/span_tokens": 20 * wave, "perf/rollout_tokens_per_s": 9e3 * wave}
     return row | {"time/sample_s": 1.0, "time/learn_s": 2.0, "time/verify_s": 0.01}
 

@@ -98,10 +98,13 @@ def test_one_line_a_rollout_with_all_of_it(tmp_path: Path) -> None:
         "tokens": ["i", "t", " ", "i", "s", " ", "", "é", " ", "3"],
         "group_dropped": False,
         "reflection": {
+            "mode": "free",
             "demonstration_id": "p1/0",
             "text": "<error_quote>é 3</error_quote><explanation>count</explanation>",
             "quote": "é 3",
+            "sentence": None,
             "explanation": "count",
+            "refused": None,
             "well_formed": True,
             "num_tokens": 12,
         },

@@ -1,0 +1,101 @@
+"""What a reflection may look like, as a grammar that is enforced while it is sampled.
+
+    verbatim   <error_quote>words of the rollout</error_quote><explanation>...</explanation>
+    sentence   <error_sentence>7</error_sentence><explanation>...</explanation>
+    right      <explanation>...</explanation>, of a correct rollout
+
+A grammar is a text in llguidance's dialect of Lark; both the local engine and SGLang (field `ebnf`,
+grammar backend llguidance) take it. `substring_words` accepts nothing but runs of words of a given
+text, so that a quote which is not in the rollout cannot be written. A quote that holds its own
+closing tag cannot either: it could not be read back.
+
+The explanation is free text up to its closing tag, or up to its share of the tokens. Thoughts may
+come first where `think` is given: the names of those of the tags <think> and </think> that are
+tokens of their own, as in reasoning models; an empty tuple if neither is.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection
+
+Think = Collection[str] | None  # None: no thoughts
+WORD = re.compile(r"\S+")
+# What str.isspace() says: llguidance's \s is another set.
+BLANK = r"\t-\r\x1c-\x20\x85\xa0\u{1680}\u{2000}-\u{200a}\u{2028}\u{2029}\u{202f}\u{205f}\u{3000}"
+QUOTE_FRAC = 0.4  # of a reflection's tokens may go to the quote
+TAG_TOKENS = 32  # for tags, when each of their characters is a token or two
+
+
+def verbatim_grammar(
+    rollout: str, *, min_words: int, max_tokens: int, think: Think = None
+) -> str | None:
+    """Of a reflection on a wrong rollout; None where there are no words that it could quote.
+
+    min_words: of a quote, or as many as the rollout has. max_tokens: of the whole reflection.
+    """
+    num_words = _longest_quotable(rollout)
+    if num_words == 0:
+        return None
+    more = min(min_words, num_words) - 1
+    quote, explanation = _budgets(max_tokens)
+    return _grammar(
+        '"<error_quote>" quote "</error_quote>" SPACE explanation',
+        rf"quote[max_tokens={quote}]: WORDS & "
+        rf"/[{BLANK}]*[^{BLANK}]+([{BLANK}]+[^{BLANK}]+){{{more},}}[{BLANK}]*/ & "
+        r"~/(?s:.*<\/error_quote>.*)/",
+        f'WORDS: %regex {{ "substring_words": {json.dumps(rollout)} }}',
+        explanation_tokens=explanation,
+        think=think,
+    )
+
+
+def sentence_grammar(
+    numbers: Collection[int], *, max_tokens: int, think: Think = None
+) -> str | None:
+    """Of a reflection that names one of the sentences shown; None where none is."""
+    if not numbers:
+        return None
+    names = " | ".join(f'"{number}"' for number in sorted(numbers))
+    return _grammar(
+        '"<error_sentence>" number "</error_sentence>" SPACE explanation',
+        f"number: {names}",
+        explanation_tokens=_budgets(max_tokens)[1],
+        think=think,
+    )
+
+
+def explanation_grammar(*, max_tokens: int, think: Think = None) -> str:
+    """Of a reflection on a correct rollout."""
+    return _grammar("explanation", explanation_tokens=max(1, max_tokens - TAG_TOKENS), think=think)
+
+
+def _grammar(start: str, *rules: str, explanation_tokens: int, think: Think) -> str:
+    lines = ["%llguidance {}", f"start: {'' if think is None else 'thoughts? '}{start}", *rules]
+    if think is not None:
+        # Tokens of their own are no text, and are written without quotation marks.
+        opening = '("<think>" | <think>)' if "<think>" in think else '"<think>"'
+        if "</think>" in think:
+            lines += [f"thoughts: {opening} /(?s:.*)/ </think> SPACE"]
+        else:
+            lines += [f"thoughts: {opening} thought SPACE"]
+            lines += ['thought[suffix="</think>"]: /(?s:.*)/']
+    lines += [
+        r"SPACE: /\s{0,2}/",
+        'explanation: "<explanation>" text',
+        f'text[suffix="</explanation>", max_tokens={explanation_tokens}]: /(?s:.+)/',
+    ]
+    return "\n".join(lines) + "\n"
+
+
+def _budgets(max_tokens: int) -> tuple[int, int]:
+    """Tokens of the quote, and of the explanation."""
+    left = max(2, max_tokens - TAG_TOKENS)
+    quote = max(1, int(QUOTE_FRAC * left))
+    return quote, left - quote
+
+
+def _longest_quotable(rollout: str) -> int:
+    """Words of the longest run that does not hold the closing tag."""
+    return max(len(WORD.findall(part)) for part in rollout.split("</error_quote>"))
