@@ -40,11 +40,12 @@ def verbatim_grammar(
         return None
     more = min(min_words, num_words) - 1
     quote, explanation = _budgets(max_tokens)
+    terms = ["WORDS", rf"/[{BLANK}]*[^{BLANK}]+([{BLANK}]+[^{BLANK}]+){{{more},}}[{BLANK}]*/"]
+    if "</error_quote>" in rollout:  # seldom, and each term takes its time to compile
+        terms.append(r"~/(?s:.*<\/error_quote>.*)/")
     return _grammar(
         '"<error_quote>" quote "</error_quote>" SPACE explanation',
-        rf"quote[max_tokens={quote}]: WORDS & "
-        rf"/[{BLANK}]*[^{BLANK}]+([{BLANK}]+[^{BLANK}]+){{{more},}}[{BLANK}]*/ & "
-        r"~/(?s:.*<\/error_quote>.*)/",
+        f"quote[max_tokens={quote}]: {' & '.join(terms)}",
         f'WORDS: %regex {{ "substring_words": {json.dumps(rollout)} }}',
         explanation_tokens=explanation,
         think=think,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -36,25 +36,29 @@ class GrammarCompiler:
         self.num_bits = max(vocab_size, len(tokenizer))
         self._readers: dict[tuple[int, ...], Any] = {}  # by the tokens that end a text
 
-    def constraints(self, requests: Sequence[GenerationRequest]) -> list[Constraint | None]:
-        """Of each request that has a grammar. Equal grammars are compiled once, others in threads:
-        llguidance lets go of Python's lock."""
-        first: dict[tuple[str, tuple[int, ...]], GenerationRequest] = {}
+    def constraints(
+        self, requests: Sequence[GenerationRequest]
+    ) -> list[Future[Constraint] | None]:
+        """Of each request that has a grammar; `result()` waits, and raises ValueError for a wrong
+        one.
+
+        Equal grammars are compiled once. They are compiled in threads, in the requests' order,
+        while the caller goes on: llguidance lets go of Python's lock.
+        """
+        pool = ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1))
+        compiled: dict[tuple[str, tuple[int, ...]], Future[Constraint]] = {}
+        found: list[Future[Constraint] | None] = []
         for request in requests:
-            if request.grammar is not None:
-                first.setdefault((request.grammar, request.params.stop_token_ids), request)
-        for _, stops in first:
-            self._reader(stops)
-        with ThreadPoolExecutor(min(MAX_THREADS, os.cpu_count() or 1)) as pool:
-            made = pool.map(
-                lambda item: self.constraint(*item[0], where=f"request {item[1].id}"),
-                first.items(),
-            )
-            compiled = dict(zip(first, made, strict=True))
-        return [
-            None if r.grammar is None else compiled[r.grammar, r.params.stop_token_ids]
-            for r in requests
-        ]
+            if request.grammar is None:
+                found.append(None)
+                continue
+            key = request.grammar, request.params.stop_token_ids
+            if key not in compiled:
+                self._reader(key[1])  # made here: threads would make it twice
+                compiled[key] = pool.submit(self.constraint, *key, where=f"request {request.id}")
+            found.append(compiled[key])
+        pool.shutdown(wait=False)  # what was submitted is still done
+        return found
 
     def constraint(self, grammar: str, stop_token_ids: Sequence[int], *, where: str) -> Constraint:
         """A new one, at the start of the text. Raises ValueError for a wrong grammar."""

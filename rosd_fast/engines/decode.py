@@ -7,6 +7,7 @@ operations whatever the number of rows; Python sees a row only when it joins and
 from __future__ import annotations
 
 from collections.abc import Sequence
+from concurrent.futures import Future
 from dataclasses import dataclass, fields
 
 import torch
@@ -28,7 +29,7 @@ class Share:
     request: GenerationRequest
     indices: range
     limit: int
-    constraint: Constraint | None = None  # at the start of the text; each row gets a copy
+    constraint: Future[Constraint] | None = None  # at the start of the text; each row has a copy
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,7 +186,10 @@ class DecodeBatch:
         share_of = share_of.to(self.device)
         self.cache.append_rows(prompts, share_of)
         rows = self._new_rows(owners, starts[share_of] + self.cache.end - width)
-        constraints = [s.constraint.copy() if s.constraint is not None else None for s, _ in owners]
+        constraints = [
+            None if share.constraint is None else share.constraint.result().copy()
+            for share, _ in owners
+        ]
         self._take_tokens(rows, logits[share_of], self._policy_of(owners), constraints)
         self.rows = rows if self.rows is None else self.rows.join(rows)
         self.owners += owners

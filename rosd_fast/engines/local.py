@@ -13,6 +13,7 @@ import asyncio
 import math
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
 from typing import Any
 
 import torch
@@ -139,6 +140,7 @@ class LocalEngine(RolloutEngine):
 
     def _shares(self, requests: Sequence[GenerationRequest]) -> list[Share]:
         """Checked requests, cut to at most `max_rows` rows, longest prompt first."""
+        requests = sorted(requests, key=lambda request: -len(request.prompt_ids))
         seen: set[str] = set()
         shares = []
         for request, constraint in zip(requests, self._constraints(requests), strict=True):
@@ -151,7 +153,7 @@ class LocalEngine(RolloutEngine):
             for first in range(0, request.n, self.max_rows):
                 indices = range(first, min(first + self.max_rows, request.n))
                 shares.append(Share(request, indices, limit, constraint))
-        return sorted(shares, key=lambda share: -len(share.request.prompt_ids))
+        return shares
 
     def _limit(self, request: GenerationRequest) -> int:
         """Tokens a completion of `request` may have; checks the request."""
@@ -183,7 +185,9 @@ class LocalEngine(RolloutEngine):
         if self._grammars is not None:
             self._grammars.constraint('start: "a"', stop_token_ids, where="check")
 
-    def _constraints(self, requests: Sequence[GenerationRequest]) -> list[Constraint | None]:
+    def _constraints(
+        self, requests: Sequence[GenerationRequest]
+    ) -> list[Future[Constraint] | None]:
         if self._grammars is not None:
             return self._grammars.constraints(requests)
         for request in requests:
