@@ -271,10 +271,51 @@ class CheckpointConfig(Section):
 class EngineConfig(Section):
     """The rollout engine."""
 
-    kind: Literal["local"] = "local"
-    """local: in the trainer's process."""
+    kind: Literal["local", "sglang"] = "local"
+    """local: in the trainer's process; sglang: servers, of our own or at given addresses."""
     max_rows: PositiveInt = 256
-    """Completions decoded side by side; more wait their turn."""
+    """Completions that the local engine decodes side by side; more wait their turn."""
+    launch: Literal["local", "urls"] = "local"
+    """SGLang servers: started on this machine and stopped at the end, or those at engine.urls."""
+    urls: tuple[str, ...] = ()
+    """Addresses of running servers, as in http://node1:30000; their key, if any, is read from the
+    environment variable ROSD_SGLANG_API_KEY."""
+    servers: PositiveInt = 1
+    """Servers to start. A problem's rollouts and reflections share one server's cache."""
+    gpus: tuple[NonNegativeInt, ...] = ()
+    """Devices for the servers that are started, shared out evenly; (): each sees all of them."""
+    python: str | None = None
+    """Interpreter of an environment with sglang, to start servers with; None: this one."""
+    server_args: tuple[str, ...] = ()
+    """Further arguments of sglang.launch_server, as in --tp-size 2 --mem-fraction-static 0.8."""
+    start_timeout_s: PositiveFloat = 900.0
+    """Seconds a server may take to start."""
+    concurrency: PositiveInt = 64
+    """Requests under way at once; each asks for all rollouts of a problem."""
+    request_timeout_s: PositiveFloat = 3600.0
+    """Seconds a request may take, however often it is tried."""
+    health_every_s: PositiveFloat = 30.0
+    """Seconds without an answer after which a server's health is looked at; two bad looks in a row
+    and it is taken to hang."""
+    health_timeout_s: PositiveFloat = 30.0
+    """Seconds such a look may take."""
+    max_failures: PositiveInt = 5
+    """Failures of one request in a row that end the run."""
+    pipeline: Literal["streamed", "barrier"] = "streamed"
+    """SGLang: ask for a group's reflections as soon as its rollouts are there, or after all groups
+    are done."""
+    one_step_ahead: bool = False
+    """SGLang: sample the next step's rollouts, with the weights at hand, while the learner works;
+    loss.is_clip corrects for their age."""
+    sync_folder: str | None = None
+    """Where weights are written for the servers, as in /dev/shm/rosd on one machine, or a folder
+    that all see; None: in the run folder."""
+    probe_bound: NonNegativeFloat | None = None
+    """After each hand-over of weights: largest difference of a log-probability between server and
+    trainer, in nats; 0: no comparison; None: 0.01 in float32, 0.3 in bfloat16."""
+    colocated: bool = False
+    """A server of our own on the trainer's GPU: it gives its memory back while the learner
+    works."""
 
 
 class Config(Section):
@@ -325,6 +366,20 @@ class Config(Section):
                 f"loss.sparsity is {self.loss.sparsity}: only loss.strategy tiled leaves anything "
                 f"out, and it is {self.loss.strategy}"
             )
+        engine = self.engine
+        if (engine.launch == "urls") != bool(engine.urls):
+            raise ValueError(
+                "engine.launch urls and engine.urls go together: give the addresses, or neither"
+            )
+        if engine.one_step_ahead and (
+            engine.kind != "sglang" or self.reflect.weights == "teacher" or engine.colocated
+        ):
+            raise ValueError(
+                "engine.one_step_ahead samples while the learner works, which needs engine.kind "
+                "sglang, reflect.weights student and no engine.colocated"
+            )
+        if engine.colocated and (engine.kind != "sglang" or engine.launch != "local"):
+            raise ValueError("engine.colocated needs engine.kind sglang and engine.launch local")
         if self.sample.group_size < 2:
             raise ValueError(
                 f"sample.group_size is {self.sample.group_size}: a wrong rollout learns from a "

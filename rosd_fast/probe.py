@@ -38,6 +38,7 @@ async def teacher_helps(
             prompt_ids=sample.teacher_prompt_ids,
             params=params,
             seed=seed,
+            affinity=home[sample.rollout_id].problem.id,
         )
         for sample in samples
     ]

@@ -169,6 +169,17 @@ class Progress:
             self._write(self._late_notes.pop(0))
 
 
+class Hidden:
+    """Takes what a stage reports and shows none of it: for work beside another stage."""
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[None]:
+        yield
+
+    def tokens(self, count: int) -> None:
+        """Not counted: the tokens per second would be another stage's."""
+
+
 class BarProgress(Progress):
     """Two live lines at the bottom of a terminal: the bar with the last step's figures, and where
     the time goes.

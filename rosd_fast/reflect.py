@@ -171,6 +171,7 @@ def build_reflection_requests(
                 params=params,
                 seed=seed,
                 grammar=grammar,
+                affinity=group.problem.id,
             )
             tasks.append(
                 ReflectionTask(

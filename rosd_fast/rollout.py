@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rosd_fast.errors import UserError
@@ -28,9 +28,39 @@ async def sample_groups(
 ) -> list[Group]:
     """`group_size` rollouts of each problem, in the problems' order.
 
-    Seed, step and problem id fix the draws. `on_tokens(k)` is called as k further tokens were
-    sampled. Raises UserError, before sampling, when a prompt has more than `max_prompt_tokens`.
+    Seed, step and problem id fix the draws, where the engine's draws can be fixed. `on_tokens(k)`
+    is called as k further tokens were sampled. Raises UserError, before sampling, when a prompt has
+    more than `max_prompt_tokens`.
     """
+    groups = {}
+    async for group in stream_groups(
+        engine,
+        problems,
+        tokenizer=tokenizer,
+        group_size=group_size,
+        params=params,
+        seed=seed,
+        step=step,
+        max_prompt_tokens=max_prompt_tokens,
+        on_tokens=on_tokens,
+    ):
+        groups[group.problem.id] = group
+    return [groups[problem.id] for problem in problems]
+
+
+async def stream_groups(
+    engine: RolloutEngine,
+    problems: Sequence[Problem],
+    *,
+    tokenizer: Any,
+    group_size: int,
+    params: SamplingParams,
+    seed: int,
+    step: int,
+    max_prompt_tokens: int,
+    on_tokens: Callable[[int], None] | None = None,
+) -> AsyncIterator[Group]:
+    """As `sample_groups`, but each group as soon as it is whole, in any order."""
     requests = [
         GenerationRequest(
             id=f"step{step}/{problem.id}",
@@ -38,11 +68,16 @@ async def sample_groups(
             params=params,
             n=group_size,
             seed=seed,
+            affinity=problem.id,
         )
         for problem in problems
     ]
-    generations = await engine.generate(requests, on_tokens=on_tokens)
-    return collect_groups(problems, requests, generations, tokenizer=tokenizer)
+    asked = {
+        request.id: (problem, request) for problem, request in zip(problems, requests, strict=True)
+    }
+    async for generations in engine.stream(requests, on_tokens=on_tokens):
+        problem, request = asked[generations[0].request_id]
+        yield collect_groups([problem], [request], generations, tokenizer=tokenizer)[0]
 
 
 def check_prompts(

@@ -27,6 +27,7 @@ from rosd_fast.config import Config
 from rosd_fast.data import ProblemStream
 from rosd_fast.engines.base import RolloutEngine
 from rosd_fast.engines.local import LocalEngine
+from rosd_fast.engines.open import check_engine, open_engine
 from rosd_fast.errors import UserError
 from rosd_fast.files import write_atomic
 from rosd_fast.inputs import check_budgets, load_data, with_absolute_paths
@@ -36,12 +37,13 @@ from rosd_fast.model.load import LoadedModel, load_model
 from rosd_fast.progress import Progress, progress
 from rosd_fast.reflect import check_templates
 from rosd_fast.report import draw_plots, render_tokens_html, summarize
-from rosd_fast.rollout import check_prompts
+from rosd_fast.rollout import check_prompts, problem_prompt
 from rosd_fast.settings import config_hash, to_toml
 from rosd_fast.spans import TokenBytes
 from rosd_fast.types import Problem, SamplingParams
 
 CONFIG_FILE = "config.toml"
+PROBE_TOKENS = 64
 
 
 class StopRequest:
@@ -140,13 +142,13 @@ def open_run(config: Config, *, resume: Path | None = None) -> Iterator[Run]:
     )
     check_budgets(config, model, max(problems, key=lambda problem: len(problem.prompt)))
     learner = Learner(model.model, config)
-    engine, teacher_engine = (
-        LocalEngine(own, max_rows=config.engine.max_rows, tokenizer=model.tokenizer)
-        for own in (model.model, learner.teacher.model)
+    teacher_engine = LocalEngine(
+        learner.teacher.model, max_rows=config.engine.max_rows, tokenizer=model.tokenizer
     )
     token_bytes = TokenBytes(model.tokenizer)
     if config.reflect.mode != "free":
-        engine.check_grammars(model.stop_token_ids)
+        teacher_engine.check_grammars(model.stop_token_ids)
+    check_engine(config, model)
     if resume is None:
         folder, first_step = make_folder(config, model), 1
     else:
@@ -156,6 +158,15 @@ def open_run(config: Config, *, resume: Path | None = None) -> Iterator[Run]:
     log.truncate_after(first_step - 1)
     stop = StopRequest()
     with progress(config.steps, first_step) as shown, stop.listening(shown):
+        engine = open_engine(
+            config,
+            model,
+            folder,
+            probe_ids=problem_prompt(problems[0], model.tokenizer, config.sample.max_prompt_tokens)[
+                :PROBE_TOKENS
+            ],
+            note=shown.note,
+        )
         run = Run(
             config=config,
             folder=folder,

@@ -1,4 +1,4 @@
-"""The loop: one pass through `run_step` is one optimizer step of ROSD (arXiv 2605.28014).
+"""The loop: one pass through `run_steps` is one optimizer step of ROSD (arXiv 2605.28014).
 
     sample -> verify -> select -> reflect -> locate -> build and pack -> learn -> sync -> log
 
@@ -15,15 +15,14 @@ from rosd_fast.config import Config
 from rosd_fast.evaluate import evaluate
 from rosd_fast.metrics import rollout_metrics
 from rosd_fast.packing import pack
+from rosd_fast.pipeline import Sampled, sample_and_reflect
 from rosd_fast.probe import probe_metrics, teacher_helps, wrong_samples
-from rosd_fast.reflect import reflect, reflection_metrics
+from rosd_fast.progress import Hidden
+from rosd_fast.reflect import reflection_metrics
 from rosd_fast.report import rollouts_path, write_rollouts
-from rosd_fast.rollout import sample_groups
 from rosd_fast.run import Run, open_run
 from rosd_fast.samples import build_samples, sample_metrics
-from rosd_fast.select import select_groups
 from rosd_fast.spans import locate_errors
-from rosd_fast.verify import verify_all
 
 
 def train(config: Config, *, resume: Path | None = None) -> Path:
@@ -41,62 +40,52 @@ def train(config: Config, *, resume: Path | None = None) -> Path:
 async def run_steps(run: Run) -> None:
     """Evaluate, then step, evaluate and save as often as the options say."""
     config = run.config
-    await run.engine.load_weights(run.learner.weights, version=run.first_step - 1)
-    if run.first_step == 1:
-        run.finish_step(0, await evaluate_splits(run))
-    for step in range(run.first_step, config.steps + 1):
-        metrics = await run_step(run, step)
-        last = step == config.steps or run.stop.requested
-        if last or is_due(step, config.eval.every):
-            metrics |= await evaluate_splits(run)
-        # The row before the checkpoint: killed in between, a resumed run does the step again.
-        run.finish_step(step, metrics)
-        if last or is_due(step, config.checkpoint.every):
-            with run.progress.stage("checkpoint"):
-                run.save(step)
-        if last:
-            break
-    await run.engine.close()
+    ahead: asyncio.Task[Sampled] | None = None
+    try:
+        await run.engine.load_weights(run.learner.weights, version=run.first_step - 1)
+        if run.first_step == 1:
+            run.finish_step(0, await evaluate_splits(run))
+        for step in range(run.first_step, config.steps + 1):
+            sampled = await (ahead or sample_and_reflect(run, step, run.progress))
+            if config.engine.one_step_ahead and step < config.steps:
+                ahead = asyncio.create_task(sample_and_reflect(run, step + 1, Hidden()))
+            metrics = await learn(run, step, sampled)
+            last = step == config.steps or run.stop.requested
+            if last or is_due(step, config.eval.every):
+                metrics |= await evaluate_splits(run)
+            # The row before the checkpoint: killed in between, a resumed run does the step again.
+            run.finish_step(step, metrics)
+            if last or is_due(step, config.checkpoint.every):
+                with run.progress.stage("checkpoint"):
+                    run.save(step)
+            if last:
+                break
+    finally:
+        if ahead is not None:
+            ahead.cancel()
+            await asyncio.wait({ahead})
+        await run.engine.close()
 
 
-async def run_step(run: Run, step: int) -> dict[str, float]:
-    """One optimizer step; returns its metrics."""
+async def learn(run: Run, step: int, sampled: Sampled) -> dict[str, float]:
+    """One optimizer step on what was sampled; returns the step's metrics."""
     config, progress, tokenizer = run.config, run.progress, run.model.tokenizer
-    problems = run.stream.batch(step)
-    with progress.stage("sample"):
-        groups = await sample_groups(
-            run.engine,
-            problems,
-            tokenizer=tokenizer,
-            group_size=config.sample.group_size,
-            params=run.sampling_params,
-            seed=config.seed,
-            step=step,
-            max_prompt_tokens=config.sample.max_prompt_tokens,
-            on_tokens=progress.tokens,
-        )
-    with progress.stage("verify"):
-        verdicts = verify_all(groups, threshold=config.select.threshold)
-        selection = select_groups(groups, verdicts, config.select)
-    with progress.stage("reflect"):
-        reflections = await reflect(
-            selection.kept,
-            verdicts,
-            engine=run.reflector,
-            config=config.reflect,
-            tokenizer=tokenizer,
-            stop_token_ids=run.model.stop_token_ids,
-            seed=config.seed,
-            step=step,
-            on_tokens=progress.tokens,
-        )
+    groups, verdicts, selection = sampled.groups, sampled.verdicts, sampled.selection
     with progress.stage("locate"):
         located = locate_errors(
-            selection.kept, verdicts, reflections, token_bytes=run.token_bytes, config=config.span
+            selection.kept,
+            verdicts,
+            sampled.reflections,
+            token_bytes=run.token_bytes,
+            config=config.span,
         )
     with progress.stage("build"):
         samples = build_samples(
-            selection.kept, reflections, located.spans, tokenizer=tokenizer, config=config.teacher
+            selection.kept,
+            sampled.reflections,
+            located.spans,
+            tokenizer=tokenizer,
+            config=config.teacher,
         )
         batches = pack(samples, max_tokens=config.pack.max_tokens)
     helped = None
@@ -114,8 +103,12 @@ async def run_step(run: Run, step: int) -> dict[str, float]:
             )
     if not batches:
         progress.note(f"step {step}: nothing to distil ({selection.describe()})")
+    await run.engine.make_room()
     with progress.stage("learn"):
-        learned = run.learner.step(batches)
+        if config.engine.one_step_ahead:  # requests of the next step are under way
+            learned = await asyncio.to_thread(run.learner.step, batches)
+        else:
+            learned = run.learner.step(batches)
         progress.tokens(sum(batch.num_tokens for batch in batches))
     with progress.stage("sync"):
         await run.engine.load_weights(run.learner.weights, version=step)
@@ -125,7 +118,7 @@ async def run_step(run: Run, step: int) -> dict[str, float]:
             step=step,
             groups=groups,
             verdicts=verdicts,
-            reflections=reflections,
+            reflections=sampled.reflections,
             spans=located.spans,
             per_token=learned.per_token,
             token_bytes=run.token_bytes,
@@ -134,7 +127,8 @@ async def run_step(run: Run, step: int) -> dict[str, float]:
     return {
         **learned.metrics,
         **rollout_metrics(groups, verdicts, len(samples), selection),
-        **reflection_metrics(reflections),
+        **run.engine.take_metrics(),
+        **reflection_metrics(sampled.reflections),
         **sample_metrics(samples),
         **located.metrics(),
         **probe_metrics(helped),

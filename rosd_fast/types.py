@@ -61,6 +61,7 @@ class GenerationRequest:
     n: int = 1
     seed: int = 0
     grammar: str | None = None  # Lark, in llguidance's dialect; None: any text
+    affinity: str = ""  # requests of one affinity have a long prefix in common: one cache for them
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:

@@ -36,9 +36,7 @@ class GrammarCompiler:
         self.num_bits = max(vocab_size, len(tokenizer))
         self._readers: dict[tuple[int, ...], Any] = {}  # by the tokens that end a text
 
-    def constraints(
-        self, requests: Sequence[GenerationRequest]
-    ) -> list[Future[Constraint] | None]:
+    def constraints(self, requests: Sequence[GenerationRequest]) -> list[Future[Constraint] | None]:
         """Of each request that has a grammar; `result()` waits, and raises ValueError for a wrong
         one.
 

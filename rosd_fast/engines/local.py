@@ -24,6 +24,7 @@ from rosd_fast.engines.base import RolloutEngine
 from rosd_fast.engines.constraint import Constraint, GrammarCompiler
 from rosd_fast.engines.decode import DecodeBatch, Finished, Share
 from rosd_fast.engines.forward import NextToken
+from rosd_fast.engines.requests import check_ids, completion_limit
 from rosd_fast.errors import UserError
 from rosd_fast.types import Generation, GenerationRequest
 
@@ -141,44 +142,18 @@ class LocalEngine(RolloutEngine):
     def _shares(self, requests: Sequence[GenerationRequest]) -> list[Share]:
         """Checked requests, cut to at most `max_rows` rows, longest prompt first."""
         requests = sorted(requests, key=lambda request: -len(request.prompt_ids))
-        seen: set[str] = set()
+        check_ids(requests)
         shares = []
         for request, constraint in zip(requests, self._constraints(requests), strict=True):
-            if request.id in seen:
-                raise ValueError(
-                    f"two requests have the id {request.id}: their draws would be the same"
-                )
-            seen.add(request.id)
-            limit = self._limit(request)
+            limit = completion_limit(
+                request,
+                vocab_size=self._forward.vocab_size,
+                context_length=self._forward.context_length,
+            )
             for first in range(0, request.n, self.max_rows):
                 indices = range(first, min(first + self.max_rows, request.n))
                 shares.append(Share(request, indices, limit, constraint))
         return shares
-
-    def _limit(self, request: GenerationRequest) -> int:
-        """Tokens a completion of `request` may have; checks the request."""
-        params, prompt, vocab = request.params, request.prompt_ids, self._forward.vocab_size
-        if not params.max_new_tokens >= 1:
-            raise ValueError(f"request {request.id}: max_new_tokens is {params.max_new_tokens}")
-        if not 0 <= params.temperature < math.inf:
-            raise ValueError(f"request {request.id}: temperature is {params.temperature}")
-        if not 0 < params.top_p <= 1:
-            raise ValueError(f"request {request.id}: top_p is {params.top_p}, must be in (0, 1]")
-        if params.top_k < 0:
-            raise ValueError(f"request {request.id}: top_k is {params.top_k}, must not be negative")
-        if not 0 <= min(prompt) <= max(prompt) < vocab:
-            raise ValueError(f"request {request.id}: a prompt id is outside [0, {vocab})")
-        context = self._forward.context_length
-        if context is None:
-            return params.max_new_tokens
-        if len(prompt) >= context:
-            raise UserError(
-                f"the prompt has {len(prompt)} tokens and the model's context {context}, "
-                "which leaves no room for an answer",
-                where=f"request {request.id}",
-                fix="Shorten the prompt or choose a model with a longer context",
-            )
-        return min(params.max_new_tokens, context - len(prompt))
 
     def check_grammars(self, stop_token_ids: Sequence[int]) -> None:
         """Raise UserError now if grammars cannot be enforced on this tokenizer."""

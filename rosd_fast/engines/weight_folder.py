@@ -1,0 +1,78 @@
+"""Weights on their way to a server: a model folder for each version, whole or not there.
+
+    folder/v000012/  config.json, tokenizer files, model.safetensors
+
+The files other than the weights are the model's own. A folder is written under another name, made
+durable and renamed, so that no server meets half of one; only the newest is kept.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+
+from safetensors.torch import save_file
+from torch import Tensor
+
+from rosd_fast.errors import UserError
+
+WEIGHTS = (".safetensors", ".safetensors.index.json")
+
+
+class WeightFolder:
+    """Versions of one model's weights under `folder`. model_folder: config and tokenizer."""
+
+    def __init__(self, folder: Path, model_folder: Path) -> None:
+        self.folder, self.model_folder = folder, model_folder
+
+    def path(self, version: int) -> Path:
+        return self.folder / f"v{version:06d}"
+
+    def write(self, weights: Mapping[str, Tensor], version: int) -> Path:
+        """Put the weights of a version in place; returns its folder.
+
+        Of tensors that share memory one is written, as in any safetensors file of the model. Raises
+        UserError when the disk does not take them.
+        """
+        final = self.path(version)
+        temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            temporary.mkdir(parents=True)
+            for file in self.model_folder.iterdir():
+                if file.is_file() and not file.name.endswith(WEIGHTS):
+                    shutil.copyfile(file, temporary / file.name)
+            save_file(distinct(weights), temporary / "model.safetensors", {"format": "pt"})
+            shutil.rmtree(final, ignore_errors=True)
+            temporary.rename(final)
+        except OSError as error:
+            raise UserError(
+                f"the weights for the server cannot be written ({error.strerror or error})",
+                where=str(final),
+                fix="Make room, or set engine.sync_folder to another folder",
+            ) from None
+        finally:
+            shutil.rmtree(temporary, ignore_errors=True)
+        return final
+
+    def drop_all_but(self, version: int | None) -> None:
+        """Remove the other versions; None: all of them."""
+        keep = None if version is None else self.path(version)
+        for path in self.folder.glob("v??????"):
+            if path != keep:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def distinct(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Contiguous tensors on the CPU; of several names of one tensor, the first."""
+    seen: set[tuple[int, tuple[int, ...]]] = set()
+    found = {}
+    for name, tensor in weights.items():
+        key = (tensor.data_ptr(), tuple(tensor.shape))
+        if key in seen:
+            continue
+        seen.add(key)
+        found[name] = tensor.detach().to("cpu").contiguous()
+    return found
