@@ -277,17 +277,19 @@ class EngineConfig(Section):
     """Completions that the local engine decodes side by side; more wait their turn."""
     launch: Literal["local", "urls"] = "local"
     """SGLang servers: started on this machine and stopped at the end, or those at engine.urls."""
-    urls: tuple[str, ...] = ()
-    """Addresses of running servers, as in http://node1:30000; their key, if any, is read from the
-    environment variable ROSD_SGLANG_API_KEY."""
+    urls: str = ""
+    """Addresses of running servers, as in http://node1:30000,http://node2:30000; their key, if any,
+    is read from the environment variable ROSD_SGLANG_API_KEY."""
     servers: PositiveInt = 1
     """Servers to start. A problem's rollouts and reflections share one server's cache."""
-    gpus: tuple[NonNegativeInt, ...] = ()
-    """Devices for the servers that are started, shared out evenly; (): each sees all of them."""
+    gpus: Annotated[str, Field(pattern=r"^(\d+(,\d+)*)?$")] = ""
+    """Devices for the servers that are started, as in 0,1,2,3, shared out evenly; empty: each sees
+    all of them."""
     python: str | None = None
     """Interpreter of an environment with sglang, to start servers with; None: this one."""
-    server_args: tuple[str, ...] = ()
-    """Further arguments of sglang.launch_server, as in --tp-size 2 --mem-fraction-static 0.8."""
+    server_args: str = ""
+    """Further arguments of sglang.launch_server in one text, as in
+    --engine.server-args="--tp-size 2 --mem-fraction-static 0.8"."""
     start_timeout_s: PositiveFloat = 900.0
     """Seconds a server may take to start."""
     concurrency: PositiveInt = 64

@@ -53,8 +53,9 @@ class RolloutEngine(ABC):
     async def load_weights(self, weights: Mapping[str, Tensor], *, version: int) -> None:
         """Sample with these weights from now on; nothing under way mixes two versions."""
 
-    async def make_room(self) -> None:  # noqa: B027: most engines have nothing to give back
-        """Give back device memory until the next `load_weights`, where that was asked for."""
+    async def make_room(self) -> None:  # noqa: B027
+        """Give back device memory until the next `load_weights`, where that was asked for. Most
+        engines have nothing to give."""
 
     def take_metrics(self) -> dict[str, float]:
         """What the engine has counted since the last call."""

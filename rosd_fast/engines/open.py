@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -41,7 +42,7 @@ def check_engine(config: Config, model: LoadedModel) -> None:
             where="engine.colocated",
             fix="Leave it out",
         )
-    for url in engine.urls:
+    for url in addresses(engine.urls):
         if not url.startswith(("http://", "https://")):
             raise UserError("is no address", where=f"engine.urls: {url}", fix="Write http://...")
 
@@ -89,10 +90,11 @@ def members(config: Config, model: LoadedModel, source: Path, folder: Path) -> l
     servers: list[OwnServer | Endpoint]
     if options.launch == "urls":
         key = os.environ.get(KEY_VARIABLE)
-        servers = [Endpoint(url, api_key=key) for url in options.urls]
-        names = list(options.urls)
+        names = addresses(options.urls)
+        servers = [Endpoint(url, api_key=key) for url in names]
     else:
-        shares = per_server(options.gpus, options.servers)
+        gpus = [int(part) for part in options.gpus.split(",") if part]
+        shares = per_server(gpus, options.servers)
         names = [f"server{index}" for index in range(options.servers)]
         servers = [
             OwnServer(
@@ -103,14 +105,14 @@ def members(config: Config, model: LoadedModel, source: Path, folder: Path) -> l
                     on_cpu=model.model.device.type == "cpu",
                     args=(
                         *(("--enable-memory-saver",) if options.colocated else ()),
-                        *options.server_args,
+                        *shlex.split(options.server_args),
                     ),
                     start_timeout_s=options.start_timeout_s,
-                    gpus=gpus,
+                    gpus=share,
                 ),
                 folder / "engine" / name,
             )
-            for name, gpus in zip(names, shares, strict=True)
+            for name, share in zip(names, shares, strict=True)
         ]
     return [
         Member(
@@ -121,6 +123,11 @@ def members(config: Config, model: LoadedModel, source: Path, folder: Path) -> l
         )
         for server, name in zip(servers, names, strict=True)
     ]
+
+
+def addresses(urls: str) -> list[str]:
+    """Of a list with commas."""
+    return [url.strip() for url in urls.split(",") if url.strip()]
 
 
 def model_folder(config: Config, model: LoadedModel, folder: Path) -> Path:

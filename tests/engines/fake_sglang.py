@@ -1,0 +1,139 @@
+"""A stand-in for an SGLang server, over real HTTP, that can be told to fail.
+
+It answers a request with ids that follow from its prompt alone, so that a test knows what is right
+however often a request was asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import deque
+from typing import Any
+
+from aiohttp import web
+
+
+class FakeSglang:
+    """`faults`: taken by the next requests to /generate, one each; "" means none."""
+
+    def __init__(self, *, faults: tuple[str, ...] = (), tokens: int = 3) -> None:
+        self.faults = deque(faults)
+        self.tokens = tokens
+        self.version = "default"
+        self.bodies: list[dict[str, Any]] = []  # of /generate
+        self.loaded: list[str] = []  # versions, in order
+        self.refuse_weights = 0  # how many hand-overs fail
+        self.healthy = True
+        self.delay_s: dict[str, float] = {}  # by request id
+        self.running = self.most_running = 0
+        self.probe_logprob = -1.0
+        self._runner: web.AppRunner | None = None
+        self.url = ""
+
+    async def __aenter__(self) -> FakeSglang:
+        app = web.Application()
+        app.add_routes(
+            [
+                web.get("/health", self._health),
+                web.get("/model_info", self._info),
+                web.post("/update_weights_from_disk", self._load),
+                web.post("/generate", self._generate),
+            ]
+        )
+        self._runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        await site.start()
+        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._runner is not None
+        await self._runner.cleanup()
+
+    async def _health(self, _request: web.Request) -> web.Response:
+        return web.Response(status=200 if self.healthy else 503)
+
+    async def _info(self, _request: web.Request) -> web.Response:
+        return web.json_response({"weight_version": self.version})
+
+    async def _load(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        if self.refuse_weights:
+            self.refuse_weights -= 1
+            return web.json_response({"success": False, "message": "no such file"}, status=400)
+        self.version = body["weight_version"]
+        self.loaded.append(self.version)
+        return web.json_response({"success": True, "message": ""})
+
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        if body["sampling_params"]["max_new_tokens"] == 0:
+            logprobs = [[None, 0, None]] + [[self.probe_logprob, 0, None]] * (
+                len(body["input_ids"]) - 1
+            )
+            return web.json_response({"meta_info": {"input_token_logprobs": logprobs}})
+        self.bodies.append(body)
+        fault = self.faults.popleft() if self.faults else ""
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        try:
+            await asyncio.sleep(self.delay_s.get(body["rid"].split("/", 1)[1].split("#")[0], 0.0))
+            return await self._answer(request, body, fault)
+        finally:
+            self.running -= 1
+
+    async def _answer(
+        self, request: web.Request, body: dict[str, Any], fault: str
+    ) -> web.StreamResponse:
+        if fault.isdecimal():
+            return web.json_response({"error": {"message": "queue full"}}, status=int(fault))
+        if fault == "hang":
+            self.healthy = False
+            await asyncio.sleep(60)
+        version = {"stale": "default", "foreign": "0badcafe-7"}.get(fault, self.version)
+        items = [self.completion(body["input_ids"], i, version) for i in range(count(body))]
+        if fault == "short":
+            for item in items:
+                item["meta_info"]["finish_reason"] = {"type": "length", "length": 3}
+        if fault == "abort":
+            items[0]["meta_info"]["finish_reason"] = {"type": "abort", "message": "retracted"}
+        if fault == "incomplete":
+            del items[0]["meta_info"]["output_token_logprobs"]
+        if fault == "fewer":
+            items = items[1:]
+        data = json.dumps(items).encode()
+        if fault == "truncated":
+            return web.Response(body=data[: len(data) // 2], content_type="application/json")
+        if fault == "reset":
+            response = web.StreamResponse(headers={"Content-Length": str(len(data))})
+            await response.prepare(request)
+            await response.write(data[: len(data) // 2])
+            assert request.transport is not None
+            request.transport.abort()
+            return response
+        return web.Response(body=data, content_type="application/json")
+
+    def completion(self, prompt_ids: list[int], index: int, version: str) -> dict[str, Any]:
+        ids = expected_ids(prompt_ids, index, self.tokens)
+        return {
+            "output_ids": list(ids),
+            "meta_info": {
+                "finish_reason": {"type": "stop", "matched": ids[-1]},
+                "output_token_logprobs": [[-0.5 - index, token, None] for token in ids],
+                "weight_version": version,
+                "cached_tokens": len(prompt_ids) - 1 if index else 0,
+                "num_retractions": 0,
+            },
+        }
+
+
+def expected_ids(
+    prompt_ids: list[int] | tuple[int, ...], index: int, tokens: int
+) -> tuple[int, ...]:
+    return tuple((sum(prompt_ids) + index + place) % 50 for place in range(tokens))
+
+
+def count(body: dict[str, Any]) -> int:
+    return body["sampling_params"]["n"]
