@@ -5,13 +5,14 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 # An exact version, installed first: a looser request may fetch gigabytes of CUDA libraries.
 TORCH ?= torch==2.13.0
 VENV ?= .venv
+SGLANG_VENV ?= .venv-sglang
 ARGS ?=
 
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help install train test slow lint format types bench clean
+.PHONY: help install train test slow sglang lint format types bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -36,9 +37,14 @@ train: $(STAMP)  ## train the embedded default; options: make train ARGS="--step
 
 test: $(STAMP)  ## run the tests; options: make test ARGS="-k cli"
 	@$(BIN)/python -m pytest -q -n auto --maxprocesses 8 $(ARGS)
+	@echo "left out: tests that take minutes (make slow) and those of a real SGLang (make sglang)"
 
 slow: $(STAMP)  ## run the tests that take minutes
 	@$(BIN)/python -m pytest -q -m slow $(ARGS)
+
+sglang: $(STAMP)  ## run the tests of a real SGLang, in an environment of its own (10 GB)
+	@PYTHON=$(PYTHON) scripts/sglang_cpu_env.sh $(SGLANG_VENV)
+	@ROSD_SGLANG_PYTHON=$(abspath $(SGLANG_VENV))/bin/python $(BIN)/python -m pytest -q -m sglang $(ARGS)
 
 lint: $(STAMP)  ## check style and spelling
 	@$(BIN)/ruff check .

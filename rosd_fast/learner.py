@@ -50,6 +50,7 @@ class Tally:
         self.is_clip = is_clip
         self.loss: Tensor | float = 0.0
         self.sums: dict[str, Tensor | float] = defaultdict(float)
+        self.gaps: list[Tensor] = []  # largest |student - rollout log-prob| of each micro-batch
         self.rows: list[tuple[PackedBatch, Tensor]] = []
         self.stats: list[SpanDivergenceStats] = []
 
@@ -62,6 +63,11 @@ class Tally:
         self.loss += output.loss.detach()
         self.sums["loss/divergence"] += (weights * divergence).sum()
         self.sums["loss/is_weight_mean"] += importance.sum()
+        gap = (logprob - batch.rollout_logprobs.to(logprob)).abs()
+        self.sums["loss/logprob_gap_mean"] += gap.sum()
+        self.gaps.append(gap.max())
+        if self.is_clip is not None:
+            self.sums["loss/is_clipped_frac"] += importance.eq(self.is_clip).sum()
         self.sums["loss/student_entropy"] += output.student_entropy.sum()
         self.sums["loss/teacher_entropy"] += output.teacher_entropy.sum()
         self.rows.append((batch, divergence))
@@ -70,6 +76,7 @@ class Tally:
     def metrics(self, total: int) -> dict[str, float]:
         """Means over the step's distilled tokens."""
         return {key: float(value) / total for key, value in self.sums.items()} | {
+            "loss/logprob_gap_max": max(map(float, self.gaps)),
             "loss/num_micro_batches": float(len(self.rows)),
             **self.sparsity_metrics(total),
         }

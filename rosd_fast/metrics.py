@@ -141,11 +141,13 @@ def rollout_metrics(
     verdicts: Mapping[str, Verdict],
     num_distilled_rollouts: int,
     selection: Selection,
+    version: int,
 ) -> dict[str, float]:
     """The `rollout/*` metrics of a step, over all sampled rollouts, kept or dropped.
 
-    `verdicts` is by rollout id and has one for each rollout. Raises ValueError when there is no
-    rollout.
+    `verdicts` is by rollout id and has one for each rollout. `version`: of the weights that learn
+    from them; `policy_lag_mean` is by how much those that sampled are older. Raises ValueError when
+    there is no rollout.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     if not rollouts:
@@ -157,5 +159,6 @@ def rollout_metrics(
         "rollout/truncated_frac": sum(r.finish_reason == "length" for r in rollouts) / total,
         "rollout/groups_kept_frac": len(selection.kept) / len(groups),
         "rollout/distilled_frac": num_distilled_rollouts / total,
+        "rollout/policy_lag_mean": sum(version - r.policy_version for r in rollouts) / total,
         "rollout/num_rollouts": float(total),
     }

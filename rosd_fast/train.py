@@ -126,7 +126,7 @@ async def learn(run: Run, step: int, sampled: Sampled) -> dict[str, float]:
         )
     return {
         **learned.metrics,
-        **rollout_metrics(groups, verdicts, len(samples), selection),
+        **rollout_metrics(groups, verdicts, len(samples), selection, step - 1),
         **run.engine.take_metrics(),
         **reflection_metrics(sampled.reflections),
         **sample_metrics(samples),

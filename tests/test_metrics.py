@@ -141,14 +141,15 @@ def test_rollout_metrics() -> None:
         id_: Verdict(rollout_id=id_, score=score, success=score == 1.0, answer=None)
         for id_, score in {"a/0": 1.0, "a/1": 0.5, "b/0": 0.0, "b/1": 0.0}.items()
     }
-    got = rollout_metrics(groups, verdicts, 1, FakeSelection(kept=(groups[0],)))  # type: ignore[arg-type]
+    got = rollout_metrics(groups, verdicts, 1, FakeSelection(kept=(groups[0],)), 3)  # type: ignore[arg-type]
     assert got == {
         "rollout/accuracy": 0.25,
         "rollout/tokens_mean": 3.0,
         "rollout/truncated_frac": 0.5,
         "rollout/groups_kept_frac": 0.5,
         "rollout/distilled_frac": 0.25,
+        "rollout/policy_lag_mean": 3.0,
         "rollout/num_rollouts": 4.0,
     }
     with pytest.raises(ValueError, match="no rollout"):
-        rollout_metrics([], {}, 0, FakeSelection(kept=()))  # type: ignore[arg-type]
+        rollout_metrics([], {}, 0, FakeSelection(kept=()), 0)  # type: ignore[arg-type]
