@@ -35,6 +35,7 @@ class Member:
         self.name = name
         self.tag: str | None = None
         self.down = False
+        self.asleep = False  # its memory is given back
         self.lock = asyncio.Lock()
         self._suspect = self._given is not None  # look at it before it is used
         self._hangs = False
@@ -63,7 +64,7 @@ class Member:
         """
         started = False
         if self.own is not None and (not self.own.alive or not await self._trusted()):
-            self.tag = None
+            self.tag, self.asleep = None, False
             await self.own.start()
             started = True
         elif self._given is not None and not await self._trusted():

@@ -80,6 +80,7 @@ def open_engine(
         concurrency=options.concurrency,
         max_failures=options.max_failures,
         request_timeout_s=options.request_timeout_s,
+        colocated=options.colocated,
         note=note,
     )
 

@@ -55,6 +55,7 @@ class SglangEngine(RolloutEngine):
     sync. probe_bound: largest difference that is no error, in nats.
     concurrency: requests under way at once. max_failures: as many in a row end the run.
     request_timeout_s: for one request, with all its copies.
+    colocated: the servers give their memory back between `make_room` and `load_weights`.
     note: shows the user a line.
     """
 
@@ -74,6 +75,7 @@ class SglangEngine(RolloutEngine):
         concurrency: int = 64,
         max_failures: int = 10,
         request_timeout_s: float = 3600.0,
+        colocated: bool = False,
         note: Callable[[str], None] = print,
     ) -> None:
         if not members:
@@ -88,6 +90,7 @@ class SglangEngine(RolloutEngine):
         self._slots = asyncio.Semaphore(concurrency)
         self._max_failures = max_failures
         self._timeout_s = request_timeout_s
+        self._colocated = colocated
         self._prefix = PrefixUse()
         self._counts = {"retries": 0, "retractions": 0, "restarts": 0}
         self._idle = asyncio.Condition()
@@ -159,6 +162,20 @@ class SglangEngine(RolloutEngine):
         if not any(error is None for error in ready):
             raise RunFailed(f"no SGLang server could be brought to the new weights: {ready[0]}")
         self._weights.drop_all_but(version)
+
+    async def make_room(self) -> None:
+        """Have colocated servers give back the memory of weights and cache.
+
+        Raises RunFailed when one does not: the learner would run out of memory.
+        """
+        if not self._colocated:
+            return
+        for member in self.members:
+            try:
+                await member.post("/release_memory_occupation", {}, timeout_s=SYNC_TIMEOUT_S)
+            except ServerError as error:
+                raise RunFailed(f"the server keeps its memory: {error}") from None
+            member.asleep, member.tag = True, None
 
     async def close(self) -> None:
         """Stop our own servers and remove what was written for them."""
@@ -276,6 +293,9 @@ class SglangEngine(RolloutEngine):
             if member.tag == self.tag:
                 return
             member.tag = None
+            if member.asleep:
+                await member.post("/resume_memory_occupation", {}, timeout_s=SYNC_TIMEOUT_S)
+                member.asleep = False
             answer = await member.post(
                 "/update_weights_from_disk",
                 {

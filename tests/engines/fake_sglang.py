@@ -22,7 +22,7 @@ class FakeSglang:
         self.tokens = tokens
         self.version = "default"
         self.bodies: list[dict[str, Any]] = []  # of /generate
-        self.loaded: list[str] = []  # versions, in order
+        self.loaded: list[str] = []  # versions, "release" and "resume", in order
         self.refuse_weights = 0  # how many hand-overs fail
         self.healthy = True
         self.delay_s: dict[str, float] = {}  # by request id
@@ -39,6 +39,8 @@ class FakeSglang:
                 web.get("/model_info", self._info),
                 web.post("/update_weights_from_disk", self._load),
                 web.post("/generate", self._generate),
+                web.post("/release_memory_occupation", self._memory),
+                web.post("/resume_memory_occupation", self._memory),
             ]
         )
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
@@ -57,6 +59,10 @@ class FakeSglang:
 
     async def _info(self, _request: web.Request) -> web.Response:
         return web.json_response({"weight_version": self.version})
+
+    async def _memory(self, request: web.Request) -> web.Response:
+        self.loaded.append(request.path.split("_")[0].lstrip("/"))
+        return web.Response()
 
     async def _load(self, request: web.Request) -> web.Response:
         body = await request.json()

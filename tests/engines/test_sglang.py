@@ -303,6 +303,18 @@ async def nothing(_setting: Setting) -> None:
     """Only load weights."""
 
 
+def test_a_colocated_server_sleeps_while_the_learner_works(tmp_path: Path) -> None:
+    async def test(setting: Setting) -> None:
+        await setting.engine.make_room()
+        await setting.engine.load_weights(WEIGHTS, version=1)
+        assert_right([make_request(0)], await setting.engine.generate([make_request(0)]))
+        kinds = [name if name in ("release", "resume") else "load" for name in fake.loaded]
+        assert kinds == ["load", "release", "resume", "load"]
+
+    fake = FakeSglang()
+    with_fakes(tmp_path, test, fake, colocated=True)
+
+
 def test_completions_come_as_they_are_done(tmp_path: Path) -> None:
     requests = [make_request(index) for index in range(3)]
 

@@ -1,0 +1,102 @@
+"""Streamed and behind a barrier: the same rollouts and reflections, in another order of events."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from rosd_fast.engines.local import LocalEngine
+from rosd_fast.errors import UserError
+from rosd_fast.pipeline import Sampled, sample_and_reflect
+from rosd_fast.progress import Hidden
+from rosd_fast.run import Run, open_run
+from rosd_fast.settings import apply_args, load_preset
+from rosd_fast.types import Generation, GenerationRequest
+
+
+class StreamingEngine(LocalEngine):
+    """Gives each request's completions at once, the last request's first, and keeps a diary."""
+
+    streams = True
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.diary: list[str] = []
+        self.fail_at = ""
+
+    async def generate(
+        self,
+        requests: Sequence[GenerationRequest],
+        *,
+        on_tokens: Callable[[int], None] | None = None,
+    ) -> list[Generation]:
+        for request in requests:
+            self.diary.append(request.id)
+            if self.fail_at and self.fail_at in request.id:
+                raise UserError("is not wanted", where=request.id)
+        return await super().generate(requests, on_tokens=on_tokens)
+
+    async def stream(
+        self,
+        requests: Sequence[GenerationRequest],
+        *,
+        on_tokens: Callable[[int], None] | None = None,
+    ) -> AsyncIterator[list[Generation]]:
+        for request in reversed(requests):
+            yield await self.generate([request], on_tokens=on_tokens)
+            await asyncio.sleep(0)  # lets reflections be asked for
+
+
+def sampled(tmp_path: Path, pipeline: str, use: Callable[[Run], Any] | None = None) -> Any:
+    options = {
+        "steps": 1,
+        "out": str(tmp_path),
+        "name": pipeline,
+        "sample.problems_per_step": 4,
+        "sample.group_size": 4,
+        "data.dev": None,
+        "data.dev_ood": None,
+        # The validator lets `pipeline` be; only an engine that streams looks at it.
+        "engine.pipeline": pipeline,
+    }
+    with open_run(apply_args(load_preset("quickstart"), options)) as run:
+        run.engine = run.reflector = engine = StreamingEngine(
+            run.model.model, tokenizer=run.model.tokenizer
+        )
+        if use is not None:
+            use(run)
+        found = asyncio.run(sample_and_reflect(run, 1, Hidden()))
+    return found, engine.diary
+
+
+def test_both_pipelines_give_the_same(tmp_path: Path) -> None:
+    streamed, diary = sampled(tmp_path, "streamed")
+    barrier, barrier_diary = sampled(tmp_path, "barrier")
+    assert isinstance(streamed, Sampled) and isinstance(barrier, Sampled)
+    assert streamed.reflections and streamed.reflections == barrier.reflections
+    assert streamed.selection == barrier.selection and streamed.verdicts == barrier.verdicts
+    for ours, theirs in zip(streamed.groups, barrier.groups, strict=True):
+        assert ours.problem == theirs.problem
+        assert [r.completion_ids for r in ours.rollouts] == [
+            r.completion_ids for r in theirs.rollouts
+        ]
+    assert sorted(diary) == sorted(barrier_diary)
+    assert first_reflection(barrier_diary) == 4
+    assert first_reflection(diary) < 4  # while others still sample
+
+
+def first_reflection(diary: list[str]) -> int:
+    return next(place for place, name in enumerate(diary) if "/reflect/" in name)
+
+
+def test_an_error_in_a_reflection_is_the_one_that_is_seen(tmp_path: Path) -> None:
+    def fail(run: Run) -> None:
+        assert isinstance(run.engine, StreamingEngine)
+        run.engine.fail_at = "/reflect/"
+
+    with pytest.raises(UserError, match=r"step1/reflect/.* is not wanted"):
+        sampled(tmp_path, "streamed", fail)
