@@ -1,0 +1,334 @@
+"""The SGLang engine on a real server of this machine: cache, pipeline, sync, faults, bytes.
+
+    make sglang                                                   # makes the environment
+    python bench/rollout_sglang.py --python .venv-sglang/bin/python
+
+pipeline  seconds from the first request of a step to its last reflection, `streamed` and `barrier`
+          in turns. Rollouts have unequal lengths, which the bench prescribes: a quarter of the
+          groups samples `--long` tokens, the others a fifth of that. The cached and the shareable
+          share of all prompt tokens is that of these steps.
+sync      seconds to hand over all weights: written, loaded, and checked by a probe.
+faults    the scheduler is killed, then stopped, in mid-step, and a proxy breaks three answers (a
+          reset in mid-body, half a JSON text, an error 500). `lost`: completions that are missing
+          or whose log-probabilities are not those of the trainer's model.
+bytes     received for each sampled token and its log-probability.
+
+Adds a row to bench/results/rollout_sglang.csv.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import os
+import signal
+import statistics
+import tempfile
+import time
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from aiohttp import ClientSession, web
+from harness import RESULTS, append_row, environment
+
+from rosd_fast.config import Config
+from rosd_fast.engines.base import RolloutEngine
+from rosd_fast.engines.fleet import Member
+from rosd_fast.engines.http import Endpoint
+from rosd_fast.engines.open import token_logprobs
+from rosd_fast.engines.server import OwnServer
+from rosd_fast.engines.sglang import SglangEngine
+from rosd_fast.pipeline import sample_and_reflect
+from rosd_fast.progress import Hidden
+from rosd_fast.rollout import problem_prompt
+from rosd_fast.run import Run, open_run
+from rosd_fast.settings import apply_args, load_preset
+from rosd_fast.types import Generation, GenerationRequest, SamplingParams
+
+CSV = RESULTS / "rollout_sglang.csv"
+LONG_EVERY, LONG_TIMES = 4, 5
+FAULTS = ("reset", "half", "500")
+CLOSE = 1e-3  # nats
+TEMPLATE = "{problem}\n\nAn attempt:\n{rollout}\n\nQuote the first wrong words and explain."
+
+
+def main() -> None:
+    args = parse_arguments()
+    if not args.python:
+        print("left out: no SGLang; see the head of bench/rollout_sglang.py")
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        config = make_config(args, folder)
+        with open_run(config) as run:
+            row = asyncio.run(measure(run, args))
+    append_row(CSV, {**environment(), **row})
+    for name, value in row.items():
+        print(f"{name:24} {value}")
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--python", default=os.environ.get("ROSD_SGLANG_PYTHON", ""))
+    parser.add_argument("--problems", type=int, default=16)
+    parser.add_argument("--group-size", type=int, default=4)
+    parser.add_argument("--long", type=int, default=240, help="tokens of the long rollouts")
+    parser.add_argument("--repeats", type=int, default=5)
+    return parser.parse_args()
+
+
+def make_config(args: argparse.Namespace, folder: str) -> Config:
+    options = {
+        "out": folder,
+        "name": "run",
+        "steps": 1,
+        "data.dev": None,
+        "data.dev_ood": None,
+        "sample.problems_per_step": args.problems,
+        "sample.group_size": args.group_size,
+        "select.require_success": False,
+        "reflect.wrong_template": TEMPLATE,
+        "engine.kind": "sglang",
+        "engine.python": args.python,
+        "engine.server_args": "--max-total-tokens 32768",
+        "engine.health_every_s": 2.0,
+        "engine.health_timeout_s": 10.0,
+    }
+    return apply_args(load_preset("quickstart"), options)
+
+
+class Unequal(RolloutEngine):
+    """Passes requests on, with the prescribed length of each rollout."""
+
+    streams = True
+
+    def __init__(self, engine: SglangEngine, long: int) -> None:
+        self.engine, self.long = engine, long
+
+    async def generate(
+        self,
+        requests: Sequence[GenerationRequest],
+        *,
+        on_tokens: Callable[[int], None] | None = None,
+    ) -> list[Generation]:
+        return await self.engine.generate(self.cut(requests), on_tokens=on_tokens)
+
+    async def stream(
+        self,
+        requests: Sequence[GenerationRequest],
+        *,
+        on_tokens: Callable[[int], None] | None = None,
+    ) -> AsyncIterator[list[Generation]]:
+        async for generations in self.engine.stream(self.cut(requests), on_tokens=on_tokens):
+            yield generations
+
+    def cut(self, requests: Sequence[GenerationRequest]) -> list[GenerationRequest]:
+        """Long ones come last, as a queue of problems would not know them."""
+        found = []
+        for place, request in enumerate(requests):
+            long = place % LONG_EVERY == LONG_EVERY - 1
+            length = self.long if long else self.long // LONG_TIMES
+            params = replace(request.params, max_new_tokens=length, stop_token_ids=())
+            found.append(replace(request, params=params))
+        return found
+
+    async def load_weights(self, weights: Any, *, version: int) -> None:
+        await self.engine.load_weights(weights, version=version)
+
+    async def close(self) -> None:
+        await self.engine.close()
+
+
+async def measure(run: Run, args: argparse.Namespace) -> dict[str, str]:
+    engine = run.engine
+    assert isinstance(engine, SglangEngine)
+    try:
+        await engine.load_weights(run.learner.weights, version=0)
+        await sample_and_reflect(run, 1, Hidden())  # the first grammar takes seconds
+        row = await measure_bytes(run, engine)
+        row |= await measure_sync(run, engine, args.repeats)
+        row |= await measure_pipelines(run, engine, args)
+        row |= await measure_faults(run, engine)
+    finally:
+        await engine.close()
+    return row
+
+
+async def measure_pipelines(
+    run: Run, engine: SglangEngine, args: argparse.Namespace
+) -> dict[str, str]:
+    seconds: dict[str, list[float]] = {"streamed": [], "barrier": []}
+    shares: list[dict[str, float]] = []
+    run.engine, run.reflector = Unequal(engine, args.long), engine
+    for _ in range(args.repeats):
+        for name, own in seconds.items():
+            options = run.config.engine.model_copy(update={"pipeline": name})
+            run.config = run.config.model_copy(update={"engine": options})
+            # The cache is emptied, as after each hand-over.
+            await engine.load_weights(run.learner.weights, version=engine.policy_version + 1)
+            engine.take_metrics()
+            start = time.perf_counter()
+            await sample_and_reflect(run, 1, Hidden())
+            own.append(time.perf_counter() - start)
+            shares.append(engine.take_metrics())
+    run.engine = engine
+    streamed, barrier = (statistics.median(seconds[name]) for name in ("streamed", "barrier"))
+    cached, shareable = (
+        statistics.mean(share[f"rollout/{name}_frac"] for share in shares)
+        for name in ("cached", "shareable")
+    )
+    return {
+        "streamed_s": f"{streamed:.2f}",
+        "barrier_s": f"{barrier:.2f}",
+        "streamed_vs_barrier": f"{streamed / barrier:.3f}",
+        "cached_frac": f"{cached:.4f}",
+        "shareable_frac": f"{shareable:.4f}",
+        "cached_of_shareable": f"{cached / shareable:.4f}",
+    }
+
+
+async def measure_sync(run: Run, engine: SglangEngine, repeats: int) -> dict[str, str]:
+    seconds = []
+    for _ in range(repeats):
+        start = time.perf_counter()
+        await engine.load_weights(run.learner.weights, version=engine.policy_version + 1)
+        seconds.append(time.perf_counter() - start)
+    return {"sync_disk_s": f"{statistics.median(seconds):.3f}"}
+
+
+async def measure_bytes(run: Run, engine: SglangEngine) -> dict[str, str]:
+    before = engine.members[0].num_bytes
+    generations = await engine.generate(make_requests(run, "bytes"))
+    tokens = sum(len(generation.completion_ids) for generation in generations)
+    return {"bytes_per_token": f"{(engine.members[0].num_bytes - before) / tokens:.1f}"}
+
+
+async def measure_faults(run: Run, engine: SglangEngine) -> dict[str, str]:
+    """Lost completions under three broken answers, a killed and a stopped scheduler."""
+    own = engine.members[0].own
+    assert own is not None
+    requests = make_requests(run, "faults")
+    lost = 0
+    start = time.perf_counter()
+    for number in (signal.SIGKILL, signal.SIGSTOP):
+        under_way = asyncio.create_task(engine.generate(requests))
+        await asyncio.sleep(0.2)
+        os.kill(scheduler(own), number)
+        lost += count_lost(run, requests, await under_way)
+    retries = engine.take_metrics()["rollout/num_retries"]
+    assert own.endpoint is not None
+    async with Proxy(own.endpoint) as proxy:
+        through = SglangEngine(
+            [Member(Endpoint(proxy.url), name=proxy.url)],
+            model_folder=run.folder / "none",
+            weights_folder=run.folder / "engine" / "weights",
+            vocab_size=engine.vocab_size,
+            context_length=engine.context_length,
+            note=lambda text: None,
+        )
+        through._run, through.policy_version = engine._run, engine.policy_version
+        lost += count_lost(run, requests, await through.generate(requests))
+        retries += through.take_metrics()["rollout/num_retries"]
+        for member in through.members:
+            await member.close()
+        assert not proxy.faults, "not every fault was met"
+    return {
+        "faults": str(2 + len(FAULTS)),
+        "lost": str(lost),
+        "retries": f"{retries:.0f}",
+        "faults_s": f"{time.perf_counter() - start:.0f}",
+    }
+
+
+def make_requests(run: Run, name: str) -> list[GenerationRequest]:
+    return [
+        GenerationRequest(
+            id=f"{name}/{problem.id}",
+            prompt_ids=problem_prompt(problem, run.model.tokenizer, 256),
+            params=SamplingParams(max_new_tokens=96, stop_token_ids=run.model.stop_token_ids),
+            n=run.config.sample.group_size,
+            affinity=problem.id,
+        )
+        for problem in run.stream.batch(1)
+    ]
+
+
+def count_lost(
+    run: Run, requests: Sequence[GenerationRequest], generations: Sequence[Generation]
+) -> int:
+    """Completions that are missing, or that the trainer's model did not sample."""
+    prompts = {request.id: request.prompt_ids for request in requests}
+    good = 0
+    for item in generations:
+        prompt = prompts[item.request_id]
+        own = token_logprobs(run.model.model, [*prompt, *item.completion_ids])[len(prompt) - 1 :]
+        good += all(abs(a - b) < CLOSE for a, b in zip(own, item.logprobs, strict=True))
+    return sum(request.n for request in requests) - good
+
+
+def scheduler(server: OwnServer) -> int:
+    """The process that holds the model."""
+    assert server._process is not None
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        if b"scheduler" in path.read_bytes() and server._process.pid in ancestors(path.parent):
+            return int(path.parent.name)
+    raise SystemExit("the server has no scheduler")
+
+
+def ancestors(process: Path) -> list[int]:
+    found = []
+    while int(process.name) > 1:
+        parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
+        found.append(int(parent))
+        process = Path("/proc") / parent
+        if parent == "0":
+            break
+    return found
+
+
+class Proxy:
+    """Passes requests on to a server, and breaks the first answers to /generate."""
+
+    def __init__(self, target: Endpoint) -> None:
+        self.target, self.faults = target, deque(FAULTS)
+        self.url = ""
+
+    async def __aenter__(self) -> Proxy:
+        app = web.Application()
+        app.add_routes([web.route("*", "/{path:.*}", self.handle)])
+        self._runner = web.AppRunner(app)
+        await self._runner.setup()
+        await web.TCPSite(self._runner, "127.0.0.1", 0).start()
+        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+        self._session = ClientSession(headers=self.target._headers)
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._session.close()
+        await self._runner.cleanup()
+
+    async def handle(self, request: web.Request) -> web.StreamResponse:
+        async with self._session.request(
+            request.method, self.target.url + request.path, data=await request.read(),
+            headers={"Content-Type": "application/json"},
+        ) as answer:  # fmt: skip
+            data, status = await answer.read(), answer.status
+        fault = self.faults.popleft() if self.faults and request.path == "/generate" else ""
+        if fault == "500":
+            return web.Response(status=500)
+        if fault == "half":
+            return web.Response(body=data[: len(data) // 2])
+        if fault == "reset":
+            response = web.StreamResponse(headers={"Content-Length": str(len(data))})
+            await response.prepare(request)
+            await response.write(data[: len(data) // 2])
+            assert request.transport is not None
+            request.transport.abort()
+            return response
+        return web.Response(body=data, status=status, content_type="application/json")
+
+
+if __name__ == "__main__":
+    main()
