@@ -7,7 +7,8 @@
 A grammar is a text in llguidance's dialect of Lark; both the local engine and SGLang (field `ebnf`,
 grammar backend llguidance) take it. `substring_words` accepts nothing but runs of words of a given
 text, so that a quote which is not in the rollout cannot be written. A quote that holds its own
-closing tag cannot either: it could not be read back.
+closing tag cannot either: it could not be read back. Where a word is so long that it might not end
+within the tokens there are (a protein, text without spaces), it may be quoted in pieces.
 
 The explanation is free text up to its closing tag, or up to its share of the tokens. Thoughts may
 come first where `think` is given: the names of those of the tags <think> and </think> that are
@@ -24,6 +25,9 @@ Think = Collection[str] | None  # None: no thoughts
 WORD = re.compile(r"\S+")
 # What str.isspace() says: llguidance's \s is another set.
 BLANK = r"\t-\r\x1c-\x20\x85\xa0\u{1680}\u{2000}-\u{200a}\u{2028}\u{2029}\u{202f}\u{205f}\u{3000}"
+LONG_WORD = 32  # characters; a word of more, and of more than a quote's tokens, is cut into pieces
+PIECE = re.compile(r"\s+|\S{1,8}")
+WORD_CHARS = 5  # where words are cut, a quote's least length is so many characters a word
 QUOTE_FRAC = 0.4  # of a reflection's tokens may go to the quote
 TAG_TOKENS = 32  # for tags, when each of their characters is a token or two
 
@@ -35,18 +39,26 @@ def verbatim_grammar(
 
     min_words: of a quote, or as many as the rollout has. max_tokens: of the whole reflection.
     """
-    num_words = _longest_quotable(rollout)
+    parts = rollout.split("</error_quote>")
+    num_words = max(len(WORD.findall(part)) for part in parts)
     if num_words == 0:
         return None
-    more = min(min_words, num_words) - 1
     quote, explanation = _budgets(max_tokens)
-    terms = ["WORDS", rf"/[{BLANK}]*[^{BLANK}]+([{BLANK}]+[^{BLANK}]+){{{more},}}[{BLANK}]*/"]
-    if "</error_quote>" in rollout:  # seldom, and each term takes its time to compile
+    longest = max(map(len, WORD.findall(rollout)))
+    if longest <= max(LONG_WORD, quote):
+        text = f'"substring_words": {json.dumps(rollout)}'
+        more = min(min_words, num_words) - 1
+        terms = [rf"/[{BLANK}]*[^{BLANK}]+([{BLANK}]+[^{BLANK}]+){{{more},}}[{BLANK}]*/"]
+    else:
+        text = f'"substring_chunks": {json.dumps(PIECE.findall(rollout))}'
+        fewest = min(min_words * WORD_CHARS, max(len(part) for part in parts if part.strip()))
+        terms = [f"/(?s:.{{{fewest},}})/", f"/(?s:.*[^{BLANK}].*)/"]
+    if len(parts) > 1:  # seldom, and each term takes its time to compile
         terms.append(r"~/(?s:.*<\/error_quote>.*)/")
     return _grammar(
         '"<error_quote>" quote "</error_quote>" SPACE explanation',
-        f"quote[max_tokens={quote}]: {' & '.join(terms)}",
-        f'WORDS: %regex {{ "substring_words": {json.dumps(rollout)} }}',
+        f"quote[max_tokens={quote}]: {' & '.join(['TEXT', *terms])}",
+        f"TEXT: %regex {{ {text} }}",
         explanation_tokens=explanation,
         think=think,
     )
@@ -95,8 +107,3 @@ def _budgets(max_tokens: int) -> tuple[int, int]:
     left = max(2, max_tokens - TAG_TOKENS)
     quote = max(1, int(QUOTE_FRAC * left))
     return quote, left - quote
-
-
-def _longest_quotable(rollout: str) -> int:
-    """Words of the longest run that does not hold the closing tag."""
-    return max(len(WORD.findall(part)) for part in rollout.split("</error_quote>"))

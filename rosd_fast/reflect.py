@@ -283,9 +283,10 @@ class Parsed:
 def parse_reflection(text: str, *, correct: bool, sentences: Sequence[str] | None = None) -> Parsed:
     """Read a reflection. `sentences`: of the rollout, for mode sentence.
 
-    Whitespace around quote and explanation is dropped; what is empty is None. Two things are
-    tolerated and told: tags in another "case", and an explanation that is "unclosed", which runs to
-    the end of the text. On correct rollouts no quote is asked for or read.
+    Whitespace around quote and explanation is dropped; what is empty is None. Three things are
+    tolerated and told: tags in another "case", an explanation that is "unclosed", which runs to the
+    end of the text, and a quote that was "cut" within a character, when its tokens ran out. On
+    correct rollouts no quote is asked for or read.
     """
     named = None if correct else (QUOTE if sentences is None else SENTENCE).search(text)
     # An explanation before the quote, or one that the quote itself speaks of, is second choice.
@@ -293,7 +294,8 @@ def parse_reflection(text: str, *, correct: bool, sentences: Sequence[str] | Non
     in_order = explained is not None and (correct or named is not None)
     if explained is None and named is not None:
         explained = EXPLANATION.search(text[: named.start()])
-    quote, number = named[1].strip() if named else "", None
+    quoted, number = named[1].strip() if named else "", None
+    quote = quoted.rstrip("\ufffd").rstrip()
     if sentences is not None and named is not None:
         number = int(quote)
         quote = sentences[number - 1] if 1 <= number <= len(sentences) else ""
@@ -302,7 +304,7 @@ def parse_reflection(text: str, *, correct: bool, sentences: Sequence[str] | Non
     if explained is not None:
         closing = explained[2]
         explanation = (explained[1] if closing else CUT_TAG.sub("", explained[1])).strip()
-    tolerated = []
+    tolerated = ["cut"] if sentences is None and quote != quoted else []
     if any(tag != tag.lower() for tag in TAG.findall(text)):
         tolerated.append("case")
     if explanation and not closing:

@@ -144,9 +144,7 @@ class Reflection:
     sentence: int | None = None  # number of the quoted sentence, from 1; None: found by the quote
     mode: str = "free"  # reflect.mode that it was written in
     prompt_cut: bool = False  # whether the middle of a rollout was left out of the prompt
-    tolerated: tuple[
-        str, ...
-    ] = ()  # what was read although the format is broken: "case", "unclosed"
+    tolerated: tuple[str, ...] = ()  # read although the format is broken: "case", "unclosed", "cut"
     leaks: bool = False  # whether the explanation stated the final answer
     refused: str | None = None  # why the explanation is not used: "leak", "empty" or "copy"
 

@@ -103,6 +103,23 @@ def test_random_rollouts(engine, tokenizer, rollout, seed):
         assert quote is None or quote in rollout  # None: nothing but what strip() drops
 
 
+LONG_WORDS = {
+    "protein": "The protein " + "MKTAYIAKQRQISFVKSHFS" * 30 + " folds.",
+    "no spaces": "日本語には単語の間に空白がない。" * 30,
+    "tags": "x" * 300 + "</error_quote>" + " " * 60 + "</error_quote>" + "y" * 20,
+    "one": "z" * 40,
+}
+
+
+@pytest.mark.parametrize("rollout", LONG_WORDS.values(), ids=LONG_WORDS)
+def test_a_quote_ends_in_time_although_a_word_does_not(engine, tokenizer, rollout):
+    grammar = verbatim_grammar(rollout, min_words=3, max_tokens=120)
+    for text in sample(engine, tokenizer, grammar, n=12, max_new_tokens=120):
+        parsed = parse_reflection(text, correct=False)
+        assert parsed.quote and parsed.quote in rollout
+        assert parsed.explanation
+
+
 @pytest.mark.parametrize(
     "rollout", ["", " \n\t", "</error_quote>", "</error_quote> </error_quote>"]
 )

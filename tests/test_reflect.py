@@ -53,6 +53,14 @@ def step(make_group):
     return make_group(texts, [0.0, 1.0, 1.0], system="Be brief.")
 
 
+def test_a_quote_that_was_cut_within_a_character():
+    text = "<error_quote> 3 天\ufffd</error_quote><explanation>why</explanation>"
+    parsed = parse_reflection(text, correct=False)
+    assert parsed.quote == "3 天" and parsed.tolerated == ("cut",) and parsed.well_formed
+    nothing = parse_reflection(text.replace(" 3 天", ""), correct=False)
+    assert nothing.quote is None and not nothing.well_formed
+
+
 def test_requests(tokenizer, step):
     tasks = build(tokenizer, *step, temperature=0.7, top_p=0.9, max_new_tokens=33)
     head = "<|system|>Be brief.<|end|><|user|>2 + 2 = ?"
