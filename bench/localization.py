@@ -92,6 +92,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data", default="quickstart:train", help="problems to sample rollouts of")
     parser.add_argument("--rollouts", type=int, default=500, help="wrong rollouts, at least")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
     parser.add_argument("--learn", action="store_true", help="train with and without, too")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--csv", type=Path, default=CSV, help="file to add rows to")
@@ -105,10 +106,10 @@ async def measure(args: argparse.Namespace) -> None:
     groups, verdicts = await wrong_rollouts(engine, model, config, args)
     count = sum(not verdict.success for verdict in verdicts.values())
     print(f"{args.model}: {count} wrong rollouts", flush=True)
-    seconds: dict[str, list[float]] = {mode: [] for mode in MODES}
+    seconds: dict[str, list[float]] = {mode: [] for mode in args.modes}
     found: dict[str, dict[str, Reflection]] = {}
     for _ in range(args.repeats):
-        for mode in MODES:
+        for mode in args.modes:
             options = {
                 "mode": mode,
                 "on_correct": "skip",
@@ -128,10 +129,11 @@ async def measure(args: argparse.Namespace) -> None:
             seconds[mode].append(time.perf_counter() - start)
     rollouts = {rollout.id: rollout for group in groups for rollout in group.rollouts}
     oracle = Oracle(model)
-    free = statistics.median(seconds["free"]) / sum(r.num_tokens for r in found["free"].values())
-    for mode in MODES:
+    tokens_of = {mode: sum(r.num_tokens for r in own.values()) for mode, own in found.items()}
+    per_token = {mode: statistics.median(seconds[mode]) / tokens_of[mode] for mode in args.modes}
+    for mode in args.modes:
         own = list(found[mode].values())
-        took, tokens = statistics.median(seconds[mode]), sum(r.num_tokens for r in own)
+        took, tokens = statistics.median(seconds[mode]), tokens_of[mode]
         rules = ("sampled ids", "encoded again") if mode == "free" else ("sampled ids",)
         for rule in rules:
             tally = count_spans(own, rollouts, oracle, rule)
@@ -148,7 +150,9 @@ async def measure(args: argparse.Namespace) -> None:
                 "tokens_mean": f"{tokens / len(own):.1f}",
                 "ms_per_reflection": f"{1e3 * took / len(own):.2f}",
                 "ms_per_token": f"{1e3 * took / tokens:.4f}",
-                "token_time_vs_free": f"{took / tokens / free:.3f}",
+                "token_time_vs_free": (
+                    f"{per_token[mode] / per_token['free']:.3f}" if "free" in per_token else ""
+                ),
             }
             append_row(args.csv, row)
             print("  ".join(f"{name} {row[name]}" for name in list(row)[9:]), flush=True)

@@ -91,7 +91,7 @@ class Member:
                     break
                 misses = 0 if await self._healthy() else misses + 1
                 if misses >= MISSES and not answer.done():
-                    self._hangs = True
+                    self._hangs = endpoint is self._endpoint  # or was it started anew meanwhile?
                     raise Unreachable(endpoint.url, "the server hangs: it has stopped answering")
             return answer.result()
         finally:

@@ -50,6 +50,7 @@ class Endpoint:
         self.url = url.rstrip("/")
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._session: aiohttp.ClientSession | None = None
+        self._closed = False
         self.num_bytes = 0  # received
 
     async def post(self, path: str, body: dict[str, Any], *, timeout_s: float) -> Any:
@@ -61,11 +62,15 @@ class Endpoint:
         return await self._ask("GET", path, None, timeout_s)
 
     async def close(self) -> None:
+        """End all requests; later ones are Unreachable."""
+        self._closed = True
         if self._session is not None:
             await self._session.close()
             self._session = None
 
     async def _ask(self, method: str, path: str, body: Any, timeout_s: float) -> Any:
+        if self._closed:
+            raise Unreachable(self.url, "the server was stopped")
         try:
             async with self._open().request(
                 method,

@@ -38,7 +38,7 @@ FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 5.0
 SYNC_TIMEOUT_S = 600.0
 PROBE_TIMEOUT_S = 120.0
 
-logging.getLogger("stamina").propagate = False  # what is retried is told by `note`
+logging.getLogger("stamina").setLevel(logging.ERROR)  # `note` tells what is tried again
 
 
 class StaleWeights(ServerError):
@@ -198,9 +198,9 @@ class SglangEngine(RolloutEngine):
 
     async def _complete(self, request: GenerationRequest, limit: int) -> list[Generation]:
         """All copies of a request, asked for until they are there."""
-        give_up = asyncio.get_running_loop().time() + self._timeout_s
         num_failures = 0
         async with self._slots, self._running():
+            give_up = asyncio.get_running_loop().time() + self._timeout_s
             async for attempt in stamina.retry_context(
                 on=ServerError,
                 attempts=None,
@@ -214,10 +214,13 @@ class SglangEngine(RolloutEngine):
                         return await self._try(request, limit, attempt.num, member)
                     except ServerError as error:
                         num_failures += not isinstance(error, Busy)
+                        self._failed(member, error)
                         late = asyncio.get_running_loop().time() > give_up
-                        self._failed(
-                            request, member, error, last=late or num_failures >= self._max_failures
-                        )
+                        if late or num_failures >= self._max_failures:
+                            raise RunFailed(
+                                f"request {request.id} failed {attempt.num} times in a row, lastly "
+                                f"because of {error}{member.where_to_look()}"
+                            ) from None
                         raise
         raise AssertionError("retries end with a result or an error")
 
@@ -248,16 +251,9 @@ class SglangEngine(RolloutEngine):
             raise ValueError(f"request {request.id}: {error}") from None
         return self._read(request, limit, answer, member)
 
-    def _failed(
-        self, request: GenerationRequest, member: Member, error: ServerError, *, last: bool
-    ) -> None:
-        """Count a failure, and end the run if it was the `last` that may be."""
+    def _failed(self, member: Member, error: ServerError) -> None:
+        """Count a failure; unless the server was only busy, look at it before it is used again."""
         self._counts["retries"] += 1
-        if last:
-            raise RunFailed(
-                f"request {request.id} failed {self._max_failures} times in a row, lastly because "
-                f"of {error}{member.where_to_look()}"
-            ) from None
         if isinstance(error, Busy):
             return
         if not member.down:
