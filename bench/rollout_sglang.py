@@ -4,8 +4,8 @@
     python bench/rollout_sglang.py --python .venv-sglang/bin/python
 
 pipeline  seconds from the first request of a step to its last reflection, `streamed` and `barrier`
-          in turns. Rollouts have unequal lengths, which the bench prescribes: a quarter of the
-          groups samples `--long` tokens, the others a fifth of that. The cached and the shareable
+          in turns. Rollouts have unequal lengths, which the bench prescribes: one group in
+          `--long-every` samples `--long` tokens, the others `--short`. The cached and the shareable
           share of all prompt tokens is that of these steps.
 sync      seconds to hand over all weights: written, loaded, and checked by a probe.
 faults    the scheduler is killed, then stopped, in mid-step, and a proxy breaks three answers (a
@@ -49,7 +49,6 @@ from rosd_fast.settings import apply_args, load_preset
 from rosd_fast.types import Generation, GenerationRequest, SamplingParams
 
 CSV = RESULTS / "rollout_sglang.csv"
-LONG_EVERY, LONG_TIMES = 4, 5
 FAULTS = ("reset", "half", "500")
 CLOSE = 1e-3  # nats
 TEMPLATE = "{problem}\n\nAn attempt:\n{rollout}\n\nQuote the first wrong words and explain."
@@ -74,7 +73,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--python", default=os.environ.get("ROSD_SGLANG_PYTHON", ""))
     parser.add_argument("--problems", type=int, default=16)
     parser.add_argument("--group-size", type=int, default=4)
-    parser.add_argument("--long", type=int, default=240, help="tokens of the long rollouts")
+    parser.add_argument("--long", type=int, default=400, help="tokens of the long rollouts")
+    parser.add_argument("--short", type=int, default=40, help="tokens of the others")
+    parser.add_argument("--long-every", type=int, default=16, help="groups for one long one")
     parser.add_argument("--repeats", type=int, default=5)
     return parser.parse_args()
 
@@ -104,8 +105,8 @@ class Unequal(RolloutEngine):
 
     streams = True
 
-    def __init__(self, engine: SglangEngine, long: int) -> None:
-        self.engine, self.long = engine, long
+    def __init__(self, engine: SglangEngine, args: argparse.Namespace) -> None:
+        self.engine, self.args = engine, args
 
     async def generate(
         self,
@@ -128,8 +129,8 @@ class Unequal(RolloutEngine):
         """Long ones come last, as a queue of problems would not know them."""
         found = []
         for place, request in enumerate(requests):
-            long = place % LONG_EVERY == LONG_EVERY - 1
-            length = self.long if long else self.long // LONG_TIMES
+            every = self.args.long_every
+            length = self.args.long if place % every == every - 1 else self.args.short
             params = replace(request.params, max_new_tokens=length, stop_token_ids=())
             found.append(replace(request, params=params))
         return found
@@ -161,7 +162,7 @@ async def measure_pipelines(
 ) -> dict[str, str]:
     seconds: dict[str, list[float]] = {"streamed": [], "barrier": []}
     shares: list[dict[str, float]] = []
-    run.engine, run.reflector = Unequal(engine, args.long), engine
+    run.engine, run.reflector = Unequal(engine, args), engine
     for _ in range(args.repeats):
         for name, own in seconds.items():
             options = run.config.engine.model_copy(update={"pipeline": name})
@@ -180,6 +181,9 @@ async def measure_pipelines(
         for name in ("cached", "shareable")
     )
     return {
+        "groups": f"{args.problems} x {args.group_size}",
+        "long_every": str(args.long_every),
+        "tokens": f"{args.short} or {args.long}",
         "streamed_s": f"{streamed:.2f}",
         "barrier_s": f"{barrier:.2f}",
         "streamed_vs_barrier": f"{streamed / barrier:.3f}",
