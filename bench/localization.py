@@ -9,6 +9,7 @@ whose quote stands in the rollout. `exact`: the share whose first and last token
 the quote's first and last byte, counted over all reflections with a quote; which bytes a token
 holds is asked of llguidance's reader of the vocabulary, not of the code that is measured. Beside it
 stands the rule of the method's public code: encode the text before the quote again, and count.
+Time is that of a token of the reflection's text, whether sampled or, as a first tag, given.
 
 Rows go to bench/results/localization.csv, those of --learn to localization_learning.csv.
 """
@@ -32,6 +33,7 @@ from quickstart import run_trial
 from rosd_fast.config import Config
 from rosd_fast.data import load_problems
 from rosd_fast.engines.local import LocalEngine
+from rosd_fast.grammar import opening_tag
 from rosd_fast.model.load import LoadedModel, load_model
 from rosd_fast.reflect import reflect
 from rosd_fast.rollout import sample_groups
@@ -129,7 +131,15 @@ async def measure(args: argparse.Namespace) -> None:
             seconds[mode].append(time.perf_counter() - start)
     rollouts = {rollout.id: rollout for group in groups for rollout in group.rollouts}
     oracle = Oracle(model)
-    tokens_of = {mode: sum(r.num_tokens for r in own.values()) for mode, own in found.items()}
+    tags = {mode: opening_tag(mode, correct=False) for mode in args.modes}
+    opening = {
+        mode: len(model.tokenizer.encode(tag, add_special_tokens=False))
+        for mode, tag in tags.items()
+    }
+    tokens_of = {
+        mode: sum(opening[mode] + reflection.num_tokens for reflection in own.values())
+        for mode, own in found.items()
+    }
     per_token = {mode: statistics.median(seconds[mode]) / tokens_of[mode] for mode in args.modes}
     for mode in args.modes:
         own = list(found[mode].values())

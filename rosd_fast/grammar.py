@@ -4,6 +4,9 @@
     sentence   <error_sentence>7</error_sentence><explanation>...</explanation>
     right      <explanation>...</explanation>, of a correct rollout
 
+The tag that opens a reflection is no choice, so it is not sampled: it stands at the end of the
+prompt, and the grammar is that of what follows. Only where thoughts may come first is it sampled.
+
 A grammar is a text in llguidance's dialect of Lark; both the local engine and SGLang (field `ebnf`,
 grammar backend llguidance) take it. `substring_words` accepts nothing but runs of words of a given
 text, so that a quote which is not in the rollout cannot be written. A quote that holds its own
@@ -21,6 +24,7 @@ import json
 import re
 from collections.abc import Collection
 
+QUOTE, SENTENCE, EXPLANATION = "<error_quote>", "<error_sentence>", "<explanation>"
 Think = Collection[str] | None  # None: no thoughts
 WORD = re.compile(r"\S+")
 # What str.isspace() says: llguidance's \s is another set.
@@ -30,6 +34,15 @@ PIECE = re.compile(r"\s+|\S{1,8}")
 WORD_CHARS = 5  # where words are cut, a quote's least length is so many characters a word
 QUOTE_FRAC = 0.4  # of a reflection's tokens may go to the quote
 TAG_TOKENS = 32  # for tags, when each of their characters is a token or two
+
+
+def opening_tag(mode: str, *, correct: bool, think: Think = None) -> str:
+    """What ends the prompt of a reflection in `mode`: its first tag, or nothing."""
+    if mode == "free" or think is not None:
+        return ""
+    if correct:
+        return EXPLANATION
+    return QUOTE if mode == "verbatim" else SENTENCE
 
 
 def verbatim_grammar(
@@ -56,7 +69,8 @@ def verbatim_grammar(
     if len(parts) > 1:  # seldom, and each term takes its time to compile
         terms.append(r"~/(?s:.*<\/error_quote>.*)/")
     return _grammar(
-        '"<error_quote>" quote "</error_quote>" SPACE explanation',
+        QUOTE,
+        'quote "</error_quote>" SPACE explanation',
         f"quote[max_tokens={quote}]: {' & '.join(['TEXT', *terms])}",
         f"TEXT: %regex {{ {text} }}",
         explanation_tokens=explanation,
@@ -72,7 +86,8 @@ def sentence_grammar(
         return None
     names = " | ".join(f'"{number}"' for number in sorted(numbers))
     return _grammar(
-        '"<error_sentence>" number "</error_sentence>" SPACE explanation',
+        SENTENCE,
+        'number "</error_sentence>" SPACE explanation',
         f"number: {names}",
         explanation_tokens=_budgets(max_tokens)[1],
         think=think,
@@ -81,11 +96,15 @@ def sentence_grammar(
 
 def explanation_grammar(*, max_tokens: int, think: Think = None) -> str:
     """Of a reflection on a correct rollout."""
-    return _grammar("explanation", explanation_tokens=max(1, max_tokens - TAG_TOKENS), think=think)
+    explanation = max(1, max_tokens - TAG_TOKENS)
+    return _grammar(EXPLANATION, "text", explanation_tokens=explanation, think=think)
 
 
-def _grammar(start: str, *rules: str, explanation_tokens: int, think: Think) -> str:
-    lines = ["%llguidance {}", f"start: {'' if think is None else 'thoughts? '}{start}", *rules]
+def _grammar(tag: str, start: str, *rules: str, explanation_tokens: int, think: Think) -> str:
+    """tag: opens the reflection; it is in the grammar only where thoughts may stand before it."""
+    if think is not None:
+        start = f'thoughts? "{tag}" {start}'
+    lines = ["%llguidance {}", f"start: {start}", *rules]
     if think is not None:
         # Tokens of their own are no text, and are written without quotation marks.
         opening = '("<think>" | <think>)' if "<think>" in think else '"<think>"'

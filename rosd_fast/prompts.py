@@ -20,10 +20,14 @@ CUT = " [...] "  # stands where the middle of a text was left out
 PROBE = "the-system-turn"
 
 
-def render_prompt(tokenizer: Any, *, user: str, system: str | None = None) -> tuple[int, ...]:
-    """Ids of the chat template's prompt, with its generation prompt.
+def render_prompt(
+    tokenizer: Any, *, user: str, system: str | None = None, opening: str = ""
+) -> tuple[int, ...]:
+    """Ids of the chat template's prompt, with its generation prompt and the answer's `opening`.
 
     A template that refuses or ignores the system role gets the system text before the user text.
+    opening: without braces, which Jinja would read.
+
     Raises UserError when the template fails on a user turn.
     """
     if system is not None and not has_system_role(tokenizer):
@@ -31,6 +35,11 @@ def render_prompt(tokenizer: Any, *, user: str, system: str | None = None) -> tu
     turns = [{"role": "user", "content": user}]
     if system is not None:
         turns.insert(0, {"role": "system", "content": system})
+    options: dict[str, Any] = _sanitize(tokenizer, user, system or "")
+    if opening:
+        # In the template, so that it is encoded with what stands before it. Jinja drops a line
+        # break at the end of a template.
+        options["chat_template"] = tokenizer.get_chat_template().removesuffix("\n") + opening
     from jinja2 import TemplateError
 
     try:
@@ -40,7 +49,7 @@ def render_prompt(tokenizer: Any, *, user: str, system: str | None = None) -> tu
             tokenize=True,
             return_dict=False,
             tokenizer_kwargs={"verbose": False},  # lengths are checked here, against our own limits
-            **_sanitize(tokenizer, user, system or ""),
+            **options,
         )
     except TemplateError as error:
         raise UserError(

@@ -7,7 +7,8 @@ the middle of the rollouts in it, never the problem or the instruction.
 
 How the error is named is the mode: `verbatim`, a quote that cannot but be words of the rollout;
 `sentence`, the number of one of its sentences, which are numbered in the prompt; `free`, a quote
-as the model likes. The first two are grammars (`grammar.py`) that the engine enforces.
+as the model likes. The first two are grammars (`grammar.py`) that the engine enforces; the tag that
+opens the reflection then ends the prompt.
 """
 
 from __future__ import annotations
@@ -20,7 +21,12 @@ from typing import TYPE_CHECKING, Any
 
 from rosd_fast.errors import UserError
 from rosd_fast.gates import apply_gates
-from rosd_fast.grammar import explanation_grammar, sentence_grammar, verbatim_grammar
+from rosd_fast.grammar import (
+    explanation_grammar,
+    opening_tag,
+    sentence_grammar,
+    verbatim_grammar,
+)
 from rosd_fast.prompts import cut_middle, fill_template, fit_prompt, placeholders, render_prompt
 from rosd_fast.sentences import sentences
 from rosd_fast.types import GenerationRequest, Reflection, SamplingParams
@@ -51,6 +57,7 @@ class ReflectionTask:
     correct: bool  # whether the rollout reflected on is correct
     request: GenerationRequest
     prompt_cut: bool  # whether the middle of a rollout was left out
+    opening: str = ""  # of the reflection, at the end of the prompt
     sentences: tuple[str, ...] = ()  # of the rollout, for mode sentence
 
 
@@ -89,7 +96,7 @@ async def reflect(
         )
     reflections = {}
     for task, generation in zip(tasks, generations, strict=True):
-        text = tokenizer.decode(
+        text = task.opening + tokenizer.decode(
             list(generation.completion_ids),
             skip_special_tokens=True,
             clean_up_tokenization_spaces=False,  # it would change the spaces of a quote
@@ -158,7 +165,8 @@ def build_reflection_requests(
                 texts["demonstration"] = shown.text
             elif "demonstration" in placeholders(template):
                 continue
-            keep, prompt_ids = _prompt(group.problem, template, texts, config, tokenizer)
+            opening = opening_tag(config.mode, correct=correct, think=think)
+            keep, prompt_ids = _prompt(group.problem, template, texts, opening, config, tokenizer)
             grammar = None
             if config.mode != "free":
                 visible = cut_middle(texts["rollout"], keep)
@@ -181,6 +189,7 @@ def build_reflection_requests(
                     request=request,
                     prompt_cut=keep < max(map(len, texts.values())),
                     sentences=parts,
+                    opening=opening,
                 )
             )
     return tasks
@@ -241,6 +250,7 @@ def _prompt(
     problem: Problem,
     template: str,
     texts: Mapping[str, str],
+    opening: str,
     config: ReflectConfig,
     tokenizer: Any,
 ) -> tuple[int, tuple[int, ...]]:
@@ -252,7 +262,7 @@ def _prompt(
     def render(keep: int) -> tuple[int, ...]:
         values = {name: cut_middle(text, keep) for name, text in texts.items()}
         user = fill_template(template, {**values, "problem": problem.prompt, "answer_note": note})
-        return render_prompt(tokenizer, user=user, system=problem.system)
+        return render_prompt(tokenizer, user=user, system=problem.system, opening=opening)
 
     fitted = fit_prompt(
         render,

@@ -136,7 +136,7 @@ class Reflection:
     rollout_id: str
     demonstration_id: str | None  # the correct sibling that was shown, None: none
     correct: bool  # whether the rollout reflected on was correct
-    text: str  # as generated
+    text: str  # as generated, with the tag that the prompt ended with
     quote: str | None
     explanation: str | None
     well_formed: bool  # has every tag of the format, in order

@@ -13,7 +13,14 @@ from hypothesis import strategies as st
 from rosd_fast.engines.constraint import GrammarCompiler, allowed_tokens, mask_logits
 from rosd_fast.engines.local import LocalEngine
 from rosd_fast.errors import UserError
-from rosd_fast.grammar import explanation_grammar, sentence_grammar, verbatim_grammar
+from rosd_fast.grammar import (
+    EXPLANATION,
+    QUOTE,
+    SENTENCE,
+    explanation_grammar,
+    sentence_grammar,
+    verbatim_grammar,
+)
 from rosd_fast.reflect import parse_reflection, split_sentences
 from rosd_fast.spans import TokenBytes, locate
 from rosd_fast.types import GenerationRequest, SamplingParams
@@ -45,6 +52,7 @@ def sample(
     seed: int = 0,
     max_new_tokens: int = 160,
     temperature: float = 1.5,
+    opening: str = "",
 ) -> list[str]:
     request = GenerationRequest(
         id="r",
@@ -59,7 +67,7 @@ def sample(
         grammar=grammar,
     )
     found = asyncio.run(engine.generate([request]))
-    return [tokenizer.decode(g.completion_ids, skip_special_tokens=True) for g in found]
+    return [opening + tokenizer.decode(g.completion_ids, skip_special_tokens=True) for g in found]
 
 
 @pytest.mark.parametrize("rollout", ROLLOUTS, ids=range(len(ROLLOUTS)))
@@ -68,7 +76,7 @@ def test_a_verbatim_quote_is_found(engine, tokenizer, rollout):
     pieces = TokenBytes(tokenizer).of(tokenizer.encode(rollout, add_special_tokens=False))
     grammar = verbatim_grammar(rollout, min_words=3, max_tokens=160)
     assert grammar is not None
-    for text in sample(engine, tokenizer, grammar):
+    for text in sample(engine, tokenizer, grammar, opening=QUOTE):
         parsed = parse_reflection(text, correct=False)
         assert parsed.quote is not None and parsed.explanation is not None, text
         assert parsed.quote in rollout
@@ -80,7 +88,8 @@ def test_quotes_have_the_words_asked_for(engine, tokenizer):
     rollout = ROLLOUTS[0]
     for min_words in (1, 4, 100):
         grammar = verbatim_grammar(rollout, min_words=min_words, max_tokens=400)
-        for text in sample(engine, tokenizer, grammar, n=12, max_new_tokens=400):
+        options = {"n": 12, "max_new_tokens": 400, "opening": QUOTE}
+        for text in sample(engine, tokenizer, grammar, **options):
             quote = parse_reflection(text, correct=False).quote
             assert quote is not None
             assert len(quote.split()) >= min(min_words, len(rollout.split())), quote
@@ -98,7 +107,8 @@ def test_random_rollouts(engine, tokenizer, rollout, seed):
     if grammar is None:
         assert not rollout.replace("</error_quote>", "").split()
         return
-    for text in sample(engine, tokenizer, grammar, n=2, seed=seed, max_new_tokens=120):
+    options = {"n": 2, "seed": seed, "max_new_tokens": 120, "opening": QUOTE}
+    for text in sample(engine, tokenizer, grammar, **options):
         quote = parse_reflection(text, correct=False).quote
         assert quote is None or quote in rollout  # None: nothing but what strip() drops
 
@@ -114,7 +124,8 @@ LONG_WORDS = {
 @pytest.mark.parametrize("rollout", LONG_WORDS.values(), ids=LONG_WORDS)
 def test_a_quote_ends_in_time_although_a_word_does_not(engine, tokenizer, rollout):
     grammar = verbatim_grammar(rollout, min_words=3, max_tokens=120)
-    for text in sample(engine, tokenizer, grammar, n=12, max_new_tokens=120):
+    options = {"n": 12, "max_new_tokens": 120, "opening": QUOTE}
+    for text in sample(engine, tokenizer, grammar, **options):
         parsed = parse_reflection(text, correct=False)
         assert parsed.quote and parsed.quote in rollout
         assert parsed.explanation
@@ -132,7 +143,8 @@ def test_a_sentence_is_named_by_a_valid_number(engine, tokenizer):
     assert len(parts) == 3
     grammar = sentence_grammar([1, 3], max_tokens=100)
     seen = set()
-    for text in sample(engine, tokenizer, grammar, n=24, max_new_tokens=100):
+    options = {"n": 24, "max_new_tokens": 100, "opening": SENTENCE}
+    for text in sample(engine, tokenizer, grammar, **options):
         parsed = parse_reflection(text, correct=False, sentences=parts)
         assert parsed.sentence in (1, 3) and parsed.explanation
         assert parsed.quote == parts[parsed.sentence - 1]
@@ -142,20 +154,21 @@ def test_a_sentence_is_named_by_a_valid_number(engine, tokenizer):
 
 
 def test_explanations_of_correct_rollouts(engine, tokenizer):
-    for text in sample(engine, tokenizer, explanation_grammar(max_tokens=80), max_new_tokens=80):
+    grammar = explanation_grammar(max_tokens=80)
+    for text in sample(engine, tokenizer, grammar, max_new_tokens=80, opening=EXPLANATION):
         parsed = parse_reflection(text, correct=True)
-        assert text.startswith("<explanation>") and parsed.explanation
+        assert parsed.explanation
 
 
-@pytest.mark.parametrize("tags", [None, (), ("<think>",), ("<think>", "</think>")])
-def test_thoughts_come_first_or_not_at_all(tokenizer, tags):
+@pytest.mark.parametrize("tags", [(), ("<think>",), ("<think>", "</think>")])
+def test_thoughts_may_come_first(tokenizer, tags):
     """Where the tags are tokens, and where they are spelled out."""
     from transformers import PreTrainedTokenizerFast
 
     backend = type(tokenizer.backend_tokenizer).from_str(
         tokenizer.backend_tokenizer.to_str().replace("<think>", "<other>")
     )
-    backend.add_tokens(list(tags or ()))
+    backend.add_tokens(list(tags))
     own: Any = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
     grammar = explanation_grammar(max_tokens=200, think=tags)
     compiler = GrammarCompiler(own, len(own))
@@ -164,9 +177,20 @@ def test_thoughts_come_first_or_not_at_all(tokenizer, tags):
         "<explanation>why</explanation>",
     ):
         constraint = compiler.constraint(grammar, [own.eos_token_id], where="here")
-        ids = own.encode(text, add_special_tokens=False)
-        accepted = follows(constraint, ids, len(own))
-        assert accepted == (tags is not None or not text.startswith("<think>")), text
+        assert follows(constraint, own.encode(text, add_special_tokens=False), len(own)), text
+
+
+def test_without_thoughts_the_quote_comes_at_once(tokenizer):
+    compiler = GrammarCompiler(tokenizer, len(tokenizer))
+    for think, thinks, quotes in ((None, False, False), (("<think>",), True, True)):
+        grammar = verbatim_grammar("add one", min_words=1, max_tokens=99, think=think)
+        for text, allowed in (
+            ("<think>a</think><error_quote>", thinks),
+            ("<error_quote>add", quotes),
+            ("add one</error_quote>", think is None),
+        ):
+            constraint = compiler.constraint(str(grammar), [tokenizer.eos_token_id], where="here")
+            assert follows(constraint, tokenizer.encode(text), len(tokenizer)) == allowed, text
 
 
 def follows(constraint, ids, vocab_size) -> bool:
@@ -199,7 +223,8 @@ def test_free_rows_are_left_alone(engine, tokenizer):
     found = asyncio.run(engine.generate(requests))
     texts = [tokenizer.decode(g.completion_ids, skip_special_tokens=True) for g in found]
     assert texts[:3] == free
-    assert all(text.startswith("<error_quote>") for text in texts[3:])
+    for text in texts[3:]:
+        assert text.partition("</error_quote>")[0] in ROLLOUTS[0]
 
 
 def test_log_probs_are_those_of_what_was_allowed(tiny_llama, tokenizer):

@@ -49,6 +49,19 @@ def test_render_prompt_ends_with_the_generation_prompt(tokenizer):
     assert tokenizer.decode(without) == "<|user|>2 + 2 = ?<|end|><|assistant|>"
 
 
+@pytest.mark.parametrize("end", ["", "\n", "{% if x %}{% endif %}\n", "\n\n"])
+@pytest.mark.parametrize("name", ["tokenizer", "sentencepiece_tokenizer", "metaspace_tokenizer"])
+def test_an_opening_is_encoded_with_the_prompt(tokenizer, name, end, request):
+    """The ids are those of the whole text, also where words begin with a mark for the space."""
+    own = with_template(request.getfixturevalue(name), tokenizer.chat_template + end)
+    without = own.decode(render_prompt(own, user="2 + 2 = ?"))
+    ids = render_prompt(own, user="2 + 2 = ?", opening="<error_quote>")
+    assert own.decode(ids) == without + "<error_quote>"
+    turns = [{"role": "user", "content": "2 + 2 = ?"}]
+    text = own.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
+    assert ids == tuple(own.encode(text + "<error_quote>", add_special_tokens=False))
+
+
 @pytest.mark.parametrize("template", [REFUSES + USER_ONLY, USER_ONLY], ids=["refuses", "ignores"])
 def test_system_text_goes_before_the_user_text_without_a_system_role(tokenizer, template):
     other = with_template(tokenizer, template)

@@ -66,9 +66,9 @@ def test_requests(tokenizer, step):
     head = "<|system|>Be brief.<|end|><|user|>2 + 2 = ?"
     assert prompts(tokenizer, tasks) == [
         f"{head}\nGood: so 2 + 2 is 4, a long way round\nBad: 2 + 2 = 5\nQuote the error."
-        "<|end|><|assistant|>",
-        f"{head}\nGood: so 2 + 2 is 4, a long way round\nExplain.<|end|><|assistant|>",
-        f"{head}\nGood: 4\nExplain.<|end|><|assistant|>",
+        "<|end|><|assistant|><error_quote>",
+        f"{head}\nGood: so 2 + 2 is 4, a long way round\nExplain.<|end|><|assistant|><explanation>",
+        f"{head}\nGood: 4\nExplain.<|end|><|assistant|><explanation>",
     ]
     assert [task.rollout_id for task in tasks] == ["p0/0", "p0/1", "p0/2"]
     assert [task.demonstration_id for task in tasks] == ["p0/1", None, None]
@@ -110,6 +110,14 @@ def test_modes(tokenizer, make_group):
     verbatim = build(tokenizer, *step, mode="verbatim")
     assert f'"substring_words": {json.dumps(text)}' in str(verbatim[0].request.grammar)
     assert "error_quote" not in str(verbatim[1].request.grammar)
+    openings = ["<error_quote>", "<explanation>"]
+    for tasks, tags in ((free, ["", ""]), (verbatim, openings)):
+        assert [task.opening for task in tasks] == tags
+        for prompt, tag in zip(prompts(tokenizer, tasks), tags, strict=True):
+            assert prompt.endswith(f"<|assistant|>{tag}")
+    thinking = build(tokenizer, *step, mode="verbatim", think=True)
+    for task, tag in zip(thinking, openings, strict=True):
+        assert task.opening == "" and f'start: thoughts? "{tag}" ' in str(task.request.grammar)
     template = SHORT["wrong_template"]
     numbered = build(tokenizer, *step, mode="sentence", sentence_template=template)
     assert (
@@ -124,15 +132,16 @@ def test_only_sentences_that_are_shown_can_be_named(tokenizer, make_group):
     wrong = " ".join(f"Step {number} is wrong." for number in range(60))
     step = make_group([wrong, "4"], [0.0, 1.0])
     template = SHORT["wrong_template"]
-    options = {"mode": "sentence", "sentence_template": template, "max_prompt_tokens": 100}
+    options = {"mode": "sentence", "sentence_template": template, "max_prompt_tokens": 120}
     (task, _) = build(tokenizer, *step, **options)
     assert task.prompt_cut and len(task.sentences) == 60
     (rule,) = re.findall(r"^number: (.*)$", str(task.request.grammar), re.MULTILINE)
     numbers = [int(name.strip('"')) for name in rule.split(" | ")]
     prompt = prompts(tokenizer, [task])[0]
     assert 0 < len(numbers) < 60
-    for number in numbers:
-        assert f"[{number}] Step {number - 1} is wrong." in prompt
+    whole = [f"[{number}] Step {number - 1} is wrong.\n" in prompt for number in numbers]
+    assert whole.count(False) <= 1  # the cut is in one of them
+    assert all(f"[{number}] " in prompt for number in numbers)
 
 
 @pytest.mark.parametrize("mode", ["verbatim", "sentence"])
@@ -161,10 +170,11 @@ def test_texts_are_never_read_as_templates(tokenizer, make_group):
     assert prompts(tokenizer, tasks)[0] == (
         "<|user|>Set {rollout} and {answer}\nGood: {rollout}{answer_note} \\1 {x}\n"
         "Bad: {problem}{demonstration}\n[{problem}]Quote the error.<|end|><|assistant|>"
+        "<error_quote>"
     )
 
 
-@pytest.mark.parametrize("budget", [70, 100, 150])
+@pytest.mark.parametrize("budget", [85, 100, 150])
 def test_over_the_budget_the_middle_of_the_rollouts_goes(tokenizer, make_group, budget):
     wrong = "begin " + "the wrong rate was used " * 40 + "finish"
     right = "start " + "add the ones first " * 40 + "done"
@@ -175,7 +185,7 @@ def test_over_the_budget_the_middle_of_the_rollouts_goes(tokenizer, make_group, 
     for prompt in (first, second):
         assert prompt.startswith("<|system|>Be brief.<|end|><|user|>2 + 2 = ?\nGood: s")
         assert len(tokenizer.encode(prompt)) > budget - 8  # no more is cut than needed
-    assert first.endswith("Quote the error.<|end|><|assistant|>")
+    assert first.endswith("Quote the error.<|end|><|assistant|><error_quote>")
     assert [task.prompt_cut for task in tasks] == [True, True, False]
     assert first.count(CUT) == 2 and second.count(CUT) == 1 and third.count(CUT) == 0
     good, bad = first.split("\nGood: ")[1].split("\nQuote")[0].split("\nBad: ")
@@ -218,13 +228,13 @@ class ScriptedEngine:
         return result[::-1] if self.reverse else result
 
 
-def run_reflect(tokenizer, engine, group, verdicts, **options):
+def run_reflect(tokenizer, engine, group, verdicts, mode="free", **options):
     return asyncio.run(
         reflect(
             [] if group is None else [group],
             verdicts,
             engine=engine,
-            config=ReflectConfig(**SHORT),
+            config=ReflectConfig(**SHORT, mode=mode),
             tokenizer=tokenizer,
             stop_token_ids=(tokenizer.eos_token_id,),
             seed=0,
@@ -258,6 +268,16 @@ def test_reflect(tokenizer, step):
         "reflect/tokens_mean": sum(counted) / 3,
     }
     assert (wrong.leaks, wrong.refused, none.refused) == (True, None, "empty")
+
+
+def test_the_tag_that_ends_the_prompt_is_part_of_the_text(tokenizer, step):
+    texts = ["= 5</error_quote><explanation>Add.</explanation>", "Add.</explanation>", "Add."]
+    engine = ScriptedEngine(tokenizer, texts)
+    wrong, right, cut = run_reflect(tokenizer, engine, *step, mode="verbatim").values()
+    assert wrong.text == f"<error_quote>{texts[0]}" and right.text == f"<explanation>{texts[1]}"
+    assert (wrong.quote, wrong.explanation, wrong.well_formed) == ("= 5", "Add.", True)
+    assert (right.explanation, right.well_formed) == ("Add.", True)
+    assert (cut.explanation, cut.tolerated) == ("Add.", ("unclosed",))
 
 
 def test_no_groups_ask_nothing(tokenizer):
