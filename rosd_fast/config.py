@@ -170,6 +170,21 @@ class TeacherConfig(Section):
     """frozen: the initial weights; ema: their moving average with the student's."""
     ema_rate: Annotated[float, Field(gt=0, le=1)] = 0.05
     """Share of the student's weights that enters the average after each step (kind ema)."""
+    where: Literal["trainer", "sglang"] = "trainer"
+    """trainer: a copy in the trainer's process; sglang: on a server, which gives the states that
+    enter the head (kind frozen)."""
+    url: str = ""
+    """With where sglang: address of a running server, started with --return-hidden-states-mode full
+    --chunked-prefill-size -1 (several: with commas); empty: one of our own is started, by
+    engine.python."""
+    gpus: Annotated[str, Field(pattern=r"^(\d+(,\d+)*)?$")] = ""
+    """Devices of a server of our own, as in 6,7; empty: it sees all of them."""
+    server_args: str = ""
+    """Further arguments of sglang.launch_server for a server of our own, in one text."""
+    server_bound: NonNegativeFloat | None = None
+    """At the start, largest difference of a log-probability between the server and a copy in the
+    trainer's process, in nats, over likely tokens; 0: no comparison; None: 0.01 in float32, 0.3 in
+    bfloat16."""
     max_prompt_tokens: PositiveInt = 8192
     """Tokens a teacher prompt may have; the explanation's end is cut to fit."""
     wrong_template: str = (
@@ -380,6 +395,18 @@ class Config(Section):
                 "engine.one_step_ahead samples while the learner works, which needs engine.kind "
                 "sglang, reflect.weights student and no engine.colocated"
             )
+        teacher = self.teacher
+        if teacher.where == "sglang" and (
+            teacher.kind != "frozen"
+            or self.reflect.weights == "teacher"
+            or self.reflect.probe_every
+        ):
+            raise ValueError(
+                "teacher.where sglang: the server keeps its weights and only scores, which needs "
+                "teacher.kind frozen, reflect.weights student and reflect.probe_every 0"
+            )
+        if teacher.where != "sglang" and teacher.url:
+            raise ValueError("teacher.url needs teacher.where sglang")
         if engine.colocated and (engine.kind != "sglang" or engine.launch != "local"):
             raise ValueError("engine.colocated needs engine.kind sglang and engine.launch local")
         if self.sample.group_size < 2:

@@ -129,14 +129,20 @@ class Learner:
         """The student's weights by state-dict name; they share the model's memory."""
         return self.model.state_dict()
 
-    def step(self, batches: Sequence[PackedBatch]) -> StepResult:
+    def step(
+        self, batches: Sequence[PackedBatch], teacher_states: Sequence[Tensor] | None = None
+    ) -> StepResult:
         """One optimizer step on all micro-batches together.
 
+        teacher_states: of each micro-batch the teacher's [N, H], None: computed here.
         Without distilled tokens nothing changes. A loss or gradient that is not finite skips the
         update (`loss/skipped` is 1). Raises TrainingDiverged after 5 such steps in a row.
         """
-        batches = [batch for batch in batches if batch.num_distilled]
-        total = sum(batch.num_distilled for batch in batches)
+        states: Sequence[Tensor | None] = teacher_states or [None] * len(batches)
+        given = [
+            (batch, own) for batch, own in zip(batches, states, strict=True) if batch.num_distilled
+        ]
+        total = sum(batch.num_distilled for batch, _ in given)
         metrics = {
             "loss/num_distilled_tokens": float(total),
             "loss/lr": self.optimizer.lr,
@@ -146,8 +152,8 @@ class Learner:
             return StepResult(metrics=metrics)
         tally = Tally(self.config.loss.is_clip)
         self.optimizer.zero_grad()
-        for batch in batches:
-            tally.add(batch, self._backward(batch, total))
+        for batch, own in given:
+            tally.add(batch, self._backward(batch, own, total))
         grad_norm = self._update(float(tally.loss))
         metrics |= tally.metrics(total)
         metrics |= {"loss/skipped": 1.0} if grad_norm is None else {"loss/grad_norm": grad_norm}
@@ -176,9 +182,15 @@ class Learner:
         if self.order is not None:
             self.order.load_state_dict(with_prefix(state, "order."))
 
-    def _backward(self, batch: PackedBatch, total: int) -> SpanDivergenceOutput:
+    def _backward(
+        self, batch: PackedBatch, teacher_states: Tensor | None, total: int
+    ) -> SpanDivergenceOutput:
         """Add a micro-batch's gradient; its graph is freed before the next one starts."""
-        teacher_hidden = gathered(self.teacher.hidden_states(batch.teacher), batch.teacher.gather)
+        if teacher_states is None:
+            states = self.teacher.hidden_states(batch.teacher)
+            teacher_hidden = gathered(states, batch.teacher.gather)
+        else:
+            teacher_hidden = teacher_states.to(self.teacher.head.weight)
         with packed_forward(self.model):
             student_hidden = gathered(
                 hidden_states(self.model, batch.student), batch.student.gather

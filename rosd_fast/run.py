@@ -26,13 +26,16 @@ from rosd_fast.checkpoint import (
 from rosd_fast.config import Config
 from rosd_fast.data import ProblemStream
 from rosd_fast.engines.base import RolloutEngine
+from rosd_fast.engines.constraint import GrammarCompiler
 from rosd_fast.engines.local import LocalEngine
-from rosd_fast.engines.open import check_engine, open_engine
+from rosd_fast.engines.open import check_engine, open_engine, open_scorer
+from rosd_fast.engines.scorer import SglangScorer
 from rosd_fast.errors import UserError
 from rosd_fast.files import write_atomic
 from rosd_fast.inputs import check_budgets, load_data, with_absolute_paths
 from rosd_fast.learner import Learner
 from rosd_fast.metrics import MetricsLog
+from rosd_fast.model.attention import head
 from rosd_fast.model.load import LoadedModel, load_model
 from rosd_fast.progress import Progress, progress
 from rosd_fast.reflect import check_templates
@@ -81,9 +84,11 @@ class Run:
     dev_splits: dict[str, list[Problem]]  # "dev" and "ood", those that were given
     engine: RolloutEngine
     reflector: RolloutEngine
-    teacher_engine: RolloutEngine
+    teacher_engine: RolloutEngine | None  # None: the teacher only scores, on a server
+    scorer: SglangScorer | None  # of a teacher on a server
     learner: Learner
     token_bytes: TokenBytes
+    probe_ids: tuple[int, ...]  # a prompt on which servers are compared with the trainer
     log: MetricsLog
     progress: Progress
     stop: StopRequest
@@ -142,12 +147,16 @@ def open_run(config: Config, *, resume: Path | None = None) -> Iterator[Run]:
     )
     check_budgets(config, model, max(problems, key=lambda problem: len(problem.prompt)))
     learner = Learner(model.model, config)
-    teacher_engine = LocalEngine(
-        learner.teacher.model, max_rows=config.engine.max_rows, tokenizer=model.tokenizer
-    )
+    teacher_engine = None
+    if config.teacher.where == "trainer":
+        teacher_engine = LocalEngine(
+            learner.teacher.model, max_rows=config.engine.max_rows, tokenizer=model.tokenizer
+        )
     token_bytes = TokenBytes(model.tokenizer)
     if config.reflect.mode != "free":
-        teacher_engine.check_grammars(model.stop_token_ids)
+        GrammarCompiler(model.tokenizer, head(model.model).weight.shape[0]).check(
+            model.stop_token_ids
+        )
     check_engine(config, model)
     if resume is None:
         folder, first_step = make_folder(config, model), 1
@@ -157,16 +166,12 @@ def open_run(config: Config, *, resume: Path | None = None) -> Iterator[Run]:
     log = MetricsLog(folder / "metrics.jsonl")
     log.truncate_after(first_step - 1)
     stop = StopRequest()
+    probe_ids = problem_prompt(problems[0], model.tokenizer, config.sample.max_prompt_tokens)
+    probe_ids = probe_ids[:PROBE_TOKENS]
     with progress(config.steps, first_step) as shown, stop.listening(shown):
-        engine = open_engine(
-            config,
-            model,
-            folder,
-            probe_ids=problem_prompt(problems[0], model.tokenizer, config.sample.max_prompt_tokens)[
-                :PROBE_TOKENS
-            ],
-            note=shown.note,
-        )
+        engine = open_engine(config, model, folder, probe_ids=probe_ids, note=shown.note)
+        reflector = engine if config.reflect.weights == "student" else teacher_engine
+        assert reflector is not None  # Config has checked it
         run = Run(
             config=config,
             folder=folder,
@@ -174,10 +179,12 @@ def open_run(config: Config, *, resume: Path | None = None) -> Iterator[Run]:
             stream=stream,
             dev_splits=dev_splits,
             engine=engine,
-            reflector=engine if config.reflect.weights == "student" else teacher_engine,
+            reflector=reflector,
             teacher_engine=teacher_engine,
+            scorer=open_scorer(config, model, folder, note=shown.note),
             learner=learner,
             token_bytes=token_bytes,
+            probe_ids=probe_ids,
             log=log,
             progress=shown,
             stop=stop,

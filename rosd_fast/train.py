@@ -12,6 +12,7 @@ import asyncio
 from pathlib import Path
 
 from rosd_fast.config import Config
+from rosd_fast.engines.open import bound_of, check_teacher
 from rosd_fast.evaluate import evaluate
 from rosd_fast.metrics import rollout_metrics
 from rosd_fast.packing import pack
@@ -42,7 +43,7 @@ async def run_steps(run: Run) -> None:
     config = run.config
     ahead: asyncio.Task[Sampled] | None = None
     try:
-        await run.engine.load_weights(run.learner.weights, version=run.first_step - 1)
+        await start(run)
         if run.first_step == 1:
             run.finish_step(0, await evaluate_splits(run))
         for step in range(run.first_step, config.steps + 1):
@@ -65,6 +66,18 @@ async def run_steps(run: Run) -> None:
             ahead.cancel()
             await asyncio.wait({ahead})
         await run.engine.close()
+        if run.scorer is not None:
+            await run.scorer.close()
+
+
+async def start(run: Run) -> None:
+    """Bring servers to the weights that the run begins with, and compare them with the trainer."""
+    if run.scorer is not None:
+        config, teacher = run.config, run.learner.teacher
+        if bound := bound_of(config.teacher.server_bound, config.dtype):
+            await check_teacher(run.scorer, teacher, run.probe_ids, bound=bound)
+        teacher.keep_head_only()
+    await run.engine.load_weights(run.learner.weights, version=run.first_step - 1)
 
 
 async def learn(run: Run, step: int, sampled: Sampled) -> dict[str, float]:
@@ -89,7 +102,7 @@ async def learn(run: Run, step: int, sampled: Sampled) -> dict[str, float]:
         )
         batches = pack(samples, max_tokens=config.pack.max_tokens)
     helped = None
-    if is_due(step, config.reflect.probe_every):
+    if run.teacher_engine is not None and is_due(step, config.reflect.probe_every):
         with progress.stage("probe"):
             helped = await teacher_helps(
                 run.teacher_engine,
@@ -103,12 +116,16 @@ async def learn(run: Run, step: int, sampled: Sampled) -> dict[str, float]:
             )
     if not batches:
         progress.note(f"step {step}: nothing to distil ({selection.describe()})")
+    teacher_states = None
+    if run.scorer is not None:
+        with progress.stage("teacher"):
+            teacher_states = await run.scorer.states(batches)
     await run.engine.make_room()
     with progress.stage("learn"):
         if config.engine.one_step_ahead:  # requests of the next step are under way
-            learned = await asyncio.to_thread(run.learner.step, batches)
+            learned = await asyncio.to_thread(run.learner.step, batches, teacher_states)
         else:
-            learned = run.learner.step(batches)
+            learned = run.learner.step(batches, teacher_states)
         progress.tokens(sum(batch.num_tokens for batch in batches))
     with progress.stage("sync"):
         await run.engine.load_weights(run.learner.weights, version=step)

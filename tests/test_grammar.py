@@ -266,7 +266,7 @@ def test_a_tokenizer_that_cannot_be_read(tiny_llama):
     engine = LocalEngine(tiny_llama(), tokenizer=Slow())
     for call in (
         lambda: sample(engine, Slow(), 'start: "a"'),
-        lambda: engine.check_grammars([0]),
+        lambda: GrammarCompiler(Slow(), 3).check([0]),
     ):
         with pytest.raises(UserError, match=r"tokenizer: llguidance cannot read it.*reflect\.m"):
             call()

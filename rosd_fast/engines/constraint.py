@@ -69,6 +69,10 @@ class GrammarCompiler:
             )
         return Constraint(matcher, self.num_bits, where)
 
+    def check(self, stop_token_ids: Sequence[int]) -> None:
+        """Raise UserError now if grammars cannot be enforced on this tokenizer."""
+        self.constraint('start: "a"', stop_token_ids, where="check")
+
     def _reader(self, stop_token_ids: tuple[int, ...]) -> Any:
         if stop_token_ids not in self._readers:
             from llguidance.hf import from_tokenizer

@@ -7,12 +7,21 @@ address, which is left out while it does not answer.
 from __future__ import annotations
 
 import asyncio
-from typing import Any
+import logging
+from collections.abc import Awaitable, Callable, Sequence
+from typing import Any, TypeVar
 
-from rosd_fast.engines.http import Endpoint, ServerError, Unreachable
+import stamina
+
+from rosd_fast.engines.http import Busy, Endpoint, ServerError, Unreachable
 from rosd_fast.engines.server import OwnServer
+from rosd_fast.errors import RunFailed
 
 MISSES = 2  # failed looks at a server's health in a row that mean it hangs
+FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 5.0  # between two tries
+T = TypeVar("T")
+
+logging.getLogger("stamina").setLevel(logging.ERROR)  # whoever asks tells what is tried again
 
 
 class Member:
@@ -144,3 +153,54 @@ class Member:
         except ServerError:
             return False
         return True
+
+
+async def keep_asking(
+    ask: Callable[[Member, int], Awaitable[T]],
+    members: Sequence[Member],
+    *,
+    home: int,
+    what: str,
+    max_failures: int,
+    timeout_s: float,
+    failed: Callable[[Member, ServerError], None],
+) -> T:
+    """`ask(member, attempt)` until it succeeds: of the server `home` (modulo their number) first,
+    then of the next that is up.
+
+    failed: hears of each failure. what: names the request in an error. Raises RunFailed after
+    `max_failures` failures, a busy server not being one, or `timeout_s`; whatever else `ask`
+    raises, at once.
+    """
+    num_failures = 0
+    give_up = asyncio.get_running_loop().time() + timeout_s
+    async for attempt in stamina.retry_context(
+        on=ServerError,
+        attempts=None,
+        timeout=None,
+        wait_initial=FIRST_WAIT_S,
+        wait_max=LONGEST_WAIT_S,
+    ):
+        member = _choose(members, home, attempt.num)
+        with attempt:
+            try:
+                return await ask(member, attempt.num)
+            except ServerError as error:
+                num_failures += not isinstance(error, Busy)
+                failed(member, error)
+                late = asyncio.get_running_loop().time() > give_up
+                if late or num_failures >= max_failures:
+                    raise RunFailed(
+                        f"{what} failed {attempt.num} times in a row, lastly because of "
+                        f"{error}{member.where_to_look()}"
+                    ) from None
+                raise
+    raise AssertionError("retries end with a result or an error")
+
+
+def _choose(members: Sequence[Member], home: int, attempt: int) -> Member:
+    up = [member for member in members if not member.down] or members
+    first = members[home % len(members)]
+    if attempt == 1 and not first.down:
+        return first
+    return up[(home + attempt - 1) % len(up)]

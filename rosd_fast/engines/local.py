@@ -155,11 +155,6 @@ class LocalEngine(RolloutEngine):
                 shares.append(Share(request, indices, limit, constraint))
         return shares
 
-    def check_grammars(self, stop_token_ids: Sequence[int]) -> None:
-        """Raise UserError now if grammars cannot be enforced on this tokenizer."""
-        if self._grammars is not None:
-            self._grammars.constraint('start: "a"', stop_token_ids, where="check")
-
     def _constraints(
         self, requests: Sequence[GenerationRequest]
     ) -> list[Future[Constraint] | None]:

@@ -1,4 +1,4 @@
-"""The engine that a run's options ask for."""
+"""The engine, and the teacher's servers, that a run's options ask for."""
 
 from __future__ import annotations
 
@@ -14,37 +14,42 @@ from rosd_fast.engines.base import RolloutEngine
 from rosd_fast.engines.fleet import Member
 from rosd_fast.engines.http import Endpoint
 from rosd_fast.engines.local import LocalEngine
+from rosd_fast.engines.scorer import SERVER_ARGS, SglangScorer
 from rosd_fast.engines.server import OwnServer, ServerSpec, find_python, per_server
 from rosd_fast.engines.sglang import SglangEngine
-from rosd_fast.errors import UserError
+from rosd_fast.errors import RunFailed, UserError
+from rosd_fast.model.attention import head
 from rosd_fast.model.load import find
+from rosd_fast.types import PackedSequences
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from rosd_fast.config import Config
     from rosd_fast.model.load import LoadedModel
+    from rosd_fast.model.teacher import Teacher
 
 KEY_VARIABLE = "ROSD_SGLANG_API_KEY"
+LIKELY = 1e-3  # the least probability of a token that servers and trainer are compared at
 PROBE_BOUND = {"float32": 0.01, "bfloat16": 0.3}
 
 
 def check_engine(config: Config, model: LoadedModel) -> None:
     """Raise UserError now for what would fail once the run is under way."""
-    engine = config.engine
-    if engine.kind != "sglang":
-        return
-    if engine.launch == "local":
+    engine, teacher = config.engine, config.teacher
+    own_engine = engine.kind == "sglang" and engine.launch == "local"
+    if own_engine or (teacher.where == "sglang" and not teacher.url):
         find_python(engine.python)
+    for name, urls in (("engine.urls", engine.urls), ("teacher.url", teacher.url)):
+        for url in addresses(urls):
+            if not url.startswith(("http://", "https://")):
+                raise UserError("is no address", where=f"{name}: {url}", fix="Write http://...")
     if engine.colocated and model.model.device.type == "cpu":
         raise UserError(
             "giving memory back needs a GPU; on a CPU the server would end",
             where="engine.colocated",
             fix="Leave it out",
         )
-    for url in addresses(engine.urls):
-        if not url.startswith(("http://", "https://")):
-            raise UserError("is no address", where=f"engine.urls: {url}", fix="Write http://...")
 
 
 def open_engine(
@@ -62,11 +67,20 @@ def open_engine(
     options = config.engine
     if options.kind == "local":
         return LocalEngine(model.model, max_rows=options.max_rows, tokenizer=model.tokenizer)
-    source = model_folder(config, model, folder)
-    bound = PROBE_BOUND[config.dtype] if options.probe_bound is None else options.probe_bound
     return SglangEngine(
-        members(config, model, source, folder),
-        model_folder=source,
+        members(
+            config,
+            model,
+            folder,
+            urls=options.urls,
+            names=[f"server{index}" for index in range(options.servers)],
+            gpus=options.gpus,
+            args=(
+                *(("--enable-memory-saver",) if options.colocated else ()),
+                *shlex.split(options.server_args),
+            ),
+        ),
+        model_folder=model_folder(config, model, folder),
         weights_folder=(
             folder / "engine" / "weights"
             if options.sync_folder is None
@@ -76,7 +90,7 @@ def open_engine(
         context_length=model.context_length,
         probe_ids=probe_ids,
         probe=lambda ids: token_logprobs(model.model, ids),
-        probe_bound=bound,
+        probe_bound=bound_of(options.probe_bound, config.dtype),
         concurrency=options.concurrency,
         max_failures=options.max_failures,
         request_timeout_s=options.request_timeout_s,
@@ -85,29 +99,93 @@ def open_engine(
     )
 
 
-def members(config: Config, model: LoadedModel, source: Path, folder: Path) -> list[Member]:
-    """The servers of the options, none of them started."""
+def open_scorer(
+    config: Config, model: LoadedModel, folder: Path, *, note: Callable[[str], None]
+) -> SglangScorer | None:
+    """Of a teacher on a server, None: it is in the trainer's process. A server of our own is
+    started by the first request."""
+    teacher, options = config.teacher, config.engine
+    if teacher.where != "sglang":
+        return None
+    return SglangScorer(
+        members(
+            config,
+            model,
+            folder,
+            urls=teacher.url,
+            names=["teacher"],
+            gpus=teacher.gpus,
+            args=(*SERVER_ARGS, *shlex.split(teacher.server_args)),
+        ),
+        hidden_size=head(model.model).weight.shape[1],
+        concurrency=options.concurrency,
+        max_failures=options.max_failures,
+        request_timeout_s=options.request_timeout_s,
+        note=note,
+    )
+
+
+async def check_teacher(
+    scorer: SglangScorer, teacher: Teacher, ids: Sequence[int], *, bound: float
+) -> None:
+    """Raise RunFailed unless the server's teacher gives the log-probabilities of `teacher`.
+
+    ids: a text, whose second half is compared, at all tokens of a probability of at least 0.001.
+    """
+    first = len(ids) // 2
+    theirs = (await scorer.score(ids, first=first)).to(teacher.head.weight)
+    packed = PackedSequences(
+        input_ids=torch.tensor(list(ids)),
+        position_ids=torch.arange(len(ids)),
+        cu_seqlens=(0, len(ids)),
+        gather=torch.arange(first, len(ids)),
+    )
+    own = teacher.hidden_states(packed)[first:]
+    with torch.no_grad():
+        expected, found = (teacher.head.logprobs(states) for states in (own, theirs))
+    gap = (expected - found).abs().where(expected.exp() >= LIKELY, 0.0)
+    worst = int(gap.argmax())
+    if not float(gap.flatten()[worst]) <= bound:  # nor NaN
+        raise RunFailed(
+            f"the teacher's server gives a token the log-probability "
+            f"{float(found.flatten()[worst]):.4f}, and the teacher in the trainer's process "
+            f"{float(expected.flatten()[worst]):.4f}, more than teacher.server_bound = {bound:g} "
+            "apart: does the server run the model that the run starts from?"
+        )
+
+
+def bound_of(given: float | None, dtype: str) -> float:
+    """Largest difference of log-probabilities that is no error, in nats."""
+    return PROBE_BOUND[dtype] if given is None else given
+
+
+def members(
+    config: Config,
+    model: LoadedModel,
+    folder: Path,
+    *,
+    urls: str,
+    names: Sequence[str],
+    gpus: str,
+    args: Sequence[str],
+) -> list[Member]:
+    """Servers at `urls`, or without any of our own with these names; none of them is started."""
     options = config.engine
     servers: list[OwnServer | Endpoint]
-    if options.launch == "urls":
+    if urls:
         key = os.environ.get(KEY_VARIABLE)
-        names = addresses(options.urls)
+        names = addresses(urls)
         servers = [Endpoint(url, api_key=key) for url in names]
     else:
-        gpus = [int(part) for part in options.gpus.split(",") if part]
-        shares = per_server(gpus, options.servers)
-        names = [f"server{index}" for index in range(options.servers)]
+        shares = per_server([int(part) for part in gpus.split(",") if part], len(names))
         servers = [
             OwnServer(
                 ServerSpec(
                     python=find_python(options.python),
-                    model_folder=source,
+                    model_folder=model_folder(config, model, folder),
                     dtype=config.dtype,
                     on_cpu=model.model.device.type == "cpu",
-                    args=(
-                        *(("--enable-memory-saver",) if options.colocated else ()),
-                        *shlex.split(options.server_args),
-                    ),
+                    args=tuple(args),
                     start_timeout_s=options.start_timeout_s,
                     gpus=share,
                 ),

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import logging
 import math
 import secrets
 import zlib
@@ -22,11 +21,10 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import stamina
 from torch import Tensor
 
 from rosd_fast.engines.base import RolloutEngine
-from rosd_fast.engines.fleet import Member
+from rosd_fast.engines.fleet import Member, keep_asking
 from rosd_fast.engines.http import Busy, Refused, ServerError, Unreachable
 from rosd_fast.engines.prefix import PrefixUse
 from rosd_fast.engines.requests import check_ids, completion_limit
@@ -34,11 +32,8 @@ from rosd_fast.engines.weight_folder import WeightFolder
 from rosd_fast.errors import RunFailed, UserError
 from rosd_fast.types import Generation, GenerationRequest
 
-FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 5.0
 SYNC_TIMEOUT_S = 600.0
 PROBE_TIMEOUT_S = 120.0
-
-logging.getLogger("stamina").setLevel(logging.ERROR)  # `note` tells what is tried again
 
 
 class StaleWeights(ServerError):
@@ -198,31 +193,16 @@ class SglangEngine(RolloutEngine):
 
     async def _complete(self, request: GenerationRequest, limit: int) -> list[Generation]:
         """All copies of a request, asked for until they are there."""
-        num_failures = 0
         async with self._slots, self._running():
-            give_up = asyncio.get_running_loop().time() + self._timeout_s
-            async for attempt in stamina.retry_context(
-                on=ServerError,
-                attempts=None,
-                timeout=None,
-                wait_initial=FIRST_WAIT_S,
-                wait_max=LONGEST_WAIT_S,
-            ):
-                member = self._member(request, attempt.num)
-                with attempt:
-                    try:
-                        return await self._try(request, limit, attempt.num, member)
-                    except ServerError as error:
-                        num_failures += not isinstance(error, Busy)
-                        self._failed(member, error)
-                        late = asyncio.get_running_loop().time() > give_up
-                        if late or num_failures >= self._max_failures:
-                            raise RunFailed(
-                                f"request {request.id} failed {attempt.num} times in a row, lastly "
-                                f"because of {error}{member.where_to_look()}"
-                            ) from None
-                        raise
-        raise AssertionError("retries end with a result or an error")
+            return await keep_asking(
+                lambda member, attempt: self._try(request, limit, attempt, member),
+                self.members,
+                home=zlib.crc32((request.affinity or request.id).encode()),
+                what=f"request {request.id}",
+                max_failures=self._max_failures,
+                timeout_s=self._timeout_s,
+                failed=self._failed,
+            )
 
     @contextlib.asynccontextmanager
     async def _running(self) -> AsyncIterator[None]:
@@ -259,16 +239,6 @@ class SglangEngine(RolloutEngine):
         if not member.down:
             self.note(f"SGLang: {error}; trying again")
         member.distrust()
-
-    def _member(self, request: GenerationRequest, attempt: int) -> Member:
-        """The server of the request's problem; from the second try on, the next that is up."""
-        home = zlib.crc32((request.affinity or request.id).encode())
-        up = [member for member in self.members if not member.down] or self.members
-        if attempt == 1:
-            first = self.members[home % len(self.members)]
-            if not first.down:
-                return first
-        return up[(home + attempt - 1) % len(up)]
 
     async def _try_prepare(self, member: Member) -> Exception | None:
         try:

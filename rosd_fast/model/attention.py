@@ -41,6 +41,13 @@ class Head:
     softcap: float | None = None
     scale: float = 1.0
 
+    def logprobs(self, states: Tensor) -> Tensor:
+        """[N, V] float32 log-probabilities at temperature 1, of a few states [N, H]."""
+        logits = F.linear(states, self.weight, self.bias).float() * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits.log_softmax(-1)
+
 
 def hidden_states(model: PreTrainedModel, packed: PackedSequences) -> Tensor:
     """Hidden states [T, H] after the final norm, in the model's dtype and on its device.

@@ -1,4 +1,7 @@
-"""The teacher: a copy of the student's initial weights, kept (`frozen`) or averaged (`ema`)."""
+"""The teacher: a copy of the student's initial weights, kept (`frozen`) or averaged (`ema`).
+
+Where a server runs it, only its output head stays here.
+"""
 
 from __future__ import annotations
 
@@ -24,6 +27,7 @@ class Teacher:
     def __init__(self, model: PreTrainedModel, config: TeacherConfig) -> None:
         self.config = config
         self.model = copy.deepcopy(model).eval().requires_grad_(False)
+        self._head = head(self.model)
         self._parameters = dict(self.model.named_parameters())
         self._average = self._parameters
         if config.kind == "ema":
@@ -42,7 +46,12 @@ class Teacher:
     @property
     def head(self) -> Head:
         """The teacher's own output head."""
-        return head(self.model)
+        return self._head
+
+    def keep_head_only(self) -> None:
+        """Free all other weights; from here on states come from elsewhere."""
+        del self.model
+        self._parameters = self._average = {}
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -59,12 +68,16 @@ class Teacher:
             self._write_back()
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a resume needs, by parameter name."""
+        """What a resume needs, by parameter name; nothing where a server has the weights."""
+        if self.config.where == "sglang":
+            return {}
         return {name: average.detach() for name, average in self._average.items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over `state`. Raises KeyError or RuntimeError when it belongs to another model."""
+        if self.config.where == "sglang":
+            return
         for name, average in self._average.items():
             average.copy_(state[name])
         self._write_back()

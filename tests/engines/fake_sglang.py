@@ -28,6 +28,7 @@ class FakeSglang:
         self.delay_s: dict[str, float] = {}  # by request id
         self.running = self.most_running = 0
         self.probe_logprob = -1.0
+        self.states = expected_states  # of ids, what a scoring request gets
         self._runner: web.AppRunner | None = None
         self.url = ""
 
@@ -99,7 +100,10 @@ class FakeSglang:
             self.healthy = False
             await asyncio.sleep(60)
         version = {"stale": "default", "foreign": "0badcafe-7"}.get(fault, self.version)
-        items = [self.completion(body["input_ids"], i, version) for i in range(count(body))]
+        if body.get("return_hidden_states"):
+            items = [self.scoring(body, version, fault)]
+        else:
+            items = [self.completion(body["input_ids"], i, version) for i in range(count(body))]
         if fault == "short":
             for item in items:
                 item["meta_info"]["finish_reason"] = {"type": "length", "length": 3}
@@ -109,7 +113,7 @@ class FakeSglang:
             del items[0]["meta_info"]["output_token_logprobs"]
         if fault == "fewer":
             items = items[1:]
-        data = json.dumps(items).encode()
+        data = json.dumps(items if "n" in body["sampling_params"] else items[0]).encode()
         if fault == "truncated":
             return web.Response(body=data[: len(data) // 2], content_type="application/json")
         if fault == "reset":
@@ -133,6 +137,33 @@ class FakeSglang:
                 "num_retractions": 0,
             },
         }
+
+    def scoring(self, body: dict[str, Any], version: str, fault: str) -> dict[str, Any]:
+        """States of the tokens that were not cached, which are some before `logprob_start_len`."""
+        ids, cached = body["input_ids"], body["logprob_start_len"] // 2
+        states = self.states(ids)[cached:]
+        if fault == "chunked":  # the first chunk's states are lost
+            states = states[1:]
+        if fault == "narrow":
+            states = [row[1:] for row in states]
+        if fault == "not finite":
+            states[-1][0] = float("nan")
+        if fault == "stateless":
+            states = None
+        return {
+            "output_ids": [1],
+            "meta_info": {
+                "finish_reason": {"type": "length", "length": 1},
+                "weight_version": version,
+                "cached_tokens": cached,
+                "hidden_states": None if states is None else [states],
+            },
+        }
+
+
+def expected_states(ids: list[int]) -> list[list[float]]:
+    """Of width 5; each holds all that stands before it."""
+    return [[float(sum(ids[: i + 1])), i, ids[i], 0.5, -1.0] for i in range(len(ids))]
 
 
 def expected_ids(

@@ -21,12 +21,14 @@ from rosd_fast.config import Config
 from rosd_fast.engines.fleet import Member
 from rosd_fast.engines.http import Endpoint
 from rosd_fast.engines.local import LocalEngine
-from rosd_fast.engines.open import open_engine, token_logprobs
+from rosd_fast.engines.open import open_engine, open_scorer, token_logprobs
+from rosd_fast.engines.scorer import SglangScorer
 from rosd_fast.engines.server import OwnServer, ServerSpec
 from rosd_fast.engines.sglang import SglangEngine
 from rosd_fast.errors import RunFailed, UserError
 from rosd_fast.grammar import verbatim_grammar
 from rosd_fast.metrics import read_metrics
+from rosd_fast.model.attention import hidden_states
 from rosd_fast.model.load import LoadedModel, load_model
 from rosd_fast.pipeline import sample_and_reflect
 from rosd_fast.quickstart import MODEL_DIR
@@ -34,8 +36,8 @@ from rosd_fast.quickstart.tasks import load_split
 from rosd_fast.rollout import problem_prompt
 from rosd_fast.run import open_run
 from rosd_fast.settings import apply_args, load_preset
-from rosd_fast.train import learn, train
-from rosd_fast.types import Generation, GenerationRequest, SamplingParams
+from rosd_fast.train import learn, start, train
+from rosd_fast.types import Generation, GenerationRequest, PackedSequences, SamplingParams
 
 pytestmark = pytest.mark.sglang
 PYTHON = os.environ.get("ROSD_SGLANG_PYTHON", "")
@@ -413,3 +415,93 @@ def test_memory_is_not_given_back_on_a_cpu(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"engine\.colocated: giving memory back needs a GPU"):
         train(small(tmp_path, engine__colocated=True))
     assert not (tmp_path / "run").exists()
+
+
+def with_teacher(out: Path, **changes: Any) -> Config:
+    options = {"engine__kind": "local", "engine__server_args": "", "teacher__where": "sglang"}
+    return small(out, **options, teacher__server_args=POOL, **changes)
+
+
+def test_a_teacher_on_a_server_teaches_as_one_in_the_trainer(tmp_path: Path) -> None:
+    """The same rollouts, reflections and losses; killed in between, it is started again."""
+
+    async def steps() -> list[dict[str, float]]:
+        rows = []
+        with open_run(with_teacher(tmp_path / "far")) as run:
+            assert run.scorer is not None
+            try:
+                await start(run)
+                own = run.scorer.members[0].own
+                assert own is not None and own.num_starts == 1
+                for step in range(1, 4):
+                    if step == 2:
+                        os.kill(scheduler(own), signal.SIGKILL)
+                    sampled = await sample_and_reflect(run, step, run.progress)
+                    rows.append(await learn(run, step, sampled))
+                    run.finish_step(step, rows[-1])
+                assert own.num_starts == 2
+            finally:
+                await run.engine.close()
+                await run.scorer.close()
+        return rows
+
+    far = asyncio.run(steps())
+    near = train(small(tmp_path / "near", engine__kind="local"))
+    rows = [row for row in read_metrics(near / "metrics.jsonl") if "loss/divergence" in row]
+    assert len(rows) == len(far) == 3
+    for ours, theirs in zip(rows, far, strict=True):
+        for name in ("loss/divergence", "loss/teacher_entropy", "loss/student_entropy"):
+            assert theirs[name] == pytest.approx(ours[name], rel=1e-3), name
+        assert theirs["loss/num_distilled_tokens"] == ours["loss/num_distilled_tokens"] > 0
+
+
+def test_states_are_those_of_the_model_at_any_place(model: LoadedModel, tmp_path: Path) -> None:
+    """Also where the cache holds all but the last token, and side by side."""
+    config = with_teacher(tmp_path)
+    texts = [problem.prompt for problem in load_split("train")[:6]]
+    scorer = open_scorer(config, model, tmp_path, note=print)
+    assert scorer is not None
+
+    async def test() -> None:
+        sequences = [model.tokenizer.encode(text) for text in texts]
+        places = [
+            (ids, first) for ids in sequences for first in (0, len(ids) // 2, len(ids) - 1) * 2
+        ]
+        found = await asyncio.gather(*(scorer.score(ids, first=first) for ids, first in places))
+        for (ids, first), states in zip(places, found, strict=True):
+            packed = PackedSequences(
+                input_ids=torch.tensor(ids),
+                position_ids=torch.arange(len(ids)),
+                cu_seqlens=(0, len(ids)),
+                gather=torch.arange(first, len(ids)),
+            )
+            with torch.no_grad():
+                own = hidden_states(model.model, packed)[first:]
+            torch.testing.assert_close(states, own, rtol=1e-3, atol=1e-3)
+
+    async def run() -> None:
+        try:
+            await test()
+        finally:
+            await scorer.close()
+
+    asyncio.run(run())
+
+
+def test_a_server_of_no_teacher_is_named(server: tuple[str, str], model: LoadedModel) -> None:
+    """One that was not started to return states."""
+    url, key = server
+    scorer = SglangScorer(
+        [Member(Endpoint(url, api_key=key), name=url)],
+        hidden_size=model.model.config.hidden_size,
+        max_failures=2,
+    )
+
+    async def run() -> None:
+        try:
+            await scorer.score([1, 2, 3, 4], first=2)
+        finally:
+            await scorer.close()
+
+    with pytest.raises(RunFailed, match="--return-hidden-states-mode full"):
+        asyncio.run(run())
