@@ -228,7 +228,7 @@ class ScriptedEngine:
         return result[::-1] if self.reverse else result
 
 
-def run_reflect(tokenizer, engine, group, verdicts, mode="free", **options):
+def run_reflect(tokenizer, engine, group, verdicts, mode: Any = "free", **options):
     return asyncio.run(
         reflect(
             [] if group is None else [group],
