@@ -11,7 +11,8 @@ sync      seconds to hand over all weights: written, loaded, and checked by a pr
 faults    the scheduler is killed, then stopped, in mid-step, and a proxy breaks three answers (a
           reset in mid-body, half a JSON text, an error 500). `lost`: completions that are missing
           or whose log-probabilities are not those of the trainer's model.
-bytes     received for each sampled token and its log-probability.
+bytes     received for each sampled token and its log-probability; and, from a teacher's server, for
+          each distilled token of a step: its state, and those of prompt tokens that no cache had.
 
 Adds a row to bench/results/rollout_sglang.csv.
 """
@@ -41,11 +42,14 @@ from rosd_fast.engines.http import Endpoint
 from rosd_fast.engines.open import token_logprobs
 from rosd_fast.engines.server import OwnServer
 from rosd_fast.engines.sglang import SglangEngine
+from rosd_fast.packing import pack
 from rosd_fast.pipeline import sample_and_reflect
 from rosd_fast.progress import Hidden
 from rosd_fast.rollout import problem_prompt
 from rosd_fast.run import Run, open_run
+from rosd_fast.samples import build_samples
 from rosd_fast.settings import apply_args, load_preset
+from rosd_fast.spans import locate_errors
 from rosd_fast.types import Generation, GenerationRequest, SamplingParams
 
 CSV = RESULTS / "rollout_sglang.csv"
@@ -96,6 +100,8 @@ def make_config(args: argparse.Namespace, folder: str) -> Config:
         "engine.server_args": "--max-total-tokens 32768",
         "engine.health_every_s": 2.0,
         "engine.health_timeout_s": 10.0,
+        "teacher.where": "sglang",
+        "teacher.server_args": "--max-total-tokens 32768",
     }
     return apply_args(load_preset("quickstart"), options)
 
@@ -151,6 +157,7 @@ async def measure(run: Run, args: argparse.Namespace) -> dict[str, str]:
         row = await measure_bytes(run, engine)
         row |= await measure_sync(run, engine, args.repeats)
         row |= await measure_pipelines(run, engine, args)
+        row |= await measure_scoring(run)
         row |= await measure_faults(run, engine)
     finally:
         await engine.close()
@@ -207,6 +214,40 @@ async def measure_bytes(run: Run, engine: SglangEngine) -> dict[str, str]:
     generations = await engine.generate(make_requests(run, "bytes"))
     tokens = sum(len(generation.completion_ids) for generation in generations)
     return {"bytes_per_token": f"{(engine.members[0].num_bytes - before) / tokens:.1f}"}
+
+
+async def measure_scoring(run: Run) -> dict[str, str]:
+    scorer, config = run.scorer, run.config
+    assert scorer is not None
+    try:
+        sampled = await sample_and_reflect(run, 1, Hidden())
+        located = locate_errors(
+            sampled.selection.kept,
+            sampled.verdicts,
+            sampled.reflections,
+            token_bytes=run.token_bytes,
+            config=config.span,
+        )
+        samples = build_samples(
+            sampled.selection.kept,
+            sampled.reflections,
+            located.spans,
+            tokenizer=run.model.tokenizer,
+            config=config.teacher,
+        )
+        batches = pack(samples, max_tokens=config.pack.max_tokens)
+        await scorer.score(run.probe_ids, first=1)  # starts the server
+        before, start = scorer.members[0].num_bytes, time.perf_counter()
+        tokens = sum(len(states) for states in await scorer.states(batches))
+        seconds = time.perf_counter() - start
+        num_bytes = scorer.members[0].num_bytes - before
+    finally:
+        await scorer.close()
+    return {
+        "scored_tokens": str(tokens),
+        "bytes_per_scored_token": f"{num_bytes / tokens:.0f}",
+        "scored_tokens_per_s": f"{tokens / seconds:.0f}",
+    }
 
 
 async def measure_faults(run: Run, engine: SglangEngine) -> dict[str, str]:
