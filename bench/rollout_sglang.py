@@ -267,8 +267,7 @@ async def measure_faults(run: Run, engine: SglangEngine) -> dict[str, str]:
     async with Proxy(own.endpoint) as proxy:
         through = SglangEngine(
             [Member(Endpoint(proxy.url), name=proxy.url)],
-            model_folder=run.folder / "none",
-            weights_folder=run.folder / "engine" / "weights",
+            sync=engine._sync,
             vocab_size=engine.vocab_size,
             context_length=engine.context_length,
             note=lambda text: None,

@@ -324,9 +324,14 @@ class EngineConfig(Section):
     one_step_ahead: bool = False
     """SGLang: sample the next step's rollouts, with the weights at hand, while the learner works;
     loss.is_clip corrects for their age."""
+    sync: Literal["disk", "distributed"] = "disk"
+    """How weights reach the servers: by a folder that they read; by broadcast from the trainer's
+    memory (NCCL between GPUs, gloo otherwise)."""
+    sync_host: str = "127.0.0.1"
+    """With sync distributed: address of this machine under which the servers reach it."""
     sync_folder: str | None = None
-    """Where weights are written for the servers, as in /dev/shm/rosd on one machine, or a folder
-    that all see; None: in the run folder."""
+    """With sync disk: where weights are written for the servers, as in /dev/shm/rosd on one
+    machine, or a folder that all see; None: in the run folder."""
     probe_bound: NonNegativeFloat | None = None
     """After each hand-over of weights: largest difference of a log-probability between server and
     trainer, in nats; 0: no comparison; None: 0.01 in float32, 0.3 in bfloat16."""
@@ -407,8 +412,12 @@ class Config(Section):
             )
         if teacher.where != "sglang" and teacher.url:
             raise ValueError("teacher.url needs teacher.where sglang")
+        if engine.sync == "distributed" and engine.kind != "sglang":
+            raise ValueError("engine.sync distributed needs engine.kind sglang")
         if engine.colocated and (engine.kind != "sglang" or engine.launch != "local"):
             raise ValueError("engine.colocated needs engine.kind sglang and engine.launch local")
+        if engine.colocated and engine.sync == "distributed":
+            raise ValueError("engine.colocated needs engine.sync disk: NCCL joins GPUs, not one")
         if self.sample.group_size < 2:
             raise ValueError(
                 f"sample.group_size is {self.sample.group_size}: a wrong rollout learns from a "

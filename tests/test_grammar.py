@@ -88,7 +88,7 @@ def test_quotes_have_the_words_asked_for(engine, tokenizer):
     rollout = ROLLOUTS[0]
     for min_words in (1, 4, 100):
         grammar = verbatim_grammar(rollout, min_words=min_words, max_tokens=400)
-        options = {"n": 12, "max_new_tokens": 400, "opening": QUOTE}
+        options = {"n": 4, "max_new_tokens": 400, "opening": QUOTE}
         for text in sample(engine, tokenizer, grammar, **options):
             quote = parse_reflection(text, correct=False).quote
             assert quote is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -214,6 +215,30 @@ def test_mistakes_on_the_command_line(given: dict[str, Any], message: str) -> No
     with pytest.raises(UserError) as caught:
         apply_args(Config(), given)
     assert str(caught.value).startswith(message)
+
+
+SGLANG = {"engine.kind": "sglang"}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"engine.sync": "distributed"}, "engine.sync distributed needs engine.kind sglang"),
+        ({"engine.colocated": True}, "engine.colocated needs engine.kind sglang"),
+        (
+            {"engine.colocated": True, "engine.sync": "distributed"} | SGLANG,
+            "engine.colocated needs engine.sync disk",
+        ),
+        ({"engine.one_step_ahead": True}, "engine.one_step_ahead samples while"),
+        ({"teacher.url": "http://a"}, "teacher.url needs teacher.where sglang"),
+        ({"teacher.where": "sglang", "teacher.kind": "ema"}, "needs teacher.kind frozen"),
+        ({"teacher.where": "sglang", "reflect.weights": "teacher"}, "reflect.weights student"),
+        ({"teacher.where": "sglang", "reflect.probe_every": 2}, "reflect.probe_every 0"),
+    ],
+)
+def test_options_that_do_not_go_together(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        apply_args(load_preset("quickstart"), given)
 
 
 @pytest.mark.parametrize(

@@ -106,6 +106,13 @@ class Member:
         finally:
             answer.cancel()
 
+    async def get(self, path: str, *, timeout_s: float) -> Any:
+        """The answer. Raises ServerError."""
+        endpoint = self._endpoint
+        if endpoint is None:
+            raise Unreachable(self.name, "the server does not run")
+        return await endpoint.get(path, timeout_s=timeout_s)
+
     def distrust(self) -> None:
         """A request failed: look at the server before it is used again."""
         self._suspect = self.down = True

@@ -17,6 +17,7 @@ from rosd_fast.engines.local import LocalEngine
 from rosd_fast.engines.scorer import SERVER_ARGS, SglangScorer
 from rosd_fast.engines.server import OwnServer, ServerSpec, find_python, per_server
 from rosd_fast.engines.sglang import SglangEngine
+from rosd_fast.engines.weight_sync import DiskSync, DistributedSync, WeightSync
 from rosd_fast.errors import RunFailed, UserError
 from rosd_fast.model.attention import head
 from rosd_fast.model.load import find
@@ -80,12 +81,7 @@ def open_engine(
                 *shlex.split(options.server_args),
             ),
         ),
-        model_folder=model_folder(config, model, folder),
-        weights_folder=(
-            folder / "engine" / "weights"
-            if options.sync_folder is None
-            else Path(options.sync_folder).expanduser().absolute() / folder.name
-        ),
+        sync=open_sync(config, model, folder),
         vocab_size=model.model.config.get_text_config().vocab_size,
         context_length=model.context_length,
         probe_ids=probe_ids,
@@ -96,6 +92,19 @@ def open_engine(
         request_timeout_s=options.request_timeout_s,
         colocated=options.colocated,
         note=note,
+    )
+
+
+def open_sync(config: Config, model: LoadedModel, folder: Path) -> WeightSync:
+    """The way of the weights to the servers."""
+    options = config.engine
+    if options.sync == "distributed":
+        return DistributedSync(host=options.sync_host)
+    return DiskSync(
+        folder / "engine" / "weights"
+        if options.sync_folder is None
+        else Path(options.sync_folder).expanduser().absolute() / folder.name,
+        model_folder(config, model, folder),
     )
 
 

@@ -119,7 +119,7 @@ class OwnServer:
     async def _start_once(self) -> None:
         await self.stop()
         self.folder.mkdir(parents=True, exist_ok=True)
-        key, port = secrets.token_urlsafe(24), free_port()
+        key, port = secrets.token_hex(24), free_port()  # no leading "-": it becomes an option
         self._log = self.log_path.open("ab")  # what ended the last one is worth keeping
         self._log_start = self._log.tell()
         self._process = subprocess.Popen(

@@ -18,7 +18,6 @@ import math
 import secrets
 import zlib
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 from torch import Tensor
@@ -28,11 +27,10 @@ from rosd_fast.engines.fleet import Member, keep_asking
 from rosd_fast.engines.http import Busy, Refused, ServerError, Unreachable
 from rosd_fast.engines.prefix import PrefixUse
 from rosd_fast.engines.requests import check_ids, completion_limit
-from rosd_fast.engines.weight_folder import WeightFolder
+from rosd_fast.engines.weight_sync import SYNC_TIMEOUT_S, WeightSync
 from rosd_fast.errors import RunFailed, UserError
 from rosd_fast.types import Generation, GenerationRequest
 
-SYNC_TIMEOUT_S = 600.0
 PROBE_TIMEOUT_S = 120.0
 
 
@@ -43,8 +41,7 @@ class StaleWeights(ServerError):
 class SglangEngine(RolloutEngine):
     """Samples on `members`, servers of our own or at given addresses.
 
-    model_folder: config and tokenizer of the model, for the weights that are handed over.
-    weights_folder: where they are written; the servers must be able to read it.
+    sync: hands weights over.
     vocab_size: ids at or above it, which would kill a server, are refused.
     probe: gives the trainer's log-probabilities of `probe_ids[1:]`, None: no comparison after a
     sync. probe_bound: largest difference that is no error, in nats.
@@ -60,8 +57,7 @@ class SglangEngine(RolloutEngine):
         self,
         members: Sequence[Member],
         *,
-        model_folder: Path,
-        weights_folder: Path,
+        sync: WeightSync,
         vocab_size: int,
         context_length: int,
         probe_ids: Sequence[int] = (),
@@ -78,7 +74,7 @@ class SglangEngine(RolloutEngine):
         self.members = list(members)
         self.vocab_size, self.context_length = vocab_size, context_length
         self.note = note
-        self._weights = WeightFolder(weights_folder, model_folder)
+        self._sync = sync
         self._run = secrets.token_hex(4)  # tells our weights from another trainer's
         self._probe_ids, self._probe, self._probe_bound = tuple(probe_ids), probe, probe_bound
         self._expected: list[float] = []  # of the probe, with the current weights
@@ -142,21 +138,21 @@ class SglangEngine(RolloutEngine):
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def load_weights(self, weights: Mapping[str, Tensor], *, version: int) -> None:
-        """Write `weights` for the servers and have each load them, once nothing is being generated.
+        """Copy `weights` and have each server load them, once nothing is being generated.
 
         The first call starts our own servers. Raises RunFailed when no server can be brought to
         these weights, or when one then disagrees with the trainer about the probe.
         """
         async with self._idle:
             await self._idle.wait_for(lambda: self._num_running == 0)
-            await asyncio.to_thread(self._weights.write, weights, version)
+            await asyncio.to_thread(self._sync.keep, weights, version)
             self.policy_version = version
             if self._probe is not None:
                 self._expected = self._probe(self._probe_ids)
             ready = await asyncio.gather(*(self._try_prepare(member) for member in self.members))
         if not any(error is None for error in ready):
             raise RunFailed(f"no SGLang server could be brought to the new weights: {ready[0]}")
-        self._weights.drop_all_but(version)
+        self._sync.drop_older()
 
     async def make_room(self) -> None:
         """Have colocated servers give back the memory of weights and cache.
@@ -174,8 +170,8 @@ class SglangEngine(RolloutEngine):
 
     async def close(self) -> None:
         """Stop our own servers and remove what was written for them."""
+        await self._sync.close()
         await asyncio.gather(*(member.close() for member in self.members))
-        self._weights.drop_all_but(None)
 
     def take_metrics(self) -> dict[str, float]:
         """`rollout/...` since the last call: shares of prompt tokens that the servers had cached
@@ -262,17 +258,7 @@ class SglangEngine(RolloutEngine):
             if member.asleep:
                 await member.post("/resume_memory_occupation", {}, timeout_s=SYNC_TIMEOUT_S)
                 member.asleep = False
-            answer = await member.post(
-                "/update_weights_from_disk",
-                {
-                    "model_path": str(self._weights.path(self.policy_version)),
-                    "weight_version": self.tag,
-                    "flush_cache": True,
-                },
-                timeout_s=SYNC_TIMEOUT_S,
-            )
-            if not (isinstance(answer, dict) and answer.get("success")):
-                raise Unreachable(member.url, f"did not load the weights ({answer})")
+            await self._sync.hand_over(member, self.tag)
             await self._check_probe(member)
             member.tag = self.tag
 

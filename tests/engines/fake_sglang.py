@@ -9,9 +9,14 @@ from __future__ import annotations
 import asyncio
 import json
 from collections import deque
+from datetime import timedelta
 from typing import Any
 
+import torch
 from aiohttp import web
+from torch import Tensor
+
+from rosd_fast.engines.weight_sync import c10d, gloo_options
 
 
 class FakeSglang:
@@ -24,6 +29,15 @@ class FakeSglang:
         self.bodies: list[dict[str, Any]] = []  # of /generate
         self.loaded: list[str] = []  # versions, "release" and "resume", in order
         self.refuse_weights = 0  # how many hand-overs fail
+        self.joins: dict[str, Any] = {}  # process groups by name
+        self.num_joins = 0
+        self.refuse_joins = False
+        self.tensors: dict[str, Tensor] = {}  # that came by broadcast
+        self.num_pieces = 0  # of them
+        self.break_at = ""  # "refuse", "fail" or "lost": what happens to the next piece
+        self.updating = False  # between the begin and the end of a hand-over
+        self.tp_size = 1
+        self.dp_size = 1
         self.healthy = True
         self.delay_s: dict[str, float] = {}  # by request id
         self.running = self.most_running = 0
@@ -39,6 +53,12 @@ class FakeSglang:
                 web.get("/health", self._health),
                 web.get("/model_info", self._info),
                 web.post("/update_weights_from_disk", self._load),
+                web.get("/server_info", self._server_info),
+                web.post("/init_weights_update_group", self._join),
+                web.post("/destroy_weights_update_group", self._leave),
+                web.post("/begin_weight_update", self._session),
+                web.post("/end_weight_update", self._session),
+                web.post("/update_weights_from_distributed", self._receive),
                 web.post("/generate", self._generate),
                 web.post("/release_memory_occupation", self._memory),
                 web.post("/resume_memory_occupation", self._memory),
@@ -70,6 +90,62 @@ class FakeSglang:
         if self.refuse_weights:
             self.refuse_weights -= 1
             return web.json_response({"success": False, "message": "no such file"}, status=400)
+        self.version = body["weight_version"]
+        self.loaded.append(self.version)
+        return web.json_response({"success": True, "message": ""})
+
+    async def _server_info(self, _request: web.Request) -> web.Response:
+        return web.json_response({"tp_size": self.tp_size, "dp_size": self.dp_size, "pp_size": 1})
+
+    async def _join(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        if self.refuse_joins:
+            return web.json_response({"success": False, "message": "no such backend"}, status=400)
+        assert (body["backend"], body["rank_offset"]) == ("gloo", 1)
+        self.num_joins += 1
+        self.joins[body["group_name"]] = await asyncio.to_thread(self._open_group, body)
+        return web.json_response({"success": True, "message": ""})
+
+    async def _leave(self, request: web.Request) -> web.Response:
+        group = self.joins.pop((await request.json())["group_name"], None)
+        return web.json_response({"success": group is not None, "message": ""})
+
+    def _open_group(self, body: dict[str, Any]) -> Any:
+        """As torch.distributed does, without its register of groups."""
+        name, size = body["group_name"], body["world_size"]
+        address, port = body["master_address"], body["master_port"]
+        store = c10d.PrefixStore(name, c10d.TCPStore(address, port, size, is_master=False))
+        store = c10d.PrefixStore("cpu/", c10d.PrefixStore(f"{name}/", store))
+        return c10d.ProcessGroupGloo(store, 1, size, gloo_options(address, timedelta(seconds=10)))
+
+    async def _session(self, request: web.Request) -> web.Response:
+        begins = "begin" in request.path
+        if begins == self.updating:
+            return web.json_response({"success": False, "message": "is it open?"}, status=400)
+        self.updating = begins
+        return web.json_response({"success": True, "message": ""})
+
+    async def _receive(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        fault, self.break_at = self.break_at, ""
+        if fault == "lost":  # as after a start that nobody told us of
+            self.joins.clear()
+        group = self.joins.get(body["group_name"])
+        if group is None or fault == "refuse" or not self.updating:
+            return web.json_response({"success": False, "message": "not now"}, status=400)
+        assert body["load_format"] == "flattened_bucket"
+        dtypes = [getattr(torch, dtype) for dtype in body["dtypes"]]
+        sizes = [
+            torch.Size(shape).numel() * dtype.itemsize
+            for shape, dtype in zip(body["shapes"], dtypes, strict=True)
+        ]
+        flat = torch.empty(sum(sizes), dtype=torch.uint8)
+        await asyncio.to_thread(lambda: group.broadcast(flat, 0).wait())
+        parts = zip(body["names"], dtypes, body["shapes"], flat.split(sizes), strict=True)
+        self.tensors |= {name: part.view(dtype).view(shape) for name, dtype, shape, part in parts}
+        self.num_pieces += 1
+        if fault == "fail":
+            return web.json_response({"success": False, "message": "failed"}, status=400)
         self.version = body["weight_version"]
         self.loaded.append(self.version)
         return web.json_response({"success": True, "message": ""})

@@ -19,6 +19,7 @@ from rosd_fast.engines.http import Endpoint, message
 from rosd_fast.engines.prefix import num_shareable
 from rosd_fast.engines.sglang import SglangEngine
 from rosd_fast.engines.weight_folder import WeightFolder
+from rosd_fast.engines.weight_sync import DiskSync
 from rosd_fast.errors import RunFailed, UserError
 from rosd_fast.types import Generation, GenerationRequest, SamplingParams
 from tests.engines.fake_sglang import FakeSglang, expected_ids
@@ -52,8 +53,7 @@ class Setting:
         self.engine = SglangEngine(
             [Member(Endpoint(fake.url), name=fake.url, **watch) for fake in fakes],
             **{
-                "model_folder": model_folder,
-                "weights_folder": tmp_path / "weights",
+                "sync": DiskSync(tmp_path / "weights", model_folder),
                 "vocab_size": 50,
                 "context_length": 64,
                 "note": self.notes.append,

@@ -25,6 +25,7 @@ from rosd_fast.engines.open import open_engine, open_scorer, token_logprobs
 from rosd_fast.engines.scorer import SglangScorer
 from rosd_fast.engines.server import OwnServer, ServerSpec
 from rosd_fast.engines.sglang import SglangEngine
+from rosd_fast.engines.weight_sync import DiskSync, DistributedSync
 from rosd_fast.errors import RunFailed, UserError
 from rosd_fast.grammar import verbatim_grammar
 from rosd_fast.metrics import read_metrics
@@ -82,8 +83,7 @@ def make_engine(
     return SglangEngine(
         [Member(Endpoint(url, api_key=key), name=url)],
         **{
-            "model_folder": MODEL_DIR,
-            "weights_folder": folder / "weights",
+            "sync": DiskSync(folder / "weights", MODEL_DIR),
             "vocab_size": model.model.config.vocab_size,
             "context_length": model.context_length,
             "probe_ids": model.tokenizer.encode("3 + 4 = 7. 7 - 2 = 5."),
@@ -214,11 +214,13 @@ def test_a_wrong_grammar_fails_alone(
     assert_policy(model, [good, other], use(engine, model, test()))
 
 
+@pytest.mark.parametrize("way", ["disk", "distributed"])
 def test_the_server_takes_new_weights_and_drops_what_it_cached(
-    server: tuple[str, str], model: LoadedModel, tmp_path: Path
+    server: tuple[str, str], model: LoadedModel, tmp_path: Path, way: str
 ) -> None:
     requests = make_requests(model, 4, n=2)
-    engine = make_engine(server, model, tmp_path)
+    options = {} if way == "disk" else {"sync": DistributedSync(bucket_bytes=2**20)}
+    engine = make_engine(server, model, tmp_path, **options)
 
     async def test() -> None:
         assert_policy(model, requests, await engine.generate(requests))
@@ -314,17 +316,22 @@ def scheduler(server: OwnServer) -> int:
 
 
 @pytest.mark.parametrize(
-    "harm",
+    ("harm", "way"),
     [
-        pytest.param(lambda pid: os.kill(pid, signal.SIGKILL), id="dies"),
-        pytest.param(lambda pid: os.kill(pid, signal.SIGSTOP), id="hangs"),
+        pytest.param(lambda pid: os.kill(pid, signal.SIGKILL), "distributed", id="dies"),
+        pytest.param(lambda pid: os.kill(pid, signal.SIGSTOP), "disk", id="hangs"),
     ],
 )
 def test_a_server_that_fails_in_mid_step_is_replaced(
-    model: LoadedModel, tmp_path: Path, harm: Callable[[int], None]
+    model: LoadedModel, tmp_path: Path, harm: Callable[[int], None], way: str
 ) -> None:
     """Everything that was asked for is there, from the current weights; no process is left."""
-    config = small(tmp_path, engine__health_every_s=2.0, engine__health_timeout_s=8.0)
+    config = small(
+        tmp_path,
+        engine__health_every_s=2.0,
+        engine__health_timeout_s=8.0,
+        engine__sync=way,
+    )
     requests = make_requests(model, 24, n=4)
     notes: list[str] = []
     engine = open_engine(

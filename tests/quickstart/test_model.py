@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 
+import pytest
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -27,6 +28,7 @@ def test_it_loads_like_any_other_model_and_is_small() -> None:
     assert "Ġis" in tokenizer.tokenize("Ana is 34.")  # words carry their leading space
 
 
+@pytest.mark.slow
 def test_figures() -> None:
     figures = asyncio.run(measure(str(MODEL_DIR), group_size=4))
     assert 0.35 <= figures["solve/dev"] <= 0.65
