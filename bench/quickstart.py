@@ -30,12 +30,10 @@ SPLITS = {"dev": "in domain", "ood": "out of domain"}
 
 @dataclass(frozen=True, slots=True)
 class Trial:
-    """One seed's run: accuracy in percent by split and step, and the wall-clock time of its
-    steps."""
+    """One seed's run: accuracy in percent by split and step."""
 
     seed: int
     curves: dict[str, list[tuple[int, float]]]
-    minutes: float
 
     def before(self, split: str) -> float:
         return self.curves[split][0][1]
@@ -64,15 +62,14 @@ def read_trial(seed: int, folder: Path) -> Trial:
         ]
         for split in SPLITS
     }
-    return Trial(seed, curves, sum(row.get("time/step_s", 0.0) for row in rows) / 60)
+    return Trial(seed, curves)
 
 
 def table(trials: list[Trial]) -> str:
     """Markdown: a row per seed and one with the means."""
     lines = [
-        "| seed | in domain: before | after | change "
-        "| out of domain: before | after | change | minutes |",
-        "|---|---|---|---|---|---|---|---|",
+        "| seed | in domain: before | after | change | out of domain: before | after | change |",
+        "|---|---|---|---|---|---|---|",
     ]
     for name, group in [*((str(t.seed), [t]) for t in trials), ("mean", trials)]:
         cells = [name]
@@ -80,7 +77,6 @@ def table(trials: list[Trial]) -> str:
             before = statistics.mean(t.before(split) for t in group)
             after = statistics.mean(t.after(split) for t in group)
             cells += [f"{before:.1f}", f"{after:.1f}", f"{after - before:+.1f}"]
-        cells.append(f"{statistics.mean(t.minutes for t in group):.1f}")
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 
@@ -97,7 +93,7 @@ def write_csv(trials: list[Trial]) -> None:
     row = environment()
     with (ROOT / "bench" / "results" / "quickstart.csv").open("w", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["seed", "split", "step", "accuracy", "minutes", *row])
+        writer.writerow(["seed", "split", "step", "accuracy", *row])
         for trial in trials:
             for split, curve in trial.curves.items():
                 for step, accuracy in curve:
@@ -107,7 +103,6 @@ def write_csv(trials: list[Trial]) -> None:
                             split,
                             step,
                             f"{accuracy:.2f}",
-                            f"{trial.minutes:.2f}",
                             *row.values(),
                         ]
                     )
