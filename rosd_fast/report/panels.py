@@ -36,6 +36,8 @@ STAGE_COLOURS = {
     "reflect": ORANGE,
     "locate": YELLOW,
     "build": INK,
+    "probe": "#A8A8A8",
+    "teacher": "#7A5230",
     "learn": GREEN,
     "sync": MUTED,
     "evaluate": SKY,
@@ -205,6 +207,22 @@ def throughput(ax: Axes, rows: Rows) -> None:
     trend(ax, series(rows, "perf/rollout_tokens_per_s"), BLUE, "sampled")
     trend(ax, series(rows, "perf/learn_tokens_per_s"), GREEN, "learned from")
     finish(ax, rows, "Throughput", "tokens / s", from_zero=True)
+
+
+def cache(ax: Axes, rows: Rows) -> None:
+    """What the servers' caches saved, beside what they could have."""
+    shareable = series(rows, "rollout/shareable_frac")
+    trend(ax, shareable, "#A8A8A8", "could be cached", width=1.2)
+    trend(ax, series(rows, "rollout/cached_frac"), BLUE, "was cached")
+    finish(ax, rows, "Prompt tokens served from the cache", "share of prompt tokens")
+    percent(ax)
+
+
+def logprob_gap(ax: Axes, rows: Rows) -> None:
+    """How far the engine's log-probabilities are from the trainer's."""
+    trend(ax, series(rows, "loss/logprob_gap_max"), ORANGE, "largest")
+    trend(ax, series(rows, "loss/logprob_gap_mean"), BLUE, "mean")
+    finish(ax, rows, "Log-probability: engine against trainer", "nats", log=True)
 
 
 def _large_stages(totals: Mapping[str, float]) -> tuple[list[str], list[str]]:

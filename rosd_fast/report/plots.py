@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from rosd_fast.files import write_atomic
 from rosd_fast.metrics import FILE_NAME, read_metrics
 from rosd_fast.report import panels
-from rosd_fast.report.series import domains
+from rosd_fast.report.series import domains, series
 from rosd_fast.report.style import MUTED, RAW_ALPHA, Rows, plain
 
 if TYPE_CHECKING:
@@ -30,8 +30,9 @@ DPI = 130
 def draw_plots(run: str | Path) -> list[Path]:
     """Draw all pictures of a run folder, and return their paths.
 
-    A panel whose metrics the run lacks says "no data"; the picture by domain is left out for a run
-    without domains. Raises UserError when there is no `metrics.jsonl`, or when it is damaged.
+    A panel whose metrics the run lacks says "no data". The picture by domain is left out for a run
+    without domains, that of the engine for one without servers. Raises UserError when there is no
+    `metrics.jsonl`, or when it is damaged.
     """
     run = Path(run)
     rows = read_metrics(run / FILE_NAME)
@@ -54,6 +55,8 @@ def draw_plots(run: str | Path) -> list[Path]:
     }
     if domains(rows, "dev") or domains(rows, "ood"):
         pictures["domains"] = [[in_domain, out_of_domain]]
+    if series(rows, "rollout/cached_frac"):
+        pictures["engine"] = [[panels.cache, panels.logprob_gap]]
     return [
         write_atomic(run / "plots" / f"{name}.png", _png(_figure(grid, rows, run.resolve().name)))
         for name, grid in pictures.items()

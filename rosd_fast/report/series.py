@@ -17,6 +17,7 @@ STAGES = (
     "locate",
     "build",
     "probe",
+    "teacher",
     "learn",
     "sync",
     "evaluate",

@@ -16,7 +16,7 @@ from rosd_fast.errors import UserError
 from rosd_fast.metrics import MetricsLog
 from rosd_fast.report import draw_plots, panels
 from rosd_fast.report.plots import _eval_samples, _figure, _png
-from rosd_fast.report.series import domains, series, smoothing_window, stage_times
+from rosd_fast.report.series import STAGES, domains, series, smoothing_window, stage_times
 
 NAMES = {"overview", "accuracy", "loss", "distilled", "spans", "time"}
 LOSSES = ("divergence", "grad_norm", "student_entropy", "teacher_entropy", "is_weight_mean")
@@ -61,6 +61,26 @@ def test_all_pictures_of_a_run(tmp_path: Path) -> None:
         assert 700 <= width <= 2400, path
         assert 400 <= height <= 1200, path
         assert 0.01 < (pixels.min(axis=-1) < 250).mean() < 0.6, path  # neither blank nor a blot
+
+
+def test_a_run_with_servers_has_a_picture_of_them(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path / "metrics.jsonl") as log:
+        for step in range(1, 4):
+            own = {"rollout/cached_frac": 0.5, "rollout/shareable_frac": 0.6}
+            gaps = {"loss/logprob_gap_max": 1e-3, "loss/logprob_gap_mean": 1e-5}
+            log.write(step, make_row(step) | own | gaps)
+    paths = draw_plots(tmp_path)
+    assert {path.stem for path in paths} == NAMES | {"engine"}
+    for path in paths:
+        decode(path)
+
+
+def test_every_stage_has_a_colour(tmp_path: Path) -> None:
+    assert set(panels.STAGE_COLOURS) == set(STAGES)
+    with MetricsLog(tmp_path / "metrics.jsonl") as log:
+        log.write(1, make_row(1) | {f"time/{stage}_s": 1.0 for stage in STAGES})
+    for path in draw_plots(tmp_path):
+        decode(path)
 
 
 def test_same_metrics_same_bytes() -> None:
