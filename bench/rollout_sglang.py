@@ -7,7 +7,7 @@ pipeline  seconds from the first request of a step to its last reflection, `stre
           in turns. Rollouts have unequal lengths, which the bench prescribes: one group in
           `--long-every` samples `--long` tokens, the others `--short`. The cached and the shareable
           share of all prompt tokens is that of these steps.
-sync      seconds to hand over all weights: written, loaded, and checked by a probe.
+sync      seconds to hand over all weights: by folder or broadcast, loaded, and checked by a probe.
 faults    the scheduler is killed, then stopped, in mid-step, and a proxy breaks three answers (a
           reset in mid-body, half a JSON text, an error 500). `lost`: completions that are missing
           or whose log-probabilities are not those of the trainer's model.
@@ -42,6 +42,7 @@ from rosd_fast.engines.http import Endpoint
 from rosd_fast.engines.open import token_logprobs
 from rosd_fast.engines.server import OwnServer
 from rosd_fast.engines.sglang import SglangEngine
+from rosd_fast.engines.weight_sync import DistributedSync
 from rosd_fast.packing import pack
 from rosd_fast.pipeline import sample_and_reflect
 from rosd_fast.progress import Hidden
@@ -201,12 +202,19 @@ async def measure_pipelines(
 
 
 async def measure_sync(run: Run, engine: SglangEngine, repeats: int) -> dict[str, str]:
-    seconds = []
-    for _ in range(repeats):
-        start = time.perf_counter()
-        await engine.load_weights(run.learner.weights, version=engine.policy_version + 1)
-        seconds.append(time.perf_counter() - start)
-    return {"sync_disk_s": f"{statistics.median(seconds):.3f}"}
+    ways = {"disk": engine._sync, "distributed": DistributedSync()}
+    found = {}
+    for name, engine._sync in ways.items():
+        seconds = []
+        await engine.load_weights(run.learner.weights, version=engine.policy_version + 1)  # joins
+        for _ in range(repeats):
+            start = time.perf_counter()
+            await engine.load_weights(run.learner.weights, version=engine.policy_version + 1)
+            seconds.append(time.perf_counter() - start)
+        found[f"sync_{name}_s"] = f"{statistics.median(seconds):.3f}"
+    await ways["distributed"].close()
+    engine._sync = ways["disk"]
+    return found
 
 
 async def measure_bytes(run: Run, engine: SglangEngine) -> dict[str, str]:
