@@ -257,6 +257,9 @@ class PackConfig(Section):
     max_tokens: PositiveInt = 16384
     """Tokens (student plus teacher) of a micro-batch; one longer sample is a micro-batch of its
     own."""
+    min_shared: NonNegativeInt = 16
+    """Tokens that sequences must begin with alike for these to go through the model only once; 0:
+    each sequence goes through whole."""
 
 
 class EvalConfig(Section):

@@ -1,63 +1,185 @@
-"""Samples into micro-batches: sequences laid end to end, without padding.
+"""Samples into micro-batches: sequences end to end, without padding, what they share only once.
 
 A micro-batch holds each of its samples twice, after the student's prompt and after the teacher's.
-Token t of a completion is predicted at the row before it, so
+Token t of a completion is predicted at the row before it, so a sequence is
 
     input  = prompt + completion[: end - 1]
     gather = len(prompt) - 1 + [start, ..., end - 1]
 
 and neither the last distilled token nor what follows it is an input.
+
+The sequences of a micro-batch form a prefix tree. Tokens that two or more of them begin with are
+one segment, if they are at least `min_shared`, and go through the model once: the student's prompt
+of a group, the teacher's system turn and problem, and where reflections agree, more. The hidden
+states of a causal model depend on the tokens before alone, so nothing changes but the cost.
 """
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 
 import torch
 
 from rosd_fast.types import DistillSample, PackedBatch, PackedSequences
 
+MIN_SHARED = 16  # tokens; below, a segment of its own costs more than it saves
 
-def pack(samples: Sequence[DistillSample], *, max_tokens: int) -> list[PackedBatch]:
+
+def pack(
+    samples: Sequence[DistillSample], *, max_tokens: int, min_shared: int = MIN_SHARED
+) -> list[PackedBatch]:
     """Micro-batches of at most `max_tokens` input tokens, student's plus teacher's; repeatable.
 
-    First-fit decreasing: the longest sample first, each into the first micro-batch that has room
-    for it. A sample longer than `max_tokens` is a micro-batch of its own. Within one, samples keep
-    their order. Raises ValueError when `max_tokens` is below 1.
+    min_shared: the fewest tokens that are worth a segment of their own, 0: nothing is shared.
+
+    First-fit decreasing: the costliest first, each into the first micro-batch that has room for it.
+    What is placed is a group, the samples of one student prompt, or where it is over `max_tokens`
+    as many of its samples as fit; a sample that is longer is a micro-batch of its own. Within one,
+    samples keep their order. Raises ValueError when `max_tokens` is below 1.
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens}, must be at least 1")
-    costs = [num_tokens(sample) for sample in samples]
+    parts = _parts(samples, max_tokens=max_tokens, min_shared=min_shared)
+    costs = [num_tokens([samples[i] for i in part], min_shared=min_shared) for part in parts]
     bins: list[list[int]] = []
     room: list[int] = []
     for index in sorted(
-        range(len(samples)), key=lambda index: -costs[index]
+        range(len(parts)), key=lambda index: -costs[index]
     ):  # stable: ties in order
         cost = costs[index]
         place = next((place for place, free in enumerate(room) if cost <= free), None)
         if place is None:
-            bins.append([index])
+            bins.append([*parts[index]])
             room.append(max_tokens - cost)
         else:
-            bins[place].append(index)
+            bins[place] += parts[index]
             room[place] -= cost
-    return [_batch([samples[index] for index in sorted(members)]) for members in bins]
+    return [_batch([samples[index] for index in sorted(members)], min_shared) for members in bins]
 
 
-def num_tokens(sample: DistillSample) -> int:
-    """Input tokens of a sample, student's plus teacher's."""
-    return len(sample.student_prompt_ids) + len(sample.teacher_prompt_ids) + 2 * (sample.end - 1)
+def num_tokens(samples: Sequence[DistillSample], *, min_shared: int = MIN_SHARED) -> int:
+    """Input tokens of a micro-batch of `samples`, student's plus teacher's."""
+    return sum(
+        segment.length
+        for prompted in _prompted(samples)
+        for segment in prefix_tree(prompted, min_shared=min_shared)
+    )
 
 
-def _batch(samples: Sequence[DistillSample]) -> PackedBatch:
+@dataclass(slots=True)
+class Segment:
+    """Tokens [start, end) of the sequences `members`, which are alike up to `end`."""
+
+    start: int
+    end: int
+    parent: int  # index of the segment before, -1: none
+    members: list[int] = field(default_factory=list)
+
+    @property
+    def length(self) -> int:
+        return self.end - self.start
+
+
+def prefix_tree(sequences: Sequence[tuple[int, ...]], *, min_shared: int) -> list[Segment]:
+    """The segments of all sequences, parents first; none is empty.
+
+    A shorter run that several have in common is laid out for each of them, unless they are equal.
+
+    >>> [(s.start, s.end, s.parent) for s in prefix_tree([(1, 2, 3, 4), (1, 2, 5)], min_shared=2)]
+    [(0, 2, -1), (2, 4, 0), (2, 3, 0)]
+    """
+    tree: list[Segment] = []
+    if min_shared == 0:
+        return [Segment(0, len(ids), -1, [index]) for index, ids in enumerate(sequences) if ids]
+    # (members, tokens laid out, tokens known to be alike, the segment before)
+    stack = [([*range(len(sequences))], 0, 0, -1)]
+    while stack:
+        members, start, alike, parent = stack.pop()
+        if len(members) == 1:
+            end = len(sequences[members[0]])
+        else:
+            end = common_length([sequences[index] for index in members], alike)
+        if end > start and (len(members) == 1 or end - start >= min_shared):
+            tree.append(Segment(start, end, parent, members))
+            start, parent = end, len(tree) - 1
+        if len(members) == 1:
+            continue
+        branches: dict[int | None, list[int]] = defaultdict(list)
+        for index in members:
+            ids = sequences[index]
+            branches[ids[end] if end < len(ids) else None].append(index)
+        # What ends here ends alike: nothing is left of it, or one segment for all.
+        if (ended := branches.pop(None, None)) and end > start:
+            tree.append(Segment(start, end, parent, ended))
+        stack += [(branch, start, end, parent) for branch in reversed(branches.values())]
+    return tree
+
+
+def common_length(sequences: Sequence[tuple[int, ...]], alike: int = 0) -> int:
+    """Tokens that all of `sequences` begin with; the first `alike` are known to be the same."""
+    # The least and the greatest differ before any other two do.
+    first, last = min(sequences), max(sequences)
+    low, high = alike, min(len(first), len(last))
+    while low < high:
+        middle = (low + high + 1) // 2
+        if first[low:middle] == last[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _parts(
+    samples: Sequence[DistillSample], *, max_tokens: int, min_shared: int
+) -> list[list[int]]:
+    """The samples by index in parts that are placed as one."""
+    if min_shared == 0:
+        return [[index] for index in range(len(samples))]
+    groups: dict[tuple[int, ...], list[int]] = defaultdict(list)
+    for index, sample in enumerate(samples):
+        groups[sample.student_prompt_ids].append(index)
+    parts = []
+    for group in groups.values():
+        part: list[int] = []
+        for index in group:
+            grown = [samples[i] for i in (*part, index)]
+            if part and num_tokens(grown, min_shared=min_shared) > max_tokens:
+                parts.append(part)
+                part = []
+            part.append(index)
+        parts.append(part)
+    return parts
+
+
+def _prompted(samples: Sequence[DistillSample]) -> tuple[list[tuple[int, ...]], ...]:
+    """The input ids of each sample after the student's prompt, and after the teacher's."""
+    return tuple(
+        [
+            (*prompt_ids, *sample.completion_ids[: sample.end - 1])
+            for prompt_ids, sample in zip(prompts, samples, strict=True)
+        ]
+        for prompts in (
+            [sample.student_prompt_ids for sample in samples],
+            [sample.teacher_prompt_ids for sample in samples],
+        )
+    )
+
+
+def _batch(samples: Sequence[DistillSample], min_shared: int) -> PackedBatch:
     def rows(value: Callable[[DistillSample], Sequence[float]], dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor([item for sample in samples for item in value(sample)], dtype=dtype)
 
     counts = torch.tensor([sample.num_distilled for sample in samples])
+    student, teacher = (
+        _sequences(sequences, [sample.num_distilled for sample in samples], min_shared)
+        for sequences in _prompted(samples)
+    )
     return PackedBatch(
         rollout_ids=tuple(sample.rollout_id for sample in samples),
-        student=_sequences([(sample.student_prompt_ids, sample) for sample in samples]),
-        teacher=_sequences([(sample.teacher_prompt_ids, sample) for sample in samples]),
+        student=student,
+        teacher=teacher,
         token_ids=rows(
             lambda sample: sample.completion_ids[sample.start : sample.end], torch.int64
         ),
@@ -69,21 +191,26 @@ def _batch(samples: Sequence[DistillSample]) -> PackedBatch:
     )
 
 
-def _sequences(prompted: Sequence[tuple[tuple[int, ...], DistillSample]]) -> PackedSequences:
-    """Lay the samples end to end, each after its prompt."""
+def _sequences(
+    sequences: Sequence[tuple[int, ...]], counts: Sequence[int], min_shared: int
+) -> PackedSequences:
+    """Lay the sequences out; the last `counts[i]` rows of sequence i are gathered."""
     input_ids: list[int] = []
     position_ids: list[int] = []
     cu_seqlens = [0]
-    gather: list[int] = []
-    for prompt_ids, sample in prompted:
-        offset = len(input_ids) + len(prompt_ids)  # row of the first completion token
-        gather += range(offset + sample.start - 1, offset + sample.end - 1)
-        input_ids += (*prompt_ids, *sample.completion_ids[: sample.end - 1])
-        position_ids += range(len(input_ids) - cu_seqlens[-1])
+    rows: list[list[int]] = [[] for _ in sequences]  # of each sequence, from its first token on
+    tree = prefix_tree(sequences, min_shared=min_shared)
+    for segment in tree:
+        for index in segment.members:
+            rows[index] += range(len(input_ids), len(input_ids) + segment.length)
+        input_ids += sequences[segment.members[0]][segment.start : segment.end]
+        position_ids += range(segment.start, segment.end)
         cu_seqlens.append(len(input_ids))
+    gather = [row for own, count in zip(rows, counts, strict=True) for row in own[-count:]]
     return PackedSequences(
         input_ids=torch.tensor(input_ids, dtype=torch.int64),
         position_ids=torch.tensor(position_ids, dtype=torch.int64),
         cu_seqlens=tuple(cu_seqlens),
         gather=torch.tensor(gather, dtype=torch.int64),
+        parents=tuple(segment.parent for segment in tree),
     )

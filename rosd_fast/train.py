@@ -100,7 +100,9 @@ async def learn(run: Run, step: int, sampled: Sampled) -> dict[str, float]:
             tokenizer=tokenizer,
             config=config.teacher,
         )
-        batches = pack(samples, max_tokens=config.pack.max_tokens)
+        batches = pack(
+            samples, max_tokens=config.pack.max_tokens, min_shared=config.pack.min_shared
+        )
     helped = None
     if run.teacher_engine is not None and is_due(step, config.reflect.probe_every):
         with progress.stage("probe"):

@@ -11,7 +11,9 @@ encoded again. Ranges are half-open. Log-probabilities are in nats.
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
@@ -201,15 +203,56 @@ class DistillSample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedSequences:
-    """B sequences laid end to end, without padding; attention never crosses `cu_seqlens`.
+    """S segments laid end to end, without padding; tokens that sequences begin with alike are one.
 
-    `gather[i]` is the row of the packed hidden states that predicts distilled token i.
+    `parents[i]` is the segment that segment i goes on from, or -1: a token attends to its own
+    segment and to those that lead to it, up to itself. The two sequences "a b c d" and "a b e" are
+
+        input_ids     a b c d e
+        position_ids  0 1 2 3 2
+        cu_seqlens    0 2 4 5        three segments: "a b", "c d", "e"
+        parents       -1 0 0
+
+    `gather[i]` is the row of the packed hidden states that predicts distilled token i; a row may
+    predict the next token of several sequences.
     """
 
     input_ids: Tensor  # [T] int64
-    position_ids: Tensor  # [T] int64, restarts at 0 in each sequence
-    cu_seqlens: tuple[int, ...]  # [B + 1], 0 first and T last
+    position_ids: Tensor  # [T] int64, place in its sequence
+    cu_seqlens: tuple[int, ...]  # [S + 1], 0 first and T last
     gather: Tensor  # [N] int64
+    parents: tuple[int, ...] = ()  # [S], each below its own index; empty: each segment a sequence
+
+    def __post_init__(self) -> None:
+        if self.parents and len(self.parents) != len(self.cu_seqlens) - 1:
+            raise ValueError(f"{len(self.parents)} parents of {len(self.cu_seqlens) - 1} segments")
+        if any(parent >= index for index, parent in enumerate(self.parents)):
+            raise ValueError("a segment goes on from a later one, or from itself")
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """[S] tokens of each segment."""
+        return tuple(end - start for start, end in pairwise(self.cu_seqlens))
+
+    @property
+    def paths(self) -> tuple[tuple[int, ...], ...]:
+        """[S] of each segment those that lead to it, from the first of its sequence to itself."""
+        paths: list[tuple[int, ...]] = []
+        for index in range(len(self.cu_seqlens) - 1):
+            parent = self.parents[index] if self.parents else -1
+            paths.append((index,) if parent < 0 else (*paths[parent], index))
+        return tuple(paths)
+
+    def sequence(self, row: int) -> list[int]:
+        """The token ids up to `row`, from the first of its sequence."""
+        last = bisect_right(self.cu_seqlens, row) - 1
+        starts, ends = self.cu_seqlens, [*self.cu_seqlens[1:]]
+        ends[last] = row + 1
+        return [
+            token
+            for index in self.paths[last]
+            for token in self.input_ids[starts[index] : ends[index]].tolist()
+        ]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -172,12 +172,10 @@ class SglangScorer:
 
 def _sequences(batch: PackedBatch) -> list[tuple[list[int], int, str]]:
     """Of each sample its ids, the first row that is asked for, and what its cache is shared by."""
-    packed, found = batch.teacher, []
+    found = []
     for index, rollout_id in enumerate(batch.rollout_ids):
-        start, end = packed.cu_seqlens[index : index + 2]
-        rows = packed.gather[batch.sample_index == index] - start
-        first = int(rows[0])
+        rows = batch.teacher.gather[batch.sample_index == index]
         # A sequence ends at its last distilled token, and a span has no holes.
-        assert torch.equal(rows, torch.arange(first, end - start))
-        found.append((packed.input_ids[start:end].tolist(), first, rollout_id.rpartition("/")[0]))
+        ids = batch.teacher.sequence(int(rows[-1]))
+        found.append((ids, len(ids) - len(rows), rollout_id.rpartition("/")[0]))
     return found

@@ -1,10 +1,18 @@
 """Packed sequences through a transformers model: one row of T tokens, no padding, no logits.
 
 `packed_forward` makes every attention layer of a model call `packed_attention`, which attends
-within each sequence of `cu_seqlens` only. The switch is undone on leaving, so that a rollout engine
-can use the very same module in between. Position ids restart at 0 in each sequence; everything else
-in a decoder works on single tokens, so the hidden states are those of one sequence at a time.
-`check_packing` verifies that for the model at hand, by numbers.
+within each sequence only. The switch is undone on leaving, so that a rollout engine can use the
+very same module in between. Everything else in a decoder works on single tokens and their position
+ids, so the hidden states are those of one sequence at a time. `check_packing` verifies that for the
+model at hand, by numbers.
+
+Tokens that several sequences begin with stand there once, as a segment that others go on from
+(`PackedSequences.parents`). Each layer lays the keys and values of a segment behind those that lead
+to it and lets its queries attend to them, the last query to the last key:
+
+    o_i = attend(q_i, [k_root .. k_i], [v_root .. v_i])
+
+Autograd sums what the segments that go on from it say of a shared one's keys and values.
 """
 
 from __future__ import annotations
@@ -12,14 +20,17 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import pairwise
+from functools import cache
+from itertools import accumulate
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.modeling_utils import AttentionInterface
+from transformers.utils import import_utils
 
 from rosd_fast.errors import UserError
 from rosd_fast.types import PackedSequences
@@ -49,6 +60,47 @@ class Head:
         return logits.log_softmax(-1)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Layout:
+    """What the attention layers need to know of packed sequences, S segments, made once for all."""
+
+    lengths: tuple[int, ...]  # [S]
+    paths: tuple[tuple[int, ...], ...]  # [S] the segments whose keys a segment sees
+    cu_seqlens_q: Tensor  # [S + 1] int32, on the model's device
+    cu_seqlens_k: Tensor  # [S + 1] int32, of keys laid end to end for each segment
+
+    @classmethod
+    def of(cls, packed: PackedSequences, device: torch.device) -> Layout:
+        lengths, paths = packed.lengths, packed.paths
+        key_lengths = [sum(lengths[index] for index in path) for path in paths]
+        cu_seqlens_k = torch.tensor([0, *accumulate(key_lengths)], dtype=torch.int32)
+        return cls(
+            lengths=lengths,
+            paths=paths,
+            cu_seqlens_q=torch.tensor(packed.cu_seqlens, dtype=torch.int32).to(device),
+            cu_seqlens_k=cu_seqlens_k.to(device),
+        )
+
+    @property
+    def max_lengths(self) -> tuple[int, int]:
+        """Of a segment's queries, and of its keys."""
+        return max(self.lengths), max(
+            sum(self.lengths[index] for index in path) for path in self.paths
+        )
+
+    def along_paths(self, x: Tensor) -> list[Tensor]:
+        """[1, H, T, D] -> of each segment [1, H, tokens on its path, D].
+
+        `split` and `cat`, as a slice's backward would fill a whole [T] gradient for each segment,
+        and as they sum in one order, which an index-add of a GPU does not.
+        """
+        parts = x.split(self.lengths, dim=2)
+        return [
+            parts[path[0]] if len(path) == 1 else torch.cat([parts[i] for i in path], dim=2)
+            for path in self.paths
+        ]
+
+
 def hidden_states(model: PreTrainedModel, packed: PackedSequences) -> Tensor:
     """Hidden states [T, H] after the final norm, in the model's dtype and on its device.
 
@@ -60,7 +112,7 @@ def hidden_states(model: PreTrainedModel, packed: PackedSequences) -> Tensor:
             input_ids=packed.input_ids[None].to(device),
             position_ids=packed.position_ids[None].to(device),
             use_cache=False,
-            packed_lengths=sequence_lengths(packed.cu_seqlens),
+            packed_layout=Layout.of(packed, device),
         )
     return output.last_hidden_state[0]
 
@@ -115,18 +167,14 @@ def packed_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    packed_lengths: tuple[int, ...] | None = None,
+    packed_layout: Layout | None = None,
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each packed sequence: [1, T, Hq, Dv]. Called by transformers.
-
-    `split` and `cat` rather than slices: a slice's backward fills a whole [T] gradient for each
-    sequence, which makes the backward quadratic in the number of sequences.
-    """
-    if packed_lengths is None:
+    """Causal attention within each packed sequence: [1, T, Hq, Dv]. Called by transformers."""
+    if packed_layout is None:
         raise UserError(
-            "does not hand the packed lengths to its attention layers", where=name(module)
+            "does not hand the packed layout to its attention layers", where=name(module)
         )
     if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
         raise UserError("attention sinks and position biases are not supported", where=name(module))
@@ -135,37 +183,105 @@ def packed_attention(
             "attends in both directions, so it is no causal language model", where=name(module)
         )
     window = sliding_window(module, kwargs)
+    keys, values = packed_layout.along_paths(key), packed_layout.along_paths(value)
+    if can_flash(query):
+        return attend_flash(
+            query,
+            keys,
+            values,
+            packed_layout,
+            scale=scaling,
+            dropout=dropout,
+            window=window,
+            softcap=softcap,
+        ), None
     outputs = [
         attend(q, k, v, scale=scaling, dropout=dropout, window=window, softcap=softcap).transpose(
             1, 2
         )
-        for q, k, v in zip(
-            *(x.split(packed_lengths, dim=2) for x in (query, key, value)), strict=True
-        )
+        for q, k, v in zip(query.split(packed_layout.lengths, dim=2), keys, values, strict=True)
     ]
     return torch.cat(outputs, dim=1), None
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
+def attend_flash(
+    query: Tensor,  # [1, Hq, T, D]
+    keys: list[Tensor],  # of each segment [1, Hk, tokens on its path, D]
+    values: list[Tensor],
+    layout: Layout,
     *,
     scale: float | None,
     dropout: float,
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """Causal attention of one sequence of L tokens: [1, Hq, L, Dv].
+    """One variable-length call of flash-attn for all segments: [1, T, Hq, D].
+
+    flash-attn aligns the last query with the last key, which is what segments need.
+    """
+    max_length_q, max_length_k = layout.max_lengths
+    return _flash_attention_forward(
+        query.transpose(1, 2),
+        torch.cat(keys, dim=2).transpose(1, 2),
+        torch.cat(values, dim=2).transpose(1, 2),
+        attention_mask=None,
+        query_length=query.shape[2],
+        is_causal=True,
+        dropout=dropout,
+        softmax_scale=scale,
+        sliding_window=window,
+        softcap=softcap,
+        cu_seq_lens_q=layout.cu_seqlens_q,  # type: ignore[arg-type]
+        cu_seq_lens_k=layout.cu_seqlens_k,  # type: ignore[arg-type]
+        max_length_q=max_length_q,
+        max_length_k=max_length_k,
+        attn_implementation=flash_attention(),
+    )
+
+
+def can_flash(query: Tensor) -> bool:
+    return (
+        query.is_cuda
+        and query.dtype in (torch.float16, torch.bfloat16)
+        and flash_attention() is not None
+    )
+
+
+@cache
+def flash_attention() -> str | None:
+    """The installed flash-attn that suits the GPU, as transformers names it; None: SDPA it is."""
+    if not torch.cuda.is_available():
+        return None
+    major, _ = torch.cuda.get_device_capability()
+    # Versions 3 and 4 are written for Hopper and Blackwell, 2 runs on both.
+    for version, suits in ((4, major >= 10), (3, major == 9), (2, major >= 8), (4, major == 9)):
+        if suits and getattr(import_utils, f"is_flash_attn_{version}_available")():
+            return f"flash_attention_{version}"
+    return None
+
+
+def attend(
+    query: Tensor,  # [1, Hq, L, D]
+    key: Tensor,  # [1, Hk, M, D], M >= L
+    value: Tensor,  # [1, Hk, M, Dv]
+    *,
+    scale: float | None,
+    dropout: float,
+    window: int | None,
+    softcap: float | None,
+) -> Tensor:
+    """Causal attention of the last L of a sequence's M tokens: [1, Hq, L, Dv].
 
     A token sees itself and the `window - 1` tokens before it (None: all before it).
     """
     length, grouped = query.shape[2], query.shape[1] != key.shape[1]
-    mask = None
-    if softcap is not None or (window is not None and length > window):
-        mask = torch.ones(length, length, dtype=torch.bool, device=query.device).tril()
+    if window is not None and key.shape[2] > length + window - 1:
+        key, value = (x[:, :, 1 - length - window :] for x in (key, value))
+    before, mask = key.shape[2] - length, None
+    if softcap is not None or before or (window is not None and length > window):
+        mask = torch.ones(length, key.shape[2], dtype=torch.bool, device=query.device).tril(before)
         if window is not None:
-            mask = mask.triu(1 - window)
+            mask = mask.triu(before + 1 - window)
     if softcap is None:
         return F.scaled_dot_product_attention(
             query,
@@ -201,11 +317,6 @@ def sliding_window(module: nn.Module, kwargs: dict[str, Any]) -> int | None:
     return window
 
 
-def sequence_lengths(cu_seqlens: tuple[int, ...]) -> tuple[int, ...]:
-    """(0, 3, 5) -> (3, 2)"""
-    return tuple(end - start for start, end in pairwise(cu_seqlens))
-
-
 def use_exact_attention(model: PreTrainedModel) -> None:
     """Run soft-capped attention in eager mode: SDPA of some transformers versions drops the cap."""
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
@@ -216,9 +327,9 @@ def use_exact_attention(model: PreTrainedModel) -> None:
 def check_packing(model: PreTrainedModel) -> None:
     """Raise UserError unless packed hidden states and the head give the model's own logits.
 
-    Two short sequences, packed, against the model's own forward of each. This refuses what cannot
-    work: layers with a state that runs over sequence borders, attention with sinks, other output
-    heads.
+    Three short sequences, two of which begin alike, against the model's own forward of each. This
+    refuses what cannot work: layers with a state that runs over sequence borders, attention with
+    sinks, other output heads.
     """
     types = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
     if types - LAYER_TYPES:
@@ -227,18 +338,22 @@ def check_packing(model: PreTrainedModel) -> None:
             where=name(model),
             fix="Choose a model whose layers all use full or sliding-window attention",
         )
-    lengths = (7, 5)
+    lengths = (7, 5, 4, 6)
     ids = (torch.arange(sum(lengths)) * 37 + 11) % num_embeddings(model)
     packed = PackedSequences(
         input_ids=ids,
-        position_ids=torch.cat([torch.arange(n) for n in lengths]),
-        cu_seqlens=(0, lengths[0], sum(lengths)),
+        position_ids=torch.cat(
+            [torch.arange(n) + 7 * (i in (1, 2)) for i, n in enumerate(lengths)]
+        ),
+        cu_seqlens=(0, *accumulate(lengths)),
         gather=torch.arange(sum(lengths)),
+        parents=(-1, 0, 0, -1),
     )
     tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 5e-2
     states = hidden_states(model, packed).split(lengths)
-    for sequence, own in zip(ids.split(lengths), states, strict=True):
-        expected = model(input_ids=sequence[None].to(model.device), use_cache=False).logits[0]
+    for last, own in zip(packed.cu_seqlens[1:], states, strict=True):
+        sequence = torch.tensor([packed.sequence(last - 1)]).to(model.device)
+        expected = model(input_ids=sequence, use_cache=False).logits[0, -len(own) :]
         difference = (logits(own, head(model)) - expected).norm(dim=-1) / expected.norm(dim=-1)
         # The median: a router that flips on a rounding error may change one token, not most of
         # them.

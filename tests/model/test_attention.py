@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import accumulate, pairwise
+from typing import Any
+
 import pytest
 import torch
+import torch.nn.functional as F
 import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import modeling_flash_attention_utils
+from transformers.modeling_flash_attention_utils import _lazy_define_process_function
 
 from rosd_fast.errors import UserError
+from rosd_fast.model import attention
 from rosd_fast.model.attention import (
     attend,
     check_packing,
@@ -16,10 +25,10 @@ from rosd_fast.model.attention import (
     hidden_states,
     logits,
     packed_forward,
-    sequence_lengths,
     use_exact_attention,
 )
-from rosd_fast.types import PackedSequences
+from rosd_fast.packing import pack
+from rosd_fast.types import DistillSample, PackedSequences
 
 SMALL = {
     "vocab_size": 64,
@@ -61,6 +70,29 @@ def tiny(family: str, dtype: torch.dtype = torch.float64, **changes):
     return model
 
 
+@contextmanager
+def float64() -> Iterator[None]:
+    """What models compute in float32 whatever their dtype, such as norms, is in float64 too."""
+    to, softmax = torch.Tensor.to, F.softmax
+
+    def wide(value: Any) -> Any:
+        return torch.float64 if value is torch.float32 else value
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "float", lambda x: x.double())
+        patch.setattr(
+            torch.Tensor,
+            "to",
+            lambda x, *args, **kwargs: to(
+                x, *map(wide, args), **{key: wide(value) for key, value in kwargs.items()}
+            ),
+        )
+        patch.setattr(
+            F, "softmax", lambda x, *args, dtype=None, **kwargs: softmax(x, *args, **kwargs)
+        )
+        yield
+
+
 def packed_sequences(lengths: list[int], seed: int = 0) -> PackedSequences:
     generator = torch.Generator().manual_seed(seed)
     total = sum(lengths)
@@ -74,33 +106,183 @@ def packed_sequences(lengths: list[int], seed: int = 0) -> PackedSequences:
 
 def one_at_a_time(model, packed: PackedSequences) -> torch.Tensor:
     """The model's own attention on each sequence alone."""
-    ids = packed.input_ids.split(sequence_lengths(packed.cu_seqlens))
+    ids = packed.input_ids.split(packed.lengths)
     return torch.cat(
         [model.get_decoder()(input_ids=x[None], use_cache=False).last_hidden_state[0] for x in ids]
     )
 
 
+def gradients(model) -> dict[str, torch.Tensor]:
+    # The output head has no part in hidden states.
+    return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+
+def assert_equal(actual: dict, expected: dict) -> None:
+    """Largest error of each tensor at most 1e-10 of its largest entry."""
+    assert actual.keys() == expected.keys() and len(expected) > 10
+    for key, value in expected.items():
+        error = float((actual[key] - value).abs().max())
+        assert error <= 1e-10 * (float(value.abs().max()) + 1e-3), key
+
+
 @pytest.mark.parametrize("family", FAMILIES)
 def test_states_and_gradients_equal_one_sequence_at_a_time(family):
     model = tiny(family)
-    # These compute norms, or Gemma 2 its softmax, in float32 whatever the model's dtype.
-    bound = 3e-6 if family in ("Gemma2", "Gemma3Text", "Cohere") else 1e-10
     packed = packed_sequences([9, 1, 14, 9, 5])
     seed = torch.randn(38, 32, dtype=torch.float64)
     results = []
     for compute in (hidden_states, one_at_a_time):
         model.zero_grad()
-        states = compute(model, packed)
-        (states * seed).sum().backward()
-        # The output head has no part in hidden states.
-        grads = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
-        results.append((states.detach(), grads))
-    (states, grads), (expected, expected_grads) = results
-    assert grads.keys() == expected_grads.keys() and len(grads) > 10
-    torch.testing.assert_close(states, expected, rtol=0, atol=bound * float(expected.abs().max()))
-    for key, value in expected_grads.items():
-        scale = float(value.abs().max()) + 1e-3
-        assert float((grads[key] - value).abs().max()) <= bound * scale, key
+        with float64():
+            states = compute(model, packed)
+            (states * seed).sum().backward()
+        results.append({"states": states.detach(), **gradients(model)})
+    assert_equal(*results)
+
+
+@st.composite
+def groups(draw):
+    """Samples of one to three prompts, whose completions and teacher's prompts begin alike too."""
+    ids = st.lists(st.integers(3, 5), min_size=1, max_size=12).map(tuple)
+    prompts = draw(st.lists(st.tuples(ids, ids), min_size=1, max_size=3))
+    samples = []
+    for index in range(draw(st.integers(1, 6))):
+        (student, teacher), completion = draw(st.sampled_from(prompts)), draw(ids)
+        start = draw(st.integers(0, len(completion) - 1))
+        samples.append(
+            DistillSample(
+                rollout_id=f"r{index}",
+                student_prompt_ids=student,
+                teacher_prompt_ids=teacher + draw(ids),
+                completion_ids=completion,
+                logprobs=(0.0,) * len(completion),
+                start=start,
+                end=draw(st.integers(start + 1, len(completion))),
+            )
+        )
+    return samples
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@given(samples=groups(), min_shared=st.integers(1, 4), max_tokens=st.sampled_from([60, 1000]))
+@settings(max_examples=12, deadline=None)
+def test_shared_tokens_change_nothing(family, samples, min_shared, max_tokens):
+    """States that predict distilled tokens, and gradients, against each sample on its own."""
+    model = MODELS[family]
+    batches = pack(samples, max_tokens=max_tokens, min_shared=min_shared)
+    by_id = {sample.rollout_id: sample for sample in samples}
+    seeds = {
+        name: torch.randn(sample.num_distilled, 32, dtype=torch.float64)
+        for name, sample in by_id.items()
+    }
+    for side in ("student", "teacher"):
+        with float64():
+            shared = states_and_gradients(model, side, samples, seeds, batches)
+            alone = states_and_gradients(model, side, samples, seeds, None)
+        assert_equal(shared, alone)
+
+
+def states_and_gradients(model, side, samples, seeds, batches) -> dict[str, torch.Tensor]:
+    """Of each sample the states that predict its tokens, and the gradients of a sum over them.
+
+    batches: None for each sample on its own, through the model's own attention.
+    """
+    model.zero_grad()
+    found = {}
+    for batch in batches or []:
+        packed = getattr(batch, side)
+        states = hidden_states(model, packed)
+        for index, name in enumerate(batch.rollout_ids):
+            found[name] = states[packed.gather[batch.sample_index == index]]
+    for sample in [] if batches else samples:
+        prompt_ids = getattr(sample, f"{side}_prompt_ids")
+        ids = torch.tensor([prompt_ids + sample.completion_ids])
+        whole = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
+        first, last = (len(prompt_ids) - 1 + place for place in (sample.start, sample.end))
+        found[sample.rollout_id] = whole[first:last]
+    torch.stack([(states * seeds[name]).sum() for name, states in found.items()]).sum().backward()
+    return {name: states.detach() for name, states in found.items()} | gradients(model)
+
+
+def test_what_is_shared_is_computed_once(monkeypatch):
+    """1 prompt of 30 tokens and 4 completions of 5: 50 tokens go through the layers, not 140."""
+    seen = []
+    forward = type(LLAMA.model.layers[0]).forward
+
+    def count(self, hidden, *args, **kwargs):
+        seen.append(hidden.shape[1])
+        return forward(self, hidden, *args, **kwargs)
+
+    monkeypatch.setattr(type(LLAMA.model.layers[0]), "forward", count)
+    lengths = (30, 5, 5, 5, 5)
+    packed = PackedSequences(
+        input_ids=torch.arange(50),
+        position_ids=torch.cat([torch.arange(30), *[torch.arange(30, 35)] * 4]),
+        cu_seqlens=(0, *accumulate(lengths)),
+        gather=torch.arange(50),
+        parents=(-1, 0, 0, 0, 0),
+    )
+    hidden_states(LLAMA, packed)
+    assert seen == [50, 50]
+
+
+@pytest.mark.parametrize("family", ["Qwen3", "Mistral", "Gemma2"])
+def test_flash_attention_gets_what_sdpa_gets(family, monkeypatch):
+    """The variable-length call that a GPU gets, answered by a few lines of the same meaning."""
+    calls = []
+
+    def flash_attn_varlen_func(  # the interface of flash-attn 2
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k,
+        dropout_p=0.0, softmax_scale=None, causal=False, window_size=(-1, -1), softcap=0.0,
+        deterministic=False,
+    ):  # fmt: skip
+        calls.append(window_size)
+        assert causal and dropout_p == 0.0 and cu_seqlens_k.dtype == torch.int32
+        assert max_seqlen_q == int(cu_seqlens_q.diff().max())
+        assert max_seqlen_k == int(cu_seqlens_k.diff().max())
+        parts = [
+            attend(
+                *(x[None].transpose(1, 2) for x in (q[i:j], k[m:n], v[m:n])),
+                scale=softmax_scale,
+                dropout=0.0,
+                window=None if window_size[0] < 0 else window_size[0] + 1,
+                softcap=softcap or None,
+            )[0].transpose(0, 1)
+            for (i, j), (m, n) in zip(
+                pairwise(cu_seqlens_q.tolist()), pairwise(cu_seqlens_k.tolist()), strict=True
+            )
+        ]
+        return torch.cat(parts)
+
+    model = tiny(family, torch.float32)
+    samples = [
+        DistillSample(
+            rollout_id=f"r{index}",
+            student_prompt_ids=(*range(3, 12),),
+            teacher_prompt_ids=(1,),
+            completion_ids=(index, 20, 21, 22, 23),
+            logprobs=(0.0,) * 5,
+            start=0,
+            end=5,
+        )
+        for index in range(3)
+    ]
+    packed = pack(samples, max_tokens=100, min_shared=4)[0].student
+    assert packed.parents == (-1, 0, 0, 0)
+    with torch.no_grad():
+        expected = hidden_states(model, packed)
+        functions = (None, flash_attn_varlen_func, None, None, None)
+        process = _lazy_define_process_function(flash_attn_varlen_func)
+        monkeypatch.setattr(
+            modeling_flash_attention_utils,
+            "lazy_import_flash_attention",
+            lambda name: (functions, (process, None)),
+        )
+        monkeypatch.setattr(attention, "can_flash", lambda query: True)
+        actual = hidden_states(model, packed)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
+    windows = {"Qwen3": [-1, -1], "Mistral": [3, 3], "Gemma2": [3, -1]}[family]
+    assert [window[0] for window in calls] == windows
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -159,22 +341,24 @@ def test_logits_are_never_computed(monkeypatch):
     hidden_states(model, packed_sequences([3, 4]))
 
 
+@pytest.mark.parametrize("before", [0, 1, 9])
 @pytest.mark.parametrize("window", [None, 1, 3, 50])
 @pytest.mark.parametrize("softcap", [None, 1.5])
 @pytest.mark.parametrize("scale", [None, 0.7])
-def test_attend_against_plain_softmax(window, softcap, scale):
+def test_attend_against_plain_softmax(before, window, softcap, scale):
     torch.manual_seed(1)
     length = 8
     query = torch.randn(1, 4, length, 8, dtype=torch.float64)
-    key, value = torch.randn(2, 1, 2, length, 8, dtype=torch.float64)
+    key, value = torch.randn(2, 1, 2, before + length, 8, dtype=torch.float64)
     actual = attend(query, key, value, scale=scale, dropout=0.0, window=window, softcap=softcap)
     for h in range(4):
         for i in range(length):
-            first = 0 if window is None else max(0, i - window + 1)
-            scores = key[0, h // 2, first : i + 1] @ query[0, h, i] * (scale or 8**-0.5)
+            place = before + i
+            first = 0 if window is None else max(0, place - window + 1)
+            scores = key[0, h // 2, first : place + 1] @ query[0, h, i] * (scale or 8**-0.5)
             if softcap:
                 scores = softcap * torch.tanh(scores / softcap)
-            expected = scores.softmax(0) @ value[0, h // 2, first : i + 1]
+            expected = scores.softmax(0) @ value[0, h // 2, first : place + 1]
             torch.testing.assert_close(actual[0, h, i], expected, rtol=0, atol=1e-12)
 
 
@@ -209,4 +393,5 @@ def test_a_head_that_is_not_the_last_step_is_refused():
         check_packing(model)
 
 
-LLAMA = tiny("Llama")
+MODELS = {family: tiny(family) for family in FAMILIES}
+LLAMA = MODELS["Llama"]
