@@ -28,20 +28,35 @@ MIN_SHARED = 16  # tokens; below, a segment of its own costs more than it saves
 
 
 def pack(
-    samples: Sequence[DistillSample], *, max_tokens: int, min_shared: int = MIN_SHARED
+    samples: Sequence[DistillSample],
+    *,
+    max_tokens: int,
+    min_shared: int = MIN_SHARED,
+    num_ranks: int = 1,
+    hidden_size: int = 1024,
 ) -> list[PackedBatch]:
     """Micro-batches of at most `max_tokens` input tokens, student's plus teacher's; repeatable.
 
     min_shared: the fewest tokens that are worth a segment of their own, 0: nothing is shared.
+    num_ranks: the result is dealt to them in turns, rank 0 first, and its length is a multiple of
+    it. hidden_size: of the model, which says how much attention counts among the FLOPs.
 
     First-fit decreasing: the costliest first, each into the first micro-batch that has room for it.
     What is placed is a group, the samples of one student prompt, or where it is over `max_tokens`
     as many of its samples as fit; a sample that is longer is a micro-batch of its own. Within one,
-    samples keep their order. Raises ValueError when `max_tokens` is below 1.
+    samples keep their order. For several ranks, micro-batches are as few, but balanced by FLOPs:
+    the costliest part goes where least is, and those that ranks compute at the same time are alike.
+    A group is divided where it is more than a rank's share; ranks without a sample get an empty
+    micro-batch. Raises ValueError when `max_tokens` is below 1.
     """
     if max_tokens < 1:
         raise ValueError(f"max_tokens is {max_tokens}, must be at least 1")
     parts = _parts(samples, max_tokens=max_tokens, min_shared=min_shared)
+    if num_ranks > 1 and samples:
+        bins = _balanced(samples, parts, max_tokens, min_shared, num_ranks, hidden_size)
+        return [
+            _batch([samples[index] for index in sorted(members)], min_shared) for members in bins
+        ]
     costs = [num_tokens([samples[i] for i in part], min_shared=min_shared) for part in parts]
     bins: list[list[int]] = []
     room: list[int] = []
@@ -66,6 +81,69 @@ def num_tokens(samples: Sequence[DistillSample], *, min_shared: int = MIN_SHARED
         for prompted in _prompted(samples)
         for segment in prefix_tree(prompted, min_shared=min_shared)
     )
+
+
+def flops(samples: Sequence[DistillSample], *, min_shared: int, hidden_size: int) -> float:
+    """Of a micro-batch, as a multiple of a token's through the weights of a layer.
+
+    A token costs 24 hidden_size^2, a pair of query and key 4 hidden_size. The student's backward
+    pass is two forward ones.
+    """
+    student, teacher = (
+        sum(
+            segment.length
+            + (segment.start + segment.end + 1) * segment.length / 2 / (6 * hidden_size)
+            for segment in prefix_tree(prompted, min_shared=min_shared)
+        )
+        for prompted in _prompted(samples)
+    )
+    return 3 * student + teacher
+
+
+def _balanced(
+    samples: Sequence[DistillSample],
+    parts: list[list[int]],
+    max_tokens: int,
+    min_shared: int,
+    num_ranks: int,
+    hidden_size: int,
+) -> list[list[int]]:
+    """Micro-batches by the samples' indices, in the order that deals them to the ranks."""
+
+    def cost(part: Sequence[int]) -> float:
+        return flops([samples[i] for i in part], min_shared=min_shared, hidden_size=hidden_size)
+
+    def size(part: Sequence[int]) -> int:
+        return num_tokens([samples[i] for i in part], min_shared=min_shared)
+
+    share = sum(map(cost, parts)) / num_ranks
+    queue, parts = list(reversed(parts)), []
+    while queue:
+        part = queue.pop()
+        if len(part) > 1 and cost(part) > share:
+            queue += [part[len(part) // 2 :], part[: len(part) // 2]]
+        else:
+            parts.append(part)
+    costs, sizes = [cost(part) for part in parts], [size(part) for part in parts]
+    order = sorted(range(len(parts)), key=lambda index: -costs[index])
+    count = num_ranks * -(-sum(sizes) // (max_tokens * num_ranks))
+    while True:
+        bins: list[list[int]] = [[] for _ in range(count)]
+        load, room = [0.0] * count, [max_tokens] * count
+        for index in order:
+            fitting = [i for i in range(count) if sizes[index] <= room[i] or not bins[i]]
+            if not fitting:
+                break
+            place = min(fitting, key=lambda i: load[i])
+            bins[place] += parts[index]
+            load[place] += costs[index]
+            room[place] -= sizes[index]
+        else:
+            # Alike ones side by side, as ranks wait for the slowest.
+            found = [bins[i] for i in sorted(range(count), key=lambda i: -load[i])]
+            used = sum(bool(members) for members in found)
+            return found[: num_ranks * -(-used // num_ranks)]
+        count += num_ranks
 
 
 @dataclass(slots=True)
@@ -168,6 +246,9 @@ def _prompted(samples: Sequence[DistillSample]) -> tuple[list[tuple[int, ...]], 
 
 
 def _batch(samples: Sequence[DistillSample], min_shared: int) -> PackedBatch:
+    if not samples:
+        return empty_batch()
+
     def rows(value: Callable[[DistillSample], Sequence[float]], dtype: torch.dtype) -> torch.Tensor:
         return torch.tensor([item for sample in samples for item in value(sample)], dtype=dtype)
 
@@ -188,6 +269,26 @@ def _batch(samples: Sequence[DistillSample], min_shared: int) -> PackedBatch:
             lambda sample: sample.logprobs[sample.start : sample.end], torch.float32
         ),
         sample_index=torch.repeat_interleave(torch.arange(len(samples)), counts),
+    )
+
+
+def empty_batch() -> PackedBatch:
+    """No sample: one token that nothing is read of, so that a rank computes along with others."""
+    nothing = torch.empty(0, dtype=torch.int64)
+    sequences = PackedSequences(
+        input_ids=torch.zeros(1, dtype=torch.int64),
+        position_ids=torch.zeros(1, dtype=torch.int64),
+        cu_seqlens=(0, 1),
+        gather=nothing,
+    )
+    return PackedBatch(
+        rollout_ids=(),
+        student=sequences,
+        teacher=sequences,
+        token_ids=nothing,
+        weights=torch.empty(0),
+        rollout_logprobs=torch.empty(0),
+        sample_index=nothing,
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from itertools import pairwise, takewhile
 
 import pytest
@@ -10,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rosd_fast.model.attention import head, hidden_states, logits
-from rosd_fast.packing import common_length, num_tokens, pack, prefix_tree
+from rosd_fast.packing import common_length, flops, num_tokens, pack, prefix_tree
 from rosd_fast.types import DistillSample
 
 
@@ -40,9 +41,21 @@ def sample_lists(draw, max_size=12):
 
 
 @settings(max_examples=200, deadline=None)
-@given(samples=sample_lists(), max_tokens=st.integers(1, 150), min_shared=st.integers(0, 6))
-def test_packing(samples, max_tokens, min_shared):
-    batches = pack(samples, max_tokens=max_tokens, min_shared=min_shared)
+@given(
+    samples=sample_lists(),
+    max_tokens=st.integers(1, 150),
+    min_shared=st.integers(0, 6),
+    num_ranks=st.integers(1, 4),
+)
+def test_packing(samples, max_tokens, min_shared, num_ranks):
+    batches = pack(samples, max_tokens=max_tokens, min_shared=min_shared, num_ranks=num_ranks)
+    assert len(batches) % num_ranks == 0 and (batches != []) == (samples != [])
+    # A whole turn of empty ones would be computed for nothing.
+    turns = [batches[i : i + num_ranks] for i in range(0, len(batches), num_ranks)]
+    assert all(any(batch.rollout_ids for batch in turn) for turn in turns)
+    empty = [batch for batch in batches if not batch.rollout_ids]
+    batches = [batch for batch in batches if batch.rollout_ids]
+    assert all(batch.num_distilled == 0 and batch.num_tokens == 2 for batch in empty)
     by_id = {sample.rollout_id: sample for sample in samples}
     order = [rollout_id for batch in batches for rollout_id in batch.rollout_ids]
     assert sorted(order) == sorted(by_id)
@@ -207,6 +220,59 @@ def test_first_fit_decreasing_and_dtypes():
     for tensor in (batch.student.input_ids, batch.teacher.position_ids):
         assert tensor.dtype == torch.int64
     assert batch.weights.dtype == batch.rollout_logprobs.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("lengths", "num_ranks", "expected"),
+    [
+        ([[20] * 8], 4, [2, 2, 2, 2]),  # a group is divided
+        ([[20] * 4] * 4, 4, [4, 4, 4, 4]),
+        ([[90], [20], [20], [20]], 2, [1, 3]),  # by FLOPs, not by count
+        ([[20]], 3, [1, 0, 0]),
+    ],
+    ids=["one group", "groups", "unequal", "too few"],
+)
+def test_ranks_have_alike_shares(lengths, num_ranks, expected):
+    samples = [
+        dataclasses.replace(
+            make_sample(f"{group}/{index}", length),
+            student_prompt_ids=(50 + group,) * 30,
+            teacher_prompt_ids=(70 + group,) * 30,
+        )
+        for group, own in enumerate(lengths)
+        for index, length in enumerate(own)
+    ]
+    batches = pack(samples, max_tokens=100_000, num_ranks=num_ranks, hidden_size=64)
+    assert sorted(len(batch.rollout_ids) for batch in batches) == sorted(expected)
+
+
+@settings(max_examples=100, deadline=None)
+@given(samples=sample_lists(max_size=24), num_ranks=st.integers(2, 4))
+def test_no_rank_has_much_more_than_its_share(samples, num_ranks):
+    """With room for all, the most is at most a fair share and the largest part on top."""
+    options = {"min_shared": 2, "hidden_size": 16}
+    batches = pack(samples, max_tokens=10_000, num_ranks=num_ranks, **options)
+    by_id = {sample.rollout_id: sample for sample in samples}
+    loads = [
+        flops([by_id[i] for i in batch.rollout_ids], **options)
+        for batch in batches
+        if batch.rollout_ids
+    ]
+    alone = [flops([sample], **options) for sample in samples]
+    assert len(batches) in (0, num_ranks)
+    assert max(loads, default=0) <= sum(alone) / num_ranks + max(
+        [*alone, sum(alone) / num_ranks, 0]
+    )
+
+
+def test_flops_by_hand():
+    sample = make_sample("a", 5)
+    length = len(sample.student_prompt_ids) + sample.end - 1
+    pairs = length * (length + 1) / 2
+    # 24 H^2 a token and 4 H a pair; the student's three times.
+    own = (24 * 64**2 * length + 4 * 64 * pairs) / (24 * 64**2)
+    assert len(sample.teacher_prompt_ids) == len(sample.student_prompt_ids)
+    assert flops([sample], min_shared=0, hidden_size=64) == pytest.approx(4 * own)
 
 
 def test_nothing_to_pack_and_no_budget():
