@@ -153,7 +153,7 @@ async def measure(run: Run, args: argparse.Namespace) -> dict[str, str]:
     engine = run.engine
     assert isinstance(engine, SglangEngine)
     try:
-        await engine.load_weights(run.learner.weights, version=0)
+        await engine.load_weights(run.crew.weights(), version=0)
         await sample_and_reflect(run, 1, Hidden())  # the first grammar takes seconds
         row = await measure_bytes(run, engine)
         row |= await measure_sync(run, engine, args.repeats)
@@ -176,7 +176,7 @@ async def measure_pipelines(
             options = run.config.engine.model_copy(update={"pipeline": name})
             run.config = run.config.model_copy(update={"engine": options})
             # The cache is emptied, as after each hand-over.
-            await engine.load_weights(run.learner.weights, version=engine.policy_version + 1)
+            await engine.load_weights(run.crew.weights(), version=engine.policy_version + 1)
             engine.take_metrics()
             start = time.perf_counter()
             await sample_and_reflect(run, 1, Hidden())
@@ -206,10 +206,10 @@ async def measure_sync(run: Run, engine: SglangEngine, repeats: int) -> dict[str
     found = {}
     for name, engine._sync in ways.items():
         seconds = []
-        await engine.load_weights(run.learner.weights, version=engine.policy_version + 1)  # joins
+        await engine.load_weights(run.crew.weights(), version=engine.policy_version + 1)  # joins
         for _ in range(repeats):
             start = time.perf_counter()
-            await engine.load_weights(run.learner.weights, version=engine.policy_version + 1)
+            await engine.load_weights(run.crew.weights(), version=engine.policy_version + 1)
             seconds.append(time.perf_counter() - start)
         found[f"sync_{name}_s"] = f"{statistics.median(seconds):.3f}"
     await ways["distributed"].close()

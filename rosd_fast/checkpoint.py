@@ -1,38 +1,51 @@
 """Checkpoints: `RUN/checkpoints/step_000010/`, a model folder plus what a resume needs.
 
-    config.json, model.safetensors, tokenizer.json, ...   Hugging Face layout
-    trainer_state.safetensors     AdamW's moments, master weights, the teacher
-    trainer_state.json            step, config hash, versions, the size of every file
+    config.json, model.safetensors, tokenizer.json, ...   Hugging Face layout, without adapters
+    state/*.safetensors     trained weights in full precision, AdamW's moments, averages: a file of
+                            each rank (torch.distributed.checkpoint), read by any number of ranks
+    trainer_state.json      step, config hash, versions, dev accuracy, the size of every file
 
 A checkpoint is written beside its place, fsynced and renamed, so it is there whole or not at all. A
 later accident with its files shows in their sizes; a damaged checkpoint is passed over, with a
-warning.
+warning. The weights that are not trained, and those of a frozen teacher, are the initial ones: they
+come from the model that the run began with, and a fingerprint tells another one.
 """
 
 from __future__ import annotations
 
 import json
 import logging
+import math
 import platform
 import re
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file, save_file
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from rosd_fast import __version__
 from rosd_fast.errors import UserError
 from rosd_fast.folders import atomic_folder, remove_folder, remove_leftovers
 from rosd_fast.learner import Learner
-from rosd_fast.model.load import quiet_transformers
+from rosd_fast.parallel import ALONE, World
+from rosd_fast.snapshot import Snapshot
 
-FORMAT = 1  # of trainer_state.json
+FORMAT = 2  # of trainer_state.json
 STATE_JSON = "trainer_state.json"
-STATE_TENSORS = "trainer_state.safetensors"
+STATE_FOLDER = "state"
 STEP_NAME = re.compile(r"step_(\d{6,})")
 
 logger = logging.getLogger(__name__)
@@ -42,64 +55,99 @@ class DamagedCheckpoint(Exception):
     """Says which file is missing, cut short or unreadable."""
 
 
-def save_checkpoint(
-    run: Path,
-    *,
-    step: int,
-    learner: Learner,
-    tokenizer: PreTrainedTokenizerBase,
-    config_hash: str,
-) -> Path:
-    """Write the checkpoint of `step` into the run folder; returns its path.
+def write_checkpoint(run: Path, snapshot: Snapshot, world: World = ALONE) -> Path:
+    """Write a checkpoint into the run folder; returns its path. A collective of `world.saving`.
 
-    Raises UserError when the folder cannot be written or the disk is full; nothing is left of it
-    then.
+    On several ranks, the folder is one for all of them. Raises UserError when it cannot be written
+    or the disk is full; nothing is left of it then, and earlier ones stay.
     """
-    path = run / "checkpoints" / f"step_{step:06d}"
+    path = run / "checkpoints" / f"step_{snapshot.step:06d}"
     try:
-        with atomic_folder(path) as folder, quiet_transformers():
-            save_model(learner.model, folder)
-            tokenizer.save_pretrained(folder)
-            tensors = {
-                name: t.detach().cpu().contiguous() for name, t in learner.state_dict().items()
-            }
-            save_file(tensors, folder / STATE_TENSORS)
-            state = {
+        with shared_folder(path, world) as folder:
+            if folder is None:  # rank 0 could not make it, and says why
+                return path
+            (folder / STATE_FOLDER).mkdir(exist_ok=True)
+            write_state(snapshot.state, folder / STATE_FOLDER, world)
+            if snapshot.export is None:
+                return path
+            snapshot.export.save(folder)
+            files = sorted(file for file in folder.rglob("*") if file.is_file())
+            about = {
                 "format": FORMAT,
-                "step": step,
-                "config_hash": config_hash,
+                "step": snapshot.step,
+                "config_hash": snapshot.config_hash,
+                "fingerprint": snapshot.fingerprint,
+                "dev_accuracy": snapshot.dev_accuracy,
+                "ranks": world.size,
                 "versions": versions(),
-                "files": {file.name: file.stat().st_size for file in sorted(folder.iterdir())},
+                "files": {str(file.relative_to(folder)): file.stat().st_size for file in files},
             }
-            (folder / STATE_JSON).write_text(json.dumps(state, indent=2) + "\n")
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or str(error)
+            (folder / STATE_JSON).write_text(json.dumps(about, indent=2) + "\n")
+    except (OSError, SafetensorError, CheckpointException) as error:
         raise UserError(
-            f"the checkpoint cannot be written ({reason})",
+            f"the checkpoint cannot be written ({reason(error)})",
             where=str(path),
             fix="Free some space or choose another folder with --out",
         ) from error
     return path
 
 
-def save_model(model: PreTrainedModel, folder: Path) -> None:
-    """`save_pretrained`, also for generation configs that transformers refuses to save."""
-    own = model.generation_config
+@contextmanager
+def shared_folder(path: Path, world: World) -> Iterator[Path | None]:
+    """`atomic_folder` of rank 0, the same to all; None to the others where it cannot be made."""
+    if not world.leads:
+        yield world.broadcast(None, group=world.saving)
+        return
+    told = False
     try:
-        if own is not None:
-            try:
-                own.validate(strict=True)
-            except ValueError:
-                # Sampling parameters without do_sample: keep the token ids, which are what is
-                # needed.
-                model.generation_config = GenerationConfig(
-                    bos_token_id=own.bos_token_id,
-                    eos_token_id=own.eos_token_id,
-                    pad_token_id=own.pad_token_id,
-                )
-        model.save_pretrained(folder)
+        with atomic_folder(path) as folder:
+            world.broadcast(folder, group=world.saving)
+            told = True
+            yield folder
     finally:
-        model.generation_config = own
+        if not told:
+            world.broadcast(None, group=world.saving)
+
+
+def write_state(state: dict[str, Any], folder: Path, world: World) -> None:
+    """Each rank's part into a file of its own. A collective of `world.saving`."""
+    with quiet_dcp():
+        save(
+            state,
+            storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
+            process_group=world.saving,
+            no_dist=world.size == 1,
+        )
+
+
+def read_into(state: dict[str, Tensor], folder: Path, world: World) -> None:
+    """Fill the tensors of `state` from the files of however many ranks. A collective.
+
+    Raises KeyError or RuntimeError when names or shapes are others.
+    """
+    reader = HuggingFaceStorageReader(str(folder))
+    saved: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    for name, tensor in state.items():
+        if saved[name].size != tensor.shape:
+            raise RuntimeError(f"{name} has another shape")
+    with quiet_dcp():
+        load(state, storage_reader=reader, process_group=world.saving, no_dist=world.size == 1)
+
+
+@contextmanager
+def quiet_dcp() -> Iterator[None]:
+    """Without its remark that a single process is one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def reason(error: BaseException) -> str:
+    """In words; of an error of several ranks that of the first."""
+    if isinstance(error, CheckpointException):
+        failed, _ = next(iter(error.failures.values()))
+        return reason(failed)
+    return getattr(error, "strerror", None) or str(error)
 
 
 def latest_checkpoint(run: Path, *, warn: Callable[[str], None] = logger.warning) -> Path | None:
@@ -115,29 +163,36 @@ def latest_checkpoint(run: Path, *, warn: Callable[[str], None] = logger.warning
 
 
 def load_checkpoint(path: Path, learner: Learner) -> int:
-    """Put a checkpoint's weights, optimizer and teacher into `learner`; returns its step.
+    """Put a checkpoint's state into `learner`, which has its initial weights; returns its step.
 
-    Raises UserError when the checkpoint is damaged or belongs to another model.
+    A collective, of as many ranks as one likes. Raises UserError when the checkpoint is damaged or
+    belongs to another model.
     """
     try:
-        state = read_state(path)
-        tensors = load_file(path / STATE_TENSORS)
-        with quiet_transformers():
-            saved = type(learner.model).from_pretrained(
-                path, dtype=learner.model.dtype, use_safetensors=True
-            )
-    except (DamagedCheckpoint, OSError, SafetensorError) as error:
+        about = read_state(path)
+    except DamagedCheckpoint as error:
         raise UserError(f"the checkpoint is damaged: {error}", where=str(path)) from error
+    if learner.whole is not None and about["fingerprint"] != learner.fingerprint:
+        raise UserError(
+            "the checkpoint belongs to another model than the one that `model` names, whose "
+            "weights the run began with",
+            where=str(path),
+            fix="Put that model back in its place",
+        )
+    state = learner.state_dict()
+    if learner.order is not None and learner.world.rank >= about["ranks"]:
+        state = {name: t for name, t in state.items() if not name.startswith("order.")}
     try:
-        learner.model.load_state_dict(saved.state_dict())
-        learner.load_state_dict(tensors)
-    except (KeyError, RuntimeError) as error:
+        read_into(state, path / STATE_FOLDER, learner.world)
+        learner.load_state_dict(state)
+    except (KeyError, RuntimeError, SafetensorError, CheckpointException) as error:
         raise UserError(
             "the checkpoint belongs to another model or other teacher options",
             where=str(path),
             fix="Resume with the model and the options that the run was started with",
         ) from error
-    return state["step"]
+    learner.collect()
+    return about["step"]
 
 
 def read_state(path: Path) -> dict:
@@ -145,6 +200,7 @@ def read_state(path: Path) -> dict:
     try:
         state = json.loads((path / STATE_JSON).read_text())
         files, step = dict(state["files"]), int(state["step"])
+        state = {"fingerprint": "", "ranks": 1, "dev_accuracy": None, **state}
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{STATE_JSON} is missing") from None
     except (OSError, ValueError, KeyError, TypeError):
@@ -171,11 +227,32 @@ def check_tensors(file: Path) -> None:
         raise DamagedCheckpoint(f"{file.name} is no safetensors file ({error})") from None
 
 
-def prune(run: Path, keep_last: int) -> None:
-    """Delete all but the newest `keep_last` checkpoints, and what a killed process left behind."""
-    for path in checkpoints(run)[:-keep_last]:
-        remove_folder(path)
+def prune(run: Path, keep_last: int, *, keep_best: bool = False) -> None:
+    """Delete all but the newest `keep_last` checkpoints, and what a killed process left behind.
+
+    keep_best: nor the one with the best dev accuracy, the earliest of equals.
+    """
+    found = checkpoints(run)
+    kept = set(found[-keep_last:])
+    if keep_best and (best := best_checkpoint(found)) is not None:
+        kept.add(best)
+    for path in found:
+        if path not in kept:
+            remove_folder(path)
     remove_leftovers(run / "checkpoints")
+
+
+def best_checkpoint(found: Sequence[Path]) -> Path | None:
+    """The one with the best dev accuracy, of those that are whole and have one."""
+    best, best_accuracy = None, -math.inf
+    for path in found:
+        try:
+            accuracy = read_state(path)["dev_accuracy"]
+        except DamagedCheckpoint:
+            continue
+        if accuracy is not None and accuracy > best_accuracy:
+            best, best_accuracy = path, accuracy
+    return best
 
 
 def checkpoints(run: Path) -> list[Path]:

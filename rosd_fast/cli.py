@@ -32,16 +32,23 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         return dispatch(args)
     except UserError as error:
-        print(f"rosd-fast: error: {error}", file=sys.stderr)
+        if not rank():  # the other ranks read the same options and find the same
+            print(f"rosd-fast: error: {error}", file=sys.stderr)
         return USAGE_ERROR
     except RunFailed as error:
-        print(f"rosd-fast: error: {error}", file=sys.stderr)
+        where = f"rank {rank()}: " if rank() else ""
+        print(f"rosd-fast: error: {where}{error}", file=sys.stderr)
         return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output has gone, as in `rosd-fast ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
+
+
+def rank() -> int:
+    """Of this process among those that torchrun has started, 0: the first or the only one."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def dispatch(args: Sequence[str]) -> int:

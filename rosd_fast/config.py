@@ -166,10 +166,15 @@ class SpanConfig(Section):
 class TeacherConfig(Section):
     """The teacher: the student's own architecture, shown problem and reflection."""
 
-    kind: Literal["frozen", "ema"] = "frozen"
-    """frozen: the initial weights; ema: their moving average with the student's."""
+    kind: Literal["frozen", "ema", "live", "trust_region"] = "frozen"
+    """frozen: the initial weights; ema: their moving average with the student's; live: the
+    student's as they are; trust_region: logits between those of frozen and of live."""
     ema_rate: Annotated[float, Field(gt=0, le=1)] = 0.05
     """Share of the student's weights that enters the average after each step (kind ema)."""
+    mix: Annotated[float, Field(gt=0, lt=1)] = 0.1
+    """Share of the student's logits (kind trust_region)."""
+    offload: bool = False
+    """Keep the teacher's copy of the weights in host memory while it is not used."""
     where: Literal["trainer", "sglang"] = "trainer"
     """trainer: a copy in the trainer's process; sglang: on a server, which gives the states that
     enter the head (kind frozen)."""
@@ -249,6 +254,41 @@ class OptimConfig(Section):
     """Decoupled weight decay, on matrices only."""
     grad_clip: PositiveFloat = 1.0
     """Largest global gradient norm."""
+    only: str = ""
+    """Names of the parameters to train, as in model.layers.2?.*,lm_head.weight; empty: all."""
+
+
+class LoraConfig(Section):
+    """Low-rank adapters in place of training the weights themselves (needs peft)."""
+
+    rank: NonNegativeInt = 0
+    """Rank of the adapters; 0: none, the weights are trained."""
+    alpha: PositiveInt = 32
+    """Adapters count alpha / rank times."""
+    targets: str = "all-linear"
+    """Layers that get one, as in q_proj,v_proj; all-linear: all but the output head."""
+
+
+class LearnerConfig(Section):
+    """How the learner computes."""
+
+    activation_checkpointing: bool = False
+    """Compute each layer's activations again in the backward pass instead of keeping them: less
+    memory, a third more time."""
+    compile: bool = False
+    """torch.compile the layers; attention is left out."""
+    liger: Literal["auto", "on", "off"] = "auto"
+    """liger-kernel's norms, rotations and MLPs; auto: on a GPU, where it is installed."""
+
+
+class ParallelConfig(Section):
+    """Several ranks, as torchrun starts them."""
+
+    shard_size: PositiveInt | None = None
+    """Ranks that share one copy of the weights, between which most is sent (those of a node); None:
+    all."""
+    timeout_s: PositiveFloat = 1800.0
+    """Seconds after which ranks that wait for one another give up."""
 
 
 class PackConfig(Section):
@@ -284,6 +324,10 @@ class CheckpointConfig(Section):
     """Steps between checkpoints; 0: only at the end and on Ctrl-C."""
     keep_last: PositiveInt = 2
     """Older checkpoints are deleted."""
+    keep_best: bool = True
+    """Besides, keep the one with the best accuracy in domain, of those with an evaluation."""
+    asynchronous: bool = True
+    """Write while the run goes on, from a copy in host memory."""
 
 
 class EngineConfig(Section):
@@ -372,6 +416,9 @@ class Config(Section):
     teacher: TeacherConfig = TeacherConfig()
     loss: LossConfig = LossConfig()
     optim: OptimConfig = OptimConfig()
+    lora: LoraConfig = LoraConfig()
+    learner: LearnerConfig = LearnerConfig()
+    parallel: ParallelConfig = ParallelConfig()
     pack: PackConfig = PackConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
@@ -413,6 +460,20 @@ class Config(Section):
                 "teacher.where sglang: the server keeps its weights and only scores, which needs "
                 "teacher.kind frozen, reflect.weights student and reflect.probe_every 0"
             )
+        if uses_teacher_weights(self) and (
+            teacher.kind in ("live", "trust_region") or self.lora.rank
+        ):
+            raise ValueError(
+                "reflect.weights teacher and reflect.probe_every write with the teacher's weights, "
+                "which needs teacher.kind frozen or ema, and no lora.rank"
+            )
+        if teacher.offload and (teacher.kind == "live" or self.lora.rank):
+            raise ValueError(
+                "teacher.offload: this teacher has no copy of the weights (teacher.kind live, or "
+                "adapters that are switched off)"
+            )
+        if self.lora.rank and self.optim.only:
+            raise ValueError("optim.only and lora.rank go different ways: give one of them")
         if teacher.where != "sglang" and teacher.url:
             raise ValueError("teacher.url needs teacher.where sglang")
         if engine.sync == "distributed" and engine.kind != "sglang":
@@ -427,3 +488,8 @@ class Config(Section):
                 "correct sibling, so a group needs at least 2"
             )
         return self
+
+
+def uses_teacher_weights(config: Config) -> bool:
+    """Whether something is written with the teacher's weights, besides scoring."""
+    return config.reflect.weights == "teacher" or config.reflect.probe_every > 0

@@ -2,18 +2,71 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from rosd_fast.data import load_problems
+from rosd_fast.config import Config
+from rosd_fast.data import ProblemStream, load_problems
+from rosd_fast.engines.constraint import GrammarCompiler
+from rosd_fast.engines.open import check_engine
 from rosd_fast.errors import UserError
+from rosd_fast.model.adapters import choose_trainable
+from rosd_fast.model.attention import head
+from rosd_fast.model.load import LoadedModel, load_model
 from rosd_fast.prompts import fill_template, placeholders, render_prompt
+from rosd_fast.reflect import check_templates
+from rosd_fast.rollout import check_prompts
 from rosd_fast.settings import preset_names
+from rosd_fast.spans import TokenBytes
+from rosd_fast.types import Problem
 
-if TYPE_CHECKING:
-    from rosd_fast.config import Config
-    from rosd_fast.model.load import LoadedModel
-    from rosd_fast.types import Problem
+
+@dataclass(slots=True, kw_only=True)
+class Inputs:
+    """What a run is made of, checked."""
+
+    config: Config
+    model: LoadedModel
+    problems: list[Problem]
+    dev_splits: dict[str, list[Problem]]  # "dev" and "ood", those that were given
+    stream: ProblemStream
+    token_bytes: TokenBytes
+
+
+def load_inputs(config: Config) -> Inputs:
+    """Load model and data. Raises UserError for all that can be seen to be wrong at this point."""
+    config = with_absolute_paths(config)
+    check_templates(config.reflect, config.teacher)
+    check_engine(config)
+    problems, dev_splits = load_data(config)
+    stream = ProblemStream(
+        problems,
+        batch_size=config.sample.problems_per_step,
+        seed=config.seed,
+        shuffle=config.data.shuffle,
+    )
+    model = load_model(config)
+    check_prompts(
+        [*problems, *(problem for split in dev_splits.values() for problem in split)],
+        tokenizer=model.tokenizer,
+        max_prompt_tokens=config.sample.max_prompt_tokens,
+        context_length=model.context_length,
+    )
+    check_budgets(config, model, max(problems, key=lambda problem: len(problem.prompt)))
+    choose_trainable(model.model, config)
+    token_bytes = TokenBytes(model.tokenizer)
+    if config.reflect.mode != "free":
+        GrammarCompiler(model.tokenizer, head(model.model).weight.shape[0]).check(
+            model.stop_token_ids
+        )
+    return Inputs(
+        config=config,
+        model=model,
+        problems=problems,
+        dev_splits=dev_splits,
+        stream=stream,
+        token_bytes=token_bytes,
+    )
 
 
 def load_data(config: Config) -> tuple[list[Problem], dict[str, list[Problem]]]:

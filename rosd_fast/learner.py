@@ -1,25 +1,31 @@
 """The learner: teacher states, student states, fused divergence, AdamW, teacher update.
 
-The loss is a mean over all distilled tokens of the step, so how samples are packed into
-micro-batches does not change the gradient.
+The loss is a mean over all distilled tokens of the step, on all ranks together, so neither how
+samples are packed into micro-batches nor how these are dealt to ranks changes the gradient.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
+import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from rosd_fast.config import Config
 from rosd_fast.errors import RunFailed, UserError
 from rosd_fast.loss import importance_weights, span_loss, vocabulary_order
-from rosd_fast.model.attention import head, hidden_states, packed_forward
-from rosd_fast.model.teacher import Teacher
+from rosd_fast.model.adapters import fingerprint, whole_weights
+from rosd_fast.model.attention import Head, head, hidden_states, packed_forward
+from rosd_fast.model.blocks import prepare_blocks
+from rosd_fast.model.shard import collect, fill, shard, skeleton
+from rosd_fast.model.teacher import Teacher, needs_copy
 from rosd_fast.optim import Optimizer
+from rosd_fast.parallel import ALONE, World, full
 from rosd_fast.types import PackedBatch
 from rosd_kernels import SpanDivergenceOutput, SpanDivergenceStats
 
@@ -43,8 +49,36 @@ class StepResult:
     per_token: dict[str, list[float]] = field(default_factory=dict)
 
 
+@dataclass(slots=True)
 class Tally:
-    """Collects what a step reports, without waiting for the device before the end."""
+    """What a step reports: sums over its distilled tokens, and the largest of other things."""
+
+    sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
+    largest: dict[str, float] = field(default_factory=dict)
+    per_token: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+
+    def add(self, other: Tally) -> None:
+        """Another rank's."""
+        for key, value in other.sums.items():
+            self.sums[key] += value
+        for key, value in other.largest.items():
+            self.see(key, value)
+        for rollout_id, values in other.per_token.items():
+            self.per_token[rollout_id] += values
+
+    def see(self, key: str, value: float) -> None:
+        self.largest[key] = max(self.largest.get(key, value), value)
+
+    def metrics(self, total: int) -> dict[str, float]:
+        """Means over the step's `total` distilled tokens, and the largest."""
+        sums = dict(self.sums)
+        batches = {"loss/num_micro_batches": sums.pop("loss/num_micro_batches")}
+        return {key: value / total for key, value in sums.items()} | batches | self.largest
+
+
+class Results:
+    """Collects what this rank's micro-batches report, without waiting for the device before the
+    end."""
 
     def __init__(self, is_clip: float | None) -> None:
         self.is_clip = is_clip
@@ -55,12 +89,15 @@ class Tally:
         self.stats: list[SpanDivergenceStats] = []
 
     def add(self, batch: PackedBatch, output: SpanDivergenceOutput) -> None:
+        if not batch.num_distilled:
+            return
         divergence, logprob = output.per_token, output.student_logprob
         assert logprob is not None  # token_ids were given
         assert output.student_entropy is not None and output.teacher_entropy is not None
         weights = batch.weights.to(divergence)
         importance = importance_weights(logprob, batch.rollout_logprobs.to(logprob), self.is_clip)
         self.loss += output.loss.detach()
+        self.sums["loss/num_micro_batches"] += 1
         self.sums["loss/divergence"] += (weights * divergence).sum()
         self.sums["loss/is_weight_mean"] += importance.sum()
         gap = (logprob - batch.rollout_logprobs.to(logprob)).abs()
@@ -73,76 +110,89 @@ class Tally:
         self.rows.append((batch, divergence))
         self.stats.append(output.stats)
 
-    def metrics(self, total: int) -> dict[str, float]:
-        """Means over the step's distilled tokens."""
-        return {key: float(value) / total for key, value in self.sums.items()} | {
-            "loss/logprob_gap_max": max(map(float, self.gaps)),
-            "loss/num_micro_batches": float(len(self.rows)),
-            **self.sparsity_metrics(total),
-        }
-
-    def sparsity_metrics(self, total: int) -> dict[str, float]:
-        """What the divergence left out; empty where it computed everything."""
-        if all(stats.measured is None for stats in self.stats):
-            return {}
-        shares = (
-            stats.active_frac * batch.num_distilled / total
-            for stats, (batch, _) in zip(self.stats, self.rows, strict=True)
-        )
-        return {
-            "loss/active_frac": sum(shares),
-            "loss/dropped_mass_max": max(stats.dropped_mass_max for stats in self.stats),
-            "loss/grad_error_bound": max(stats.grad_error_bound for stats in self.stats),
-        }
-
-    def per_token(self) -> dict[str, list[float]]:
-        """Rollout id -> divergences of its distilled tokens."""
-        result: dict[str, list[float]] = defaultdict(list)
+    def tally(self) -> Tally:
+        """All of it as numbers."""
+        tally = Tally()
+        for key, value in self.sums.items():
+            tally.sums[key] += float(value)
+        for gap in self.gaps:
+            tally.see("loss/logprob_gap_max", float(gap))
+        if any(stats.measured is not None for stats in self.stats):  # else all was computed
+            for stats, (batch, _) in zip(self.stats, self.rows, strict=True):
+                tally.sums["loss/active_frac"] += stats.active_frac * batch.num_distilled
+                tally.see("loss/dropped_mass_max", stats.dropped_mass_max)
+                tally.see("loss/grad_error_bound", stats.grad_error_bound)
         for batch, divergence in self.rows:
             for sample, value in zip(batch.sample_index.tolist(), divergence.tolist(), strict=True):
-                result[batch.rollout_ids[sample]].append(value)
-        return dict(result)
+                tally.per_token[batch.rollout_ids[sample]].append(value)
+        return tally
 
 
 class Learner:
-    """Owns the student's optimizer and the teacher. The student itself is trained in place.
+    """Owns the student's optimizer and the teacher; of several ranks each has one.
+
+    model: what is trained, with its initial weights. Alone, it is trained in place. Of several
+    ranks, rank 0 gives the model and the others its skeleton: the weights are spread over the
+    ranks, and `collect` puts them back into rank 0's. Which parameters are trained is settled
+    (`choose_trainable`).
 
     The model runs in eval mode: dropout would make the student differ from the policy that sampled.
-    Raises UserError for options that do not fit the model.
+    All methods but the properties are collectives. Raises UserError for options that do not fit the
+    model.
     """
 
-    def __init__(self, model: PreTrainedModel, config: Config) -> None:
+    def __init__(self, model: PreTrainedModel, config: Config, world: World = ALONE) -> None:
         vocab, top_k = head(model).weight.shape[0], config.loss.top_k
         if top_k is not None and top_k > vocab:
             raise UserError(
                 f"{top_k} is more than the vocabulary of {vocab} tokens", where="loss.top_k"
             )
-        self.model = model.eval()
         self.config = config
-        self.teacher = Teacher(model, config.teacher)
-        self.optimizer = Optimizer(model.named_parameters(), config.optim)
+        self.world = world
+        self.whole = model.eval() if world.leads else None
+        self.fingerprint = fingerprint(model) if world.leads else ""
+        frozen = self._copied(model) if needs_copy(model, config.teacher) else None
+        self.model = model if world.size == 1 else self._spread(model, torch.float32)
+        self.teacher = Teacher(self.model, config.teacher, frozen)
+        if world.size == 1:
+            prepare_blocks(model, config.learner, model.device)
+        elif config.teacher.where == "sglang":
+            self.teacher.keep_head_only(whole_head(self.model, getattr(torch, config.dtype)))
+        self.optimizer = Optimizer(self.model.named_parameters(), config.optim)
         self.order = vocabulary_order(config.loss, vocab)
         self.num_skipped = 0  # steps in a row that were not finite
+        self._collected: int | None = None  # the number of updates that rank 0's model is of
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """The student's weights by state-dict name; they share the model's memory."""
-        return self.model.state_dict()
+        """On rank 0 the student's weights, as of the last `collect`, by the state-dict names of a
+        model without adapters; they share memory with it where they can."""
+        assert self.whole is not None
+        return whole_weights(self.whole)
+
+    def collect(self) -> None:
+        """Bring rank 0's own model up to date; alone, it is."""
+        if self.world.size > 1 and self._collected != self.optimizer.num_updates:
+            own = None if self.whole is None else dict(self.whole.named_parameters())
+            collect(dict(self.model.named_parameters()), own)
+            self._collected = self.optimizer.num_updates
 
     def step(
         self, batches: Sequence[PackedBatch], teacher_states: Sequence[Tensor] | None = None
     ) -> StepResult:
-        """One optimizer step on all micro-batches together.
+        """One optimizer step on all micro-batches of all ranks together.
 
+        batches: this rank's, as many as every other rank has; some may be empty.
         teacher_states: of each micro-batch the teacher's [N, H], None: computed here.
         Without distilled tokens nothing changes. A loss or gradient that is not finite skips the
-        update (`loss/skipped` is 1). Raises TrainingDiverged after 5 such steps in a row.
+        update (`loss/skipped` is 1). The result is rank 0's; of another rank it is its own part.
+        Raises TrainingDiverged after 5 such steps in a row.
         """
         states: Sequence[Tensor | None] = teacher_states or [None] * len(batches)
-        given = [
-            (batch, own) for batch, own in zip(batches, states, strict=True) if batch.num_distilled
-        ]
-        total = sum(batch.num_distilled for batch, _ in given)
+        given = list(zip(batches, states, strict=True))
+        if self.world.size == 1:
+            given = [(batch, own) for batch, own in given if batch.num_distilled]
+        total = int(self._sum(sum(batch.num_distilled for batch, _ in given)))
         metrics = {
             "loss/num_distilled_tokens": float(total),
             "loss/lr": self.optimizer.lr,
@@ -150,24 +200,33 @@ class Learner:
         }
         if total == 0:
             return StepResult(metrics=metrics)
-        tally = Tally(self.config.loss.is_clip)
+        results = Results(self.config.loss.is_clip)
         self.optimizer.zero_grad()
         for batch, own in given:
-            tally.add(batch, self._backward(batch, own, total))
-        grad_norm = self._update(float(tally.loss))
-        metrics |= tally.metrics(total)
+            results.add(batch, self._backward(batch, own, total))
+        grad_norm = self._update(self._sum(float(results.loss)))
+        tally = results.tally()
+        others = (self.world.gather(tally) or [])[1:]
+        for other in others:
+            tally.add(other)
+        if tally.sums:
+            metrics |= tally.metrics(total)
         metrics |= {"loss/skipped": 1.0} if grad_norm is None else {"loss/grad_norm": grad_norm}
         return StepResult(
             metrics={key: value for key, value in metrics.items() if math.isfinite(value)},
-            per_token={} if grad_norm is None else tally.per_token(),
+            per_token={} if grad_norm is None else dict(tally.per_token),
         )
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Optimizer, teacher and vocabulary order as a flat mapping.
+        """What a resume needs besides the initial weights, as a flat mapping.
 
-        The student's weights are saved as a model.
+        Trained weights, moments, averages, and this rank's order of the vocabulary.
         """
-        parts = {"optimizer": self.optimizer, "teacher": self.teacher, "order": self.order}
+        parts = {
+            "optimizer": self.optimizer,
+            "teacher": self.teacher,
+            f"order.{self.world.rank}": self.order,
+        }
         return {
             f"{name}.{key}": value
             for name, part in parts.items()
@@ -178,9 +237,40 @@ class Learner:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over `state`. Raises KeyError or RuntimeError when it belongs to another model."""
         self.optimizer.load_state_dict(with_prefix(state, "optimizer."))
+        self._collected = None
         self.teacher.load_state_dict(with_prefix(state, "teacher."))
-        if self.order is not None:
-            self.order.load_state_dict(with_prefix(state, "order."))
+        order = with_prefix(state, f"order.{self.world.rank}.")
+        if self.order is not None and order:  # a rank more than there were begins anew
+            self.order.load_state_dict(order)
+
+    def _copied(self, model: PreTrainedModel) -> PreTrainedModel | None:
+        """A second set of the weights, for the teacher; None where a server has it."""
+        config = self.config.teacher
+        if self.world.size == 1:
+            own = copy.deepcopy(model)
+            prepare_blocks(own, self.config.learner, model.device)
+            return own
+        if config.where == "sglang":
+            return None
+        kept = torch.float32 if config.kind == "ema" else getattr(torch, self.config.dtype)
+        return self._spread(model, kept, offload=config.offload)
+
+    def _spread(
+        self, model: PreTrainedModel, kept: torch.dtype, *, offload: bool = False
+    ) -> PreTrainedModel:
+        """Rank 0's model, each rank's share of it kept in `kept`."""
+        assert self.world.mesh is not None
+        spread = skeleton(model, kept)
+        prepare_blocks(spread, self.config.learner, torch.device(self.world.mesh.device_type))
+        shard(spread, self.world, dtype=getattr(torch, self.config.dtype), offload=offload)
+        fill(spread, dict(model.named_parameters()) if self.world.leads else None)
+        return spread
+
+    def _sum(self, value: float) -> float:
+        """Over the ranks."""
+        if self.world.size == 1:
+            return value
+        return float(self.world.sum_(torch.tensor(value, dtype=torch.float64)))
 
     def _backward(
         self, batch: PackedBatch, teacher_states: Tensor | None, total: int
@@ -205,7 +295,9 @@ class Learner:
                 temperature=self.config.sample.temperature,
                 order=self.order,
             )
-            (output.loss / total).backward()
+            self.teacher.release()
+            # Gradients are averaged over the ranks, but each rank's loss is a part of the sum.
+            (output.loss * self.world.size / total).backward()
         self.optimizer.accumulate()
         return output
 
@@ -224,6 +316,13 @@ class Learner:
                 f"optim.lr (it is {self.config.optim.lr:g}) and resume from the last checkpoint"
             )
         return None
+
+
+def whole_head(model: PreTrainedModel, dtype: torch.dtype) -> Head:
+    """A copy of the output head of a model that is spread over ranks. A collective."""
+    layer = head(model)
+    bias = None if layer.bias is None else full(layer.bias.detach()).to(dtype)
+    return replace(layer, weight=full(layer.weight.detach()).to(dtype), bias=bias)
 
 
 def gathered(hidden: Tensor, rows: Tensor) -> Tensor:

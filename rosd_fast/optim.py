@@ -15,12 +15,16 @@ from torch.nn import Parameter
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from rosd_fast.config import OptimConfig
+from rosd_fast.parallel import full
 
-MOMENTS = ("step", "exp_avg", "exp_avg_sq")  # torch.optim.AdamW's state of a parameter
+MOMENTS = ("exp_avg", "exp_avg_sq")  # torch.optim.AdamW's state of a parameter, besides its step
 
 
 class Optimizer:
-    """Steps the trainable ones of `named_parameters`. Weight decay applies to matrices only."""
+    """Steps the trainable ones of `named_parameters`. Weight decay applies to matrices only.
+
+    Parameters may be spread over ranks (DTensor): `step` is a collective then.
+    """
 
     def __init__(
         self, named_parameters: Iterable[tuple[str, Parameter]], config: OptimConfig
@@ -44,6 +48,11 @@ class Optimizer:
             eps=config.eps,
             fused=True,
         )
+        for master in self.masters.values():  # now: a checkpoint has them from the first step on
+            self._adamw.state[master] = {
+                "step": torch.zeros((), dtype=torch.float32, device=master.device),
+                **{moment: torch.zeros_like(master.detach()) for moment in MOMENTS},
+            }
 
     @property
     def lr(self) -> float:
@@ -70,7 +79,7 @@ class Optimizer:
         """
         gradients = [p.grad for p in self.masters.values() if p.grad is not None]
         norm = get_total_norm(gradients)
-        value = float(norm)
+        value = float(full(norm))
         if math.isfinite(value):
             clip_grads_with_norm_(self.masters.values(), self.config.grad_clip, norm)
             for group in self._adamw.param_groups:
@@ -82,29 +91,21 @@ class Optimizer:
         return value
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Moments, masters and the number of updates as a flat mapping of tensors."""
+        """Trained weights in full precision, moments, numbers of updates: a flat mapping."""
         state = {"num_updates": torch.tensor(self.num_updates)}
         for name, master in self.masters.items():
-            for moment in MOMENTS:
-                if moment in self._adamw.state[master]:
-                    state[f"{moment}.{name}"] = self._adamw.state[master][moment]
-            if master is not self.parameters[name]:
-                state[f"master.{name}"] = master.detach()
+            state[f"master.{name}"] = master.detach()
+            for moment, value in self._adamw.state[master].items():
+                state[f"{moment}.{name}"] = value
         return state
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over `state`. Raises KeyError or RuntimeError when it belongs to another model."""
+        own = self.state_dict()
+        for name in own.keys() - {"num_updates"}:
+            own[name].copy_(state[name])
         self.num_updates = int(state["num_updates"])
-        for name, master in self.masters.items():
-            if master is not self.parameters[name]:
-                master.copy_(state[f"master.{name}"])
-            moments = {m: state[f"{m}.{name}"] for m in MOMENTS if f"{m}.{name}" in state}
-            for moment in set(moments) - {"step"}:
-                moments[moment] = torch.empty_like(master).copy_(moments[moment])
-            if "step" in moments:
-                moments["step"] = moments["step"].to(master.device, torch.float32, copy=True)
-            self._adamw.state[master] = moments
         self._write_back()
 
     @torch.no_grad()

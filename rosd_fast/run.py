@@ -7,43 +7,35 @@ enough.
 
 from __future__ import annotations
 
+import copy
 import signal
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import closing, contextmanager
+from dataclasses import dataclass, fields
 from pathlib import Path
 from types import FrameType
 
-from rosd_fast.checkpoint import (
-    latest_checkpoint,
-    load_checkpoint,
-    prune,
-    read_state,
-    save_checkpoint,
-)
-from rosd_fast.config import Config
-from rosd_fast.data import ProblemStream
+from rosd_fast.checkpoint import latest_checkpoint, read_state
+from rosd_fast.config import Config, uses_teacher_weights
+from rosd_fast.crew import Crew
 from rosd_fast.engines.base import RolloutEngine
-from rosd_fast.engines.constraint import GrammarCompiler
 from rosd_fast.engines.local import LocalEngine
-from rosd_fast.engines.open import check_engine, open_engine, open_scorer
+from rosd_fast.engines.open import open_engine, open_scorer
 from rosd_fast.engines.scorer import SglangScorer
 from rosd_fast.errors import UserError
 from rosd_fast.files import write_atomic
-from rosd_fast.inputs import check_budgets, load_data, with_absolute_paths
-from rosd_fast.learner import Learner
+from rosd_fast.inputs import Inputs, load_inputs
 from rosd_fast.metrics import MetricsLog
-from rosd_fast.model.attention import head
-from rosd_fast.model.load import LoadedModel, load_model
+from rosd_fast.model.blocks import describe
+from rosd_fast.model.load import LoadedModel
+from rosd_fast.parallel import ALONE, World
 from rosd_fast.progress import Progress, progress
-from rosd_fast.reflect import check_templates
 from rosd_fast.report import draw_plots, render_tokens_html, summarize
-from rosd_fast.rollout import check_prompts, problem_prompt
+from rosd_fast.rollout import problem_prompt
 from rosd_fast.settings import config_hash, to_toml
-from rosd_fast.spans import TokenBytes
-from rosd_fast.types import Problem, SamplingParams
+from rosd_fast.types import SamplingParams
 
 CONFIG_FILE = "config.toml"
 PROBE_TOKENS = 64
@@ -73,21 +65,16 @@ class StopRequest:
                 signal.signal(number, handler)
 
 
-@dataclass(slots=True)
-class Run:
+@dataclass(slots=True, kw_only=True)
+class Run(Inputs):
     """Everything the loop works with."""
 
-    config: Config
     folder: Path
-    model: LoadedModel
-    stream: ProblemStream
-    dev_splits: dict[str, list[Problem]]  # "dev" and "ood", those that were given
     engine: RolloutEngine
     reflector: RolloutEngine
-    teacher_engine: RolloutEngine | None  # None: the teacher only scores, on a server
+    teacher_engine: LocalEngine | None  # of the teacher's weights, None: it only scores
     scorer: SglangScorer | None  # of a teacher on a server
-    learner: Learner
-    token_bytes: TokenBytes
+    crew: Crew  # the learners of all ranks
     probe_ids: tuple[int, ...]  # a prompt on which servers are compared with the trainer
     log: MetricsLog
     progress: Progress
@@ -113,85 +100,62 @@ class Run:
         self.progress.step_done(step, metrics)
         self.last_step = step
 
-    def save(self, step: int) -> None:
-        """Write a checkpoint of this step and drop those beyond `keep_last`."""
-        save_checkpoint(
-            self.folder,
-            step=step,
-            learner=self.learner,
-            tokenizer=self.model.tokenizer,
-            config_hash=config_hash(self.config),
-        )
-        prune(self.folder, self.config.checkpoint.keep_last)
+    def save(self, step: int, metrics: dict[str, float]) -> None:
+        """Begin to write a checkpoint of this step, whose metrics tell how good it is."""
+        self.crew.save(self.folder, step, metrics.get("eval/dev/accuracy"))
 
 
 @contextmanager
-def open_run(config: Config, *, resume: Path | None = None) -> Iterator[Run]:
+def open_run(config: Config, *, resume: Path | None = None, world: World = ALONE) -> Iterator[Run]:
     """Load and check all that `config` names, make or reopen the run folder, and close it with a
-    report."""
-    config = with_absolute_paths(config)
-    check_templates(config.reflect, config.teacher)
-    problems, dev_splits = load_data(config)
-    stream = ProblemStream(
-        problems,
-        batch_size=config.sample.problems_per_step,
-        seed=config.seed,
-        shuffle=config.data.shuffle,
-    )
-    model = load_model(config)
-    check_prompts(
-        [*problems, *(problem for split in dev_splits.values() for problem in split)],
-        tokenizer=model.tokenizer,
-        max_prompt_tokens=config.sample.max_prompt_tokens,
-        context_length=model.context_length,
-    )
-    check_budgets(config, model, max(problems, key=lambda problem: len(problem.prompt)))
-    learner = Learner(model.model, config)
-    teacher_engine = None
-    if config.teacher.where == "trainer":
-        teacher_engine = LocalEngine(
-            learner.teacher.model, max_rows=config.engine.max_rows, tokenizer=model.tokenizer
-        )
-    token_bytes = TokenBytes(model.tokenizer)
-    if config.reflect.mode != "free":
-        GrammarCompiler(model.tokenizer, head(model.model).weight.shape[0]).check(
-            model.stop_token_ids
-        )
-    check_engine(config, model)
-    if resume is None:
-        folder, first_step = make_folder(config, model), 1
-    else:
-        folder, first_step = resume, restore(resume, config, learner)
-        write_atomic(folder / CONFIG_FILE, to_toml(config).encode())  # steps may have changed
-    log = MetricsLog(folder / "metrics.jsonl")
-    log.truncate_after(first_step - 1)
-    stop = StopRequest()
-    probe_ids = problem_prompt(problems[0], model.tokenizer, config.sample.max_prompt_tokens)
-    probe_ids = probe_ids[:PROBE_TOKENS]
-    with progress(config.steps, first_step) as shown, stop.listening(shown):
-        engine = open_engine(config, model, folder, probe_ids=probe_ids, note=shown.note)
-        reflector = engine if config.reflect.weights == "student" else teacher_engine
-        assert reflector is not None  # Config has checked it
-        run = Run(
-            config=config,
-            folder=folder,
-            model=model,
-            stream=stream,
-            dev_splits=dev_splits,
-            engine=engine,
-            reflector=reflector,
-            teacher_engine=teacher_engine,
-            scorer=open_scorer(config, model, folder, note=shown.note),
-            learner=learner,
-            token_bytes=token_bytes,
-            probe_ids=probe_ids,
-            log=log,
-            progress=shown,
-            stop=stop,
-            first_step=first_step,
-        )
-        yield run
+    report. Rank 0's."""
+    with world.dismissing():
+        inputs = load_inputs(config)
+        config, model, problems = inputs.config, inputs.model, inputs.problems
+    with closing(Crew.muster(model.model, config, world, model.tokenizer)) as crew:
+        if resume is None:
+            folder, first_step = make_folder(config, model), 1
+        else:
+            folder, first_step = resume, restore(resume, config, crew)
+            write_atomic(folder / CONFIG_FILE, to_toml(config).encode())  # steps may have changed
+        log = MetricsLog(folder / "metrics.jsonl")
+        log.truncate_after(first_step - 1)
+        stop = StopRequest()
+        probe_ids = problem_prompt(problems[0], model.tokenizer, config.sample.max_prompt_tokens)
+        probe_ids = probe_ids[:PROBE_TOKENS]
+        with progress(config.steps, first_step) as shown, stop.listening(shown):
+            shown.note(f"learner: {describe(model.model, config, world.size)}")
+            engine = open_engine(config, model, folder, probe_ids=probe_ids, note=shown.note)
+            teacher_engine = open_teacher_engine(config, model, crew)
+            reflector = engine if config.reflect.weights == "student" else teacher_engine
+            assert reflector is not None  # Config has checked it
+            run = Run(
+                **{field.name: getattr(inputs, field.name) for field in fields(inputs)},
+                folder=folder,
+                engine=engine,
+                reflector=reflector,
+                teacher_engine=teacher_engine,
+                scorer=open_scorer(config, model, folder, note=shown.note),
+                crew=crew,
+                probe_ids=probe_ids,
+                log=log,
+                progress=shown,
+                stop=stop,
+                first_step=first_step,
+            )
+            yield run
     finish(run)
+
+
+def open_teacher_engine(config: Config, model: LoadedModel, crew: Crew) -> LocalEngine | None:
+    """Of the teacher's weights, None where nothing is written with them.
+
+    On several ranks it has a whole copy, which `Crew.collect_teacher` brings up to date.
+    """
+    if not uses_teacher_weights(config):
+        return None
+    own = crew.learner.teacher.model if crew.world.size == 1 else copy.deepcopy(model.model)
+    return LocalEngine(own, max_rows=config.engine.max_rows, tokenizer=model.tokenizer)
 
 
 def make_folder(config: Config, model: LoadedModel) -> Path:
@@ -218,7 +182,7 @@ def make_folder(config: Config, model: LoadedModel) -> Path:
     return folder
 
 
-def restore(folder: Path, config: Config, learner: Learner) -> int:
+def restore(folder: Path, config: Config, crew: Crew) -> int:
     """Load the newest whole checkpoint of the run; returns the first step to run.
 
     Raises UserError when there is none, when it was made with other options, or when no step is
@@ -229,20 +193,21 @@ def restore(folder: Path, config: Config, learner: Learner) -> int:
         raise UserError(
             "has no checkpoint to resume from", where=str(folder), fix="Start a new run instead"
         )
-    if read_state(checkpoint)["config_hash"] != config_hash(config):
+    about = read_state(checkpoint)
+    if about["config_hash"] != config_hash(config):
         raise UserError(
             "config.toml is not the one that this checkpoint was made with",
             where=str(checkpoint),
             fix="Put the old options back, or start a new run with --model set to this folder",
         )
-    step = load_checkpoint(checkpoint, learner)
+    step = about["step"]
     if step >= config.steps:
         raise UserError(
             f"all {config.steps} steps are done",
             where=str(folder),
             fix=f"To go on give more of them, for example --steps {step + config.steps}",
         )
-    return step + 1
+    return crew.load(checkpoint) + 1
 
 
 def finish(run: Run) -> None:

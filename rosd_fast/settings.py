@@ -52,6 +52,8 @@ NOT_HASHED = {
     "data": {"dev", "dev_ood"},
     "eval": True,
     "checkpoint": True,
+    "parallel": True,
+    "learner": True,
 }
 
 Model = TypeVar("Model", bound=BaseModel)

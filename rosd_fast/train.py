@@ -12,29 +12,36 @@ import asyncio
 from pathlib import Path
 
 from rosd_fast.config import Config
-from rosd_fast.engines.open import bound_of, check_teacher
+from rosd_fast.crew import follow
+from rosd_fast.engines.open import check_scorer
 from rosd_fast.evaluate import evaluate
+from rosd_fast.learner import TrainingDiverged
 from rosd_fast.metrics import rollout_metrics
 from rosd_fast.packing import pack
+from rosd_fast.parallel import open_world
 from rosd_fast.pipeline import Sampled, sample_and_reflect
 from rosd_fast.probe import probe_metrics, teacher_helps, wrong_samples
 from rosd_fast.progress import Hidden
 from rosd_fast.reflect import reflection_metrics
 from rosd_fast.report import rollouts_path, write_rollouts
 from rosd_fast.run import Run, open_run
-from rosd_fast.samples import build_samples, sample_metrics
+from rosd_fast.samples import build_samples, sample_metrics, write_skipped
 from rosd_fast.spans import locate_errors
 
 
 def train(config: Config, *, resume: Path | None = None) -> Path:
     """Run `config.steps` optimizer steps, or those that are left of `resume`; returns the run
-    folder.
+    folder. Ranks of torchrun's beside rank 0, which do not know it, return `config.out`.
 
     Raises UserError for anything the user can mend. Ctrl-C and SIGTERM end it after the current
     step, with a checkpoint.
     """
-    with open_run(config, resume=resume) as run:
-        asyncio.run(run_steps(run))
+    with open_world(config.parallel, config.device) as world:
+        if not world.leads:
+            follow(world)
+            return Path(config.out)
+        with open_run(config, resume=resume, world=world) as run:
+            asyncio.run(run_steps(run))
     return run.folder
 
 
@@ -58,7 +65,7 @@ async def run_steps(run: Run) -> None:
             run.finish_step(step, metrics)
             if last or is_due(step, config.checkpoint.every):
                 with run.progress.stage("checkpoint"):
-                    run.save(step)
+                    run.save(step, metrics)
             if last:
                 break
     finally:
@@ -73,11 +80,17 @@ async def run_steps(run: Run) -> None:
 async def start(run: Run) -> None:
     """Bring servers to the weights that the run begins with, and compare them with the trainer."""
     if run.scorer is not None:
-        config, teacher = run.config, run.learner.teacher
-        if bound := bound_of(config.teacher.server_bound, config.dtype):
-            await check_teacher(run.scorer, teacher, run.probe_ids, bound=bound)
-        teacher.keep_head_only()
-    await run.engine.load_weights(run.learner.weights, version=run.first_step - 1)
+        await check_scorer(run, run.scorer)
+    await hand_over(run, run.first_step - 1)
+
+
+async def hand_over(run: Run, version: int) -> None:
+    """Weights go to all who sample."""
+    run.crew.collect()
+    weights = {} if run.engine.follows else run.crew.learner.weights
+    await run.engine.load_weights(weights, version=version)
+    if run.teacher_engine is not None and run.crew.world.size > 1:
+        run.crew.collect_teacher(run.teacher_engine.model)
 
 
 async def learn(run: Run, step: int, sampled: Sampled) -> dict[str, float]:
@@ -101,7 +114,11 @@ async def learn(run: Run, step: int, sampled: Sampled) -> dict[str, float]:
             config=config.teacher,
         )
         batches = pack(
-            samples, max_tokens=config.pack.max_tokens, min_shared=config.pack.min_shared
+            samples,
+            max_tokens=config.pack.max_tokens,
+            min_shared=config.pack.min_shared,
+            num_ranks=run.crew.world.size,
+            hidden_size=run.model.hidden_size,
         )
     helped = None
     if run.teacher_engine is not None and is_due(step, config.reflect.probe_every):
@@ -124,13 +141,20 @@ async def learn(run: Run, step: int, sampled: Sampled) -> dict[str, float]:
             teacher_states = await run.scorer.states(batches)
     await run.engine.make_room()
     with progress.stage("learn"):
-        if config.engine.one_step_ahead:  # requests of the next step are under way
-            learned = await asyncio.to_thread(run.learner.step, batches, teacher_states)
-        else:
-            learned = run.learner.step(batches, teacher_states)
+        try:
+            if config.engine.one_step_ahead:  # requests of the next step are under way
+                learned = await asyncio.to_thread(run.crew.step, batches, teacher_states)
+            else:
+                learned = run.crew.step(batches, teacher_states)
+        except TrainingDiverged:
+            write_skipped(run.folder, step, samples)
+            raise
         progress.tokens(sum(batch.num_tokens for batch in batches))
+    if learned.metrics["loss/skipped"]:
+        progress.note(f"step {step} is skipped: its loss or gradient is not finite")
+        write_skipped(run.folder, step, samples)
     with progress.stage("sync"):
-        await run.engine.load_weights(run.learner.weights, version=step)
+        await hand_over(run, step)
     if config.dump_rollouts:
         write_rollouts(
             rollouts_path(run.folder, step),

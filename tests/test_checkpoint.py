@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +22,12 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from rosd_fast import checkpoint as checkpoint_module
-from rosd_fast.checkpoint import latest_checkpoint, load_checkpoint, prune, save_checkpoint
+from rosd_fast.checkpoint import latest_checkpoint, load_checkpoint, prune, write_checkpoint
 from rosd_fast.config import Config
 from rosd_fast.errors import UserError
 from rosd_fast.folders import atomic_folder
 from rosd_fast.learner import Learner
+from rosd_fast.snapshot import Snapshot
 from rosd_fast.types import PackedBatch, PackedSequences
 
 
@@ -88,22 +90,24 @@ def batch(seed: int) -> PackedBatch:
     )
 
 
+def save(run: Path, step: int, learner: Learner, tokenizer: Any, **more: Any) -> Path:
+    more = {"config_hash": "abc", **more}
+    return write_checkpoint(run, Snapshot.of(learner, tokenizer, step=step, **more))
+
+
 def run_steps(learner: Learner, first: int, last: int) -> list[dict[str, float]]:
     return [learner.step([batch(2 * s), batch(2 * s + 1)]).metrics for s in range(first, last + 1)]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("kind", ["frozen", "ema"])
+@pytest.mark.parametrize("kind", ["frozen", "ema", "live", "trust_region"])
 def test_resume_is_bitwise_equal_to_going_on(tmp_path, tokenizer, kind, dtype):
     straight = Learner(tiny_model(dtype), options(kind))
     run_steps(straight, 1, 4)
-    path = save_checkpoint(
-        tmp_path, step=4, learner=straight, tokenizer=tokenizer, config_hash="abc"
-    )
+    path = save(tmp_path, 4, straight, tokenizer)
     expected = run_steps(straight, 5, 8)
 
-    # Other initial weights: everything, the frozen teacher too, must come from the checkpoint.
-    resumed = Learner(tiny_model(dtype, seed=7), options(kind))
+    resumed = Learner(tiny_model(dtype), options(kind))
     assert load_checkpoint(path, resumed) == 4
     assert run_steps(resumed, 5, 8) == expected
     for name, weight in straight.weights.items():
@@ -115,9 +119,7 @@ def test_resume_is_bitwise_equal_to_going_on(tmp_path, tokenizer, kind, dtype):
 def test_a_checkpoint_loads_with_from_pretrained(tmp_path, tokenizer):
     learner = Learner(tiny_model(), options("frozen"))
     run_steps(learner, 1, 2)
-    path = save_checkpoint(
-        tmp_path, step=2, learner=learner, tokenizer=tokenizer, config_hash="abc"
-    )
+    path = save(tmp_path, 2, learner, tokenizer)
     assert path == tmp_path / "checkpoints" / "step_000002"
     model = AutoModelForCausalLM.from_pretrained(path)
     ids = torch.randint(0, 300, (1, 9))
@@ -128,7 +130,7 @@ def test_a_checkpoint_loads_with_from_pretrained(tmp_path, tokenizer):
     state = json.loads((path / "trainer_state.json").read_text())
     assert state["step"] == 2 and state["config_hash"] == "abc"
     assert {"torch", "transformers", "rosd_fast"} <= state["versions"].keys()
-    assert not [file for file in path.iterdir() if file.suffix in (".bin", ".pt", ".pkl")]
+    assert not [file for file in path.rglob("*") if file.suffix in (".bin", ".pt", ".pkl")]
 
 
 @pytest.fixture
@@ -137,9 +139,7 @@ def run(tmp_path, tokenizer):
     learner = Learner(tiny_model(), options("frozen"))
     for step in (1, 2, 10):
         run_steps(learner, step, step)
-        save_checkpoint(
-            tmp_path, step=step, learner=learner, tokenizer=tokenizer, config_hash="abc"
-        )
+        save(tmp_path, step, learner, tokenizer)
     return tmp_path
 
 
@@ -158,10 +158,16 @@ def same_size_garbage(file) -> None:
     file.write_bytes(b"\xff" * file.stat().st_size)
 
 
+def state_file(path: Path) -> Path:
+    (file,) = (path / "state").glob("*.safetensors")
+    return file
+
+
 DAMAGE = {
     "cut weights": lambda path: cut(path / "model.safetensors", 0.5),
-    "cut state": lambda path: cut(path / "trainer_state.safetensors", 0.99),
-    "empty state": lambda path: (path / "trainer_state.safetensors").write_bytes(b""),
+    "cut state": lambda path: cut(state_file(path), 0.99),
+    "empty state": lambda path: state_file(path).write_bytes(b""),
+    "no state": lambda path: shutil.rmtree(path / "state"),
     "garbage header": lambda path: same_size_garbage(path / "model.safetensors"),
     "no json": lambda path: (path / "trainer_state.json").unlink(),
     "cut json": lambda path: cut(path / "trainer_state.json", 0.5),
@@ -190,10 +196,16 @@ def test_no_checkpoint(tmp_path):
     assert latest_checkpoint(tmp_path) is None
 
 
-def test_another_model_is_refused(run):
-    path = newest(run)
+@pytest.mark.parametrize("other", [{"hidden": 32}, {"seed": 7}], ids=["size", "weights"])
+def test_another_model_is_refused(run, other):
+    """A frozen teacher is the initial weights, which the checkpoint does not repeat."""
     with pytest.raises(UserError, match="another model"):
-        load_checkpoint(path, Learner(tiny_model(hidden=32), options("frozen")))
+        load_checkpoint(newest(run), Learner(tiny_model(**other), options("frozen")))
+
+
+def test_another_teacher_is_refused(run):
+    with pytest.raises(UserError, match="other teacher options"):
+        load_checkpoint(newest(run), Learner(tiny_model(), options("ema")))
 
 
 def test_prune_keeps_the_newest(run):
@@ -204,28 +216,52 @@ def test_prune_keeps_the_newest(run):
     assert names == ["step_000002", "step_000010"]
 
 
+def test_prune_keeps_the_best(tmp_path, tokenizer):
+    learner = Learner(tiny_model(), options("frozen"))
+    accuracies = {1: 0.5, 2: 0.75, 3: None, 4: 0.75, 5: 0.25, 6: None}
+    for step, accuracy in accuracies.items():
+        save(tmp_path, step, learner, tokenizer, dev_accuracy=accuracy)
+    prune(tmp_path, 2, keep_best=True)
+    folder = tmp_path / "checkpoints"
+    kept = ["step_000002", "step_000005", "step_000006"]
+    assert sorted(path.name for path in folder.iterdir()) == kept
+    cut(folder / "step_000002" / "model.safetensors", 0.5)
+    prune(tmp_path, 1, keep_best=True)  # what is damaged is not the best of anything
+    assert sorted(path.name for path in folder.iterdir()) == kept[1:]
+    prune(tmp_path, 1)
+    assert sorted(path.name for path in folder.iterdir()) == kept[2:]
+
+
 def test_an_unwritable_place_is_a_user_error(tmp_path, tokenizer):
     learner = Learner(tiny_model(), options("frozen"))
     (tmp_path / "checkpoints").write_text("a file in the way")
     with pytest.raises(UserError, match="cannot be written"):
-        save_checkpoint(tmp_path, step=1, learner=learner, tokenizer=tokenizer, config_hash="abc")
+        save(tmp_path, 1, learner, tokenizer)
 
 
-def test_a_full_disk_leaves_the_old_checkpoint(run, tokenizer, monkeypatch):
-    def full(*_args, **_kwargs):
-        raise OSError(28, "No space left on device")
-
-    before = sorted(run.rglob("*"))
-    monkeypatch.setattr(checkpoint_module, "save_file", full)
+@pytest.mark.parametrize("limit", [1_000, 60_000])
+def test_a_full_disk_leaves_the_old_checkpoint(run, tokenizer, limit):
+    """A limit on the size of a file is as near to a full disk as one gets without a disk: what is
+    written up to it is there, and then the system refuses."""
+    before = {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
     learner = Learner(tiny_model(), options("frozen"))
-    with pytest.raises(UserError, match="No space left"):
-        save_checkpoint(run, step=10, learner=learner, tokenizer=tokenizer, config_hash="abc")
-    assert sorted(run.rglob("*")) == before and newest(run).name == "step_000010"
+    snapshot = Snapshot.of(learner, tokenizer, step=10, config_hash="abc")
+    size, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(UserError, match=r"cannot be written .*Free some space"):
+            write_checkpoint(run, snapshot)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    after = {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
+    assert after == before and newest(run).name == "step_000010"
 
 
 def test_saving_a_step_again_replaces_it(run, tokenizer):
     learner = Learner(tiny_model(seed=3), options("frozen"))
-    path = save_checkpoint(run, step=10, learner=learner, tokenizer=tokenizer, config_hash="new")
+    path = save(run, 10, learner, tokenizer, config_hash="new")
     assert json.loads((path / "trainer_state.json").read_text())["config_hash"] == "new"
     with safe_open(path / "model.safetensors", framework="pt") as tensors:
         weight = tensors.get_tensor("model.norm.weight")
@@ -240,9 +276,7 @@ def test_a_generation_config_that_transformers_refuses_to_save(tmp_path, tokeniz
     with pytest.raises(ValueError, match="invalid"):  # the reason for save_model
         own.save_pretrained(tmp_path)
     learner = Learner(model, options("frozen"))
-    path = save_checkpoint(
-        tmp_path, step=1, learner=learner, tokenizer=tokenizer, config_hash="abc"
-    )
+    path = save(tmp_path, 1, learner, tokenizer)
     assert GenerationConfig.from_pretrained(path).eos_token_id == 5
     assert model.generation_config is own
 

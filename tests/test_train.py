@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
+import math
 import os
+import resource
 import signal
 import subprocess
 import sys
@@ -16,13 +19,15 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rosd_fast import learner as learner_module
 from rosd_fast.config import Config
-from rosd_fast.errors import UserError
+from rosd_fast.errors import RunFailed, UserError
 from rosd_fast.metrics import read_metrics
 from rosd_fast.quickstart import MODEL_DIR
 from rosd_fast.quickstart.tasks import load_split
 from rosd_fast.settings import apply_args, apply_toml, load_preset
 from rosd_fast.train import train
+from rosd_fast.types import DistillSample
 
 SMALL: dict[str, Any] = {
     "steps": 2,
@@ -136,6 +141,91 @@ def test_a_resumed_run_keeps_its_vocabulary_order(tmp_path: Path) -> None:
     train(config, resume=run)
     assert_same_weights(run, whole)
     assert read_metrics(run / "metrics.jsonl")[-1]["loss/active_frac"] <= 1
+
+
+@pytest.mark.parametrize("kind", ["frozen", "ema"])
+def test_adapters_resume_to_the_same_bits(kind: str, tmp_path: Path) -> None:
+    options: dict[str, Any] = {"lora__rank": 4, "teacher__kind": kind, "eval__every": 0}
+    whole = train(small(tmp_path / "whole", **options))
+    config = small(tmp_path / "cut", **options)
+    run = train(config.model_copy(update={"steps": 1}))
+    train(config, resume=run)
+    assert_same_weights(run, whole)
+    initial = load_file(MODEL_DIR / "model.safetensors")
+    ours = load_file(last_checkpoint(run) / "model.safetensors")
+    assert ours.keys() == initial.keys()
+    moved = {name for name in ours if not torch.equal(ours[name], initial[name].to(ours[name]))}
+    assert moved and all("proj" in name for name in moved)
+
+
+def test_the_best_checkpoint_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    accuracies = iter([0.0, 0.2, 0.9, 0.4, 0.5, 0.6])
+
+    async def rated(_run: Any) -> dict[str, float]:
+        return {"eval/dev/accuracy": next(accuracies)}
+
+    monkeypatch.setattr("rosd_fast.train.evaluate_splits", rated)
+    run = train(small(tmp_path, steps=5, eval__every=1, checkpoint__keep_last=1))
+    assert sorted(path.name for path in (run / "checkpoints").iterdir()) == [
+        "step_000002",
+        "step_000005",
+    ]
+    state = json.loads((run / "checkpoints" / "step_000002" / "trainer_state.json").read_text())
+    assert state["dev_accuracy"] == 0.9
+
+
+def test_steps_that_are_not_finite_are_dumped_and_five_end_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    own, calls = learner_module.span_loss, 0
+
+    def poisoned(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        output = own(*args, **kwargs)
+        return output if calls == 1 else dataclasses.replace(output, loss=output.loss * math.inf)
+
+    monkeypatch.setattr(learner_module, "span_loss", poisoned)
+    with pytest.raises(RunFailed, match=r"not finite in 5 steps in a row.*optim\.lr"):
+        train(small(tmp_path, steps=9, pack__max_tokens=100_000, eval__every=0))
+    run = tmp_path / "run"
+    assert "step 2 is skipped" in capsys.readouterr().out
+    rows = read_metrics(run / "metrics.jsonl")
+    assert [row.get("loss/skipped") for row in rows] == [None, 0, 1, 1, 1, 1]
+    dumps = sorted((run / "skipped").iterdir())
+    assert [path.name for path in dumps] == [f"step_{i:06d}.jsonl" for i in range(2, 7)]
+    samples = [DistillSample(**json.loads(line)) for line in dumps[0].read_text().splitlines()]
+    assert sum(sample.num_distilled for sample in samples) == rows[2]["loss/num_distilled_tokens"]
+    first, last = (run / "checkpoints" / f"step_00000{i}" for i in (4, 5))
+    weights = [load_file(path / "model.safetensors") for path in (first, last)]
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
+def test_a_disk_that_is_full_ends_the_run_and_loses_nothing(tmp_path: Path) -> None:
+    """A limit on the size of a file stands for the disk."""
+    options = [f"--{key}={value}" for key, value in SMALL.items() if key != "steps"]
+    args = [sys.executable, "-m", "rosd_fast", "train", "--out", str(tmp_path), *options]
+    first = subprocess.run([*args, "--steps=1"], capture_output=True, text=True, timeout=120)
+    assert first.returncode == 0, first.stderr
+
+    def limit() -> None:
+        signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1_000_000, 1_000_000))
+
+    run = tmp_path / "run"
+    resume = [*args[:4], "--resume", str(run), "--steps=4"]
+    before = {path: path.read_bytes() for path in last_checkpoint(run).rglob("*") if path.is_file()}
+    full = subprocess.run(
+        resume, capture_output=True, text=True, timeout=120, preexec_fn=limit, check=False
+    )
+    assert full.returncode != 0
+    errors = full.stderr.strip().splitlines()
+    assert len(errors) == 1 and "cannot be written" in errors[0] and "--out" in errors[0]
+    assert {path: path.read_bytes() for path in before} == before
+    assert [path.name for path in (run / "checkpoints").iterdir()] == ["step_000001"]
+    again = subprocess.run(resume, capture_output=True, text=True, timeout=120)
+    assert again.returncode == 0, again.stderr
+    assert [row["step"] for row in read_metrics(run / "metrics.jsonl")] == [0, 1, 2, 3, 4]
 
 
 def test_resuming_a_finished_run_says_so(finished: Path) -> None:

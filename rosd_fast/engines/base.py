@@ -20,6 +20,7 @@ class RolloutEngine(ABC):
     """Draws completions with the weights it was last given."""
 
     policy_version: int = 0
+    follows: bool = False  # whether it samples with the learner's own model, whatever it is given
     streams: bool = False  # whether `stream` gives completions before all are done
 
     @abstractmethod

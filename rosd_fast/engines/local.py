@@ -38,6 +38,7 @@ class LocalEngine(RolloutEngine):
     model: a causal language model; in eval mode while it computes, and left as it was found.
     max_rows: completions decoded side by side. pad_token_id: stands before shorter prompts, masked.
     tokenizer: reads the grammars of requests; without, such a request is an error.
+    follows: the model is the one that is trained, so `load_weights` only takes note.
 
     Raises UserError for a model that cannot be decoded with a padded cache.
     """
@@ -49,11 +50,13 @@ class LocalEngine(RolloutEngine):
         max_rows: int = 256,
         pad_token_id: int = 0,
         tokenizer: Any = None,
+        follows: bool = False,
     ) -> None:
         if max_rows < 1:
             raise ValueError(f"max_rows is {max_rows}, must be at least 1")
         self.model = model
         self.max_rows = max_rows
+        self.follows = follows
         self._forward = NextToken(model)
         # It is never attended to, so any id that has an embedding does.
         self.pad_token_id = pad_token_id if 0 <= pad_token_id < self._forward.vocab_size else 0
@@ -97,12 +100,15 @@ class LocalEngine(RolloutEngine):
     async def load_weights(self, weights: Mapping[str, Tensor], *, version: int) -> None:
         """Copy `weights` (by state-dict name) into the model, once nothing is being generated.
 
-        Tensors that already are the model's own are left alone, so handing over the learner's live
-        weights costs nothing. Of tied weights one name is enough; buffers may be missing. Raises
-        ValueError, and changes nothing, when a name is unknown or missing or a shape differs.
+        Tensors that already are the model's own are left alone, and all where it `follows`. Of tied
+        weights one name is enough; buffers may be missing. Raises ValueError, and changes nothing,
+        when a name is unknown or missing or a shape differs.
         """
         own = self.model.state_dict()
-        _check_weights(own, dict(self.model.named_parameters()), weights)
+        if self.follows:
+            weights = {}
+        else:
+            _check_weights(own, dict(self.model.named_parameters()), weights)
         while self._num_running:
             await asyncio.sleep(0.001)
         with torch.no_grad():

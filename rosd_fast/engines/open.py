@@ -19,8 +19,9 @@ from rosd_fast.engines.server import OwnServer, ServerSpec, find_python, per_ser
 from rosd_fast.engines.sglang import SglangEngine
 from rosd_fast.engines.weight_sync import DiskSync, DistributedSync, WeightSync
 from rosd_fast.errors import RunFailed, UserError
-from rosd_fast.model.attention import head
+from rosd_fast.model.attention import head, hidden_states
 from rosd_fast.model.load import find
+from rosd_fast.parallel import pick_device
 from rosd_fast.types import PackedSequences
 
 if TYPE_CHECKING:
@@ -28,14 +29,14 @@ if TYPE_CHECKING:
 
     from rosd_fast.config import Config
     from rosd_fast.model.load import LoadedModel
-    from rosd_fast.model.teacher import Teacher
+    from rosd_fast.run import Run
 
 KEY_VARIABLE = "ROSD_SGLANG_API_KEY"
 LIKELY = 1e-3  # the least probability of a token that servers and trainer are compared at
 PROBE_BOUND = {"float32": 0.01, "bfloat16": 0.3}
 
 
-def check_engine(config: Config, model: LoadedModel) -> None:
+def check_engine(config: Config) -> None:
     """Raise UserError now for what would fail once the run is under way."""
     engine, teacher = config.engine, config.teacher
     own_engine = engine.kind == "sglang" and engine.launch == "local"
@@ -45,7 +46,7 @@ def check_engine(config: Config, model: LoadedModel) -> None:
         for url in addresses(urls):
             if not url.startswith(("http://", "https://")):
                 raise UserError("is no address", where=f"{name}: {url}", fix="Write http://...")
-    if engine.colocated and model.model.device.type == "cpu":
+    if engine.colocated and pick_device(config.device).type == "cpu":
         raise UserError(
             "giving memory back needs a GPU; on a CPU the server would end",
             where="engine.colocated",
@@ -67,7 +68,9 @@ def open_engine(
     """
     options = config.engine
     if options.kind == "local":
-        return LocalEngine(model.model, max_rows=options.max_rows, tokenizer=model.tokenizer)
+        return LocalEngine(
+            model.model, max_rows=options.max_rows, tokenizer=model.tokenizer, follows=True
+        )
     return SglangEngine(
         members(
             config,
@@ -134,24 +137,40 @@ def open_scorer(
     )
 
 
+async def check_scorer(run: Run, scorer: SglangScorer) -> None:
+    """Compare the teacher's server with the initial weights, and then let these go.
+
+    Raises RunFailed when they differ. On several ranks a resumed run has no initial weights left,
+    and goes by the comparison at its beginning.
+    """
+    teacher, config = run.crew.learner.teacher, run.config
+    bound = bound_of(config.teacher.server_bound, config.dtype)
+    alone = run.crew.world.size == 1
+    if bound and (alone or run.first_step == 1):
+        model = teacher.model if alone else run.model.model
+        await check_teacher(scorer, model, run.probe_ids, bound=bound)
+    if alone:
+        teacher.keep_head_only()
+
+
 async def check_teacher(
-    scorer: SglangScorer, teacher: Teacher, ids: Sequence[int], *, bound: float
+    scorer: SglangScorer, teacher: PreTrainedModel, ids: Sequence[int], *, bound: float
 ) -> None:
     """Raise RunFailed unless the server's teacher gives the log-probabilities of `teacher`.
 
     ids: a text, whose second half is compared, at all tokens of a probability of at least 0.001.
     """
     first = len(ids) // 2
-    theirs = (await scorer.score(ids, first=first)).to(teacher.head.weight)
+    theirs = (await scorer.score(ids, first=first)).to(head(teacher).weight)
     packed = PackedSequences(
         input_ids=torch.tensor(list(ids)),
         position_ids=torch.arange(len(ids)),
         cu_seqlens=(0, len(ids)),
         gather=torch.arange(first, len(ids)),
     )
-    own = teacher.hidden_states(packed)[first:]
     with torch.no_grad():
-        expected, found = (teacher.head.logprobs(states) for states in (own, theirs))
+        own = hidden_states(teacher, packed)[first:]
+        expected, found = (head(teacher).logprobs(states) for states in (own, theirs))
     gap = (expected - found).abs().where(expected.exp() >= LIKELY, 0.0)
     worst = int(gap.argmax())
     if not float(gap.flatten()[worst]) <= bound:  # nor NaN
@@ -193,7 +212,7 @@ def members(
                     python=find_python(options.python),
                     model_folder=model_folder(config, model, folder),
                     dtype=config.dtype,
-                    on_cpu=model.model.device.type == "cpu",
+                    on_cpu=pick_device(config.device).type == "cpu",
                     args=tuple(args),
                     start_timeout_s=options.start_timeout_s,
                     gpus=share,

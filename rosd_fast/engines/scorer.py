@@ -76,7 +76,8 @@ class SglangScorer:
         finally:
             for task in tasks:
                 task.cancel()
-        return [torch.cat([next(rows) for _ in sequences]) for sequences in wanted]
+        none = torch.empty(0, self.hidden_size)
+        return [torch.cat([none, *(next(rows) for _ in sequences)]) for sequences in wanted]
 
     async def score(self, ids: Sequence[int], *, first: int, affinity: str = "") -> Tensor:
         """[len(ids) - first, H] float32: the states at `ids[first:]`."""

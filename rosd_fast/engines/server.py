@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import json
 import os
+import re
 import secrets
 import shutil
 import socket
@@ -23,12 +24,15 @@ from typing import IO
 from rosd_fast.engines import guard
 from rosd_fast.engines.http import Endpoint, ServerError
 from rosd_fast.errors import RunFailed, UserError
+from rosd_fast.parallel import launched
 
 GRACE_S = 1.0  # what a server has to end by itself: it has nothing to save
 LAST_LINES = 6  # of the log, in an error
 POLL_S = 0.25
 PORT_TRIES = 3
 KEY_FILE = "launch.yaml"  # readable by the owner alone: a command line is everyone's to read
+# What torchrun tells its ranks, of which a server is none.
+OF_TORCHRUN = re.compile("TORCHELASTIC_.*|MASTER_.*|.*RANK|.*WORLD_SIZE|ROLE_NAME|OMP_NUM_THREADS")
 CPU_ENV = {
     "CUDA_VISIBLE_DEVICES": "",
     "SGLANG_USE_CPU_ENGINE": "1",
@@ -173,7 +177,11 @@ class OwnServer:
         ]
 
     def _environment(self) -> dict[str, str]:
-        environment = {key: value for key, value in os.environ.items() if key != "PYTHONPATH"}
+        environment = {
+            key: value
+            for key, value in os.environ.items()
+            if key != "PYTHONPATH" and not (launched() and OF_TORCHRUN.fullmatch(key))
+        }
         environment["HF_HUB_OFFLINE"] = "1"  # the model is a folder
         if self.spec.on_cpu:
             environment |= CPU_ENV

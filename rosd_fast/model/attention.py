@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from itertools import accumulate
 from typing import Any
 
@@ -36,6 +36,7 @@ from rosd_fast.errors import UserError
 from rosd_fast.types import PackedSequences
 
 PACKED = "rosd_packed"
+SHARDED_FORWARD = "packed_states"  # method that runs `decode` with the weights gathered
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
@@ -104,17 +105,24 @@ class Layout:
 def hidden_states(model: PreTrainedModel, packed: PackedSequences) -> Tensor:
     """Hidden states [T, H] after the final norm, in the model's dtype and on its device.
 
-    The logits are never computed. Differentiable when grad mode is on.
+    The logits are never computed. Differentiable when grad mode is on. Of a model that is spread
+    over ranks this is a collective.
     """
-    device = model.device
     with packed_forward(model):
-        output = backbone(model)(
-            input_ids=packed.input_ids[None].to(device),
-            position_ids=packed.position_ids[None].to(device),
-            use_cache=False,
-            packed_layout=Layout.of(packed, device),
-        )
-    return output.last_hidden_state[0]
+        run = getattr(model, SHARDED_FORWARD, None) or partial(decode, model)
+        return run(packed)[0]
+
+
+def decode(model: PreTrainedModel, packed: PackedSequences) -> Tensor:
+    """[1, T, H] of `hidden_states`, whose other half is to set the attention."""
+    device = model.device
+    output = backbone(model)(
+        input_ids=packed.input_ids[None].to(device),
+        position_ids=packed.position_ids[None].to(device),
+        use_cache=False,
+        packed_layout=Layout.of(packed, device),
+    )
+    return output.last_hidden_state
 
 
 def head(model: PreTrainedModel) -> Head:

@@ -26,6 +26,7 @@ from rosd_fast.config import Config
 from rosd_fast.errors import UserError
 from rosd_fast.model.attention import check_packing, head, num_embeddings, use_exact_attention
 from rosd_fast.model.smollm2 import smollm2_folder
+from rosd_fast.parallel import launched, pick_device
 from rosd_fast.quickstart import MODEL_DIR
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
@@ -43,13 +44,17 @@ class LoadedModel:
     context_length: int  # tokens a sequence may have
     stop_token_ids: tuple[int, ...]  # any of these ends a completion
 
+    @property
+    def hidden_size(self) -> int:
+        return head(self.model).weight.shape[1]
+
 
 def load_model(config: Config) -> LoadedModel:
-    """Load `config.model` in `config.dtype` on `config.device`.
+    """Load `config.model` in `config.dtype` on the device that `place_of` says.
 
     Raises UserError for anything that is missing, unreachable, unsafe to load or cannot be trained.
     """
-    device = pick_device(config.device)
+    device = place_of(config)
     source = find(config.model)
     with quiet_transformers():
         tokenizer = load_tokenizer(source, config)
@@ -66,6 +71,14 @@ def load_model(config: Config) -> LoadedModel:
         context_length=context_length(model, tokenizer, where=config.model),
         stop_token_ids=stop_token_ids(model, tokenizer, where=config.model),
     )
+
+
+def place_of(config: Config) -> torch.device:
+    """Where the whole model lies: the learner's device; on several ranks, where it is only what
+    engines and checkpoints read, host memory."""
+    engine = config.engine
+    samples = engine.kind == "local" or engine.sync == "distributed"
+    return pick_device(config.device) if samples or not launched() else torch.device("cpu")
 
 
 def find(model: str) -> Path | str:
@@ -212,15 +225,6 @@ def stop_token_ids(
             fix="Set eos_token_id in its generation_config.json",
         )
     return tuple(sorted(ids))
-
-
-def pick_device(name: str) -> torch.device:
-    """auto: CUDA where present."""
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "no CUDA device is available", where="device", fix="Set device to cpu or auto"
-        )
-    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def short_name(model: str) -> str:

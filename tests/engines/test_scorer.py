@@ -161,7 +161,7 @@ def test_a_step_is_that_of_a_teacher_in_the_process(tiny_llama: Callable[..., An
     batches = pack(SAMPLES, max_tokens=60)
     near, far = learner_of(tiny_llama()), learner_of(tiny_llama(), where="sglang")
     far.teacher.keep_head_only()
-    assert not hasattr(far.teacher, "model")
+    assert far.teacher.model is far.model
     assert not any(name.startswith("teacher.") for name in far.state_dict())
     fake = FakeSglang()
     fake.states = lambda ids: states_of(start, ids)
@@ -188,7 +188,7 @@ def test_a_server_with_another_model_is_found_out(tiny_llama: Callable[..., Any]
         fake = FakeSglang()
         fake.states = lambda ids: states_of(own, ids)
         with_scorer(
-            lambda scorer, _: check_teacher(scorer, teacher, ids, bound=bound),
+            lambda scorer, _: check_teacher(scorer, teacher.model, ids, bound=bound),
             fake,
             hidden_size=size,
         )

@@ -28,6 +28,8 @@ SERVER = """
 import http.server, json, os, subprocess, sys, time
 arguments = sys.argv[1:]
 print("arguments", arguments, flush=True)
+names = [k for k in os.environ if "RANK" in k or "WORLD" in k or "ELASTIC" in k or "OMP" in k]
+print("ranks", names, flush=True)
 print("environment", os.environ.get("CUDA_VISIBLE_DEVICES"), os.getcwd(), flush=True)
 if "--broken" in arguments:
     sys.exit("no such model\\nsorry")
@@ -106,6 +108,22 @@ def test_start_and_stop(spec: ServerSpec, tmp_path: Path) -> None:
     log = (tmp_path / "own" / "server.log").read_text()
     assert "'--host', '127.0.0.1'" in log and "'--grammar-backend', 'llguidance'" in log
     assert str(tmp_path / "own") in log.split("environment")[1]  # where it was started
+
+
+def test_a_server_is_no_rank_of_torchruns(
+    spec: ServerSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = "RANK LOCAL_RANK WORLD_SIZE MASTER_PORT TORCHELASTIC_RUN_ID OMP_NUM_THREADS".split()
+    for name in names:
+        monkeypatch.setenv(name, "2")
+    server = OwnServer(spec, tmp_path / "own")
+
+    async def run() -> None:
+        await server.start()
+        await server.stop()
+
+    asyncio.run(run())
+    assert "ranks []" in (tmp_path / "own" / "server.log").read_text()
 
 
 def test_the_key_is_no_ones_to_read(spec: ServerSpec, tmp_path: Path) -> None:

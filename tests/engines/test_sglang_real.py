@@ -385,7 +385,7 @@ def test_training_learns_from_what_the_server_samples(tmp_path: Path) -> None:
         with open_run(config) as run:
             local = LocalEngine(run.model.model)
             try:
-                await run.engine.load_weights(run.learner.weights, version=0)
+                await run.engine.load_weights(run.crew.weights(), version=0)
                 for step in range(1, 4):
                     greedy = [
                         GenerationRequest(

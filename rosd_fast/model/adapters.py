@@ -1,0 +1,124 @@
+"""LoRA (arXiv 2106.09685) by peft: which parameters are trained, and whole weights out of adapters.
+
+Adapters are put into the model in place, so everything else keeps working on it; without them it is
+the model that was loaded, which makes the frozen teacher free.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from fnmatch import fnmatchcase
+from importlib.util import find_spec
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rosd_fast.config import Config
+from rosd_fast.errors import UserError
+
+BASE = ".base_layer."  # peft's name for the layer that an adapter is added to
+SAMPLED = 1024  # values of each parameter that the fingerprint reads
+
+
+def choose_trainable(model: PreTrainedModel, config: Config) -> None:
+    """Add adapters, or mark the parameters that `optim.only` names as the only ones to train.
+
+    Raises UserError for names that fit nothing.
+    """
+    if config.lora.rank:
+        add_adapters(model, config)
+        return
+    patterns = split(config.optim.only)
+    if not patterns:
+        return
+    chosen = set()
+    for pattern in patterns:
+        found = {
+            id(parameter)
+            for name, parameter in model.named_parameters(remove_duplicate=False)
+            if fnmatchcase(name, pattern)
+        }
+        if not found:
+            example = next(name for name, _ in model.named_parameters())
+            raise UserError(
+                f"{pattern} fits no parameter of the model",
+                where="optim.only",
+                fix=f"Names are such as {example}, and * stands for anything",
+            )
+        chosen |= found
+    for parameter in model.parameters():
+        parameter.requires_grad_(id(parameter) in chosen)
+
+
+def add_adapters(model: PreTrainedModel, config: Config) -> None:
+    """Put adapters, which change nothing yet, into the layers that `lora.targets` names."""
+    if find_spec("peft") is None:
+        raise UserError("needs peft", where="lora.rank", fix='pip install "rosd-fast[lora]"')
+    from peft import LoraConfig
+
+    lora = config.lora
+    targets = "all-linear" if lora.targets == "all-linear" else split(lora.targets)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(config.seed)
+        try:
+            model.add_adapter(
+                LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets)
+            )
+        except ValueError as error:
+            raise UserError(
+                str(error).split(". ")[0], where="lora.targets", fix="Try all-linear"
+            ) from None
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+
+
+def has_adapters(model: PreTrainedModel) -> bool:
+    return any("lora_" in name for name, _ in model.named_parameters())
+
+
+@contextmanager
+def adapters_off(model: PreTrainedModel) -> Iterator[None]:
+    """The model as it was loaded."""
+    model.disable_adapters()
+    try:
+        yield
+    finally:
+        model.enable_adapters()
+
+
+@torch.no_grad()
+def whole_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The state dict of the model without adapters that computes the same.
+
+    Tensors share the model's memory where no adapter adds to them.
+    """
+    state = model.state_dict()
+    if not has_adapters(model):
+        return state
+    weights = {name.replace(BASE, "."): t for name, t in state.items() if "lora_" not in name}
+    for name, module in model.named_modules():
+        if hasattr(module, "lora_A"):
+            weight = state[f"{name}{BASE}weight"]
+            delta = module.get_delta_weight("default")  # type: ignore[operator]
+            weights[f"{name}.weight"] = (weight.float() + delta.float()).to(weight.dtype)
+    return weights
+
+
+def fingerprint(model: PreTrainedModel) -> str:
+    """Of the weights that were loaded, adapters left out: by names, shapes and sampled values."""
+    digest = hashlib.blake2b(digest_size=16)
+    for name, parameter in model.named_parameters():
+        if "lora_" not in name:
+            flat = parameter.detach().flatten()
+            values = flat[:: max(1, flat.numel() // SAMPLED)].float().cpu().contiguous()
+            digest.update(f"{name.replace(BASE, '.')} {[*parameter.shape]}".encode())
+            digest.update(values.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def split(text: str) -> list[str]:
+    """Of a list with commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]

@@ -1,0 +1,91 @@
+"""What may be done to the blocks of a model before it learns: recompute, compile, fuse."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import partial
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from rosd_fast.config import Config, LearnerConfig
+from rosd_fast.errors import UserError
+from rosd_fast.model.attention import flash_attention, name
+from rosd_fast.parallel import pick_device
+
+
+def blocks(model: nn.Module) -> Iterator[nn.Module]:
+    """The model's layers."""
+    return (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
+
+
+def prepare_blocks(model: PreTrainedModel, config: LearnerConfig, device: torch.device) -> None:
+    """Change the blocks in place, as the options say. Raises UserError where that cannot be."""
+    if uses_liger(config, device):
+        use_liger(model)
+    for block in blocks(model):
+        if config.activation_checkpointing:
+            block.forward = partial(recomputed, block.forward)
+        if config.compile:
+            block.compile(dynamic=True)
+
+
+def recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
+    """`forward`, whose activations are computed again in the backward pass instead of kept."""
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)
+
+
+def uses_liger(config: LearnerConfig, device: torch.device) -> bool:
+    """Whether the model's norms, rotations and MLPs become liger-kernel's. Raises UserError where
+    that was asked for and cannot be."""
+    if config.liger == "off":
+        return False
+    missing = ""
+    if device.type != "cuda":
+        missing = "it needs a GPU"
+    elif find_spec("liger_kernel") is None:
+        missing = "liger-kernel is not installed"
+    if missing and config.liger == "on":
+        raise UserError(missing, where="learner.liger", fix="Leave it out")
+    return not missing
+
+
+def use_liger(model: PreTrainedModel) -> None:
+    """Put liger-kernel's Triton kernels into a model of a kind that it knows; others stay."""
+    from liger_kernel.transformers.monkey_patch import (
+        MODEL_TYPE_TO_APPLY_LIGER_FN,
+        _apply_liger_kernel_to_instance,
+    )
+
+    if model.config.model_type in MODEL_TYPE_TO_APPLY_LIGER_FN:
+        # The loss is ours: cross-entropy would only replace the model's forward.
+        _apply_liger_kernel_to_instance(
+            model=model, cross_entropy=False, fused_linear_cross_entropy=False
+        )
+
+
+def describe(model: PreTrainedModel, config: Config, ranks: int) -> str:
+    """How the learner computes, for the start of a run.
+
+    "Llama, 2,099,200 of 2,099,200 weights in float32, cpu, attention sdpa"
+    """
+    device, options = pick_device(config.device), config.learner
+    total = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    parts = [
+        name(model),
+        f"{trained:,} of {total:,} weights trained in {config.dtype}",
+        f"{ranks} ranks on {device.type}" if ranks > 1 else device.type,
+        f"attention {(device.type == 'cuda' and flash_attention()) or 'sdpa'}",
+    ]
+    parts += ["liger kernels"] if uses_liger(options, device) else []
+    parts += ["activations recomputed"] if options.activation_checkpointing else []
+    parts += ["blocks compiled"] if options.compile else []
+    return ", ".join(parts)

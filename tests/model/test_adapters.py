@@ -1,0 +1,162 @@
+"""Which parameters are trained, and whole weights out of adapters."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from rosd_fast.checkpoint import load_checkpoint, write_checkpoint
+from rosd_fast.config import Config
+from rosd_fast.errors import UserError
+from rosd_fast.learner import Learner
+from rosd_fast.model.adapters import choose_trainable, fingerprint, has_adapters, whole_weights
+from rosd_fast.packing import pack
+from rosd_fast.snapshot import Snapshot
+
+IDS = torch.arange(1, 12)[None]
+
+
+def config_of(**sections: Any) -> Config:
+    optim = {"lr": 1e-2, "warmup_steps": 0, **sections.pop("optim", {})}
+    return Config.model_validate({"optim": optim, **sections})
+
+
+def trained(model: Any) -> set[str]:
+    return {name for name, p in model.named_parameters() if p.requires_grad}
+
+
+def test_patterns_choose_what_is_trained(make_model) -> None:
+    model = make_model("Llama", num_hidden_layers=12, tie_word_embeddings=False)
+    choose_trainable(model, config_of(optim={"only": "model.layers.1?.mlp.*, lm_head.weight"}))
+    names = {
+        f"model.layers.{i}.mlp.{n}_proj.weight" for i in (10, 11) for n in "gate up down".split()
+    }
+    assert trained(model) == names | {"lm_head.weight"}
+
+
+def test_a_tied_head_is_trained_with_the_embeddings(make_model) -> None:
+    model = make_model("Llama", tie_word_embeddings=True)
+    choose_trainable(model, config_of(optim={"only": "lm_head.weight"}))
+    assert trained(model) == {"model.embed_tokens.weight"}
+
+
+def test_without_patterns_all_is_trained(make_model) -> None:
+    model = make_model()
+    choose_trainable(model, config_of())
+    assert trained(model) == set(dict(model.named_parameters()))
+
+
+def test_a_pattern_that_fits_nothing_is_a_mistake(make_model) -> None:
+    with pytest.raises(UserError, match=r"model\.layer\.\* fits no parameter.*embed_tokens"):
+        choose_trainable(make_model(), config_of(optim={"only": "model.layer.*"}))
+
+
+def test_only_what_was_chosen_moves(make_model, distill_samples) -> None:
+    model = make_model("Qwen3", torch.float32)
+    options = config_of(optim={"only": "*.self_attn.?_proj.weight"})
+    choose_trainable(model, options)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    learner = Learner(model, options)
+    learner.step(pack(distill_samples, max_tokens=40))
+    moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
+    assert moved == trained(model) and len(moved) == 8
+    kept = {k.removeprefix("optimizer.master.") for k in learner.state_dict() if ".master." in k}
+    assert kept == moved  # a checkpoint does not repeat what never changes
+
+
+def adapted(make_model, dtype=torch.float32, family="Llama", **lora: Any) -> tuple[Any, Config]:
+    options = config_of(lora={"rank": 3, **lora})
+    model = make_model(family, dtype)
+    choose_trainable(model, options)
+    return model, options
+
+
+def test_adapters_change_nothing_at_first_and_are_drawn_from_the_seed(make_model) -> None:
+    plain = make_model("Llama", torch.float32)
+    (one, _), (two, _) = adapted(make_model), adapted(make_model)
+    assert torch.equal(one(IDS).logits, plain(IDS).logits)
+    assert has_adapters(one) and not has_adapters(plain)
+    assert all(torch.equal(a, b) for a, b in zip(one.parameters(), two.parameters(), strict=True))
+    assert trained(one) == {name for name, _ in one.named_parameters() if "lora_" in name}
+
+
+def test_targets(make_model) -> None:
+    model, _ = adapted(make_model, targets="q_proj, v_proj")
+    assert {name.split(".")[4] for name in trained(model)} == {"q_proj", "v_proj"}
+    with pytest.raises(UserError, match=r"lora\.targets") as error:
+        adapted(make_model, targets="no_proj")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", ["Llama", "Qwen3"])
+def test_merged_weights_compute_the_same(make_model, distill_samples, family, dtype) -> None:
+    model, options = adapted(make_model, dtype, family)
+    learner = Learner(model, options)
+    learner.step(pack(distill_samples, max_tokens=40))
+    plain = make_model(family, dtype)
+    assert (plain(IDS).logits - model(IDS).logits).abs().max() > 1e-3
+    plain.load_state_dict(whole_weights(model), strict=True)
+    close = {"rtol": 0, "atol": 1e-5 if dtype == torch.float32 else 0.1}
+    torch.testing.assert_close(plain(IDS).logits, model(IDS).logits, **close)
+
+
+def test_the_fingerprint_is_of_the_model_below(make_model) -> None:
+    plain = make_model("Llama", torch.float32)
+    model, _ = adapted(make_model)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.normal_()
+    assert fingerprint(model) == fingerprint(plain)
+    assert fingerprint(make_model("Llama", torch.float32, seed=1)) != fingerprint(plain)
+    with torch.no_grad():
+        plain.model.norm.weight[3] += 1e-3
+    assert fingerprint(model) != fingerprint(plain)
+
+
+@pytest.mark.parametrize("kind", ["frozen", "ema", "live"])
+def test_a_checkpoint_holds_adapters_and_exports_whole_weights(
+    make_model, distill_samples, tokenizer, tmp_path: Path, kind: str
+) -> None:
+    """It goes on to the same bits, and loads without peft."""
+    options = config_of(lora={"rank": 3}, teacher={"kind": kind})
+    batches = pack(distill_samples, max_tokens=40)
+
+    def learner() -> Learner:
+        model = make_model("Llama", torch.float32)
+        choose_trainable(model, options)
+        return Learner(model, options)
+
+    straight = learner()
+    for _ in range(2):
+        straight.step(batches)
+    snapshot = Snapshot.of(straight, tokenizer, step=2, config_hash="abc")
+    path = write_checkpoint(tmp_path, snapshot)
+    loaded: Any = AutoModelForCausalLM.from_pretrained(path).eval()
+    assert not has_adapters(loaded)
+    torch.testing.assert_close(loaded(IDS).logits, straight.model(IDS).logits, rtol=0, atol=1e-5)
+    masters = [name for name in straight.state_dict() if ".master." in name]
+    assert masters and all("lora_" in name for name in masters)
+
+    resumed = learner()
+    load_checkpoint(path, resumed)
+    for _ in range(2):
+        assert resumed.step(batches) == straight.step(batches)
+    for name, weight in straight.weights.items():
+        assert torch.equal(resumed.weights[name], weight), name
+
+
+def test_a_copy_has_adapters_of_its_own(make_model) -> None:
+    model, _ = adapted(make_model)
+    copied = copy.deepcopy(model)
+    with torch.no_grad():
+        for name, parameter in copied.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    assert not torch.equal(copied(IDS).logits, model(IDS).logits)

@@ -1,0 +1,150 @@
+"""`rosd-fast train` on two ranks, by torchrun: the same run as on one, and an end to it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from safetensors.torch import load_file
+
+ARGS = "--sample.problems-per-step 4 --sample.group-size 4 --eval.every 0 --eval.problems 8".split()
+
+
+def command(ranks: int, *args: str | Path) -> list[str]:
+    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
+    return [
+        sys.executable,
+        "-m",
+        *(launcher if ranks > 1 else []),
+        "rosd_fast",
+        "train",
+        *map(str, args),
+    ]
+
+
+def train(ranks: int, *args: str | Path) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(ranks, *args),
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+
+
+@contextmanager
+def training(*args: str | Path) -> Iterator[subprocess.Popen[str]]:
+    """Two ranks under way."""
+    process = subprocess.Popen(
+        command(2, *args),
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+
+
+def wait_for(condition: Callable[[], bool], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def rows(folder: Path) -> list[dict[str, Any]]:
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [
+        {k: v for k, v in json.loads(line).items() if k.split("/")[0] in ("loss", "rollout")}
+        for line in lines
+    ]
+
+
+def children(pid: int) -> list[int]:
+    return [int(i) for i in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    expected, found = rows(one), rows(two)
+    assert len(expected) == len(found)
+    for own, other in zip(expected, found, strict=True):
+        for row in (own, other):
+            row.pop("loss/num_micro_batches", None)
+        assert other == pytest.approx(own, rel=1e-4, abs=1e-6)
+
+
+def test_five_steps_are_the_same_on_two_ranks_and_go_on_on_one(tmp_path: Path) -> None:
+    for ranks in (1, 2):
+        steps = ["--steps", "5", "--out", tmp_path, "--name", f"on{ranks}"]
+        result = train(ranks, *ARGS, *steps)
+        assert result.returncode == 0, result.stderr
+    assert_same_run(tmp_path / "on1", tmp_path / "on2")
+    assert "2 ranks on cpu" in result.stdout + result.stderr
+    # What two ranks have begun, one goes on with.
+    for name in ("on1", "on2"):
+        result = train(1, "--resume", tmp_path / name, "--steps", "6")
+        assert result.returncode == 0, result.stderr
+    assert_same_run(tmp_path / "on1", tmp_path / "on2")
+    one, two = (
+        load_file(tmp_path / name / "checkpoints" / "step_000006" / "model.safetensors")
+        for name in ("on1", "on2")
+    )
+    for name, weight in one.items():
+        assert (two[name].float() - weight.float()).abs().max() < 1e-2 * weight.float().abs().max()
+
+
+def test_a_dead_rank_ends_the_job(tmp_path: Path) -> None:
+    """Within a minute, of which torchrun gives the others 30 s."""
+    args = ["--steps", "500", "--out", tmp_path, "--name", "run"]
+    with training(*ARGS, *args) as process:
+        wait_for(lambda: (tmp_path / "run" / "rollouts" / "step_000002.jsonl").exists())
+        os.kill(children(process.pid)[1], signal.SIGKILL)
+        output, _ = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert "another rank has ended" in output
+    assert "rank      : 1" in output and "SIGKILL" in output
+
+
+@pytest.mark.slow
+def test_sigterm_ends_it_with_a_checkpoint(tmp_path: Path) -> None:
+    args = ["--steps", "500", "--out", tmp_path, "--name", "run"]
+    with training(*ARGS, *args) as process:
+        wait_for(lambda: (tmp_path / "run" / "rollouts" / "step_000002.jsonl").exists())
+        process.terminate()
+        output, _ = process.communicate(timeout=60)
+    assert "stopping after this step with a checkpoint" in output
+    (checkpoint,) = (tmp_path / "run" / "checkpoints").iterdir()
+    steps = str(int(checkpoint.name[-6:]) + 1)
+    result = train(2, "--resume", tmp_path / "run", "--steps", steps)
+    assert result.returncode == 0, result.stderr
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--data.train", "nowhere.json"], "nowhere.json"),
+        (["--parallel.shard-size", "3"], "parallel.shard_size"),
+        (["--optim.only", "model.nothing.*"], "optim.only"),
+    ],
+    ids=["data", "shares", "names"],
+)
+def test_a_mistake_is_told_once(tmp_path: Path, args: list[str], message: str) -> None:
+    result = train(2, *args, "--out", tmp_path, "--name", "run")
+    output = result.stdout + result.stderr
+    assert result.returncode != 0
+    assert output.count("rosd-fast: error:") == 1 and message in output
+    assert not (tmp_path / "run").exists()

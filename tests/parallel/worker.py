@@ -1,0 +1,210 @@
+"""The same steps on any number of ranks, as one rank of torchrun's:
+
+    torchrun --nproc-per-node 2 worker.py OUT [--resume OTHER_OUT] [--shard-size N]
+
+Rank 0 writes, for each case, the gradients of the first step and the weights after the others to
+OUT/results.safetensors, and the metrics of all steps to OUT/metrics.json; checkpoints of step 2 are
+in OUT/CASE. Where --resume is given, it goes on from those of another call, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from rosd_fast.config import Config
+from rosd_fast.crew import Crew, follow
+from rosd_fast.learner import StepResult
+from rosd_fast.model.adapters import choose_trainable
+from rosd_fast.model.attention import use_exact_attention
+from rosd_fast.optim import Optimizer
+from rosd_fast.packing import pack
+from rosd_fast.parallel import World, full, open_world
+from rosd_fast.types import DistillSample
+
+VOCAB = 64
+SMALL = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+}
+TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
+SLIDING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "tied": ("Llama", TIED, {}),
+    "untied": ("Qwen3", UNTIED, {"loss": {"divergence": "jsd"}}),
+    "ema": ("Llama", UNTIED, {"teacher": {"kind": "ema", "ema_rate": 0.3}}),
+    "live": ("Gemma3Text", TIED | SLIDING, {"teacher": {"kind": "live"}}),
+    "trust region": ("Granite", UNTIED, {"teacher": {"kind": "trust_region", "mix": 0.4}}),
+    "lora": ("Llama", TIED, {"lora": {"rank": 4}}),
+    "lora ema": ("Qwen3", UNTIED, {"lora": {"rank": 4}, "teacher": {"kind": "ema"}}),
+    "some": ("Llama", UNTIED, {"optim": {"only": "model.layers.1.*, lm_head.weight"}}),
+    "recomputed": ("Llama", TIED, {"learner": {"activation_checkpointing": True}}),
+    "fixed head": (
+        "Llama",
+        TIED,
+        {"optim": {"only": "model.layers.*"}, "teacher": {"kind": "trust_region"}},
+    ),
+    "one sample": ("Llama", TIED, {}),
+    "bfloat16": ("Llama", TIED, {"dtype": "bfloat16"}),
+    "bfloat16 ema": ("Llama", TIED, {"dtype": "bfloat16", "teacher": {"kind": "ema"}}),
+}
+NUM_STEPS, SAVED_STEP = 4, 2
+
+
+def config_of(case: str, shard_size: int | None = None) -> Config:
+    options = CASES[case][2]
+    optim = {"lr": 3e-3, "warmup_steps": 2, **options.get("optim", {})}
+    loss = {"strategy": "chunked", **options.get("loss", {})}
+    return Config.model_validate(
+        {**options, "loss": loss, "optim": optim, "parallel": {"shard_size": shard_size}}
+    )
+
+
+def model_of(case: str, config: Config) -> Any:
+    family, shape, _ = CASES[case]
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(
+        getattr(transformers, f"{family}Config")(**SMALL | shape)
+    )
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.25)
+    model = model.to(getattr(torch, config.dtype))
+    use_exact_attention(model)
+    choose_trainable(model, config)
+    if config.lora.rank:  # adapters that change something from the first step on
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def samples_of(case: str, step: int) -> list[DistillSample]:
+    """Groups of unequal sizes, whose samples share their prompts."""
+    g = torch.Generator().manual_seed(step)
+
+    def number(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=g))
+
+    def ids(low: int, high: int) -> tuple[int, ...]:
+        return tuple(torch.randint(3, VOCAB, (number(low, high),), generator=g).tolist())
+
+    samples = []
+    for group in range(1 if case == "one sample" else 4):
+        prompt, privileged = ids(3, 20), ids(3, 20)
+        for member in range(1 if case == "one sample" else number(1, 4)):
+            completion = ids(4, 14)
+            start = number(0, len(completion) - 1)
+            samples.append(
+                DistillSample(
+                    rollout_id=f"{group}/{member}",
+                    student_prompt_ids=prompt,
+                    teacher_prompt_ids=privileged + ids(1, 6),
+                    completion_ids=completion,
+                    logprobs=tuple((-4 * torch.rand(len(completion), generator=g)).tolist()),
+                    start=start,
+                    end=len(completion),
+                    weight=0.5 + number(0, 100) / 100,
+                )
+            )
+    return samples
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    )
+
+
+class Recorder:
+    """The whole gradients of the last step of any optimizer."""
+
+    def __init__(self) -> None:
+        self.gradients: dict[str, torch.Tensor] = {}
+        own_step = Optimizer.step
+
+        def recording(optimizer: Optimizer) -> float:
+            for name, master in optimizer.masters.items():
+                assert master.grad is not None, name
+                self.gradients[name] = full(master.grad).detach().clone()
+            return own_step(optimizer)
+
+        setattr(Optimizer, "step", recording)  # noqa: B010
+
+
+def step(crew: Crew, case: str, number: int) -> StepResult:
+    batches = pack(
+        samples_of(case, number),
+        max_tokens=120,
+        min_shared=3,
+        num_ranks=crew.world.size,
+        hidden_size=SMALL["hidden_size"],
+    )
+    assert len(batches) % crew.world.size == 0
+    return crew.step(batches)
+
+
+def work(
+    world: World, out: Path, *, resume: Path | None = None, shard_size: int | None = None
+) -> None:
+    """All cases. A rank beside rank 0 follows."""
+    recorder, results, metrics = Recorder(), {}, {}
+    for case in CASES:
+        if not world.leads:
+            follow(world)
+            if resume is not None:
+                follow(world)
+            continue
+        config = config_of(case, shard_size)
+        crew = Crew.muster(model_of(case, config), config, world, tokenizer())
+        rows = []
+        for number in range(NUM_STEPS):
+            recorder.gradients.clear()
+            rows.append(step(crew, case, number))
+            if number == 0:
+                results |= {f"{case}/grad/{k}": v for k, v in recorder.gradients.items()}
+            if number + 1 == SAVED_STEP:
+                crew.save(out / case, SAVED_STEP, None)
+        results |= {f"{case}/weight/{k}": v.detach().clone() for k, v in crew.weights().items()}
+        crew.close()
+        metrics[case] = [[row.metrics, row.per_token] for row in rows]
+        if resume is not None:
+            crew = Crew.muster(model_of(case, config), config, world, tokenizer())
+            assert crew.load(resume / case / "checkpoints" / "step_000002") == SAVED_STEP
+            for number in range(SAVED_STEP, NUM_STEPS):
+                step(crew, case, number)
+            results |= {
+                f"{case}/resumed/{k}": v.detach().clone() for k, v in crew.weights().items()
+            }
+            crew.close()
+    if world.leads:
+        save_file({k: v.contiguous() for k, v in results.items()}, out / "results.safetensors")
+        (out / "metrics.json").write_text(json.dumps(metrics))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--resume", type=Path)
+    parser.add_argument("--shard-size", type=int)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    with open_world(config_of("tied", args.shard_size).parallel, "cpu") as world:
+        work(world, args.out, resume=args.resume, shard_size=args.shard_size)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,126 @@
+"""A run that is killed with -9, again and again, ends as one that was left alone, bit for bit."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+STEPS, KILLS, SEED = 12, 20, 0
+OPTIONS = [
+    *("--steps", str(STEPS), "--checkpoint.every", "1", "--teacher.kind", "ema"),
+    *("--sample.problems-per-step", "4", "--sample.group-size", "4"),
+    *("--eval.every", "4", "--eval.problems", "8", "--eval.samples", "1"),
+    *("--loss.sparsity", "entry"),
+]
+
+
+def start(*args: str | Path) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "rosd_fast", "train", *map(str, args)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+
+
+def finish(process: subprocess.Popen[bytes]) -> None:
+    _, errors = process.communicate(timeout=300)
+    assert process.returncode == 0, errors.decode()
+
+
+def whole_checkpoints(run: Path) -> list[str]:
+    folder = run / "checkpoints"
+    return sorted(path.name for path in folder.glob("step_*")) if folder.exists() else []
+
+
+def content(run: Path) -> dict[str, Any]:
+    """All that a run leaves, but for times."""
+    last = run / "checkpoints" / f"step_{STEPS:06d}"
+    rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return {
+        "metrics": [
+            {key: value for key, value in row.items() if not key.startswith(("time/", "perf/"))}
+            for row in rows
+        ],
+        "rollouts": {p.name: p.read_text() for p in sorted((run / "rollouts").glob("*.jsonl"))},
+        "checkpoints": whole_checkpoints(run),
+        "tensors": {
+            f"{file.relative_to(last)}:{name}": tensor
+            for file in sorted(last.rglob("*.safetensors"))
+            for name, tensor in load_file(file).items()
+        },
+    }
+
+
+def assert_same(run: Path, other: Path) -> None:
+    expected, found = content(other), content(run)
+    assert found["metrics"] == expected["metrics"] and len(found["metrics"]) == STEPS + 1
+    assert found["rollouts"] == expected["rollouts"] and len(found["rollouts"]) == STEPS
+    assert found["checkpoints"] == expected["checkpoints"]
+    assert found["tensors"].keys() == expected["tensors"].keys()
+    for name, tensor in expected["tensors"].items():
+        assert torch.equal(found["tensors"][name], tensor), name
+
+
+def kill_at(process: subprocess.Popen[bytes], run: Path, *, saving: bool, delay: float) -> bool:
+    """Kill it `delay` seconds after it has gone on, or within a save; False: it ended before.
+
+    The process that is killed goes on with the step after its last checkpoint, so it has gone on
+    when the metrics file changes.
+    """
+
+    def size() -> int:
+        file = run / "metrics.jsonl"
+        return file.stat().st_size if file.exists() else 0
+
+    before, end = size(), None
+    while process.poll() is None:
+        if saving and [*run.glob("checkpoints/.tmp-*")]:
+            time.sleep(delay / 20)
+            break
+        if not saving and end is None and size() != before:
+            end = time.monotonic() + delay
+        if end is not None and time.monotonic() > end:
+            break
+        time.sleep(0.0005)
+    process.send_signal(signal.SIGKILL)
+    _, errors = process.communicate()
+    assert process.returncode in (0, -signal.SIGKILL), errors.decode()
+    return process.returncode != 0
+
+
+@pytest.mark.slow
+def test_twenty_kills_change_nothing(tmp_path: Path) -> None:
+    """Half of them while a checkpoint is being written, half at any other moment."""
+    alone = tmp_path / "alone"
+    finish(start(*OPTIONS, "--out", tmp_path, "--name", "alone"))
+    moments = random.Random(SEED)
+    kills = leftovers = runs = 0
+    run = tmp_path / "run0"
+    while kills < KILLS:
+        resumed = ["--resume", run]
+        new = [*OPTIONS, "--out", tmp_path, "--name", run.name]
+        process = start(*(resumed if whole_checkpoints(run) else new))
+        saving, delay = moments.random() < 0.5, moments.uniform(0, 2)
+        if kill_at(process, run, saving=saving, delay=delay):
+            kills += 1
+            leftovers += bool([*run.glob("checkpoints/.tmp-*")])
+        done = whole_checkpoints(run)
+        if done and done[-1] != f"step_{STEPS:06d}":
+            continue
+        if done:
+            assert_same(run, alone)
+        runs += 1
+        run = tmp_path / f"run{runs}"
+    assert leftovers >= 3  # saves that were cut off
+    finish(start("--resume", run))
+    assert_same(run, alone)
