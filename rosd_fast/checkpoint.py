@@ -180,7 +180,7 @@ def load_checkpoint(path: Path, learner: Learner) -> int:
             fix="Put that model back in its place",
         )
     state = learner.state_dict()
-    if learner.order is not None and learner.world.rank >= about["ranks"]:
+    if learner.world.size != about["ranks"]:  # an order of the vocabulary is a rank's own
         state = {name: t for name, t in state.items() if not name.startswith("order.")}
     try:
         read_into(state, path / STATE_FOLDER, learner.world)

@@ -287,6 +287,9 @@ class ParallelConfig(Section):
     shard_size: PositiveInt | None = None
     """Ranks that share one copy of the weights, between which most is sent (those of a node); None:
     all."""
+    head: Literal["whole", "shard"] = "whole"
+    """Output head of each rank while it learns: whole, or its rows of the vocabulary, to which all
+    ranks send their states: cheaper for fewer distilled tokens than entries, not for tied heads."""
     timeout_s: PositiveFloat = 1800.0
     """Seconds after which ranks that wait for one another give up."""
 

@@ -22,6 +22,7 @@ from rosd_fast.loss import importance_weights, span_loss, vocabulary_order
 from rosd_fast.model.adapters import fingerprint, whole_weights
 from rosd_fast.model.attention import Head, head, hidden_states, packed_forward
 from rosd_fast.model.blocks import prepare_blocks
+from rosd_fast.model.head_rows import Everyone, check_rows
 from rosd_fast.model.shard import collect, fill, shard, skeleton
 from rosd_fast.model.teacher import Teacher, needs_copy
 from rosd_fast.optim import Optimizer
@@ -151,15 +152,19 @@ class Learner:
         self.world = world
         self.whole = model.eval() if world.leads else None
         self.fingerprint = fingerprint(model) if world.leads else ""
+        self.shards_head = world.size > 1 and config.parallel.head == "shard"
+        if self.shards_head:
+            check_rows(model)
         frozen = self._copied(model) if needs_copy(model, config.teacher) else None
         self.model = model if world.size == 1 else self._spread(model, torch.float32)
         self.teacher = Teacher(self.model, config.teacher, frozen)
         if world.size == 1:
             prepare_blocks(model, config.learner, model.device)
         elif config.teacher.where == "sglang":
-            self.teacher.keep_head_only(whole_head(self.model, getattr(torch, config.dtype)))
+            self.teacher.keep_head_only(copied_head(self.model, getattr(torch, config.dtype)))
         self.optimizer = Optimizer(self.model.named_parameters(), config.optim)
-        self.order = vocabulary_order(config.loss, vocab)
+        rows = self.teacher.head.weight.shape[0] if self.shards_head else vocab
+        self.order = vocabulary_order(config.loss, rows)
         self.num_skipped = 0  # steps in a row that were not finite
         self._collected: int | None = None  # the number of updates that rank 0's model is of
 
@@ -262,7 +267,13 @@ class Learner:
         assert self.world.mesh is not None
         spread = skeleton(model, kept)
         prepare_blocks(spread, self.config.learner, torch.device(self.world.mesh.device_type))
-        shard(spread, self.world, dtype=getattr(torch, self.config.dtype), offload=offload)
+        shard(
+            spread,
+            self.world,
+            dtype=getattr(torch, self.config.dtype),
+            offload=offload,
+            head_rows=self.shards_head,
+        )
         fill(spread, dict(model.named_parameters()) if self.world.leads else None)
         return spread
 
@@ -285,21 +296,45 @@ class Learner:
             student_hidden = gathered(
                 hidden_states(self.model, batch.student), batch.student.gather
             )
-            output = span_loss(
-                student_hidden,
-                teacher_hidden,
-                batch,
-                student_head=head(self.model),
-                teacher_head=self.teacher.head,
-                config=self.config.loss,
-                temperature=self.config.sample.temperature,
-                order=self.order,
-            )
+            if self.shards_head:
+                output = self._loss_of_everyone(student_hidden, teacher_hidden, batch)
+            else:
+                output = self._loss(student_hidden, teacher_hidden, batch)
             self.teacher.release()
             # Gradients are averaged over the ranks, but each rank's loss is a part of the sum.
             (output.loss * self.world.size / total).backward()
         self.optimizer.accumulate()
         return output
+
+    def _loss_of_everyone(
+        self, student_hidden: Tensor, teacher_hidden: Tensor, batch: PackedBatch
+    ) -> SpanDivergenceOutput:
+        """With this rank's rows of the head, on the tokens of all ranks; the result is of its own,
+        but for the loss, whose gradient with respect to the rows is that of all."""
+        group, device = self.world.shard_group, student_hidden.device
+        assert group is not None
+        everyone = Everyone.of(batch, group, device)
+        output = self._loss(
+            everyone.gather(student_hidden),
+            everyone.gather(teacher_hidden),
+            everyone.batch(batch, device),
+        )
+        return everyone.part(output)
+
+    def _loss(
+        self, student_hidden: Tensor, teacher_hidden: Tensor, batch: PackedBatch
+    ) -> SpanDivergenceOutput:
+        return span_loss(
+            student_hidden,
+            teacher_hidden,
+            batch,
+            student_head=head(self.model),
+            teacher_head=self.teacher.head,
+            config=self.config.loss,
+            temperature=self.config.sample.temperature,
+            order=self.order,
+            vocab_group=self.world.shard_group if self.shards_head else None,
+        )
 
     def _update(self, loss: float) -> float | None:
         """Apply the gradients; returns their norm, or None when the step was skipped."""
@@ -318,11 +353,16 @@ class Learner:
         return None
 
 
-def whole_head(model: PreTrainedModel, dtype: torch.dtype) -> Head:
-    """A copy of the output head of a model that is spread over ranks. A collective."""
+def copied_head(model: PreTrainedModel, dtype: torch.dtype) -> Head:
+    """A copy of the output head of a model that is spread over ranks, or of this rank's rows of it.
+    A collective."""
     layer = head(model)
-    bias = None if layer.bias is None else full(layer.bias.detach()).to(dtype)
-    return replace(layer, weight=full(layer.weight.detach()).to(dtype), bias=bias)
+    weight, bias = (
+        None if x is None else full(x.detach()).to(dtype, copy=True)
+        for x in (layer.weight, layer.bias)
+    )
+    assert weight is not None
+    return replace(layer, weight=weight, bias=bias)
 
 
 def gathered(hidden: Tensor, rows: Tensor) -> Tensor:

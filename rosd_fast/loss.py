@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from rosd_fast.config import LossConfig
 from rosd_fast.model.attention import Head
@@ -30,11 +31,13 @@ def span_loss(
     config: LossConfig,
     temperature: float,
     order: VocabularyOrder | None = None,
+    vocab_group: ProcessGroup | None = None,
 ) -> SpanDivergenceOutput:
     """The micro-batch's summed loss, with per-token divergence, log-probs and entropies.
 
     `temperature` is that of the rollouts; `config.temperature`, when set, takes its place. `order`,
-    of `vocabulary_order`, learns from the first calls.
+    of `vocabulary_order`, learns from the first calls. `vocab_group`: heads are this rank's rows of
+    the vocabulary, and all else is the same on all of its ranks.
     Differentiable with respect to the student's states and head. `loss` is a sum: divide it by the
     step's N.
     """
@@ -59,6 +62,7 @@ def span_loss(
         entry_clip=config.entry_clip,
         strategy=strategy(config),
         workspace_mib=config.workspace_mib,
+        vocab_group=vocab_group,
         **sparsity(config, order),
     )
 

@@ -7,15 +7,14 @@ import os
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
+import pytest
+
 # Read where a Triton kernel is defined, so before anything that may import Triton.
 os.environ["TRITON_INTERPRET"] = "1"
 # Test processes side by side share the cores: threads that wait for one another's are many times
 # slower. Read when torch is imported, here and in the processes that tests start.
-os.environ["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(
-    max(1, (os.cpu_count() or 1) // int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")))
-)
-
-import pytest
+if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast

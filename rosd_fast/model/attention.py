@@ -27,6 +27,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.modeling_utils import AttentionInterface
@@ -37,6 +38,7 @@ from rosd_fast.types import PackedSequences
 
 PACKED = "rosd_packed"
 SHARDED_FORWARD = "packed_states"  # method that runs `decode` with the weights gathered
+HEAD_ROWS = "head_rows_dtype"  # of the rows of the output head, where each rank has but some
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
@@ -125,17 +127,28 @@ def decode(model: PreTrainedModel, packed: PackedSequences) -> Tensor:
     return output.last_hidden_state
 
 
-def head(model: PreTrainedModel) -> Head:
-    """The model's output head. Raises UserError when it has none."""
+def output_layer(model: PreTrainedModel) -> nn.Linear:
+    """The layer that makes the logits. Raises UserError when there is none."""
     layer = model.get_output_embeddings()
     if not isinstance(layer, nn.Linear):
         raise UserError(
             "has no linear output head, so it is no causal language model", where=name(model)
         )
+    return layer
+
+
+def head(model: PreTrainedModel) -> Head:
+    """The model's output head, or this rank's rows of it. Raises UserError when it has none."""
+    layer = output_layer(model)
     config = model.config.get_text_config()
+    weight, bias = layer.weight, layer.bias
+    if (dtype := getattr(model, HEAD_ROWS, None)) is not None:
+        weight, bias = (
+            x.to_local().to(dtype) if isinstance(x, DTensor) else x for x in (weight, bias)
+        )
     return Head(
-        weight=layer.weight,
-        bias=layer.bias,
+        weight=weight,
+        bias=bias,
         softcap=getattr(config, "final_logit_softcapping", None),
         # Cohere multiplies its logits, Granite divides them.
         scale=(getattr(config, "logit_scale", None) or 1.0)

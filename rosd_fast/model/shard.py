@@ -24,8 +24,9 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from rosd_fast.model.attention import SHARDED_FORWARD, decode
+from rosd_fast.model.attention import HEAD_ROWS, SHARDED_FORWARD, decode
 from rosd_fast.model.blocks import blocks
+from rosd_fast.model.head_rows import average_rows, keep_rows
 from rosd_fast.parallel import World, full
 
 
@@ -41,11 +42,17 @@ def skeleton(model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> PreT
 
 
 def shard(
-    model: PreTrainedModel, world: World, *, dtype: torch.dtype, offload: bool = False
+    model: PreTrainedModel,
+    world: World,
+    *,
+    dtype: torch.dtype,
+    offload: bool = False,
+    head_rows: bool = False,
 ) -> PreTrainedModel:
     """Spread a skeleton over the ranks, in place. A collective; `fill` gives it its weights.
 
-    dtype: that layers compute in. offload: shares lie in host memory between uses.
+    dtype: that layers compute in. offload: shares lie in host memory between uses. head_rows: the
+    output head is never whole (`head_rows.py`).
     """
     assert world.mesh is not None
     mesh, device = world.mesh, torch.device(world.mesh.device_type)
@@ -55,13 +62,21 @@ def shard(
         fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=on_host)
     # The rest stays whole from its forward on: the divergence reads the head.
     fully_shard(
-        model, mesh=mesh, mp_policy=policy, offload_policy=on_host, reshard_after_forward=False
+        model,
+        mesh=mesh,
+        mp_policy=policy,
+        offload_policy=on_host,
+        reshard_after_forward=False,
+        ignored_params=keep_rows(model, world) if head_rows else None,
     )
     buffers = {name: buffer.to(device) for name, buffer in model.named_buffers()}
     model.to_empty(device="cpu" if offload else device)
     for name, buffer in buffers.items():
         owner, _, own = name.rpartition(".")
         model.get_submodule(owner)._buffers[own] = buffer
+    if head_rows:
+        average_rows(model, world)
+        setattr(model, HEAD_ROWS, dtype)
     setattr(model, SHARDED_FORWARD, MethodType(decode, model))
     register_fsdp_forward_method(model, SHARDED_FORWARD)
     # It speaks of in-place changes to the output; nobody makes any.

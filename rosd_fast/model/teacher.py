@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from rosd_fast.config import TeacherConfig
 from rosd_fast.errors import UserError
 from rosd_fast.model.adapters import adapters_off, has_adapters
-from rosd_fast.model.attention import Head, head, hidden_states
+from rosd_fast.model.attention import Head, head, hidden_states, output_layer
 from rosd_fast.model.shard import collect, reshard
 from rosd_fast.optim import is_full
 from rosd_fast.types import PackedSequences
@@ -137,7 +137,7 @@ class Teacher:
     @property
     def _shares_head(self) -> bool:
         """Whether the student's head stays what it was, so that states may be mixed instead."""
-        return not head(self.student).weight.requires_grad
+        return not output_layer(self.student).weight.requires_grad
 
     @contextmanager
     def _in_place(self) -> Iterator[None]:

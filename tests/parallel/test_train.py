@@ -138,9 +138,9 @@ def test_sigterm_ends_it_with_a_checkpoint(tmp_path: Path) -> None:
     [
         (["--data.train", "nowhere.json"], "nowhere.json"),
         (["--parallel.shard-size", "3"], "parallel.shard_size"),
-        (["--optim.only", "model.nothing.*"], "optim.only"),
+        (["--parallel.head", "shard"], "parallel.head: shard: the model's output head is its"),
     ],
-    ids=["data", "shares", "names"],
+    ids=["data", "shares", "head"],
 )
 def test_a_mistake_is_told_once(tmp_path: Path, args: list[str], message: str) -> None:
     result = train(2, *args, "--out", tmp_path, "--name", "run")

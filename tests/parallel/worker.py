@@ -43,12 +43,13 @@ SMALL = {
 }
 TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
 SLIDING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+ROWS, REGION = {"head": "shard"}, {"kind": "trust_region", "mix": 0.4}
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "tied": ("Llama", TIED, {}),
     "untied": ("Qwen3", UNTIED, {"loss": {"divergence": "jsd"}}),
     "ema": ("Llama", UNTIED, {"teacher": {"kind": "ema", "ema_rate": 0.3}}),
     "live": ("Gemma3Text", TIED | SLIDING, {"teacher": {"kind": "live"}}),
-    "trust region": ("Granite", UNTIED, {"teacher": {"kind": "trust_region", "mix": 0.4}}),
+    "trust region": ("Granite", UNTIED, {"teacher": REGION}),
     "lora": ("Llama", TIED, {"lora": {"rank": 4}}),
     "lora ema": ("Qwen3", UNTIED, {"lora": {"rank": 4}, "teacher": {"kind": "ema"}}),
     "some": ("Llama", UNTIED, {"optim": {"only": "model.layers.1.*, lm_head.weight"}}),
@@ -58,6 +59,13 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         TIED,
         {"optim": {"only": "model.layers.*"}, "teacher": {"kind": "trust_region"}},
     ),
+    "rows": ("Llama", UNTIED, {"parallel": ROWS}),
+    "rows biased": ("Phi", UNTIED, {"parallel": ROWS, "loss": {"top_k": 5}}),
+    "rows ema": ("Qwen3", UNTIED, {"parallel": ROWS, "teacher": {"kind": "ema"}}),
+    "rows trust region": ("Granite", UNTIED, {"parallel": ROWS, "teacher": REGION}),
+    "rows lora": ("Llama", UNTIED, {"parallel": ROWS, "lora": {"rank": 4}, "teacher": REGION}),
+    "rows one sample": ("Llama", UNTIED, {"parallel": ROWS, "loss": {"strategy": "tiled"}}),
+    "rows bfloat16": ("Llama", UNTIED, {"parallel": ROWS, "dtype": "bfloat16"}),
     "one sample": ("Llama", TIED, {}),
     "bfloat16": ("Llama", TIED, {"dtype": "bfloat16"}),
     "bfloat16 ema": ("Llama", TIED, {"dtype": "bfloat16", "teacher": {"kind": "ema"}}),
@@ -69,9 +77,8 @@ def config_of(case: str, shard_size: int | None = None) -> Config:
     options = CASES[case][2]
     optim = {"lr": 3e-3, "warmup_steps": 2, **options.get("optim", {})}
     loss = {"strategy": "chunked", **options.get("loss", {})}
-    return Config.model_validate(
-        {**options, "loss": loss, "optim": optim, "parallel": {"shard_size": shard_size}}
-    )
+    parallel = {"shard_size": shard_size, **options.get("parallel", {})}
+    return Config.model_validate({**options, "loss": loss, "optim": optim, "parallel": parallel})
 
 
 def model_of(case: str, config: Config) -> Any:
@@ -103,9 +110,9 @@ def samples_of(case: str, step: int) -> list[DistillSample]:
         return tuple(torch.randint(3, VOCAB, (number(low, high),), generator=g).tolist())
 
     samples = []
-    for group in range(1 if case == "one sample" else 4):
+    for group in range(1 if "one sample" in case else 4):
         prompt, privileged = ids(3, 20), ids(3, 20)
-        for member in range(1 if case == "one sample" else number(1, 4)):
+        for member in range(1 if "one sample" in case else number(1, 4)):
             completion = ids(4, 14)
             start = number(0, len(completion) - 1)
             samples.append(
