@@ -49,9 +49,9 @@ class Crew:
         model: PreTrainedModel,
         config: Config,
         world: World,
-        tokenizer: PreTrainedTokenizerBase,
+        tokenizer: PreTrainedTokenizerBase | None,
     ) -> Crew:
-        """Rank 0's, and by its word the others'."""
+        """Rank 0's, and by its word the others'. tokenizer: for checkpoints."""
         if world.size > 1:
             world.broadcast((config, skeleton(model)))
         return cls(model, config, world, tokenizer)

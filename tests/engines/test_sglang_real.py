@@ -377,9 +377,10 @@ def test_a_server_that_fails_in_mid_step_is_replaced(
     assert not left
 
 
-def test_training_learns_from_what_the_server_samples(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rank", [0, 8], ids=["weights", "adapters"])
+def test_training_learns_from_what_the_server_samples(tmp_path: Path, rank: int) -> None:
     """Before each of three steps the server's greedy answers are those of the trainer's model."""
-    config = small(tmp_path)
+    config = small(tmp_path, lora__rank=rank)
 
     async def steps() -> None:
         with open_run(config) as run:
