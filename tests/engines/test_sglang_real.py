@@ -9,6 +9,8 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
+import subprocess
+import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
@@ -36,7 +38,7 @@ from rosd_fast.quickstart import MODEL_DIR
 from rosd_fast.quickstart.tasks import load_split
 from rosd_fast.rollout import problem_prompt
 from rosd_fast.run import open_run
-from rosd_fast.settings import apply_args, load_preset
+from rosd_fast.settings import apply_args, load_preset, to_toml
 from rosd_fast.train import learn, start, train
 from rosd_fast.types import Generation, GenerationRequest, PackedSequences, SamplingParams
 
@@ -466,6 +468,28 @@ def test_a_teacher_on_a_server_teaches_as_one_in_the_trainer(tmp_path: Path) -> 
     rows = [row for row in read_metrics(near / "metrics.jsonl") if "loss/divergence" in row]
     assert len(rows) == len(far) == 3
     for ours, theirs in zip(rows, far, strict=True):
+        for name in ("loss/divergence", "loss/teacher_entropy", "loss/student_entropy"):
+            assert theirs[name] == pytest.approx(ours[name], rel=1e-3), name
+        assert theirs["loss/num_distilled_tokens"] == ours["loss/num_distilled_tokens"] > 0
+
+
+def test_a_teacher_on_a_server_teaches_two_ranks(tmp_path: Path) -> None:
+    """Rank 0 asks it and deals its states out; the losses are those of one rank without it."""
+    file = tmp_path / "far.toml"
+    file.write_text(to_toml(with_teacher(tmp_path, name="far")))
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
+    done = subprocess.run(
+        [sys.executable, *launcher, "rosd_fast", "train", "--config", str(file)],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    near = train(small(tmp_path, name="near", engine__kind="local"))
+    runs = [read_metrics(run / "metrics.jsonl")[1:] for run in (near, tmp_path / "far")]
+    assert len(runs[0]) == len(runs[1]) == 3
+    for ours, theirs in zip(*runs, strict=True):
         for name in ("loss/divergence", "loss/teacher_entropy", "loss/student_entropy"):
             assert theirs[name] == pytest.approx(ours[name], rel=1e-3), name
         assert theirs["loss/num_distilled_tokens"] == ours["loss/num_distilled_tokens"] > 0
