@@ -38,6 +38,7 @@ from rosd_fast.types import PackedSequences
 
 PACKED = "rosd_packed"
 SHARDED_FORWARD = "packed_states"  # method that runs `decode` with the weights gathered
+PLACE = "compute_device"  # of a model whose weights may lie elsewhere between uses
 HEAD_ROWS = "head_rows_dtype"  # of the rows of the output head, where each rank has but some
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 
@@ -117,7 +118,7 @@ def hidden_states(model: PreTrainedModel, packed: PackedSequences) -> Tensor:
 
 def decode(model: PreTrainedModel, packed: PackedSequences) -> Tensor:
     """[1, T, H] of `hidden_states`, whose other half is to set the attention."""
-    device = model.device
+    device = place(model)
     output = backbone(model)(
         input_ids=packed.input_ids[None].to(device),
         position_ids=packed.position_ids[None].to(device),
@@ -125,6 +126,11 @@ def decode(model: PreTrainedModel, packed: PackedSequences) -> Tensor:
         packed_layout=Layout.of(packed, device),
     )
     return output.last_hidden_state
+
+
+def place(model: PreTrainedModel) -> torch.device:
+    """The device that the model computes on."""
+    return getattr(model, PLACE, model.device)
 
 
 def output_layer(model: PreTrainedModel) -> nn.Linear:
@@ -144,7 +150,8 @@ def head(model: PreTrainedModel) -> Head:
     weight, bias = layer.weight, layer.bias
     if (dtype := getattr(model, HEAD_ROWS, None)) is not None:
         weight, bias = (
-            x.to_local().to(dtype) if isinstance(x, DTensor) else x for x in (weight, bias)
+            x.to_local().to(place(model), dtype) if isinstance(x, DTensor) else x
+            for x in (weight, bias)
         )
     return Head(
         weight=weight,

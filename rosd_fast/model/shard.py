@@ -24,7 +24,7 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from rosd_fast.model.attention import HEAD_ROWS, SHARDED_FORWARD, decode
+from rosd_fast.model.attention import HEAD_ROWS, PLACE, SHARDED_FORWARD, decode
 from rosd_fast.model.blocks import blocks
 from rosd_fast.model.head_rows import average_rows, keep_rows
 from rosd_fast.parallel import World, full
@@ -77,6 +77,7 @@ def shard(
     if head_rows:
         average_rows(model, world)
         setattr(model, HEAD_ROWS, dtype)
+    setattr(model, PLACE, device)
     setattr(model, SHARDED_FORWARD, MethodType(decode, model))
     register_fsdp_forward_method(model, SHARDED_FORWARD)
     # It speaks of in-place changes to the output; nobody makes any.

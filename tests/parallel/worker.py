@@ -66,6 +66,12 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "rows lora": ("Llama", UNTIED, {"parallel": ROWS, "lora": {"rank": 4}, "teacher": REGION}),
     "rows one sample": ("Llama", UNTIED, {"parallel": ROWS, "loss": {"strategy": "tiled"}}),
     "rows bfloat16": ("Llama", UNTIED, {"parallel": ROWS, "dtype": "bfloat16"}),
+    "offload": ("Llama", TIED, {"teacher": {"offload": True}}),
+    "rows offload ema": (
+        "Llama",
+        UNTIED,
+        {"parallel": ROWS, "teacher": {"kind": "ema", "offload": True}},
+    ),
     "one sample": ("Llama", TIED, {}),
     "bfloat16": ("Llama", TIED, {"dtype": "bfloat16"}),
     "bfloat16 ema": ("Llama", TIED, {"dtype": "bfloat16", "teacher": {"kind": "ema"}}),
