@@ -4,7 +4,8 @@
 
 Rank 0 writes, for each case, the gradients of the first step and the weights after the others to
 OUT/results.safetensors, and the metrics of all steps to OUT/metrics.json; checkpoints of step 2 are
-in OUT/CASE. Where --resume is given, it goes on from those of another call, too.
+in OUT/CASE. Going on from these has to give the same bits. Where --resume is given, it goes on from
+those of another call, too.
 """
 
 from __future__ import annotations
@@ -177,8 +178,7 @@ def work(
     recorder, results, metrics = Recorder(), {}, {}
     for case in CASES:
         if not world.leads:
-            follow(world)
-            if resume is not None:
+            for _ in range(2 if resume is None else 3):
                 follow(world)
             continue
         config = config_of(case, shard_size)
@@ -191,21 +191,29 @@ def work(
                 results |= {f"{case}/grad/{k}": v for k, v in recorder.gradients.items()}
             if number + 1 == SAVED_STEP:
                 crew.save(out / case, SAVED_STEP, None)
-        results |= {f"{case}/weight/{k}": v.detach().clone() for k, v in crew.weights().items()}
+        weights = {k: v.detach().clone() for k, v in crew.weights().items()}
+        results |= {f"{case}/weight/{k}": v for k, v in weights.items()}
         crew.close()
         metrics[case] = [[row.metrics, row.per_token] for row in rows]
+        own = continued(case, config, world, out)
+        assert all(torch.equal(own[k], v) for k, v in weights.items()), case
         if resume is not None:
-            crew = Crew.muster(model_of(case, config), config, world, tokenizer())
-            assert crew.load(resume / case / "checkpoints" / "step_000002") == SAVED_STEP
-            for number in range(SAVED_STEP, NUM_STEPS):
-                step(crew, case, number)
-            results |= {
-                f"{case}/resumed/{k}": v.detach().clone() for k, v in crew.weights().items()
-            }
-            crew.close()
+            weights = continued(case, config, world, resume)
+            results |= {f"{case}/resumed/{k}": v for k, v in weights.items()}
     if world.leads:
         save_file({k: v.contiguous() for k, v in results.items()}, out / "results.safetensors")
         (out / "metrics.json").write_text(json.dumps(metrics))
+
+
+def continued(case: str, config: Config, world: World, run: Path) -> dict[str, torch.Tensor]:
+    """The weights after all steps, from the checkpoint in the folder `run` on."""
+    crew = Crew.muster(model_of(case, config), config, world, tokenizer())
+    assert crew.load(run / case / "checkpoints" / "step_000002") == SAVED_STEP
+    for number in range(SAVED_STEP, NUM_STEPS):
+        step(crew, case, number)
+    weights = {k: v.detach().clone() for k, v in crew.weights().items()}
+    crew.close()
+    return weights
 
 
 def main() -> None:
