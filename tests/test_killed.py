@@ -85,7 +85,7 @@ def kill_at(process: subprocess.Popen[bytes], run: Path, *, saving: bool, delay:
     before, end = size(), None
     while process.poll() is None:
         if saving and [*run.glob("checkpoints/.tmp-*")]:
-            time.sleep(delay / 20)
+            time.sleep(delay / 100)
             break
         if not saving and end is None and size() != before:
             end = time.monotonic() + delay
