@@ -22,7 +22,28 @@ from rosd_fast.verify import verify_all
 if TYPE_CHECKING:
     from rosd_fast.config import EvalConfig
     from rosd_fast.engines.base import RolloutEngine
+    from rosd_fast.run import Run
     from rosd_fast.types import Problem
+
+
+async def evaluate_splits(run: Run) -> dict[str, float]:
+    """Mean accuracy on the development splits, always with the same draws."""
+    config, metrics = run.config, {}
+    with run.progress.stage("evaluate"):
+        for split, problems in run.dev_splits.items():
+            metrics |= await evaluate(
+                run.engine,
+                problems,
+                split=split,
+                config=config.eval,
+                max_new_tokens=config.sample.max_new_tokens,
+                tokenizer=run.model.tokenizer,
+                stop_token_ids=run.model.stop_token_ids,
+                threshold=config.select.threshold,
+                seed=config.seed,
+                on_tokens=run.progress.tokens,
+            )
+    return metrics
 
 
 async def evaluate(

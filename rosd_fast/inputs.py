@@ -11,7 +11,7 @@ from rosd_fast.engines.constraint import GrammarCompiler
 from rosd_fast.engines.open import check_engine
 from rosd_fast.errors import UserError
 from rosd_fast.model.adapters import choose_trainable
-from rosd_fast.model.attention import head
+from rosd_fast.model.head import head
 from rosd_fast.model.load import LoadedModel, load_model
 from rosd_fast.prompts import fill_template, placeholders, render_prompt
 from rosd_fast.reflect import check_templates

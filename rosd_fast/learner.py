@@ -20,8 +20,9 @@ from rosd_fast.config import Config
 from rosd_fast.errors import RunFailed, UserError
 from rosd_fast.loss import importance_weights, span_loss, vocabulary_order
 from rosd_fast.model.adapters import fingerprint, whole_weights
-from rosd_fast.model.attention import Head, head, hidden_states, packed_forward
+from rosd_fast.model.attention import hidden_states, packed_forward
 from rosd_fast.model.blocks import prepare_blocks
+from rosd_fast.model.head import Head, head
 from rosd_fast.model.head_rows import Everyone, check_rows
 from rosd_fast.model.shard import collect, fill, shard, skeleton
 from rosd_fast.model.teacher import Teacher, needs_copy

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from rosd_fast.config import LossConfig
-from rosd_fast.model.attention import Head
+from rosd_fast.model.head import Head
 from rosd_fast.types import PackedBatch
 from rosd_kernels import SpanDivergenceOutput, VocabularyOrder, entry, mass, span_divergence
 

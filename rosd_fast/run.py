@@ -7,15 +7,18 @@ enough.
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
 from types import FrameType
+
+from torch import Tensor
 
 from rosd_fast.checkpoint import latest_checkpoint, read_state
 from rosd_fast.config import Config, uses_teacher_weights
@@ -27,6 +30,7 @@ from rosd_fast.engines.scorer import SglangScorer
 from rosd_fast.errors import UserError
 from rosd_fast.files import write_atomic
 from rosd_fast.inputs import Inputs, load_inputs
+from rosd_fast.learner import StepResult, TrainingDiverged
 from rosd_fast.metrics import MetricsLog
 from rosd_fast.model.blocks import describe
 from rosd_fast.model.load import LoadedModel
@@ -34,8 +38,9 @@ from rosd_fast.parallel import ALONE, World
 from rosd_fast.progress import Progress, progress
 from rosd_fast.report import draw_plots, render_tokens_html, summarize
 from rosd_fast.rollout import problem_prompt
+from rosd_fast.samples import write_skipped
 from rosd_fast.settings import config_hash, to_toml
-from rosd_fast.types import SamplingParams
+from rosd_fast.types import DistillSample, PackedBatch, SamplingParams
 
 CONFIG_FILE = "config.toml"
 PROBE_TOKENS = 64
@@ -92,6 +97,38 @@ class Run(Inputs):
             top_k=sample.top_k,
             stop_token_ids=self.model.stop_token_ids,
         )
+
+    async def learn(
+        self,
+        step: int,
+        samples: Sequence[DistillSample],
+        batches: Sequence[PackedBatch],
+        teacher_states: Sequence[Tensor] | None,
+    ) -> StepResult:
+        """One optimizer step; the samples of one that is skipped are written to RUN/skipped/.
+
+        Raises TrainingDiverged after several in a row.
+        """
+        try:
+            if self.config.engine.one_step_ahead:  # requests of the next step are under way
+                learned = await asyncio.to_thread(self.crew.step, batches, teacher_states)
+            else:
+                learned = self.crew.step(batches, teacher_states)
+        except TrainingDiverged:
+            write_skipped(self.folder, step, samples)
+            raise
+        if learned.metrics["loss/skipped"]:
+            self.progress.note(f"step {step} is skipped: its loss or gradient is not finite")
+            write_skipped(self.folder, step, samples)
+        return learned
+
+    async def hand_over(self, version: int) -> None:
+        """Weights go to all who sample."""
+        self.crew.collect()
+        weights = {} if self.engine.follows else self.crew.learner.weights
+        await self.engine.load_weights(weights, version=version)
+        if self.teacher_engine is not None and self.crew.world.size > 1:
+            self.crew.collect_teacher(self.teacher_engine.model)
 
     def finish_step(self, step: int, metrics: dict[str, float]) -> None:
         """Add the stages' times, write the row, show it."""

@@ -14,8 +14,7 @@ from pathlib import Path
 from rosd_fast.config import Config
 from rosd_fast.crew import follow
 from rosd_fast.engines.open import check_scorer
-from rosd_fast.evaluate import evaluate
-from rosd_fast.learner import TrainingDiverged
+from rosd_fast.evaluate import evaluate_splits
 from rosd_fast.metrics import rollout_metrics
 from rosd_fast.packing import pack
 from rosd_fast.parallel import open_world
@@ -25,7 +24,7 @@ from rosd_fast.progress import Hidden
 from rosd_fast.reflect import reflection_metrics
 from rosd_fast.report import rollouts_path, write_rollouts
 from rosd_fast.run import Run, open_run
-from rosd_fast.samples import build_samples, sample_metrics, write_skipped
+from rosd_fast.samples import build_samples, sample_metrics
 from rosd_fast.spans import locate_errors
 
 
@@ -81,16 +80,7 @@ async def start(run: Run) -> None:
     """Bring servers to the weights that the run begins with, and compare them with the trainer."""
     if run.scorer is not None:
         await check_scorer(run, run.scorer)
-    await hand_over(run, run.first_step - 1)
-
-
-async def hand_over(run: Run, version: int) -> None:
-    """Weights go to all who sample."""
-    run.crew.collect()
-    weights = {} if run.engine.follows else run.crew.learner.weights
-    await run.engine.load_weights(weights, version=version)
-    if run.teacher_engine is not None and run.crew.world.size > 1:
-        run.crew.collect_teacher(run.teacher_engine.model)
+    await run.hand_over(run.first_step - 1)
 
 
 async def learn(run: Run, step: int, sampled: Sampled) -> dict[str, float]:
@@ -141,20 +131,10 @@ async def learn(run: Run, step: int, sampled: Sampled) -> dict[str, float]:
             teacher_states = await run.scorer.states(batches)
     await run.engine.make_room()
     with progress.stage("learn"):
-        try:
-            if config.engine.one_step_ahead:  # requests of the next step are under way
-                learned = await asyncio.to_thread(run.crew.step, batches, teacher_states)
-            else:
-                learned = run.crew.step(batches, teacher_states)
-        except TrainingDiverged:
-            write_skipped(run.folder, step, samples)
-            raise
+        learned = await run.learn(step, samples, batches, teacher_states)
         progress.tokens(sum(batch.num_tokens for batch in batches))
-    if learned.metrics["loss/skipped"]:
-        progress.note(f"step {step} is skipped: its loss or gradient is not finite")
-        write_skipped(run.folder, step, samples)
     with progress.stage("sync"):
-        await hand_over(run, step)
+        await run.hand_over(step)
     if config.dump_rollouts:
         write_rollouts(
             rollouts_path(run.folder, step),
@@ -176,26 +156,6 @@ async def learn(run: Run, step: int, sampled: Sampled) -> dict[str, float]:
         **located.metrics(),
         **probe_metrics(helped),
     }
-
-
-async def evaluate_splits(run: Run) -> dict[str, float]:
-    """Mean accuracy on the development splits, always with the same draws."""
-    config, metrics = run.config, {}
-    with run.progress.stage("evaluate"):
-        for split, problems in run.dev_splits.items():
-            metrics |= await evaluate(
-                run.engine,
-                problems,
-                split=split,
-                config=config.eval,
-                max_new_tokens=config.sample.max_new_tokens,
-                tokenizer=run.model.tokenizer,
-                stop_token_ids=run.model.stop_token_ids,
-                threshold=config.select.threshold,
-                seed=config.seed,
-                on_tokens=run.progress.tokens,
-            )
-    return metrics
 
 
 def is_due(step: int, every: int) -> bool:

@@ -17,7 +17,8 @@ from rosd_fast.config import Config
 from rosd_fast.errors import UserError
 from rosd_fast.learner import Learner, TrainingDiverged
 from rosd_fast.loss import span_loss
-from rosd_fast.model.attention import head, hidden_states, logits
+from rosd_fast.model.attention import hidden_states
+from rosd_fast.model.head import head, logits
 from rosd_fast.model.teacher import Teacher
 from rosd_fast.optim import Optimizer
 from rosd_fast.types import PackedBatch, PackedSequences

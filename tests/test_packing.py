@@ -10,7 +10,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rosd_fast.model.attention import head, hidden_states, logits
+from rosd_fast.model.attention import hidden_states
+from rosd_fast.model.head import head, logits
 from rosd_fast.packing import common_length, flops, num_tokens, pack, prefix_tree
 from rosd_fast.types import DistillSample
 

@@ -19,7 +19,8 @@ from rosd_fast.engines.server import OwnServer, ServerSpec, find_python, per_ser
 from rosd_fast.engines.sglang import SglangEngine
 from rosd_fast.engines.weight_sync import DiskSync, DistributedSync, WeightSync
 from rosd_fast.errors import RunFailed, UserError
-from rosd_fast.model.attention import head, hidden_states
+from rosd_fast.model.attention import hidden_states
+from rosd_fast.model.head import head
 from rosd_fast.model.load import find
 from rosd_fast.parallel import pick_device
 from rosd_fast.types import PackedSequences

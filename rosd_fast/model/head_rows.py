@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tenso
 from transformers import PreTrainedModel
 
 from rosd_fast.errors import UserError
-from rosd_fast.model.attention import output_layer
+from rosd_fast.model.head import output_layer
 from rosd_fast.parallel import World
 from rosd_fast.types import PackedBatch
 from rosd_kernels import SpanDivergenceOutput

@@ -24,7 +24,8 @@ from transformers.utils import logging as transformers_logging
 
 from rosd_fast.config import Config
 from rosd_fast.errors import UserError
-from rosd_fast.model.attention import check_packing, head, num_embeddings, use_exact_attention
+from rosd_fast.model.attention import check_packing, num_embeddings, use_exact_attention
+from rosd_fast.model.head import head
 from rosd_fast.model.smollm2 import smollm2_folder
 from rosd_fast.parallel import launched, pick_device
 from rosd_fast.quickstart import MODEL_DIR

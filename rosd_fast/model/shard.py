@@ -24,8 +24,9 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from rosd_fast.model.attention import HEAD_ROWS, PLACE, SHARDED_FORWARD, decode
+from rosd_fast.model.attention import SHARDED_FORWARD, decode
 from rosd_fast.model.blocks import blocks
+from rosd_fast.model.head import HEAD_ROWS, PLACE
 from rosd_fast.model.head_rows import average_rows, keep_rows
 from rosd_fast.parallel import World, full
 

@@ -21,7 +21,8 @@ from transformers import PreTrainedModel
 from rosd_fast.config import TeacherConfig
 from rosd_fast.errors import UserError
 from rosd_fast.model.adapters import adapters_off, has_adapters
-from rosd_fast.model.attention import Head, head, hidden_states, output_layer
+from rosd_fast.model.attention import hidden_states
+from rosd_fast.model.head import Head, head, output_layer
 from rosd_fast.model.shard import collect, reshard
 from rosd_fast.optim import is_full
 from rosd_fast.types import PackedSequences

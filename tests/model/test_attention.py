@@ -21,12 +21,11 @@ from rosd_fast.model import attention
 from rosd_fast.model.attention import (
     attend,
     check_packing,
-    head,
     hidden_states,
-    logits,
     packed_forward,
     use_exact_attention,
 )
+from rosd_fast.model.head import head, logits
 from rosd_fast.packing import pack
 from rosd_fast.types import DistillSample, PackedSequences
 

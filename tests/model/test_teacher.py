@@ -12,7 +12,8 @@ from rosd_fast.config import Config
 from rosd_fast.errors import UserError
 from rosd_fast.learner import Learner
 from rosd_fast.model.adapters import adapters_off, choose_trainable
-from rosd_fast.model.attention import hidden_states, logits
+from rosd_fast.model.attention import hidden_states
+from rosd_fast.model.head import logits
 from rosd_fast.packing import pack
 
 

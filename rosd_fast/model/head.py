@@ -1,0 +1,79 @@
+"""The output head of a model: what makes logits of the hidden states."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from transformers import PreTrainedModel
+
+from rosd_fast.errors import UserError
+
+PLACE = "compute_device"  # of a model whose weights may lie elsewhere between uses
+HEAD_ROWS = "head_rows_dtype"  # of the rows of the output head, where each rank has but some
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Head:
+    """The last step of a language model: logits = cap(scale * (h @ weight.T + bias)).
+
+    cap(x) = softcap * tanh(x / softcap), or x when softcap is None. Gradients flow to the live
+    parameters.
+    """
+
+    weight: Tensor  # [V, H]
+    bias: Tensor | None  # [V]
+    softcap: float | None = None
+    scale: float = 1.0
+
+    def logprobs(self, states: Tensor) -> Tensor:
+        """[N, V] float32 log-probabilities at temperature 1, of a few states [N, H]."""
+        logits = F.linear(states, self.weight, self.bias).float() * self.scale
+        if self.softcap is not None:
+            logits = self.softcap * torch.tanh(logits / self.softcap)
+        return logits.log_softmax(-1)
+
+
+def place(model: PreTrainedModel) -> torch.device:
+    """The device that the model computes on."""
+    return getattr(model, PLACE, model.device)
+
+
+def output_layer(model: PreTrainedModel) -> nn.Linear:
+    """The layer that makes the logits. Raises UserError when there is none."""
+    layer = model.get_output_embeddings()
+    if not isinstance(layer, nn.Linear):
+        raise UserError(
+            "has no linear output head, so it is no causal language model",
+            where=type(model).__name__,
+        )
+    return layer
+
+
+def head(model: PreTrainedModel) -> Head:
+    """The model's output head, or this rank's rows of it. Raises UserError when it has none."""
+    layer = output_layer(model)
+    config = model.config.get_text_config()
+    weight, bias = layer.weight, layer.bias
+    if (dtype := getattr(model, HEAD_ROWS, None)) is not None:
+        weight, bias = (
+            x.to_local().to(place(model), dtype) if isinstance(x, DTensor) else x
+            for x in (weight, bias)
+        )
+    return Head(
+        weight=weight,
+        bias=bias,
+        softcap=getattr(config, "final_logit_softcapping", None),
+        # Cohere multiplies its logits, Granite divides them.
+        scale=(getattr(config, "logit_scale", None) or 1.0)
+        / (getattr(config, "logits_scaling", None) or 1.0),
+    )
+
+
+def logits(hidden: Tensor, head: Head) -> Tensor:
+    """Logits [N, V] of hidden states [N, H]: for checks and tests, never for training."""
+    values = F.linear(hidden, head.weight, head.bias) * head.scale
+    return values if head.softcap is None else head.softcap * torch.tanh(values / head.softcap)
