@@ -151,11 +151,11 @@ def measure(
             }
 
 
-def build_model(num_layers: int) -> LlamaForCausalLM:
+def build_model(num_layers: int, *, vocab_size: int = VOCAB, tied: bool = True) -> LlamaForCausalLM:
     """Layers of SmolLM2-135M's shape."""
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=VOCAB,
+        vocab_size=vocab_size,
         hidden_size=576,
         intermediate_size=1536,
         num_hidden_layers=num_layers,
@@ -163,7 +163,7 @@ def build_model(num_layers: int) -> LlamaForCausalLM:
         num_key_value_heads=3,
         head_dim=64,
         max_position_embeddings=8192,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tied,
     )
     return LlamaForCausalLM(config).eval()
 

@@ -28,13 +28,11 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-import torch
 from harness import RESULTS, append_row, environment
-from learner import build_samples
+from learner import build_model, build_samples
 from loss import resident
 from torch import Tensor
 from torch.distributed.tensor import DTensor
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from rosd_fast.config import Config
 from rosd_fast.crew import Crew, follow
@@ -43,9 +41,8 @@ from rosd_fast.packing import pack
 from rosd_fast.parallel import World, open_world
 
 CASES = ((1, "whole"), (2, "whole"), (2, "shard"))
-VOCAB, HIDDEN = 49152, 576
+VOCAB = 49152
 MAX_TOKENS = 4096
-MOMENTS = ("exp_avg", "exp_avg_sq")
 CSV = RESULTS / "scaling_cpu.csv"
 MIB = 2**20
 
@@ -115,7 +112,8 @@ def work(args: argparse.Namespace) -> None:
     with open_world(config.parallel, "cpu") as world:
         before = resident("VmRSS")
         if world.leads:
-            crew = Crew.muster(build_model(args.layers), config, world, tokenizer=None)
+            model = build_model(args.layers, vocab_size=VOCAB, tied=False)
+            crew = Crew.muster(model, config, world, tokenizer=None)
             found = lead(crew, args.repeats, counted)
             crew.close()
         else:
@@ -131,7 +129,7 @@ def lead(crew: Crew, repeats: int, counted: list[float]) -> dict[str, Any]:
         build_samples(lengths),
         max_tokens=MAX_TOKENS,
         num_ranks=crew.world.size,
-        hidden_size=HIDDEN,
+        hidden_size=crew.learner.model.config.hidden_size,
     )
     count_states(counted)
     seconds = []
@@ -160,9 +158,8 @@ def count_states(counted: list[float]) -> None:
     def counting(learner: Learner, loss: float) -> float | None:
         masters = learner.optimizer.masters.values()
         counted.append(
-            size(learner.model.parameters())
+            size(learner.state_dict().values())
             + size([p.grad for p in masters if p.grad is not None])
-            + size(learner.optimizer._adamw.state[p][k] for p in masters for k in MOMENTS)
             + size(learner.teacher.model.parameters())
             + size(learner.whole.parameters() if learner.whole not in (None, learner.model) else ())
         )
@@ -175,23 +172,6 @@ def size(tensors: Iterable[Tensor]) -> int:
     """Bytes of this rank's parts."""
     locals_ = (t.to_local() if isinstance(t, DTensor) else t for t in tensors)
     return sum(t.numel() * t.element_size() for t in locals_)
-
-
-def build_model(num_layers: int) -> LlamaForCausalLM:
-    """Layers and vocabulary of SmolLM2-135M, with a head of its own."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=VOCAB,
-        hidden_size=HIDDEN,
-        intermediate_size=1536,
-        num_hidden_layers=num_layers,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        head_dim=64,
-        max_position_embeddings=8192,
-        tie_word_embeddings=False,
-    )
-    return LlamaForCausalLM(config).eval()
 
 
 if __name__ == "__main__":

@@ -200,7 +200,6 @@ def read_state(path: Path) -> dict:
     try:
         state = json.loads((path / STATE_JSON).read_text())
         files, step = dict(state["files"]), int(state["step"])
-        state = {"fingerprint": "", "ranks": 1, "dev_accuracy": None, **state}
     except FileNotFoundError:
         raise DamagedCheckpoint(f"{STATE_JSON} is missing") from None
     except (OSError, ValueError, KeyError, TypeError):

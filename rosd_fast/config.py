@@ -454,11 +454,7 @@ class Config(Section):
                 "sglang, reflect.weights student and no engine.colocated"
             )
         teacher = self.teacher
-        if teacher.where == "sglang" and (
-            teacher.kind != "frozen"
-            or self.reflect.weights == "teacher"
-            or self.reflect.probe_every
-        ):
+        if teacher.where == "sglang" and (teacher.kind != "frozen" or uses_teacher_weights(self)):
             raise ValueError(
                 "teacher.where sglang: the server keeps its weights and only scores, which needs "
                 "teacher.kind frozen, reflect.weights student and reflect.probe_every 0"

@@ -55,12 +55,14 @@ class StepResult:
 class Tally:
     """What a step reports: sums over its distilled tokens, and the largest of other things."""
 
+    num_batches: int = 0
     sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
     largest: dict[str, float] = field(default_factory=dict)
     per_token: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
     def add(self, other: Tally) -> None:
         """Another rank's."""
+        self.num_batches += other.num_batches
         for key, value in other.sums.items():
             self.sums[key] += value
         for key, value in other.largest.items():
@@ -73,9 +75,8 @@ class Tally:
 
     def metrics(self, total: int) -> dict[str, float]:
         """Means over the step's `total` distilled tokens, and the largest."""
-        sums = dict(self.sums)
-        batches = {"loss/num_micro_batches": sums.pop("loss/num_micro_batches")}
-        return {key: value / total for key, value in sums.items()} | batches | self.largest
+        means = {key: value / total for key, value in self.sums.items()}
+        return means | self.largest | {"loss/num_micro_batches": float(self.num_batches)}
 
 
 class Results:
@@ -99,7 +100,6 @@ class Results:
         weights = batch.weights.to(divergence)
         importance = importance_weights(logprob, batch.rollout_logprobs.to(logprob), self.is_clip)
         self.loss += output.loss.detach()
-        self.sums["loss/num_micro_batches"] += 1
         self.sums["loss/divergence"] += (weights * divergence).sum()
         self.sums["loss/is_weight_mean"] += importance.sum()
         gap = (logprob - batch.rollout_logprobs.to(logprob)).abs()
@@ -114,7 +114,7 @@ class Results:
 
     def tally(self) -> Tally:
         """All of it as numbers."""
-        tally = Tally()
+        tally = Tally(num_batches=len(self.rows))
         for key, value in self.sums.items():
             tally.sums[key] += float(value)
         for gap in self.gaps:
@@ -150,19 +150,20 @@ class Learner:
                 f"{top_k} is more than the vocabulary of {vocab} tokens", where="loss.top_k"
             )
         self.config = config
+        self.dtype: torch.dtype = getattr(torch, config.dtype)
         self.world = world
         self.whole = model.eval() if world.leads else None
         self.fingerprint = fingerprint(model) if world.leads else ""
         self.shards_head = world.size > 1 and config.parallel.head == "shard"
         if self.shards_head:
             check_rows(model)
-        frozen = self._copied(model) if needs_copy(model, config.teacher) else None
+        frozen = self._copied(model)
         self.model = model if world.size == 1 else self._spread(model, torch.float32)
         self.teacher = Teacher(self.model, config.teacher, frozen)
         if world.size == 1:
             prepare_blocks(model, config.learner, model.device)
         elif config.teacher.where == "sglang":
-            self.teacher.keep_head_only(copied_head(self.model, getattr(torch, config.dtype)))
+            self.teacher.keep_head_only(copied_head(self.model, self.dtype))
         self.optimizer = Optimizer(self.model.named_parameters(), config.optim)
         rows = self.teacher.head.weight.shape[0] if self.shards_head else vocab
         self.order = vocabulary_order(config.loss, rows)
@@ -179,8 +180,7 @@ class Learner:
     def collect(self) -> None:
         """Bring rank 0's own model up to date; alone, it is."""
         if self.world.size > 1 and self._collected != self.optimizer.num_updates:
-            own = None if self.whole is None else dict(self.whole.named_parameters())
-            collect(dict(self.model.named_parameters()), own)
+            collect(self.model, self.whole)
             self._collected = self.optimizer.num_updates
 
     def step(
@@ -198,7 +198,7 @@ class Learner:
         given = list(zip(batches, states, strict=True))
         if self.world.size == 1:
             given = [(batch, own) for batch, own in given if batch.num_distilled]
-        total = int(self._sum(sum(batch.num_distilled for batch, _ in given)))
+        total = int(self.world.sum(sum(batch.num_distilled for batch, _ in given)))
         metrics = {
             "loss/num_distilled_tokens": float(total),
             "loss/lr": self.optimizer.lr,
@@ -210,12 +210,12 @@ class Learner:
         self.optimizer.zero_grad()
         for batch, own in given:
             results.add(batch, self._backward(batch, own, total))
-        grad_norm = self._update(self._sum(float(results.loss)))
+        grad_norm = self._update(self.world.sum(float(results.loss)))
         tally = results.tally()
         others = (self.world.gather(tally) or [])[1:]
         for other in others:
             tally.add(other)
-        if tally.sums:
+        if tally.num_batches:
             metrics |= tally.metrics(total)
         metrics |= {"loss/skipped": 1.0} if grad_norm is None else {"loss/grad_norm": grad_norm}
         return StepResult(
@@ -246,19 +246,22 @@ class Learner:
         self._collected = None
         self.teacher.load_state_dict(with_prefix(state, "teacher."))
         order = with_prefix(state, f"order.{self.world.rank}.")
-        if self.order is not None and order:  # a rank more than there were begins anew
+        if self.order is not None and order:  # with another number of ranks it begins anew
             self.order.load_state_dict(order)
 
     def _copied(self, model: PreTrainedModel) -> PreTrainedModel | None:
-        """A second set of the weights, for the teacher; None where a server has it."""
+        """A second set of the weights, for the teacher; None where it needs none, or a server has
+        it."""
         config = self.config.teacher
+        if not needs_copy(model, config):
+            return None
         if self.world.size == 1:
             own = copy.deepcopy(model)
             prepare_blocks(own, self.config.learner, model.device)
             return own
         if config.where == "sglang":
             return None
-        kept = torch.float32 if config.kind == "ema" else getattr(torch, self.config.dtype)
+        kept = torch.float32 if config.kind == "ema" else self.dtype
         return self._spread(model, kept, offload=config.offload)
 
     def _spread(
@@ -271,18 +274,12 @@ class Learner:
         shard(
             spread,
             self.world,
-            dtype=getattr(torch, self.config.dtype),
+            dtype=self.dtype,
             offload=offload,
             head_rows=self.shards_head,
         )
-        fill(spread, dict(model.named_parameters()) if self.world.leads else None)
+        fill(spread, model if self.world.leads else None)
         return spread
-
-    def _sum(self, value: float) -> float:
-        """Over the ranks."""
-        if self.world.size == 1:
-            return value
-        return float(self.world.sum_(torch.tensor(value, dtype=torch.float64)))
 
     def _backward(
         self, batch: PackedBatch, teacher_states: Tensor | None, total: int

@@ -148,3 +148,8 @@ def _check_text(arg: str) -> None:
         arg.encode()
     except UnicodeEncodeError:
         raise UserError(f"the argument {arg!r} is not UTF-8") from None
+
+
+def listed(text: str) -> list[str]:
+    """The parts of an option that is a list with commas."""
+    return [part.strip() for part in text.split(",") if part.strip()]

@@ -116,15 +116,19 @@ def _balanced(
     def size(part: Sequence[int]) -> int:
         return num_tokens([samples[i] for i in part], min_shared=min_shared)
 
-    share = sum(map(cost, parts)) / num_ranks
-    queue, parts = list(reversed(parts)), []
+    queue = [(cost(part), part) for part in parts]
+    share = sum(own for own, _ in queue) / num_ranks
+    queue.reverse()
+    parts, costs = [], []
     while queue:
-        part = queue.pop()
-        if len(part) > 1 and cost(part) > share:
-            queue += [part[len(part) // 2 :], part[: len(part) // 2]]
+        own, part = queue.pop()
+        if len(part) > 1 and own > share:
+            middle = len(part) // 2
+            queue += [(cost(half), half) for half in (part[middle:], part[:middle])]
         else:
             parts.append(part)
-    costs, sizes = [cost(part) for part in parts], [size(part) for part in parts]
+            costs.append(own)
+    sizes = [size(part) for part in parts]
     order = sorted(range(len(parts)), key=lambda index: -costs[index])
     count = num_ranks * -(-sum(sizes) // (max_tokens * num_ranks))
     while True:

@@ -83,11 +83,13 @@ class World:
             self.dismiss()
             raise
 
-    def sum_(self, tensor: Tensor) -> Tensor:
-        """In-place sum over the ranks."""
-        if self.size > 1:
-            dist.all_reduce(tensor)
-        return tensor
+    def sum(self, value: float) -> float:
+        """Over the ranks."""
+        if self.size == 1:
+            return value
+        total = torch.tensor(value, dtype=torch.float64)
+        dist.all_reduce(total)
+        return float(total)
 
 
 ALONE = World()

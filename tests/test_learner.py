@@ -22,17 +22,7 @@ from rosd_fast.model.head import head, logits
 from rosd_fast.model.teacher import Teacher
 from rosd_fast.optim import Optimizer
 from rosd_fast.types import PackedBatch, PackedSequences
-
-VOCAB = 64
-SHAPE: dict[str, Any] = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "max_position_embeddings": 128,
-}
+from tests.tiny import SHAPE, VOCAB
 
 
 def tiny_model(dtype=torch.float32, *, tied=True, family="llama"):

@@ -22,6 +22,7 @@ from rosd_fast.errors import RunFailed, UserError
 from rosd_fast.model.attention import hidden_states
 from rosd_fast.model.head import head
 from rosd_fast.model.load import find
+from rosd_fast.options import listed
 from rosd_fast.parallel import pick_device
 from rosd_fast.types import PackedSequences
 
@@ -44,7 +45,7 @@ def check_engine(config: Config) -> None:
     if own_engine or (teacher.where == "sglang" and not teacher.url):
         find_python(engine.python)
     for name, urls in (("engine.urls", engine.urls), ("teacher.url", teacher.url)):
-        for url in addresses(urls):
+        for url in listed(urls):
             if not url.startswith(("http://", "https://")):
                 raise UserError("is no address", where=f"{name}: {url}", fix="Write http://...")
     if engine.colocated and pick_device(config.device).type == "cpu":
@@ -130,7 +131,7 @@ def open_scorer(
             gpus=teacher.gpus,
             args=(*SERVER_ARGS, *shlex.split(teacher.server_args)),
         ),
-        hidden_size=head(model.model).weight.shape[1],
+        hidden_size=model.hidden_size,
         concurrency=options.concurrency,
         max_failures=options.max_failures,
         request_timeout_s=options.request_timeout_s,
@@ -203,10 +204,10 @@ def members(
     servers: list[OwnServer | Endpoint]
     if urls:
         key = os.environ.get(KEY_VARIABLE)
-        names = addresses(urls)
+        names = listed(urls)
         servers = [Endpoint(url, api_key=key) for url in names]
     else:
-        shares = per_server([int(part) for part in gpus.split(",") if part], len(names))
+        shares = per_server([int(part) for part in listed(gpus)], len(names))
         servers = [
             OwnServer(
                 ServerSpec(
@@ -231,11 +232,6 @@ def members(
         )
         for server, name in zip(servers, names, strict=True)
     ]
-
-
-def addresses(urls: str) -> list[str]:
-    """Of a list with commas."""
-    return [url.strip() for url in urls.split(",") if url.strip()]
 
 
 def model_folder(config: Config, model: LoadedModel, folder: Path) -> Path:

@@ -18,6 +18,7 @@ from transformers import PreTrainedModel
 
 from rosd_fast.config import Config
 from rosd_fast.errors import UserError
+from rosd_fast.options import listed
 
 BASE = ".base_layer."  # peft's name for the layer that an adapter is added to
 SAMPLED = 1024  # values of each parameter that the fingerprint reads
@@ -31,7 +32,7 @@ def choose_trainable(model: PreTrainedModel, config: Config) -> None:
     if config.lora.rank:
         add_adapters(model, config)
         return
-    patterns = split(config.optim.only)
+    patterns = listed(config.optim.only)
     if not patterns:
         return
     chosen = set()
@@ -60,7 +61,7 @@ def add_adapters(model: PreTrainedModel, config: Config) -> None:
     from peft import LoraConfig
 
     lora = config.lora
-    targets = "all-linear" if lora.targets == "all-linear" else split(lora.targets)
+    targets = "all-linear" if lora.targets == "all-linear" else listed(lora.targets)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(config.seed)
         try:
@@ -117,8 +118,3 @@ def fingerprint(model: PreTrainedModel) -> str:
             digest.update(f"{name.replace(BASE, '.')} {[*parameter.shape]}".encode())
             digest.update(values.numpy().tobytes())
     return digest.hexdigest()
-
-
-def split(text: str) -> list[str]:
-    """Of a list with commas."""
-    return [part.strip() for part in text.split(",") if part.strip()]

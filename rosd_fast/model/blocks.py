@@ -74,7 +74,7 @@ def use_liger(model: PreTrainedModel) -> None:
 def describe(model: PreTrainedModel, config: Config, ranks: int) -> str:
     """How the learner computes, for the start of a run.
 
-    "Llama, 2,099,200 of 2,099,200 weights in float32, cpu, attention sdpa"
+    "LlamaForCausalLM, 2,084,352 of 2,084,352 weights trained in float32, cpu, attention sdpa"
     """
     device, options = pick_device(config.device), config.learner
     total = sum(p.numel() for p in model.parameters())

@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping
 from types import MethodType
+from typing import TypeGuard
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -87,8 +87,9 @@ def shard(
 
 
 @torch.no_grad()
-def fill(model: PreTrainedModel, weights: Mapping[str, Tensor] | None) -> None:
-    """Give each rank its share of `weights`, by parameter name; rank 0's count. A collective."""
+def fill(model: PreTrainedModel, source: PreTrainedModel | None) -> None:
+    """Give each rank its share of the weights of `source`, which rank 0 has. A collective."""
+    weights = None if source is None else dict(source.named_parameters())
     for name, parameter in model.named_parameters():
         assert isinstance(parameter, DTensor)
         device = parameter.device_mesh.device_type
@@ -102,15 +103,15 @@ def fill(model: PreTrainedModel, weights: Mapping[str, Tensor] | None) -> None:
 
 
 @torch.no_grad()
-def collect(parameters: Mapping[str, Tensor], into: Mapping[str, Tensor] | None) -> None:
-    """Write whole parameters into `into`, by name, on the rank that gives it. A collective."""
-    for name, parameter in parameters.items():
+def collect(model: PreTrainedModel, into: PreTrainedModel | None) -> None:
+    """Write whole weights into another model, on the rank that gives one. A collective."""
+    others = {} if into is None else dict(into.named_parameters())
+    for name, parameter in model.named_parameters():
         whole = full(parameter)
         if into is not None:
-            into[name].copy_(whole)
+            others[name].copy_(whole)
 
 
-def reshard(model: nn.Module) -> None:
-    """Free what a forward without a backward has left whole."""
-    if isinstance(model, FSDPModule):
-        model.reshard()
+def is_spread(model: nn.Module) -> TypeGuard[FSDPModule]:
+    """Whether the weights are spread over ranks, which see to their place themselves."""
+    return isinstance(model, FSDPModule)

@@ -23,7 +23,7 @@ from rosd_fast.errors import UserError
 from rosd_fast.model.adapters import adapters_off, has_adapters
 from rosd_fast.model.attention import hidden_states
 from rosd_fast.model.head import Head, head, output_layer
-from rosd_fast.model.shard import collect, reshard
+from rosd_fast.model.shard import collect, is_spread
 from rosd_fast.optim import is_full
 from rosd_fast.types import PackedSequences
 
@@ -98,8 +98,9 @@ class Teacher:
     def release(self) -> None:
         """Free what `hidden_states` and `head` needed."""
         if self.model is not self.student:
-            reshard(self.model)
-            if self.config.offload and not is_spread(self.model):
+            if is_spread(self.model):
+                self.model.reshard()
+            elif self.config.offload:
                 self.model.to("cpu")  # type: ignore[arg-type]
 
     def keep_head_only(self, own: Head | None = None) -> None:
@@ -121,8 +122,7 @@ class Teacher:
 
     def collect(self, into: PreTrainedModel | None) -> None:
         """Write the weights into a whole copy, on the rank that gives one. A collective."""
-        own = None if into is None else dict(into.named_parameters())
-        collect(dict(self.model.named_parameters()), own)
+        collect(self.model, into)
 
     def state_dict(self) -> dict[str, Tensor]:
         """What a resume needs, by parameter name; nothing of what never changes."""
@@ -178,11 +178,6 @@ class Teacher:
 def needs_copy(student: PreTrainedModel, config: TeacherConfig) -> bool:
     """Whether the teacher is a second set of weights."""
     return config.kind != "live" and not has_adapters(student)
-
-
-def is_spread(model: PreTrainedModel) -> bool:
-    """Whether the weights are spread over ranks, which see to their place themselves."""
-    return hasattr(model, "unshard")
 
 
 def copy_all(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:

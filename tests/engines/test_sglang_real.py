@@ -10,7 +10,6 @@ import asyncio
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Coroutine, Iterator
 from pathlib import Path
@@ -41,6 +40,7 @@ from rosd_fast.run import open_run
 from rosd_fast.settings import apply_args, load_preset, to_toml
 from rosd_fast.train import learn, start, train
 from rosd_fast.types import Generation, GenerationRequest, PackedSequences, SamplingParams
+from tests.launch import module_command
 
 pytestmark = pytest.mark.sglang
 PYTHON = os.environ.get("ROSD_SGLANG_PYTHON", "")
@@ -477,9 +477,8 @@ def test_a_teacher_on_a_server_teaches_two_ranks(tmp_path: Path) -> None:
     """Rank 0 asks it and deals its states out; the losses are those of one rank without it."""
     file = tmp_path / "far.toml"
     file.write_text(to_toml(with_teacher(tmp_path, name="far")))
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m"]
     done = subprocess.run(
-        [sys.executable, *launcher, "rosd_fast", "train", "--config", str(file)],
+        module_command(2, "rosd_fast", "train", "--config", file),
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

@@ -7,40 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
 
-from rosd_fast.model.attention import use_exact_attention
 from rosd_fast.types import DistillSample
-
-VOCAB = 64
+from tests.tiny import VOCAB, tiny_model
 
 
 @pytest.fixture
 def make_model() -> Callable[..., Any]:
     """make_model("Llama", dtype, seed=0, **config)"""
-
-    def make(
-        family: str = "Llama", dtype: torch.dtype = torch.float64, *, seed: int = 0, **changes: Any
-    ) -> Any:
-        shape = {
-            "vocab_size": VOCAB,
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 4,
-            "num_key_value_heads": 2,
-            "head_dim": 8,
-            "max_position_embeddings": 128,
-        }
-        config = getattr(transformers, f"{family}Config")(**shape | changes)
-        torch.manual_seed(seed)
-        model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-        for parameter in model.parameters():
-            torch.nn.init.normal_(parameter, std=0.25)
-        use_exact_attention(model)
-        return model
-
-    return make
+    return tiny_model
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import modeling_flash_attention_utils
@@ -23,25 +22,13 @@ from rosd_fast.model.attention import (
     check_packing,
     hidden_states,
     packed_forward,
-    use_exact_attention,
 )
 from rosd_fast.model.head import head, logits
 from rosd_fast.packing import pack
 from rosd_fast.types import DistillSample, PackedSequences
+from tests.tiny import tiny_model
 
-SMALL = {
-    "vocab_size": 64,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
+IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 SLIDING = {
     "sliding_window": 4,
     "query_pre_attn_scalar": 8,
@@ -59,14 +46,7 @@ FAMILIES = {
 
 
 def tiny(family: str, dtype: torch.dtype = torch.float64, **changes):
-    """A random model with weights large enough that attention is far from uniform."""
-    config = getattr(transformers, f"{family}Config")(**SMALL | FAMILIES.get(family, {}) | changes)
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.25)
-    use_exact_attention(model)
-    return model
+    return tiny_model(family, dtype, **IDS | FAMILIES.get(family, {}) | changes)
 
 
 @contextmanager

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 from collections import defaultdict
 from pathlib import Path
 
@@ -13,7 +12,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-WORKER = Path(__file__).with_name("worker.py")
+from tests.launch import module_command
+
+ROOT = Path(__file__).parents[2]
 TOLERANCE = {"grad": 1e-5, "weight": 1e-5, "resumed": 1e-5}
 # bfloat16 weights are rounded to it on one rank, and fp32 shares of them on several.
 NARROW = {"grad": 2e-2, "weight": 2e-2, "resumed": 2e-2}
@@ -21,9 +22,9 @@ NARROW = {"grad": 2e-2, "weight": 2e-2, "resumed": 2e-2}
 
 def torchrun(ranks: int, *args: str | Path, timeout: float = 300) -> None:
     """Run the worker; a single rank goes without torchrun."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     result = subprocess.run(
-        [sys.executable, *(launcher if ranks > 1 else []), str(WORKER), *map(str, args)],
+        module_command(ranks, "tests.parallel.worker", *args),
+        cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,

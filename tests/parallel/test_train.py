@@ -6,7 +6,6 @@ import json
 import os
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -16,24 +15,14 @@ from typing import Any
 import pytest
 from safetensors.torch import load_file
 
+from tests.launch import module_command
+
 ARGS = "--sample.problems-per-step 4 --sample.group-size 4 --eval.every 0 --eval.problems 8".split()
-
-
-def command(ranks: int, *args: str | Path) -> list[str]:
-    launcher = ["torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
-    return [
-        sys.executable,
-        "-m",
-        *(launcher if ranks > 1 else []),
-        "rosd_fast",
-        "train",
-        *map(str, args),
-    ]
 
 
 def train(ranks: int, *args: str | Path) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(ranks, *args),
+        module_command(ranks, "rosd_fast", "train", *args),
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
@@ -45,7 +34,7 @@ def train(ranks: int, *args: str | Path) -> subprocess.CompletedProcess[str]:
 def training(*args: str | Path) -> Iterator[subprocess.Popen[str]]:
     """Two ranks under way."""
     process = subprocess.Popen(
-        command(2, *args),
+        module_command(2, "rosd_fast", "train", *args),
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,

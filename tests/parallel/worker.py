@@ -1,6 +1,6 @@
 """The same steps on any number of ranks, as one rank of torchrun's:
 
-    torchrun --nproc-per-node 2 worker.py OUT [--resume OTHER_OUT] [--shard-size N]
+    torchrun --nproc-per-node 2 -m tests.parallel.worker OUT [--resume OTHER_OUT] [--shard-size N]
 
 Rank 0 writes, for each case, the gradients of the first step and the weights after the others to
 OUT/results.safetensors, and the metrics of all steps to OUT/metrics.json; checkpoints of step 2 are
@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
@@ -25,23 +24,12 @@ from rosd_fast.config import Config
 from rosd_fast.crew import Crew, follow
 from rosd_fast.learner import StepResult
 from rosd_fast.model.adapters import choose_trainable
-from rosd_fast.model.attention import use_exact_attention
 from rosd_fast.optim import Optimizer
 from rosd_fast.packing import pack
 from rosd_fast.parallel import World, full, open_world
 from rosd_fast.types import DistillSample
+from tests.tiny import SHAPE, VOCAB, tiny_model
 
-VOCAB = 64
-SMALL = {
-    "vocab_size": VOCAB,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 128,
-}
 TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
 SLIDING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
 ROWS, REGION = {"head": "shard"}, {"kind": "trust_region", "mix": 0.4}
@@ -90,14 +78,7 @@ def config_of(case: str, shard_size: int | None = None) -> Config:
 
 def model_of(case: str, config: Config) -> Any:
     family, shape, _ = CASES[case]
-    torch.manual_seed(0)
-    model = transformers.AutoModelForCausalLM.from_config(
-        getattr(transformers, f"{family}Config")(**SMALL | shape)
-    )
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.25)
-    model = model.to(getattr(torch, config.dtype))
-    use_exact_attention(model)
+    model = tiny_model(family, torch.float32, **shape).to(getattr(torch, config.dtype))
     choose_trainable(model, config)
     if config.lora.rank:  # adapters that change something from the first step on
         for name, parameter in model.named_parameters():
@@ -165,7 +146,7 @@ def step(crew: Crew, case: str, number: int) -> StepResult:
         max_tokens=120,
         min_shared=3,
         num_ranks=crew.world.size,
-        hidden_size=SMALL["hidden_size"],
+        hidden_size=SHAPE["hidden_size"],
     )
     assert len(batches) % crew.world.size == 0
     return crew.step(batches)

@@ -1,0 +1,38 @@
+"""A tiny random model of any family, for tests that compare what it computes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+
+from rosd_fast.model.attention import use_exact_attention
+
+VOCAB = 64
+SHAPE: dict[str, Any] = {
+    "vocab_size": VOCAB,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 128,
+}
+
+
+def tiny_model(
+    family: str = "Llama", dtype: torch.dtype = torch.float64, *, seed: int = 0, **changes: Any
+) -> Any:
+    """Of transformers' `family`, with weights large enough that attention is far from uniform.
+
+    changes: of its config, as in `SHAPE`.
+    """
+    config = getattr(transformers, f"{family}Config")(**SHAPE | changes)
+    torch.manual_seed(seed)
+    model = transformers.AutoModelForCausalLM.from_config(config, dtype=dtype).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.25)
+    use_exact_attention(model)
+    return model
