@@ -161,9 +161,9 @@ def reflection_quality(ax: Axes, rows: Rows) -> None:
     """Whether reflections keep their format, and quotes are words of the rollout."""
     trend(ax, series(rows, "reflect/well_formed_frac"), BLUE, "well formed")
     trend(ax, series(rows, "reflect/found_frac"), GREEN, "quote found")
-    trend(ax, series(rows, "reflect/ambiguous_frac"), ORANGE, "quote ambiguous")
-    trend(ax, series(rows, "reflect/truncated_frac"), PURPLE, "prompt cut")
-    trend(ax, series(rows, "reflect/leak_frac"), VERMILLION, "answer leaked")
+    trend(ax, series(rows, "reflect/ambiguous_frac"), ORANGE, "ambiguous")
+    trend(ax, series(rows, "reflect/truncated_frac"), PURPLE, "cut")
+    trend(ax, series(rows, "reflect/leak_frac"), VERMILLION, "leaked")
     finish(ax, rows, "Quality of reflections", "share")
     percent(ax)
 

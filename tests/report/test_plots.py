@@ -142,6 +142,19 @@ def test_a_panel_without_its_metrics_says_so(name: str) -> None:
     assert drawn.get_xlabel()
 
 
+@pytest.mark.parametrize("name", ["reflection_quality", "distilled", "time_per_step", "entropies"])
+def test_a_legend_is_no_wider_than_its_panel(name: str) -> None:
+    """A wider one would push the columns of a picture apart."""
+    panel = getattr(panels, name)
+    rows = [make_row(1) | {"step": 1, **{f"time/{stage}_s": 1.0 for stage in STAGES}}]
+    figure = _figure([[panel] * 3] * 2, rows, "run")
+    figure.draw_without_rendering()
+    for ax in figure.axes:
+        legend = ax.get_legend()
+        assert legend is not None
+        assert legend.get_window_extent().x1 <= ax.get_window_extent().x1
+
+
 def test_accuracy_panel_names_its_ends() -> None:
     rows = [
         {"step": 0, "eval/dev/accuracy": 0.412, "eval/ood/accuracy": 0.5},
