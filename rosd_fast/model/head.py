@@ -31,10 +31,7 @@ class Head:
 
     def logprobs(self, states: Tensor) -> Tensor:
         """[N, V] float32 log-probabilities at temperature 1, of a few states [N, H]."""
-        logits = F.linear(states, self.weight, self.bias).float() * self.scale
-        if self.softcap is not None:
-            logits = self.softcap * torch.tanh(logits / self.softcap)
-        return logits.log_softmax(-1)
+        return logits(states, self, dtype=torch.float32).log_softmax(-1)
 
 
 def place(model: PreTrainedModel) -> torch.device:
@@ -73,7 +70,10 @@ def head(model: PreTrainedModel) -> Head:
     )
 
 
-def logits(hidden: Tensor, head: Head) -> Tensor:
-    """Logits [N, V] of hidden states [N, H]: for checks and tests, never for training."""
-    values = F.linear(hidden, head.weight, head.bias) * head.scale
+def logits(hidden: Tensor, head: Head, *, dtype: torch.dtype | None = None) -> Tensor:
+    """Logits [N, V] of hidden states [N, H]: for checks and tests, never for training.
+
+    dtype: of all but the matrix product, None: that of the states.
+    """
+    values = F.linear(hidden, head.weight, head.bias).to(dtype or hidden.dtype) * head.scale
     return values if head.softcap is None else head.softcap * torch.tanh(values / head.softcap)
