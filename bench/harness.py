@@ -10,10 +10,10 @@ import platform
 import statistics
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "bench" / "results"
@@ -104,6 +104,17 @@ def git_commit() -> str:
         return git("rev-parse", "--short", "HEAD") + ("+" if changed else "")
     except (OSError, subprocess.SubprocessError):
         return ""
+
+
+def record(path: Path, rows: Iterable[Mapping[str, object]]) -> Iterator[dict[str, Any]]:
+    """Write a CSV file anew, a row as soon as it comes, behind the columns of `environment`; yields
+    what is written."""
+    shared = environment()  # first: without the file, tracked files have changed
+    path.unlink(missing_ok=True)
+    for row in rows:
+        whole = {**shared, **row}
+        append_row(path, whole)
+        yield whole
 
 
 def append_row(path: Path, row: Mapping[str, object]) -> None:

@@ -35,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from harness import RESULTS, append_row, environment, time_alternating
+from harness import RESULTS, record, time_alternating
 from loss import resident
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -90,19 +90,16 @@ def main() -> None:
     if args.memory:
         print(json.dumps(peak_memory(model, args.cases[0], args)))
         return
-    args.csv.unlink(missing_ok=True)
-    for case in args.cases:
-        if case == "sciknoweval" and not args.data.exists():
-            print(f"{case} is left out: there is no {args.data}")
-            continue
-        for row in measure(model, case, args):
-            append_row(args.csv, environment() | row)
-            print(
-                f"{row['case']:12} {row['pass']:8} {row['candidate']:7} "
-                f"{row['tokens']:>6} tokens {row['tflops']:>6} TFLOP {row['seconds']:>7} s "
-                f"{row['packed_over_this']:>5}x peak {row['peak_mib']:>6} MiB",
-                flush=True,
-            )
+    cases = [case for case in args.cases if case != "sciknoweval" or args.data.exists()]
+    for case in set(args.cases) - set(cases):
+        print(f"{case} is left out: there is no {args.data}")
+    for row in record(args.csv, (row for case in cases for row in measure(model, case, args))):
+        print(
+            f"{row['case']:12} {row['pass']:8} {row['candidate']:7} "
+            f"{row['tokens']:>6} tokens {row['tflops']:>6} TFLOP {row['seconds']:>7} s "
+            f"{row['packed_over_this']:>5}x peak {row['peak_mib']:>6} MiB",
+            flush=True,
+        )
 
 
 def parse_arguments() -> argparse.Namespace:

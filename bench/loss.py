@@ -23,13 +23,13 @@ import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import RESULTS, ROOT, append_row, environment, time_alternating, version
+from harness import RESULTS, ROOT, record, time_alternating, version
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -73,17 +73,7 @@ def main() -> None:
     if args.memory:
         print(json.dumps(peak_memory(args)))
         return
-    args.csv.unlink(missing_ok=True)
-    rows: list[dict[str, Any]] = []
-    with tempfile.TemporaryDirectory() as folder:
-        for source in args.sources:
-            file = Path(folder) / f"{source}.safetensors"
-            make = {"smollm2": smollm2_states, "made": made_states}[source]
-            save_file(make(max(args.tokens)), file)
-            for num_tokens in args.tokens:
-                rows += measure(source, file, num_tokens, args)
-            file.unlink()
-    draw(rows, args.picture)
+    draw([*record(args.csv, measure_all(args))], args.picture)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -97,9 +87,20 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
+def measure_all(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        for source in args.sources:
+            file = Path(folder) / f"{source}.safetensors"
+            make = {"smollm2": smollm2_states, "made": made_states}[source]
+            save_file(make(max(args.tokens)), file)
+            for num_tokens in args.tokens:
+                yield from measure(source, file, num_tokens, args)
+            file.unlink()
+
+
 def measure(
     source: str, file: Path, num_tokens: int, args: argparse.Namespace
-) -> list[dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """A CSV row for each candidate and for the floor."""
     inputs = Inputs.load(file, num_tokens)
     runs: dict[str, Run] = {name: candidate(name, inputs) for name in CANDIDATES}
@@ -114,11 +115,9 @@ def measure(
     assert shown.student_entropy is not None
     seconds = {name: timing.median_s for name, (timing, _) in timed.items()}
     V, H = SHAPES[source]
-    rows = []
     for name, (timing, results) in timed.items():
         memory = math.nan if name == "floor" else run_memory(name, file, num_tokens)
         row = {
-            **environment(),
             "liger_kernel": version("liger_kernel"),
             "threads": torch.get_num_threads(),
             "states": source,
@@ -136,15 +135,13 @@ def measure(
             "active_frac": "" if results[-1] is None else f"{results[-1]:.3f}",
             "peak_mib": f"{memory:.0f}",
         }
-        append_row(args.csv, row)
-        rows.append(row)
         print(
             f"{source:8} N {num_tokens:5}  {name:21} {timing.median_s:8.3f} s  "
             f"x eager {row['vs_eager']}  x liger {row['vs_liger']}  x floor {row['vs_floor']}  "
             f"peak {row['peak_mib']:>6} MiB  active {row['active_frac']}",
             flush=True,
         )
-    return rows
+        yield row
 
 
 def candidate(name: str, inputs: Inputs) -> Run:

@@ -28,7 +28,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
-from harness import RESULTS, append_row, environment
+from harness import RESULTS, record
 from learner import build_model, build_samples
 from loss import resident
 from torch import Tensor
@@ -38,7 +38,7 @@ from rosd_fast.config import Config
 from rosd_fast.crew import Crew, follow
 from rosd_fast.learner import Learner
 from rosd_fast.packing import pack
-from rosd_fast.parallel import World, open_world
+from rosd_fast.parallel import open_world
 
 CASES = ((1, "whole"), (2, "whole"), (2, "shard"))
 VOCAB = 49152
@@ -52,16 +52,13 @@ def main() -> None:
     if args.worker is not None:
         work(args)
         return
-    args.csv.unlink(missing_ok=True)
-    for ranks, head in CASES:
-        for row in measure(ranks, head, args):
-            append_row(args.csv, environment() | row)
-            print(
-                f"{row['ranks']} ranks, head {row['head']:5} rank {row['rank']}: "
-                f"state {row['state_mib']:>7} MiB (formula {row['formula_mib']:>7}) "
-                f"peak {row['peak_mib']:>7} MiB {row['seconds']:>6} s",
-                flush=True,
-            )
+    for row in record(args.csv, (row for case in CASES for row in measure(*case, args))):
+        print(
+            f"{row['ranks']} ranks, head {row['head']:5} rank {row['rank']}: "
+            f"state {row['state_mib']:>7} MiB (formula {row['formula_mib']:>7}) "
+            f"peak {row['peak_mib']:>7} MiB {row['seconds']:>6} s",
+            flush=True,
+        )
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -109,20 +106,22 @@ def work(args: argparse.Namespace) -> None:
     """One rank of a case."""
     config = Config.model_validate({"device": "cpu", "parallel": {"head": args.head}})
     counted: list[float] = []
+    count_states(counted)
     with open_world(config.parallel, "cpu") as world:
         before = resident("VmRSS")
+        found: dict[str, Any] = {}
         if world.leads:
             model = build_model(args.layers, vocab_size=VOCAB, tied=False)
             crew = Crew.muster(model, config, world, tokenizer=None)
-            found = lead(crew, args.repeats, counted)
+            found = lead(crew, args.repeats)
             crew.close()
         else:
-            found = follow_counting(world, counted)
+            follow(world)
         found |= {"state": counted[0], "peak": resident("VmHWM") - before}
         (args.worker / f"rank{world.rank}.json").write_text(json.dumps(found))
 
 
-def lead(crew: Crew, repeats: int, counted: list[float]) -> dict[str, Any]:
+def lead(crew: Crew, repeats: int) -> dict[str, Any]:
     """Steps, timed; the first is not."""
     lengths = [(256, [96, 160, 64, 128])] * 4
     batches = pack(
@@ -131,7 +130,6 @@ def lead(crew: Crew, repeats: int, counted: list[float]) -> dict[str, Any]:
         num_ranks=crew.world.size,
         hidden_size=crew.learner.model.config.hidden_size,
     )
-    count_states(counted)
     seconds = []
     for _ in range(1 + repeats):
         start = time.perf_counter()
@@ -142,13 +140,6 @@ def lead(crew: Crew, repeats: int, counted: list[float]) -> dict[str, Any]:
         "tokens": sum(batch.num_tokens for batch in batches),
         "parameters": sum(p.numel() for p in crew.learner.model.parameters()),
     }
-
-
-def follow_counting(world: World, counted: list[float]) -> dict[str, Any]:
-    """The other ranks' part."""
-    count_states(counted)
-    follow(world)
-    return {}
 
 
 def count_states(counted: list[float]) -> None:

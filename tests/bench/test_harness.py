@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -39,6 +40,26 @@ def test_rows_are_appended_under_one_header(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="other columns"):
         harness.append_row(path, {"machine": "c", "speed": 3})
     assert len(path.read_text().splitlines()) == 3
+
+
+def test_a_record_begins_anew_and_keeps_what_came_before_a_failure(tmp_path: Path) -> None:
+    path = tmp_path / "speed.csv"
+    harness.append_row(path, {"other": "columns"})
+
+    def measured() -> Iterator[dict[str, object]]:
+        yield {"ratio": 2.5}
+        yield {"ratio": 3}
+        raise RuntimeError("no memory")
+
+    recorded = harness.record(path, measured())
+    first = next(recorded)
+    assert first == {**harness.environment(), "ratio": 2.5}
+    with pytest.raises(RuntimeError, match="no memory"):
+        list(recorded)
+    with path.open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert [row["ratio"] for row in rows] == ["2.5", "3"]
+    assert rows[0]["machine"] == first["machine"]
 
 
 def test_the_environment_is_named_without_git(
