@@ -39,8 +39,8 @@ from harness import RESULTS, record, time_alternating
 from loss import resident
 from transformers import LlamaConfig, LlamaForCausalLM
 
+from rosd_fast.batch.packing import pack
 from rosd_fast.model.attention import hidden_states, packed_forward
-from rosd_fast.packing import pack
 from rosd_fast.types import DistillSample, PackedSequences
 
 CASES = ("512,8,128", "256,8,256", "2048,8,256", "sciknoweval")
@@ -176,10 +176,10 @@ def sciknoweval_lengths(data: Path) -> list[tuple[int, list[int]]]:
     """Lengths of real prompts, and of what SmolLM2 answers to them."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from rosd_fast.data import load_problems
-    from rosd_fast.engines.local import LocalEngine
+    from rosd_fast.data.problems import load_problems
+    from rosd_fast.engines.local.engine import LocalEngine
     from rosd_fast.model.smollm2 import smollm2_folder
-    from rosd_fast.prompts import render_prompt
+    from rosd_fast.text.prompts import render_prompt
     from rosd_fast.types import GenerationRequest, SamplingParams
 
     folder = smollm2_folder()

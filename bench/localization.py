@@ -31,14 +31,14 @@ from harness import RESULTS, append_row, environment
 from quickstart import run_trial
 
 from rosd_fast.config import Config
-from rosd_fast.data import load_problems
-from rosd_fast.engines.local import LocalEngine
-from rosd_fast.grammar import opening_tag
+from rosd_fast.config.load import load_preset
+from rosd_fast.data.problems import load_problems
+from rosd_fast.engines.local.engine import LocalEngine
 from rosd_fast.model.load import LoadedModel, load_model
-from rosd_fast.reflect import reflect
-from rosd_fast.rollout import sample_groups
-from rosd_fast.settings import load_preset
-from rosd_fast.spans import Located, TokenBytes, locate, locate_sentence
+from rosd_fast.reflection.grammar import opening_tag
+from rosd_fast.reflection.locate import Located, TokenBytes, locate, locate_sentence
+from rosd_fast.reflection.reflect import reflect
+from rosd_fast.rollout.sample import sample_groups
 from rosd_fast.types import Group, Reflection, Rollout, SamplingParams, Verdict
 from rosd_fast.verify import verify_all
 

@@ -34,7 +34,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from rosd_kernels import VocabularyOrder, entry, span_divergence
-from rosd_kernels.peers import eager_jsd, gemm_floor, liger_jsd, peaked_states
+from rosd_kernels.testing.peers import eager_jsd, gemm_floor, liger_jsd, peaked_states
 
 EPS = 2.0**-12
 BETA = 0.5
@@ -218,10 +218,10 @@ def smollm2_states(num_tokens: int) -> dict[str, Tensor]:
     """Student and teacher states of tokens that the model sampled; see above."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from rosd_fast.engines.local import LocalEngine
+    from rosd_fast.engines.local.engine import LocalEngine
     from rosd_fast.model.smollm2 import smollm2_folder
-    from rosd_fast.prompts import render_prompt
     from rosd_fast.quickstart.tasks import load_split
+    from rosd_fast.text.prompts import render_prompt
     from rosd_fast.types import GenerationRequest, SamplingParams
 
     folder = smollm2_folder()

@@ -21,7 +21,7 @@ from harness import environment
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from rosd_fast.metrics import read_metrics
+from rosd_fast.report.metrics import read_metrics
 
 ROOT = Path(__file__).parent.parent
 BEGIN, END = "<!-- quickstart table -->", "<!-- end of quickstart table -->"

@@ -21,10 +21,10 @@ import torch
 from harness import RESULTS, append_row, environment, time_alternating
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from rosd_fast.engines.local import LocalEngine
-from rosd_fast.prompts import render_prompt
+from rosd_fast.engines.local.engine import LocalEngine
 from rosd_fast.quickstart import MODEL_DIR
 from rosd_fast.quickstart.tasks import load_split
+from rosd_fast.text.prompts import render_prompt
 from rosd_fast.types import GenerationRequest, SamplingParams
 
 Prompts = Sequence[tuple[int, ...]]

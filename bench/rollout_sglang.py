@@ -35,22 +35,22 @@ from typing import Any
 from aiohttp import ClientSession, web
 from harness import RESULTS, append_row, environment
 
+from rosd_fast.batch.packing import pack
+from rosd_fast.batch.samples import build_samples
 from rosd_fast.config import Config
+from rosd_fast.config.load import apply_args, load_preset
 from rosd_fast.engines.base import RolloutEngine
-from rosd_fast.engines.fleet import Member
-from rosd_fast.engines.http import Endpoint
-from rosd_fast.engines.open import token_logprobs
-from rosd_fast.engines.server import OwnServer
-from rosd_fast.engines.sglang import SglangEngine
-from rosd_fast.engines.weight_sync import DistributedSync
-from rosd_fast.packing import pack
+from rosd_fast.engines.factory import token_logprobs
+from rosd_fast.engines.sglang.client import Endpoint
+from rosd_fast.engines.sglang.engine import SglangEngine
+from rosd_fast.engines.sglang.pool import Member
+from rosd_fast.engines.sglang.process import OwnServer
+from rosd_fast.engines.sglang.weight_sync import DistributedSync
 from rosd_fast.pipeline import sample_and_reflect
-from rosd_fast.progress import Hidden
-from rosd_fast.rollout import problem_prompt
+from rosd_fast.reflection.locate import locate_errors
+from rosd_fast.report.progress import Hidden
+from rosd_fast.rollout.sample import problem_prompt
 from rosd_fast.run import Run, open_run
-from rosd_fast.samples import build_samples
-from rosd_fast.settings import apply_args, load_preset
-from rosd_fast.spans import locate_errors
 from rosd_fast.types import Generation, GenerationRequest, SamplingParams
 
 CSV = RESULTS / "rollout_sglang.csv"

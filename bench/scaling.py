@@ -34,11 +34,11 @@ from loss import resident
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from rosd_fast.batch.packing import pack
 from rosd_fast.config import Config
-from rosd_fast.crew import Crew, follow
-from rosd_fast.learner import Learner
-from rosd_fast.packing import pack
-from rosd_fast.parallel import open_world
+from rosd_fast.trainer.learner import Learner
+from rosd_fast.trainer.ranks import Crew, follow
+from rosd_fast.utils.distributed import open_world
 
 CASES = ((1, "whole"), (2, "whole"), (2, "shard"))
 VOCAB = 49152

@@ -67,7 +67,7 @@ def dispatch(args: Sequence[str]) -> int:
         raise UserError(what, fix=f"Did you mean {near[0]}?" if near else known)
     command: Any = import_module(f"rosd_fast.commands.{name}")
 
-    from rosd_fast.options import options_of, read_args
+    from rosd_fast.config.arguments import options_of, read_args
 
     wants_help = "-h" in rest or "--help" in rest
     rest = [arg for arg in rest if arg not in ("-h", "--help")]

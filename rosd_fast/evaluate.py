@@ -13,9 +13,9 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rosd_fast.errors import UserError
-from rosd_fast.metrics import EVAL_TOTALS
-from rosd_fast.prompts import render_prompt
-from rosd_fast.rollout import collect_groups
+from rosd_fast.report.metrics import EVAL_TOTALS
+from rosd_fast.rollout.sample import collect_groups
+from rosd_fast.text.prompts import render_prompt
 from rosd_fast.types import GenerationRequest, SamplingParams
 from rosd_fast.verify import verify_all
 

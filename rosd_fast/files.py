@@ -1,9 +1,15 @@
-"""Writing a file so that a reader, or a crash, never meets half of it."""
+"""Writing a file or a folder so that a reader, or a crash, never meets half of it."""
 
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+
+TEMPORARY = ".tmp-"
 
 
 def write_atomic(path: Path, data: bytes) -> Path:
@@ -22,3 +28,54 @@ def write_atomic(path: Path, data: bytes) -> Path:
     finally:
         temporary.unlink(missing_ok=True)  # still there only when something above failed
     return path
+
+
+@contextmanager
+def atomic_folder(path: Path) -> Iterator[Path]:
+    """Yield an empty folder beside `path`; on leaving it is fsynced and renamed to `path`.
+
+    An older `path` is replaced. On any error the new folder is removed and `path` stays as it was.
+    Raises OSError when the place cannot be written.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(prefix=f"{TEMPORARY}{path.name}-", dir=path.parent))
+    try:
+        temporary.chmod(0o777 & ~current_umask())  # mkdtemp's 0o700 would hide a shared run
+        yield temporary
+        for entry in temporary.rglob("*"):
+            fsync(entry)
+        fsync(temporary)
+        remove_folder(path)
+        temporary.rename(path)
+        fsync(path.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)  # still there only when something above failed
+
+
+def remove_folder(path: Path) -> None:
+    """Delete `path` if it exists; a crash on the way leaves no half folder of that name."""
+    if path.exists():
+        doomed = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent)) / path.name
+        path.rename(doomed)
+        shutil.rmtree(doomed.parent)
+
+
+def remove_leftovers(parent: Path) -> None:
+    """Delete temporary folders that a killed process left behind."""
+    for leftover in parent.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+def fsync(path: Path) -> None:
+    """Have the file or folder on disk before going on."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def current_umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask

@@ -6,18 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rosd_fast.config import Config
-from rosd_fast.data import ProblemStream, load_problems
-from rosd_fast.engines.constraint import GrammarCompiler
-from rosd_fast.engines.open import check_engine
+from rosd_fast.config.load import preset_names
+from rosd_fast.data.problems import ProblemStream, load_problems
+from rosd_fast.engines.factory import check_engine
+from rosd_fast.engines.local.grammar_mask import GrammarCompiler
 from rosd_fast.errors import UserError
 from rosd_fast.model.adapters import choose_trainable
 from rosd_fast.model.head import head
 from rosd_fast.model.load import LoadedModel, load_model
-from rosd_fast.prompts import fill_template, placeholders, render_prompt
-from rosd_fast.reflect import check_templates
-from rosd_fast.rollout import check_prompts
-from rosd_fast.settings import preset_names
-from rosd_fast.spans import TokenBytes
+from rosd_fast.reflection.locate import TokenBytes
+from rosd_fast.reflection.reflect import check_templates
+from rosd_fast.rollout.sample import check_prompts
+from rosd_fast.text.prompts import fill_template, placeholders, render_prompt
 from rosd_fast.types import Problem
 
 

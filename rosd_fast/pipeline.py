@@ -13,15 +13,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rosd_fast.reflect import reflect
-from rosd_fast.rollout import sample_groups, stream_groups
-from rosd_fast.select import select_groups
+from rosd_fast.reflection.reflect import reflect
+from rosd_fast.rollout.sample import sample_groups, stream_groups
+from rosd_fast.rollout.select import select_groups
 from rosd_fast.verify import verify_all
 
 if TYPE_CHECKING:
-    from rosd_fast.progress import Hidden, Progress
+    from rosd_fast.report.progress import Hidden, Progress
+    from rosd_fast.rollout.select import Selection
     from rosd_fast.run import Run
-    from rosd_fast.select import Selection
     from rosd_fast.types import Group, Reflection, Verdict
 
 

@@ -20,27 +20,27 @@ from types import FrameType
 
 from torch import Tensor
 
-from rosd_fast.checkpoint import latest_checkpoint, read_state
+from rosd_fast.batch.samples import write_skipped
 from rosd_fast.config import Config, uses_teacher_weights
-from rosd_fast.crew import Crew
+from rosd_fast.config.load import config_hash, to_toml
 from rosd_fast.engines.base import RolloutEngine
-from rosd_fast.engines.local import LocalEngine
-from rosd_fast.engines.open import open_engine, open_scorer
-from rosd_fast.engines.scorer import SglangScorer
+from rosd_fast.engines.factory import open_engine, open_scorer
+from rosd_fast.engines.local.engine import LocalEngine
+from rosd_fast.engines.sglang.teacher import SglangScorer
 from rosd_fast.errors import UserError
 from rosd_fast.files import write_atomic
 from rosd_fast.inputs import Inputs, load_inputs
-from rosd_fast.learner import StepResult, TrainingDiverged
-from rosd_fast.metrics import MetricsLog
 from rosd_fast.model.blocks import describe
 from rosd_fast.model.load import LoadedModel
-from rosd_fast.parallel import ALONE, World
-from rosd_fast.progress import Progress, progress
 from rosd_fast.report import draw_plots, render_tokens_html, summarize
-from rosd_fast.rollout import problem_prompt
-from rosd_fast.samples import write_skipped
-from rosd_fast.settings import config_hash, to_toml
+from rosd_fast.report.metrics import MetricsLog
+from rosd_fast.report.progress import Progress, progress
+from rosd_fast.rollout.sample import problem_prompt
+from rosd_fast.trainer.checkpoint import latest_checkpoint, read_state
+from rosd_fast.trainer.learner import StepResult, TrainingDiverged
+from rosd_fast.trainer.ranks import Crew
 from rosd_fast.types import DistillSample, PackedBatch, SamplingParams
+from rosd_fast.utils.distributed import ALONE, World
 
 CONFIG_FILE = "config.toml"
 PROBE_TOKENS = 64

@@ -11,21 +11,21 @@ from __future__ import annotations
 import asyncio
 from pathlib import Path
 
+from rosd_fast.batch.packing import pack
+from rosd_fast.batch.samples import build_samples, sample_metrics
 from rosd_fast.config import Config
-from rosd_fast.crew import follow
-from rosd_fast.engines.open import check_scorer
+from rosd_fast.engines.factory import check_scorer
 from rosd_fast.evaluate import evaluate_splits
-from rosd_fast.metrics import rollout_metrics
-from rosd_fast.packing import pack
-from rosd_fast.parallel import open_world
 from rosd_fast.pipeline import Sampled, sample_and_reflect
-from rosd_fast.probe import probe_metrics, teacher_helps, wrong_samples
-from rosd_fast.progress import Hidden
-from rosd_fast.reflect import reflection_metrics
+from rosd_fast.reflection.locate import locate_errors
+from rosd_fast.reflection.probe import probe_metrics, teacher_helps, wrong_samples
+from rosd_fast.reflection.reflect import reflection_metrics
 from rosd_fast.report import rollouts_path, write_rollouts
+from rosd_fast.report.metrics import rollout_metrics
+from rosd_fast.report.progress import Hidden
 from rosd_fast.run import Run, open_run
-from rosd_fast.samples import build_samples, sample_metrics
-from rosd_fast.spans import locate_errors
+from rosd_fast.trainer.ranks import follow
+from rosd_fast.utils.distributed import open_world
 
 
 def train(config: Config, *, resume: Path | None = None) -> Path:

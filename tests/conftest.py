@@ -219,7 +219,7 @@ def make_group(
 
     Each completion is its text's ids and the stop token; its logprobs are -0.5, -1, -1.5 and so on.
     """
-    from rosd_fast.prompts import render_prompt
+    from rosd_fast.text.prompts import render_prompt
     from rosd_fast.types import Group, Problem, Rollout, Verdict
 
     stop: Any = tokenizer.eos_token_id

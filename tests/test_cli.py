@@ -17,9 +17,9 @@ from rosd_fast.cli import COMMANDS, main
 from rosd_fast.commands import eval as eval_command
 from rosd_fast.commands.train import Options
 from rosd_fast.config import Config
+from rosd_fast.config.arguments import options_of
+from rosd_fast.config.load import apply_args, load_preset, preset_names, to_toml
 from rosd_fast.errors import UserError
-from rosd_fast.options import options_of
-from rosd_fast.settings import apply_args, load_preset, preset_names, to_toml
 
 Calls = list[tuple[Config, Path | None]]
 
@@ -253,7 +253,7 @@ def test_doctor_gpu_prints_checks_and_timings(
     import torch
 
     from rosd_fast.commands import doctor
-    from rosd_kernels import acceptance
+    from rosd_kernels.testing import acceptance
 
     real = acceptance.timings
     shape = acceptance.Shape(16, 300, 8)
@@ -276,7 +276,7 @@ def test_doctor_gpu_prints_checks_and_timings(
 
 def test_timing_lines() -> None:
     from rosd_fast.commands.doctor import timing_line
-    from rosd_kernels.acceptance import Timing
+    from rosd_kernels.testing.acceptance import Timing
 
     line = timing_line(Timing("tiled", 0.0125, 3 << 20, "active 0.15"))
     assert line.split() == "tiled 12.50 ms 3 MiB at the peak active 0.15".split()

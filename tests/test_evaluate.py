@@ -10,7 +10,7 @@ import pytest
 
 from rosd_fast.config import EvalConfig
 from rosd_fast.engines.base import RolloutEngine
-from rosd_fast.engines.local import LocalEngine
+from rosd_fast.engines.local.engine import LocalEngine
 from rosd_fast.errors import UserError
 from rosd_fast.evaluate import evaluate
 from rosd_fast.types import Generation, GenerationRequest, Problem, SamplingParams

@@ -9,12 +9,12 @@ from typing import Any
 
 import pytest
 
-from rosd_fast.engines.local import LocalEngine
+from rosd_fast.config.load import apply_args, load_preset
+from rosd_fast.engines.local.engine import LocalEngine
 from rosd_fast.errors import UserError
 from rosd_fast.pipeline import Sampled, sample_and_reflect
-from rosd_fast.progress import Hidden
+from rosd_fast.report.progress import Hidden
 from rosd_fast.run import Run, open_run
-from rosd_fast.settings import apply_args, load_preset
 from rosd_fast.types import Generation, GenerationRequest
 
 

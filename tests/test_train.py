@@ -19,14 +19,14 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rosd_fast import learner as learner_module
 from rosd_fast.config import Config
+from rosd_fast.config.load import apply_args, apply_toml, load_preset
 from rosd_fast.errors import RunFailed, UserError
-from rosd_fast.metrics import read_metrics
 from rosd_fast.quickstart import MODEL_DIR
 from rosd_fast.quickstart.tasks import load_split
-from rosd_fast.settings import apply_args, apply_toml, load_preset
+from rosd_fast.report.metrics import read_metrics
 from rosd_fast.train import train
+from rosd_fast.trainer import learner as learner_module
 from rosd_fast.types import DistillSample
 
 SMALL: dict[str, Any] = {

@@ -8,8 +8,8 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from rosd_fast.config import Config, Section
+from rosd_fast.config.load import apply_args
 from rosd_fast.errors import UserError
-from rosd_fast.settings import apply_args
 
 if TYPE_CHECKING:
     from rosd_fast.types import Problem
@@ -44,7 +44,7 @@ def run(given: Mapping[str, Any]) -> int:
     from rich.console import Console
     from rich.text import Text
 
-    from rosd_fast.data import load_problems
+    from rosd_fast.data.problems import load_problems
 
     problems = load_problems(options.source, verifier=options.verifier)
     console = Console(highlight=False)
@@ -95,7 +95,7 @@ def print_example(console: Any, problem: Problem) -> None:
 def prompt_lengths(problems: Sequence[Problem], options: Options) -> list[int]:
     """Tokens of each problem's prompt, as the model's chat template renders it."""
     from rosd_fast.model.load import find, load_tokenizer
-    from rosd_fast.prompts import render_prompt
+    from rosd_fast.text.prompts import render_prompt
 
     assert options.model is not None
     config = Config(model=options.model, trust_remote_code=options.trust_remote_code)

@@ -12,8 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from rosd_fast.config import Section
+from rosd_fast.config.load import apply_args
 from rosd_fast.errors import UserError
-from rosd_fast.settings import apply_args
 
 POSITIONAL: tuple[str, ...] = ()
 
@@ -72,7 +72,7 @@ def accept_gpu() -> int:
     from rich.text import Text
 
     device = cuda_device()
-    from rosd_kernels import acceptance
+    from rosd_kernels.testing import acceptance
 
     console = Console(highlight=False)
     console.print(
@@ -190,7 +190,7 @@ def quickstart_model() -> Finding:
     wanted = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
     missing = [name for name in wanted if not (MODEL_DIR / name).is_file()]
     if missing:
-        text = f"{MODEL_DIR} has no {', '.join(missing)}; python -m rosd_fast.quickstart.build"
+        text = f"{MODEL_DIR} has no {', '.join(missing)}; install rosd-fast again"
         return Finding("quickstart model", text, False)
     return Finding("quickstart model", str(MODEL_DIR))
 

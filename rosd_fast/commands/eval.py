@@ -15,7 +15,7 @@ from rosd_fast.config import (
     Probability,
     Section,
 )
-from rosd_fast.settings import apply_args
+from rosd_fast.config.load import apply_args
 
 if TYPE_CHECKING:
     from rosd_fast.types import Problem
@@ -65,7 +65,7 @@ def run(given: Mapping[str, Any]) -> int:
     """Evaluate and print the table."""
     options = apply_args(Options(), given)
 
-    from rosd_fast.data import load_problems
+    from rosd_fast.data.problems import load_problems
 
     problems = load_problems(options.data, verifier=options.verifier)
     problems = problems[: options.problems or None]
@@ -78,7 +78,7 @@ async def measure(options: Options, problems: Sequence[Problem]) -> dict[str, fl
     """The metrics of `evaluate`, with a counter of tokens on a terminal."""
     from rich.console import Console
 
-    from rosd_fast.engines.local import LocalEngine
+    from rosd_fast.engines.local.engine import LocalEngine
     from rosd_fast.evaluate import evaluate
     from rosd_fast.model.load import load_model
 

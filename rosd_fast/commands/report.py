@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from rosd_fast.config import PositiveInt, Section
+from rosd_fast.config.load import apply_args
 from rosd_fast.errors import UserError
-from rosd_fast.settings import apply_args
 
 POSITIONAL = ("run",)
 

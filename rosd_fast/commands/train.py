@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from rosd_fast.config import Config
+from rosd_fast.config.arguments import as_flag
+from rosd_fast.config.load import apply_args, apply_toml, load_config
 from rosd_fast.errors import UserError
-from rosd_fast.options import as_flag
-from rosd_fast.settings import apply_args, apply_toml, load_config
 
 POSITIONAL: tuple[str, ...] = ()
 SOURCES = ("preset", "config", "resume")

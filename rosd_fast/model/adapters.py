@@ -17,8 +17,8 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rosd_fast.config import Config
+from rosd_fast.config.arguments import listed
 from rosd_fast.errors import UserError
-from rosd_fast.options import listed
 
 BASE = ".base_layer."  # peft's name for the layer that an adapter is added to
 SAMPLED = 1024  # values of each parameter that the fingerprint reads

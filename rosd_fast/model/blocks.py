@@ -16,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from rosd_fast.config import Config, LearnerConfig
 from rosd_fast.errors import UserError
 from rosd_fast.model.attention import flash_attention, name
-from rosd_fast.parallel import pick_device
+from rosd_fast.utils.distributed import pick_device
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:

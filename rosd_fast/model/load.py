@@ -27,8 +27,8 @@ from rosd_fast.errors import UserError
 from rosd_fast.model.attention import check_packing, num_embeddings, use_exact_attention
 from rosd_fast.model.head import head
 from rosd_fast.model.smollm2 import smollm2_folder
-from rosd_fast.parallel import launched, pick_device
 from rosd_fast.quickstart import MODEL_DIR
+from rosd_fast.utils.distributed import launched, pick_device
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 PICKLES = ("*.bin", "*.pt", "*.pth")

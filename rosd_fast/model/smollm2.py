@@ -21,7 +21,7 @@ from torch import Tensor
 from transformers import GenerationConfig, LlamaConfig, PreTrainedTokenizerFast
 
 from rosd_fast.errors import UserError
-from rosd_fast.folders import atomic_folder
+from rosd_fast.files import atomic_folder
 
 if TYPE_CHECKING:
     from gguf import GGUFReader

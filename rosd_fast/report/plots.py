@@ -14,8 +14,8 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from rosd_fast.files import write_atomic
-from rosd_fast.metrics import FILE_NAME, read_metrics
 from rosd_fast.report import panels
+from rosd_fast.report.metrics import FILE_NAME, read_metrics
 from rosd_fast.report.series import domains, series
 from rosd_fast.report.style import MUTED, RAW_ALPHA, Rows, plain
 

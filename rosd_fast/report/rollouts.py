@@ -36,7 +36,7 @@ FIELDS = (
 
 
 class TokenBytesLike(Protocol):
-    """What is asked of `rosd_fast.spans.TokenBytes`: the bytes of each sampled id."""
+    """What is asked of `rosd_fast.reflection.locate.TokenBytes`: the bytes of each sampled id."""
 
     def of(self, ids: Sequence[int], /) -> list[bytes]: ...
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
-from rosd_fast.metrics import EVAL_TOTALS
+from rosd_fast.report.metrics import EVAL_TOTALS
 
 STAGES = (
     "sample",

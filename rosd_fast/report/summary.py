@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rosd_fast.metrics import FILE_NAME, read_metrics
+from rosd_fast.report.metrics import FILE_NAME, read_metrics
 from rosd_fast.report.series import domains, series
 
 SPLITS = {"dev": "in domain (dev)", "ood": "out of domain (ood)"}

@@ -10,13 +10,13 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from rosd_fast.checkpoint import load_checkpoint, write_checkpoint
+from rosd_fast.batch.packing import pack
 from rosd_fast.config import Config
 from rosd_fast.errors import UserError
-from rosd_fast.learner import Learner
 from rosd_fast.model.adapters import choose_trainable, fingerprint, has_adapters, whole_weights
-from rosd_fast.packing import pack
-from rosd_fast.snapshot import Snapshot
+from rosd_fast.trainer.checkpoint import load_checkpoint, write_checkpoint
+from rosd_fast.trainer.learner import Learner
+from rosd_fast.trainer.snapshot import Snapshot
 
 IDS = torch.arange(1, 12)[None]
 

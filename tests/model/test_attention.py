@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from transformers import modeling_flash_attention_utils
 from transformers.modeling_flash_attention_utils import _lazy_define_process_function
 
+from rosd_fast.batch.packing import pack
 from rosd_fast.errors import UserError
 from rosd_fast.model import attention
 from rosd_fast.model.attention import (
@@ -24,7 +25,6 @@ from rosd_fast.model.attention import (
     packed_forward,
 )
 from rosd_fast.model.head import head, logits
-from rosd_fast.packing import pack
 from rosd_fast.types import DistillSample, PackedSequences
 from tests.tiny import tiny_model
 

@@ -9,12 +9,12 @@ from typing import Any
 import pytest
 import torch
 
+from rosd_fast.batch.packing import pack
 from rosd_fast.config import Config
 from rosd_fast.errors import UserError
-from rosd_fast.learner import Learner
 from rosd_fast.model.adapters import choose_trainable
 from rosd_fast.model.blocks import blocks, describe, prepare_blocks
-from rosd_fast.packing import pack
+from rosd_fast.trainer.learner import Learner
 
 FAMILIES = ["Llama", "Qwen3", "Mistral", "Gemma3Text", "Granite"]
 

@@ -9,7 +9,7 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rosd_fast.quickstart import MODEL_DIR
-from rosd_fast.quickstart.figures import measure
+from scripts.quickstart.figures import measure
 
 
 def test_it_loads_like_any_other_model_and_is_small() -> None:

@@ -7,7 +7,6 @@ import re
 
 import pytest
 
-from rosd_fast.quickstart.corpus import SLIP, solve
 from rosd_fast.quickstart.tasks import (
     IN_DOMAIN,
     KINDS,
@@ -19,6 +18,7 @@ from rosd_fast.quickstart.tasks import (
     split_plans,
 )
 from rosd_fast.verify import VERIFIERS
+from scripts.quickstart.corpus import SLIP, solve
 
 EQUATION = re.compile(r"(\d+) ([+x-]) (\d+) = (\d+)")
 

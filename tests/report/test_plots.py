@@ -13,8 +13,8 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from rosd_fast.errors import UserError
-from rosd_fast.metrics import MetricsLog
 from rosd_fast.report import draw_plots, panels
+from rosd_fast.report.metrics import MetricsLog
 from rosd_fast.report.plots import _eval_samples, _figure, _png
 from rosd_fast.report.series import STAGES, domains, series, smoothing_window, stage_times
 

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from rosd_fast.errors import UserError
 from rosd_fast.report import read_rollouts, rollouts_path, write_rollouts
 from rosd_fast.report.rollouts import token_texts
-from rosd_fast.token_bytes import TokenBytes
+from rosd_fast.text.token_bytes import TokenBytes
 from rosd_fast.types import ErrorSpan, Group, Problem, Reflection, Rollout, Verdict
 
 

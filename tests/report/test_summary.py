@@ -10,8 +10,8 @@ import pytest
 from rich.console import Console
 
 from rosd_fast.errors import UserError
-from rosd_fast.metrics import MetricsLog, read_metrics
 from rosd_fast.report import before_after, before_after_table, summarize
+from rosd_fast.report.metrics import MetricsLog, read_metrics
 
 
 def make_run(run: Path) -> Path:

@@ -1,8 +1,8 @@
 """Block sizes of the GEMM kernels per architecture.
 
 Nothing is tuned at run time: a choice that depends on timings may differ between runs, and with it
-the order of sums. Every config here is compiled for its architecture by `rosd_kernels.aot`, which
-refuses spills and too much shared memory.
+the order of sums. Every config here is compiled for its architecture by `rosd_kernels.testing.aot`,
+which refuses spills and too much shared memory.
 
     sweep, pair      [block_m rows] x [block_n vocabulary], reduced over block_k of the width
     grad_hidden      [block_m rows] x [block_n of the width], reduced over block_k of the vocabulary

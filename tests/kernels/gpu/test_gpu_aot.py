@@ -12,8 +12,8 @@ from typing import Any
 
 import pytest
 
-from rosd_kernels import aot
 from rosd_kernels.gpu.configs import ARCHITECTURES, CONFIGS, SHARED_BYTES, architecture, select
+from rosd_kernels.testing import aot
 
 GOOD = aot.Record(
     kernel="sweep",
@@ -41,7 +41,7 @@ GOOD = aot.Record(
 def run(*args: str, **variables: str) -> subprocess.CompletedProcess[str]:
     """The command in a process whose Triton compiles."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "rosd_kernels.aot", *args]
+    command = [sys.executable, "-m", "rosd_kernels.testing.aot", *args]
     return subprocess.run(
         command, env=environment | variables, capture_output=True, text=True, timeout=500
     )

@@ -1,0 +1,355 @@
+"""Is `span_divergence` right on this device, and what does it take? For a GPU seen the first time.
+
+    for check in checks(torch.device("cuda")): ...         against float64, on the device
+    for timing in timings(torch.device("cuda"), SIZE): ... against eager PyTorch and Liger
+
+`rosd-fast doctor --gpu` prints both. What is checked is what the tests check in Triton's
+interpreter: every strategy, divergence and option against the reference in float64 on the same
+rounded inputs; that equal calls give equal bits while fresh memory is full of NaN; logits of +-80,
+equal student and teacher, no token at all, shapes that no block divides; and that what `sparsity`
+changes stays below the bound it reports.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import torch
+from torch import Tensor
+
+from rosd_kernels.api import span_divergence
+from rosd_kernels.divergences import MAX_LOG_RATIO
+from rosd_kernels.records import DIVERGENCES, SpanDivergenceOutput
+from rosd_kernels.sparsity import entry, mass
+from rosd_kernels.testing.peers import eager_jsd, gemm_floor, liger_jsd, peaked_states
+
+Kind = Literal["near", "extreme", "same"]
+FAST = ("chunked", "tiled")
+STUDENTS = ("student_hidden", "student_head", "student_bias")
+EPS = 2.0**-12
+
+
+class Shape(NamedTuple):
+    """Of a problem."""
+
+    N: int  # tokens
+    V: int  # vocabulary
+    H: int  # width
+
+
+SHAPES = (
+    Shape(300, 5003, 250),
+    Shape(257, 8192, 512),
+)  # one that no block divides, one that all do
+SMALL = (Shape(1, 7, 3), Shape(0, 300, 64))
+SIZE = Shape(4096, 151936, 2560)  # the head of Qwen3-4B
+# Loss, and gradients by their largest element. Of bfloat16, G is rounded, and the result.
+TOLERANCES = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (1e-4, 1e-2)}
+SLACK = 1e-6  # float32's rounding of log-probabilities, where values are next to nothing
+
+
+class Check(NamedTuple):
+    """One line of the report."""
+
+    name: str
+    ok: bool
+    text: str
+
+
+class Timing(NamedTuple):
+    """Forward and backward of one candidate."""
+
+    name: str
+    median_s: float | None  # None: did not run
+    peak_bytes: int | None  # beyond inputs and gradients; None: not measured on a CPU
+    text: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Case:
+    """A call of `span_divergence`."""
+
+    strategy: str
+    shape: Shape
+    dtype: torch.dtype
+    divergence: str = "jsd"
+    kind: Kind = "near"
+    everything: bool = False  # biases, soft cap, temperature, clips, weights, a teacher's own head
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    @property
+    def name(self) -> str:
+        words = [self.strategy, self.divergence, str(self.dtype).removeprefix("torch.")]
+        words.append("x".join(map(str, self.shape)))
+        words += [] if self.kind == "near" else [self.kind]
+        words += ["all options"] if self.everything else []
+        words += [f"{name}={value}" for name, value in self.options.items()]
+        return " ".join(words)
+
+
+def cases(shapes: tuple[Shape, ...] = SHAPES, small: tuple[Shape, ...] = SMALL) -> Iterator[Case]:
+    """All calls that are checked."""
+    for strategy in FAST:
+        for dtype in TOLERANCES:
+            for divergence in DIVERGENCES:
+                for shape in shapes:
+                    yield Case(strategy=strategy, shape=shape, dtype=dtype, divergence=divergence)
+                yield Case(
+                    strategy=strategy,
+                    shape=shapes[0],
+                    dtype=dtype,
+                    divergence=divergence,
+                    everything=True,
+                )
+        for divergence in DIVERGENCES:
+            for kind in ("extreme", "same"):
+                yield Case(
+                    strategy=strategy,
+                    shape=shapes[-1],
+                    dtype=torch.float32,
+                    divergence=divergence,
+                    kind=kind,
+                )
+        for shape in small:
+            yield Case(strategy=strategy, shape=shape, dtype=torch.float32, everything=True)
+    for tail in (True, False):
+        options = {"top_k": min(50, shapes[0].V - 1), "tail": tail}
+        yield Case(strategy="chunked", shape=shapes[0], dtype=torch.float32, options=options)
+
+
+def checks(
+    device: torch.device, shapes: tuple[Shape, ...] = SHAPES, small: tuple[Shape, ...] = SMALL
+) -> Iterator[Check]:
+    """Whether results are right, one line for each case."""
+    with full_float32():
+        for case in cases(shapes, small):
+            yield check(case, device)
+        for divergence in DIVERGENCES:
+            for name, rule in (("entry", entry(1e-3)), ("mass", mass(1e-3))):
+                yield check_sparsity(device, divergence, name, rule, shapes[-1])
+
+
+def check(case: Case, device: torch.device) -> Check:
+    """A fast strategy against the reference in float64, and against itself."""
+    tensors = make_tensors(case, device)
+    options = make_options(case)
+    wide = {n: x.double() if x.is_floating_point() else x for n, x in tensors.items()}
+    truth, wanted = run(wide, {**options, "strategy": "reference"})
+    with poisoned_memory():
+        got, gradients = run(tensors, options)
+        again, gradients_again = run(tensors, options)
+    pairs = [(got.loss, again.loss), (got.per_token, again.per_token)]
+    pairs += list(zip(gradients.values(), gradients_again.values(), strict=True))
+    repeats = all(torch.equal(a, b) for a, b in pairs)
+
+    loss_tolerance, tolerance = TOLERANCES[case.dtype]
+    slack = SLACK
+    if case.kind == "extreme":  # where logits are rounded to 1e-5
+        loss_tolerance, tolerance, slack = 2 * loss_tolerance, 2 * tolerance, MAX_LOG_RATIO * SLACK
+    excess = {"loss": share(got.loss, truth.loss, loss_tolerance, slack)}
+    for name in ("per_token", "student_logprob", "teacher_logprob", "student_entropy"):
+        a, b = getattr(got, name), getattr(truth, name)
+        if b is not None:
+            excess[name] = share(a, b, loss_tolerance, slack)
+    for name, gradient in gradients.items():
+        excess[name] = share(gradient, wanted[name], tolerance, 10 * SLACK)
+    if case.kind == "same" and not 0 <= float(got.loss.detach()) < SLACK:
+        excess["loss"] = float("inf")
+    worst = max(excess, key=lambda name: excess[name])
+    text = f"{worst}: {100 * excess[worst]:.0f}% of the allowed error"
+    if not repeats:
+        text += "; a second call gave other bits"
+    return Check(case.name, excess[worst] <= 1 and repeats, text)
+
+
+def check_sparsity(
+    device: torch.device, divergence: str, name: str, rule: Any, shape: Shape
+) -> Check:
+    """The identity as head: hidden states are logits, whose gradient the bound is about."""
+    generator = torch.Generator().manual_seed(0)
+    student = torch.randn(shape.N, shape.V, generator=generator)
+    student[:, : shape.V // 4] += 9
+    teacher = (student + torch.randn(shape.N, shape.V, generator=generator)).to(device)
+    student, head = student.to(device), torch.eye(shape.V, device=device)
+    options: dict[str, Any] = {"divergence": divergence, "strategy": "tiled"}
+
+    def gradient(sparsity: Any) -> tuple[Tensor, SpanDivergenceOutput]:
+        leaf = student.clone().requires_grad_()
+        out = span_divergence(leaf, teacher, head, sparsity=sparsity, **options)
+        return torch.autograd.grad(out.loss, leaf)[0].double(), out
+
+    exact, _ = gradient("exact")
+    sparse, out = gradient(rule)
+    error = float((sparse - exact).abs().sum(1).max())
+    bound = out.stats.grad_error_bound + 1e-5 * float(exact.abs().sum(1).max())
+    fits = rule.rule != "mass" or out.stats.dropped_mass_max <= rule.bound * (1 + 1e-4)
+    ok = error <= bound and fits and 0 < out.stats.active_frac < 1
+    text = (
+        f"error {error:.1e}, bound {bound:.1e}, dropped {out.stats.dropped_mass_max:.1e}, "
+        f"active {out.stats.active_frac:.2f}"
+    )
+    return Check(f"sparsity {name}({rule.bound}) {divergence}", ok, text)
+
+
+def timings(
+    device: torch.device,
+    size: Shape = SIZE,
+    dtype: torch.dtype = torch.bfloat16,
+    repeats: int = 10,
+) -> Iterator[Timing]:
+    """JSD with gradients to hidden states and head, one candidate after the other."""
+    generator = torch.Generator(device=device).manual_seed(0)
+    states = peaked_states(*size, generator)
+    student, teacher, head = (x.to(dtype) for x in states)
+    del states
+    student.requires_grad_()
+    head.requires_grad_()
+
+    def ours(strategy: str, sparsity: Any = "exact") -> Callable[[], SpanDivergenceOutput]:
+        options: dict[str, Any] = {"strategy": strategy, "sparsity": sparsity}
+        return lambda: span_divergence(student, teacher, head, **options)
+
+    candidates: dict[str, Callable[[], Any]] = {
+        "chunked": ours("chunked"),
+        "tiled": ours("tiled"),
+        "tiled, entry 2^-12": ours("tiled", entry(EPS)),
+        "eager": lambda: eager_jsd(student, teacher, head, beta=0.5),
+        "liger": lambda: liger_jsd(student, teacher, head, beta=0.5),
+    }
+    for name, forward in candidates.items():
+
+        def step(forward: Callable[[], Any] = forward) -> str:
+            student.grad = head.grad = None
+            out = forward()
+            loss = out if isinstance(out, Tensor) else out.loss
+            loss.backward()
+            return "" if isinstance(out, Tensor) else f"active {out.stats.active_frac:.2f}"
+
+        yield measure(name, step, device, repeats)
+        student.grad = head.grad = None
+    chunk_rows = 128 if device.type == "cpu" else 1024
+    floor = gemm_floor(student, teacher, head, chunk_rows=chunk_rows)
+    yield measure("4 GEMM sweeps", floor, device, repeats)
+
+
+def measure(name: str, step: Callable[[], Any], device: torch.device, repeats: int) -> Timing:
+    """Median time of a step, and its peak memory; a candidate that cannot run says why."""
+    is_cuda = device.type == "cuda"
+    seconds: list[float] = []
+    peak, text = None, ""
+    try:
+        step()
+        if is_cuda:
+            torch.cuda.synchronize(device)
+            torch.cuda.reset_peak_memory_stats(device)
+            before = torch.cuda.memory_allocated(device)
+        for _ in range(repeats):
+            start = time.perf_counter()
+            text = step() or ""
+            if is_cuda:
+                torch.cuda.synchronize(device)
+            seconds.append(time.perf_counter() - start)
+        if is_cuda:  # the gradients of the first step were there, and count in `before`
+            peak = max(0, torch.cuda.max_memory_allocated(device) - before)
+    except torch.OutOfMemoryError:
+        return Timing(name, None, None, "out of memory")
+    except ImportError as error:
+        return Timing(name, None, None, f"not installed: {error.name}")
+    return Timing(name, statistics.median(seconds), peak, text)
+
+
+def make_tensors(case: Case, device: torch.device) -> dict[str, Tensor]:
+    """The arguments that are tensors, the same on every device."""
+    (N, V, H), generator = case.shape, torch.Generator().manual_seed(0)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    if case.kind == "extreme":  # each state has one column of the head's to itself: logits +-80
+        student_hidden = normal(N, H).sign()
+        head = torch.zeros(V, H)
+        head[torch.arange(V), torch.arange(V) % H] = MAX_LOG_RATIO
+        tensors = {"teacher_hidden": normal(N, H).sign(), "student_head": head}
+    else:
+        student_hidden = normal(N, H)
+        noise = 0.0 if case.kind == "same" else 0.7
+        tensors = {
+            "teacher_hidden": student_hidden + noise * normal(N, H),
+            "student_head": 3 * normal(V, H) / H**0.5,
+        }
+    tensors["student_hidden"] = student_hidden
+    if case.everything:
+        tensors |= {
+            "teacher_hidden": normal(N, H + 64),
+            "teacher_head": 3 * normal(V, H + 64) / H**0.5,
+            "student_bias": normal(V),
+            "teacher_bias": normal(V),
+            "rollout_logprobs": -3 * torch.rand(N, generator=generator),
+        }
+    tensors = {name: x.to(device, case.dtype) for name, x in tensors.items()}
+    if case.everything:
+        tensors["weights"] = torch.rand(N, generator=generator).to(device)
+    tensors["token_ids"] = torch.randint(V, (N,), generator=generator).to(device)
+    return tensors
+
+
+def make_options(case: Case) -> dict[str, Any]:
+    options: dict[str, Any] = {"strategy": case.strategy, "divergence": case.divergence}
+    if case.everything:
+        options |= {"beta": 0.3, "temperature": 1.3, "softcap": 20.0, "is_clip": 2.0}
+    return options | dict(case.options)
+
+
+def run(
+    tensors: Mapping[str, Tensor], options: Mapping[str, Any]
+) -> tuple[SpanDivergenceOutput, dict[str, Tensor]]:
+    """The output, and the gradients of its loss."""
+    leaves = {n: tensors[n].clone().requires_grad_() for n in STUDENTS if n in tensors}
+    out = span_divergence(**{**tensors, **leaves}, **options)
+    gradients = torch.autograd.grad(out.loss, list(leaves.values()))
+    return out, dict(zip(leaves, gradients, strict=True))
+
+
+def share(got: Tensor, want: Tensor, tolerance: float, slack: float) -> float:
+    """Largest error as a share of what is allowed: `tolerance` of the largest, and `slack`."""
+    if want.numel() == 0:
+        return 0.0
+    got, want = got.detach(), want.detach()
+    allowed = tolerance * float(want.abs().max()) + slack
+    worst = float((got.double() - want).abs().max())
+    return worst / allowed if worst == worst else float("inf")  # NaN compares with nothing
+
+
+@contextmanager
+def full_float32() -> Iterator[None]:
+    """GEMMs of float32 in float32: no TF32."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def poisoned_memory() -> Iterator[None]:
+    """Fresh memory is full of NaN, so that reading it before it is written shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
+    memory: Any = torch.utils.deterministic
+    filled = memory.fill_uninitialized_memory
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of operations that have no deterministic kernel
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        memory.fill_uninitialized_memory = True
+        try:
+            yield
+        finally:
+            torch.use_deterministic_algorithms(before, warn_only=warn_only)
+            memory.fill_uninitialized_memory = filled

@@ -1,0 +1,1 @@
+"""From rollouts to packed micro-batches. Nothing here acts on a model or a file."""

@@ -1,0 +1,123 @@
+"""Distillation samples: each rollout under the student's prompt and under the teacher's.
+
+The student's prompt is the one the rollout was sampled from. The teacher's is the same problem with
+the reflection. The completion ids follow both as they were sampled, never encoded again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rosd_fast.errors import UserError
+from rosd_fast.files import write_atomic
+from rosd_fast.text.prompts import (
+    cut_middle,
+    fill_template,
+    fit_prompt,
+    placeholders,
+    render_prompt,
+)
+from rosd_fast.types import DistillSample
+
+if TYPE_CHECKING:
+    from rosd_fast.config import TeacherConfig
+    from rosd_fast.types import ErrorSpan, Group, Problem, Reflection, Rollout
+
+
+def build_samples(
+    groups: Sequence[Group],
+    reflections: Mapping[str, Reflection],
+    spans: Mapping[str, ErrorSpan],
+    *,
+    tokenizer: Any,
+    config: TeacherConfig,
+) -> list[DistillSample]:
+    """One sample a rollout that has a span and all that its teacher template asks for.
+
+    Raises UserError when a problem and the template alone are over `config.max_prompt_tokens`.
+    """
+    samples = []
+    for problem, rollout in _rollouts(groups):
+        reflection, span = reflections.get(rollout.id), spans.get(rollout.id)
+        if reflection is None or span is None:
+            continue
+        template = config.correct_template if reflection.correct else config.wrong_template
+        texts = {"explanation": reflection.explanation, "quote": reflection.quote}
+        texts = {name: text for name, text in texts.items() if name in placeholders(template)}
+        given = {name: text for name, text in texts.items() if text}
+        if len(given) < len(texts):
+            continue  # as for on_miss = "full" and a reflection without any quote
+        prompt_ids, cut = teacher_prompt(
+            problem, template, given, tokenizer=tokenizer, max_tokens=config.max_prompt_tokens
+        )
+        samples.append(
+            DistillSample(
+                rollout_id=rollout.id,
+                student_prompt_ids=rollout.prompt_ids,
+                teacher_prompt_ids=prompt_ids,
+                completion_ids=rollout.completion_ids,
+                logprobs=rollout.logprobs,
+                start=span.start,
+                end=span.end,
+                reflection_cut=cut,
+            )
+        )
+    return samples
+
+
+def teacher_prompt(
+    problem: Problem,
+    template: str,
+    texts: Mapping[str, str],
+    *,
+    tokenizer: Any,
+    max_tokens: int,
+) -> tuple[tuple[int, ...], bool]:
+    """The teacher's prompt, and whether the reflection had to be cut to fit.
+
+    The explanation loses its end, and a quote that is longer than what is left of it its middle.
+    """
+
+    def render(keep: int) -> tuple[int, ...]:
+        values = {
+            name: text[:keep] if name == "explanation" else cut_middle(text, keep)
+            for name, text in texts.items()
+        }
+        user = fill_template(template, {**values, "problem": problem.prompt})
+        return render_prompt(tokenizer, user=user, system=problem.system)
+
+    longest = max(map(len, texts.values()), default=0)
+    fitted = fit_prompt(render, longest=longest, max_tokens=max_tokens)
+    if fitted is None:
+        raise UserError(
+            f"the teacher prompt has {len(render(0))} tokens without any reflection, over the "
+            f"budget of {max_tokens}",
+            where=f"problem {problem.id}",
+            fix="Raise teacher.max_prompt_tokens, or leave the problem out",
+        )
+    keep, prompt_ids = fitted
+    return prompt_ids, keep < longest
+
+
+def sample_metrics(samples: Sequence[DistillSample]) -> dict[str, float]:
+    """`reflect/cut_frac`: the share of samples whose reflection was cut to fit."""
+    if not samples:
+        return {}
+    return {"reflect/cut_frac": sum(sample.reflection_cut for sample in samples) / len(samples)}
+
+
+def _rollouts(groups: Sequence[Group]) -> Iterator[tuple[Problem, Rollout]]:
+    for group in groups:
+        for rollout in group.rollouts:
+            yield group.problem, rollout
+
+
+def write_skipped(run: Path, step: int, samples: Sequence[DistillSample]) -> Path:
+    """The samples of a step that was skipped, a JSON line each, into RUN/skipped/."""
+    lines = (json.dumps(asdict(sample)) for sample in samples)
+    path = run / "skipped" / f"step_{step:06d}.jsonl"
+    return write_atomic(path, "".join(f"{line}\n" for line in lines).encode())

@@ -1,0 +1,193 @@
+"""From presets, TOML files and the command line to one `Config`, and back to TOML.
+
+    Config's defaults < preset < --config FILE.toml < command line
+
+A later layer replaces single options. TOML has no null, so `false` stands for none where an option
+can be none: no such option is a switch, so nothing else is ever meant by it. On the command line it
+is `none`.
+
+A layer that brings training problems of its own does not inherit the quickstart's development
+problems.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+import tomllib
+from collections.abc import Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, TypeVar
+
+from pydantic import BaseModel, ValidationError
+
+from rosd_fast.config import Config
+from rosd_fast.config.arguments import as_flag, nearest, options_of
+from rosd_fast.config.messages import explain
+from rosd_fast.config.toml import find_line, to_toml
+from rosd_fast.errors import UserError
+
+__all__ = [
+    "apply_args",
+    "apply_toml",
+    "config_hash",
+    "load_config",
+    "load_preset",
+    "preset_names",
+    "to_toml",
+]
+
+PRESETS = Path(__file__).parent.parent / "presets"
+DEFAULT_PRESET = "quickstart"
+QUICKSTART = "quickstart:"
+
+# What changes neither the data a step sees nor its update.
+NOT_HASHED = {
+    "steps": True,
+    "out": True,
+    "name": True,
+    "dump_rollouts": True,
+    "data": {"dev", "dev_ood"},
+    "eval": True,
+    "checkpoint": True,
+    "parallel": True,
+    "learner": True,
+}
+
+Model = TypeVar("Model", bound=BaseModel)
+
+
+def preset_names() -> list[str]:
+    """The presets that come with the package."""
+    return sorted(path.stem for path in PRESETS.glob("*.toml"))
+
+
+@cache
+def load_preset(name: str) -> Config:
+    """The options of a preset. Raises UserError when there is none of this name."""
+    if name not in preset_names():
+        near = nearest(name, preset_names())
+        known = f"Known are {', '.join(preset_names())}"
+        raise UserError(
+            f"there is no preset {name!r}", fix=f"Did you mean {near}? {known}" if near else known
+        )
+    return apply_toml(Config(), PRESETS / f"{name}.toml")
+
+
+def load_config(
+    given: Mapping[str, Any], *, preset: str | None = None, file: str | Path | None = None
+) -> Config:
+    """All layers in order; `given` is what the command line sets, as `read_args` returns it.
+
+    Without a preset and a file, a model that has a preset of its name comes with it, and no model
+    means the quickstart.
+    """
+    if preset is None and file is None:
+        model = given.get("model", DEFAULT_PRESET)
+        preset = model if model in preset_names() else None
+    config = Config() if preset is None else load_preset(preset)
+    if file is not None:
+        config = apply_toml(config, Path(file).expanduser())
+    return apply_args(config, given)
+
+
+def apply_toml(base: Config, path: Path) -> Config:
+    """`base` with the options that a TOML file sets.
+
+    Raises UserError, with file and line, for what cannot be read, an unknown key and a wrong value.
+    """
+    text = _read(path)
+    try:
+        layer = tomllib.loads(text)
+    except (tomllib.TOMLDecodeError, RecursionError) as error:
+        what, _, place = str(error).partition(" (at ")
+        line = re.search(r"line (\d+)", place)
+        number = line[1] if line else len(text.rstrip().split("\n"))
+        raise UserError(f"malformed TOML ({what})", where=f"{path}:{number}") from None
+    layer = _false_to_none(layer, Config)
+    merged = _merge(_without_quickstart_dev(base, layer).model_dump(mode="json"), layer)
+    try:
+        # Through JSON, as only there a list may be a tuple in strict mode.
+        return Config.model_validate_json(json.dumps(merged, default=str), strict=True)
+    except ValidationError as error:
+        raise explain(
+            error,
+            Config,
+            spell=lambda name: name,
+            show=lambda value: json.dumps(value, ensure_ascii=False),
+            where=lambda keys: f"{path}:{find_line(text, keys)}",
+        ) from None
+
+
+def apply_args(base: Model, given: Mapping[str, Any]) -> Model:
+    """`base` with the options that the command line sets, as `read_args` returns them."""
+    layer: dict[str, Any] = {}
+    for name, value in given.items():
+        *tables, key = name.split(".")
+        table = layer
+        for part in tables:
+            table = table.setdefault(part, {})
+        table[key] = value
+    if isinstance(base, Config):
+        base = _without_quickstart_dev(base, layer)
+    try:
+        return type(base).model_validate(_merge(base.model_dump(), layer))
+    except ValidationError as error:
+        raise explain(error, type(base), spell=as_flag, show=repr, where=lambda keys: "") from None
+
+
+def config_hash(config: Config) -> str:
+    """16 hex digits over the options that decide what is learned; a longer run keeps its hash."""
+    options = config.model_dump(mode="json", exclude=NOT_HASHED)
+    text = json.dumps(options, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def _read(path: Path) -> str:
+    try:
+        return path.read_bytes().decode("utf-8-sig")
+    except UnicodeDecodeError:
+        raise UserError("the text is not UTF-8", where=str(path)) from None
+    except FileNotFoundError:
+        raise UserError("there is no such file", where=str(path)) from None
+    except OSError as error:
+        raise UserError(f"the file cannot be read ({error.strerror})", where=str(path)) from None
+
+
+def _merge(base: dict[str, Any], layer: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(base)
+    for key, value in layer.items():
+        old = merged.get(key)
+        both = isinstance(old, dict) and isinstance(value, Mapping)
+        merged[key] = _merge(old, value) if both else value  # type: ignore[arg-type]
+    return merged
+
+
+def _false_to_none(layer: dict[str, Any], model: type[BaseModel]) -> dict[str, Any]:
+    nullable = {name for name, option in options_of(model).items() if option.nullable}
+
+    def walk(table: dict[str, Any], prefix: str) -> dict[str, Any]:
+        return {
+            key: walk(value, f"{prefix}{key}.")
+            if isinstance(value, dict)
+            else (None if value is False and prefix + key in nullable else value)
+            for key, value in table.items()
+        }
+
+    return walk(layer, "")
+
+
+def _without_quickstart_dev(base: Config, layer: Mapping[str, Any]) -> Config:
+    """`base`, less the quickstart's development problems if `layer` has its own for training."""
+    data = layer.get("data")
+    train = data.get("train") if isinstance(data, Mapping) else None
+    if not isinstance(train, str) or train.startswith(QUICKSTART):
+        return base
+    dropped = {
+        split: None
+        for split in ("dev", "dev_ood")
+        if (getattr(base.data, split) or "").startswith(QUICKSTART)
+    }
+    return base.model_copy(update={"data": base.data.model_copy(update=dropped)})

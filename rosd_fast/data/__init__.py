@@ -1,0 +1,1 @@
+"""Data sets: rows of a file become problems."""

@@ -1,0 +1,222 @@
+"""Rollouts in the trainer's own process, with any causal language model of transformers.
+
+    requests -> shares -> prefill each prompt once, copy its cache to n rows -> decode -> retire
+                  ^_________ waiting shares take the place of finished rows __________|
+
+The forward pass is the model's own (`forward`), behind a preallocated cache (`kv_cache`); `decode`
+keeps the rows, and `sampling` draws from numbers that belong to (seed, request id, index) alone.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Future
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from rosd_fast.engines.base import RolloutEngine
+from rosd_fast.engines.local.decode import DecodeBatch, Finished, Share
+from rosd_fast.engines.local.forward import NextToken
+from rosd_fast.engines.local.grammar_mask import Constraint, GrammarCompiler
+from rosd_fast.engines.requests import check_ids, completion_limit
+from rosd_fast.errors import UserError
+from rosd_fast.types import Generation, GenerationRequest
+
+BURST = 8  # decoding steps between two looks at the event loop
+RETIRE_FRAC = 1 / 8  # of the rows are finished before the batch is compacted
+
+
+class LocalEngine(RolloutEngine):
+    """Samples with `model`, which may be the module that is being trained.
+
+    model: a causal language model; in eval mode while it computes, and left as it was found.
+    max_rows: completions decoded side by side. pad_token_id: stands before shorter prompts, masked.
+    tokenizer: reads the grammars of requests; without, such a request is an error.
+    follows: the model is the one that is trained, so `load_weights` only takes note.
+
+    Raises UserError for a model that cannot be decoded with a padded cache.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        *,
+        max_rows: int = 256,
+        pad_token_id: int = 0,
+        tokenizer: Any = None,
+        follows: bool = False,
+    ) -> None:
+        if max_rows < 1:
+            raise ValueError(f"max_rows is {max_rows}, must be at least 1")
+        self.model = model
+        self.max_rows = max_rows
+        self.follows = follows
+        self._forward = NextToken(model)
+        # It is never attended to, so any id that has an embedding does.
+        self.pad_token_id = pad_token_id if 0 <= pad_token_id < self._forward.vocab_size else 0
+        self._num_running = 0
+        self._grammars = None
+        if tokenizer is not None:
+            self._grammars = GrammarCompiler(tokenizer, self._forward.vocab_size)
+
+    async def generate(
+        self,
+        requests: Sequence[GenerationRequest],
+        *,
+        on_tokens: Callable[[int], None] | None = None,
+    ) -> list[Generation]:
+        """All completions of all requests, ordered by request and then by index.
+
+        Equal seeds, ids and weights give equal samples, whatever else is asked for at the same time
+        and whatever `max_rows` is (but for the rounding of batched matrix products).
+        Log-probabilities are those of the distribution that was sampled from; for temperature 0,
+        those at temperature 1. A completion that would leave the model's context ends there, with
+        finish reason "length".
+
+        Raises UserError when a prompt does not fit the context or the logits are not finite,
+        ValueError for parameters out of range and for an id that two requests share.
+        """
+        shares = self._shares(requests)
+        if not shares:
+            return []
+        self._num_running += 1
+        try:
+            finished = await self._decode(shares, on_tokens)
+        finally:
+            self._num_running -= 1
+        done = {(item.request.id, item.index): item for item in finished}
+        return [
+            self._generation(done[request.id, index])
+            for request in requests
+            for index in range(request.n)
+        ]
+
+    async def load_weights(self, weights: Mapping[str, Tensor], *, version: int) -> None:
+        """Copy `weights` (by state-dict name) into the model, once nothing is being generated.
+
+        Tensors that already are the model's own are left alone, and all where it `follows`. Of tied
+        weights one name is enough; buffers may be missing. Raises ValueError, and changes nothing,
+        when a name is unknown or missing or a shape differs.
+        """
+        own = self.model.state_dict()
+        if self.follows:
+            weights = {}
+        else:
+            _check_weights(own, dict(self.model.named_parameters()), weights)
+        while self._num_running:
+            await asyncio.sleep(0.001)
+        with torch.no_grad():
+            for name, source in weights.items():
+                if not _same_memory(own[name], source):
+                    own[name].copy_(source)
+        self.policy_version = version
+
+    async def close(self) -> None:
+        """Nothing is held between calls but the model, which is the caller's."""
+
+    async def _decode(
+        self, shares: Sequence[Share], on_tokens: Callable[[int], None] | None
+    ) -> list[Finished]:
+        waiting, finished = deque(shares), []
+        batch = DecodeBatch(
+            self._forward, shares, max_rows=self.max_rows, pad_token_id=self.pad_token_id
+        )
+        while waiting or batch.num_rows:
+            with self._forward.running():
+                taken, done = self._burst(batch, waiting)
+            finished += done
+            if on_tokens is not None and taken:
+                on_tokens(taken)
+            await asyncio.sleep(0)  # lets signals and other tasks through
+        return finished
+
+    def _burst(self, batch: DecodeBatch, waiting: deque[Share]) -> tuple[int, list[Finished]]:
+        """Let shares join, decode a few steps, retire; returns tokens taken and what finished."""
+        taken = batch.admit(_next_shares(waiting, batch.num_free)) if waiting else 0
+        for _ in range(BURST):
+            if batch.num_finished >= max(1, RETIRE_FRAC * batch.num_rows):
+                return taken, batch.retire()
+            taken += batch.step()
+        return taken, []
+
+    def _shares(self, requests: Sequence[GenerationRequest]) -> list[Share]:
+        """Checked requests, cut to at most `max_rows` rows, longest prompt first."""
+        requests = sorted(requests, key=lambda request: -len(request.prompt_ids))
+        check_ids(requests)
+        shares = []
+        for request, constraint in zip(requests, self._constraints(requests), strict=True):
+            limit = completion_limit(
+                request,
+                vocab_size=self._forward.vocab_size,
+                context_length=self._forward.context_length,
+            )
+            for first in range(0, request.n, self.max_rows):
+                indices = range(first, min(first + self.max_rows, request.n))
+                shares.append(Share(request, indices, limit, constraint))
+        return shares
+
+    def _constraints(
+        self, requests: Sequence[GenerationRequest]
+    ) -> list[Future[Constraint] | None]:
+        if self._grammars is not None:
+            return self._grammars.constraints(requests)
+        for request in requests:
+            if request.grammar is not None:
+                raise ValueError(
+                    f"request {request.id}: has a grammar, but the engine no tokenizer"
+                )
+        return [None] * len(requests)
+
+    def _generation(self, done: Finished) -> Generation:
+        if not math.isfinite(sum(done.logprobs)):
+            raise UserError(
+                "the model's logits are not finite",
+                where=f"request {done.request.id}, weights of version {self.policy_version}",
+                fix="Lower the learning rate, or check the model's weights",
+            )
+        stopped = done.ids[-1] in done.request.params.stop_token_ids
+        return Generation(
+            request_id=done.request.id,
+            index=done.index,
+            completion_ids=tuple(done.ids),
+            logprobs=tuple(done.logprobs),
+            finish_reason="stop" if stopped else "length",
+            policy_version=self.policy_version,
+        )
+
+
+def _next_shares(waiting: deque[Share], num_free: int) -> list[Share]:
+    """Take from the front of `waiting` what fits `num_free` rows."""
+    taken = []
+    while waiting and len(waiting[0].indices) <= num_free:
+        taken.append(waiting.popleft())
+        num_free -= len(taken[-1].indices)
+    return taken
+
+
+def _same_memory(a: Tensor, b: Tensor) -> bool:
+    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.dtype == b.dtype
+
+
+def _check_weights(
+    own: Mapping[str, Tensor], parameters: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+) -> None:
+    """Raise ValueError unless every weight has its place and every parameter its weight."""
+    for name, tensor in weights.items():
+        if name not in own:
+            raise ValueError(f"weight {name} is not one of the model's")
+        if tensor.shape != own[name].shape:
+            raise ValueError(
+                f"weight {name} has the shape {tuple(tensor.shape)}, the model's is "
+                f"{tuple(own[name].shape)}"
+            )
+    given = {own[name].data_ptr() for name in weights}  # of tied weights one name is enough
+    for name, parameter in parameters.items():
+        if name not in weights and parameter.data_ptr() not in given:
+            raise ValueError(f"weight {name} is missing")

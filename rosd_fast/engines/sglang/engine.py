@@ -1,0 +1,365 @@
+"""Rollouts from SGLang servers over HTTP: token ids in, token ids and log-probabilities out.
+
+    requests -> server by affinity -> one POST a request, with n copies -> Generations, as they come
+
+All requests of a problem, its rollouts and its reflections, go to one server, whose cache then
+holds their common prompt. A request whose server fails is asked again, elsewhere or after the
+server was started anew; each answer says which weights it was drawn with, so that none is used
+that another version, or another trainer, had a part in.
+
+Unlike the local engine's, the draws are the server's own: equal seeds do not give equal samples.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import math
+import secrets
+import zlib
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from typing import Any
+
+from torch import Tensor
+
+from rosd_fast.engines.base import RolloutEngine
+from rosd_fast.engines.requests import check_ids, completion_limit
+from rosd_fast.engines.sglang.cache_stats import PrefixUse
+from rosd_fast.engines.sglang.client import Busy, Refused, ServerError, Unreachable
+from rosd_fast.engines.sglang.pool import Member, keep_asking
+from rosd_fast.engines.sglang.weight_sync import SYNC_TIMEOUT_S, WeightSync
+from rosd_fast.errors import RunFailed, UserError
+from rosd_fast.types import Generation, GenerationRequest
+
+PROBE_TIMEOUT_S = 120.0
+
+
+class StaleWeights(ServerError):
+    """An answer was drawn with other weights than those it was asked of."""
+
+
+class SglangEngine(RolloutEngine):
+    """Samples on `members`, servers of our own or at given addresses.
+
+    sync: hands weights over.
+    vocab_size: ids at or above it, which would kill a server, are refused.
+    probe: gives the trainer's log-probabilities of `probe_ids[1:]`, None: no comparison after a
+    sync. probe_bound: largest difference that is no error, in nats.
+    concurrency: requests under way at once. max_failures: as many in a row end the run.
+    request_timeout_s: for one request, with all its copies.
+    colocated: the servers give their memory back between `make_room` and `load_weights`.
+    note: shows the user a line.
+    """
+
+    streams = True
+
+    def __init__(
+        self,
+        members: Sequence[Member],
+        *,
+        sync: WeightSync,
+        vocab_size: int,
+        context_length: int,
+        probe_ids: Sequence[int] = (),
+        probe: Callable[[Sequence[int]], list[float]] | None = None,
+        probe_bound: float = 0.0,
+        concurrency: int = 64,
+        max_failures: int = 10,
+        request_timeout_s: float = 3600.0,
+        colocated: bool = False,
+        note: Callable[[str], None] = print,
+    ) -> None:
+        if not members:
+            raise ValueError("an engine needs a server")
+        self.members = list(members)
+        self.vocab_size, self.context_length = vocab_size, context_length
+        self.note = note
+        self._sync = sync
+        self._run = secrets.token_hex(4)  # tells our weights from another trainer's
+        self._probe_ids, self._probe, self._probe_bound = tuple(probe_ids), probe, probe_bound
+        self._expected: list[float] = []  # of the probe, with the current weights
+        self._slots = asyncio.Semaphore(concurrency)
+        self._max_failures = max_failures
+        self._timeout_s = request_timeout_s
+        self._colocated = colocated
+        self._prefix = PrefixUse()
+        self._counts = {"retries": 0, "retractions": 0, "restarts": 0}
+        self._idle = asyncio.Condition()
+        self._num_running = 0
+
+    @property
+    def tag(self) -> str:
+        """What the servers call the current weights."""
+        return f"{self._run}-{self.policy_version}"
+
+    async def generate(
+        self,
+        requests: Sequence[GenerationRequest],
+        *,
+        on_tokens: Callable[[int], None] | None = None,
+    ) -> list[Generation]:
+        """All completions of all requests, ordered by request and then by index.
+
+        Log-probabilities are those at the sampling temperature, before `top_p` and `top_k`; for
+        temperature 0, those at temperature 1. A completion that would leave the model's context
+        ends there, with finish reason "length".
+
+        Raises UserError when a prompt does not fit the context or the server's cache, ValueError
+        for parameters out of range, a wrong grammar and an id that two requests share, and
+        RunFailed after `max_failures` failures in a row.
+        """
+        found: dict[str, list[Generation]] = {}
+        async for generations in self.stream(requests, on_tokens=on_tokens):
+            found[generations[0].request_id] = generations
+        return [generation for request in requests for generation in found[request.id]]
+
+    async def stream(
+        self,
+        requests: Sequence[GenerationRequest],
+        *,
+        on_tokens: Callable[[int], None] | None = None,
+    ) -> AsyncIterator[list[Generation]]:
+        """As `generate`, request by request as they are done."""
+        check_ids(requests)
+        limits = [self._limit(request) for request in requests]
+        tasks = [
+            asyncio.create_task(self._complete(request, limit))
+            for request, limit in zip(requests, limits, strict=True)
+        ]
+        try:
+            for next_done in asyncio.as_completed(tasks):
+                generations = await next_done
+                if on_tokens is not None:
+                    on_tokens(sum(len(item.completion_ids) for item in generations))
+                yield generations
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def load_weights(self, weights: Mapping[str, Tensor], *, version: int) -> None:
+        """Copy `weights` and have each server load them, once nothing is being generated.
+
+        The first call starts our own servers. Raises RunFailed when no server can be brought to
+        these weights, or when one then disagrees with the trainer about the probe.
+        """
+        async with self._idle:
+            await self._idle.wait_for(lambda: self._num_running == 0)
+            await asyncio.to_thread(self._sync.keep, weights, version)
+            self.policy_version = version
+            if self._probe is not None:
+                self._expected = self._probe(self._probe_ids)
+            ready = await asyncio.gather(*(self._try_prepare(member) for member in self.members))
+        if not any(error is None for error in ready):
+            raise RunFailed(f"no SGLang server could be brought to the new weights: {ready[0]}")
+        self._sync.drop_older()
+
+    async def make_room(self) -> None:
+        """Have colocated servers give back the memory of weights and cache.
+
+        Raises RunFailed when one does not: the learner would run out of memory.
+        """
+        if not self._colocated:
+            return
+        for member in self.members:
+            try:
+                await member.post("/release_memory_occupation", {}, timeout_s=SYNC_TIMEOUT_S)
+            except ServerError as error:
+                raise RunFailed(f"the server keeps its memory: {error}") from None
+            member.asleep, member.tag = True, None
+
+    async def close(self) -> None:
+        """Stop our own servers and remove what was written for them."""
+        await self._sync.close()
+        await asyncio.gather(*(member.close() for member in self.members))
+
+    def take_metrics(self) -> dict[str, float]:
+        """`rollout/...` since the last call: shares of prompt tokens that the servers had cached
+        and that they could have had, requests asked again, completions that were set back for lack
+        of memory, and servers started again."""
+        counts, self._counts = self._counts, dict.fromkeys(self._counts, 0)
+        metrics = {f"rollout/num_{name}": float(count) for name, count in counts.items()}
+        return metrics | self._prefix.take_metrics()
+
+    def _limit(self, request: GenerationRequest) -> int:
+        """Tokens a completion may have; checks the request."""
+        return completion_limit(
+            request, vocab_size=self.vocab_size, context_length=self.context_length
+        )
+
+    async def _complete(self, request: GenerationRequest, limit: int) -> list[Generation]:
+        """All copies of a request, asked for until they are there."""
+        async with self._slots, self._running():
+            return await keep_asking(
+                lambda member, attempt: self._try(request, limit, attempt, member),
+                self.members,
+                home=zlib.crc32((request.affinity or request.id).encode()),
+                what=f"request {request.id}",
+                max_failures=self._max_failures,
+                timeout_s=self._timeout_s,
+                failed=self._failed,
+            )
+
+    @contextlib.asynccontextmanager
+    async def _running(self) -> AsyncIterator[None]:
+        async with self._idle:
+            self._num_running += 1
+        try:
+            yield
+        finally:
+            async with self._idle:
+                self._num_running -= 1
+                self._idle.notify_all()
+
+    async def _try(
+        self, request: GenerationRequest, limit: int, attempt: int, member: Member
+    ) -> list[Generation]:
+        """Ask a server once."""
+        await self._prepare(member)
+        try:
+            answer = await member.post(
+                "/generate",
+                body(request, limit, attempt, run=self._run),
+                timeout_s=self._timeout_s,
+                watch=True,
+            )
+        except Refused as error:
+            raise ValueError(f"request {request.id}: {error}") from None
+        return self._read(request, limit, answer, member)
+
+    def _failed(self, member: Member, error: ServerError) -> None:
+        """Count a failure; unless the server was only busy, look at it before it is used again."""
+        self._counts["retries"] += 1
+        if isinstance(error, Busy):
+            return
+        if not member.down:
+            self.note(f"SGLang: {error}; trying again")
+        member.distrust()
+
+    async def _try_prepare(self, member: Member) -> Exception | None:
+        try:
+            await self._prepare(member)
+        except ServerError as error:
+            member.distrust()
+            self.note(f"SGLang: {error}")
+            return error
+        return None
+
+    async def _prepare(self, member: Member) -> None:
+        """Have the server up, with the current weights. Raises ServerError or RunFailed."""
+        async with member.lock:
+            if await member.ensure_up():
+                self._counts["restarts"] += member.num_starts > 1
+                if member.num_starts > 1:
+                    self.note(f"SGLang: {member.name} was started again")
+            if member.tag == self.tag:
+                return
+            member.tag = None
+            if member.asleep:
+                await member.post("/resume_memory_occupation", {}, timeout_s=SYNC_TIMEOUT_S)
+                member.asleep = False
+            await self._sync.hand_over(member, self.tag)
+            await self._check_probe(member)
+            member.tag = self.tag
+
+    async def _check_probe(self, member: Member) -> None:
+        """Raise RunFailed when the server's log-probabilities are not the trainer's."""
+        if self._probe is None or not self._probe_bound:
+            return
+        answer = await member.post(
+            "/generate",
+            {
+                "input_ids": list(self._probe_ids),
+                "sampling_params": {"max_new_tokens": 0, "temperature": 0},
+                "return_logprob": True,
+                "logprob_start_len": 0,
+            },
+            timeout_s=PROBE_TIMEOUT_S,
+        )
+        own = [item[0] for item in answer["meta_info"]["input_token_logprobs"][1:]]
+        worst = max(zip(own, self._expected, strict=True), key=lambda pair: abs(pair[0] - pair[1]))
+        if not abs(worst[0] - worst[1]) <= self._probe_bound:
+            raise RunFailed(
+                f"{member.url}: after loading the weights of version {self.policy_version}, the "
+                f"server gives a token the log-probability {worst[0]:.4f} and the trainer "
+                f"{worst[1]:.4f}, more than engine.probe_bound = {self._probe_bound:g} apart"
+            )
+
+    def _read(
+        self, request: GenerationRequest, limit: int, answer: Any, member: Member
+    ) -> list[Generation]:
+        """The completions in a server's answer."""
+        items = answer if isinstance(answer, list) else [answer]
+        if len(items) != request.n:
+            raise Unreachable(member.url, f"gave {len(items)} completions of {request.n}")
+        generations = []
+        for index, item in enumerate(items):
+            try:
+                meta, ids = item["meta_info"], tuple(item["output_ids"])
+                reason = meta["finish_reason"]
+                logprobs = tuple(entry[0] for entry in meta["output_token_logprobs"])
+                version, num_cached = meta["weight_version"], meta["cached_tokens"]
+            except (KeyError, TypeError, IndexError) as error:
+                raise Unreachable(member.url, f"gave an answer without {error}") from None
+            if reason["type"] == "abort":
+                raise Busy(member.url, f"gave up a request ({reason.get('message')})")
+            self._check_version(version, member)
+            if not math.isfinite(sum(logprobs)):
+                raise UserError(
+                    "the model's logits are not finite",
+                    where=f"request {request.id}, weights of version {self.policy_version}",
+                    fix="Lower the learning rate, or check the model's weights",
+                )
+            if reason["type"] == "length" and len(ids) < limit:
+                raise UserError(
+                    f"the server cut a completion at {len(ids)} of {limit} tokens: its cache of "
+                    "keys and values is too small",
+                    where=f"request {request.id}",
+                    fix="Lower sample.max_new_tokens, or raise --max-total-tokens or "
+                    "--mem-fraction-static of the server",
+                )
+            self._prefix.add(request.prompt_ids, num_cached)
+            self._counts["retractions"] += meta.get("num_retractions") or 0
+            generations.append(
+                Generation(
+                    request_id=request.id,
+                    index=index,
+                    completion_ids=ids,
+                    logprobs=logprobs,
+                    finish_reason="stop" if reason["type"] == "stop" else "length",
+                    policy_version=self.policy_version,
+                )
+            )
+        return generations
+
+    def _check_version(self, version: str, member: Member) -> None:
+        if version == self.tag:
+            return
+        run, _, number = version.rpartition("-")
+        if run and run != self._run and number.isdecimal():
+            raise RunFailed(
+                f"{member.url}: another trainer has loaded its weights ({version}, ours are "
+                f"{self.tag}); a server can serve one trainer only"
+            )
+        raise StaleWeights(member.url, f"sampled with the weights {version}, not {self.tag}")
+
+
+def body(request: GenerationRequest, limit: int, attempt: int, *, run: str) -> dict[str, Any]:
+    """A request as SGLang's /generate takes it."""
+    params = request.params
+    sampling: dict[str, Any] = {
+        "n": request.n,
+        "max_new_tokens": limit,
+        "temperature": params.temperature,
+        "top_p": params.top_p,
+        "top_k": params.top_k or -1,
+        "stop_token_ids": list(params.stop_token_ids),
+    }
+    if request.grammar is not None:
+        sampling["ebnf"] = request.grammar
+    return {
+        "rid": f"{run}/{request.id}#{attempt}",  # a server refuses an id that it has under way
+        "input_ids": list(request.prompt_ids),
+        "sampling_params": sampling,
+        "return_logprob": True,
+    }

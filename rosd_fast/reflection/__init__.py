@@ -1,0 +1,1 @@
+"""Reflections: ask for them, read them, filter them, and locate the first error they name."""

@@ -1,0 +1,315 @@
+"""From a quote to the tokens that are distilled.
+
+The quote is looked up in the bytes of the sampled ids (`TokenBytes`), so the tokens found are those
+that were sampled: with leading-space tokens the quote "wrong" starts inside the token " wrong",
+which is taken in. It is looked for byte by byte; only where `on_miss` is fuzzy also
+
+    normalized    under Unicode's NFKC, in lower case, with runs of whitespace as one space
+    fuzzy         the stretch of that text most like it (rapidfuzz), if enough like it
+
+A quote that stands in several places is the first or the last of them, or none (`occurrence`). What
+was found how, and what was not, is counted. A reflection that names a sentence by its number needs
+no search.
+
+Granularity `suffix` goes on to the end of the completion, its stop token included; `span` is the
+quote, `sentence` the whole sentences that hold it (see `sentences`).
+"""
+
+from __future__ import annotations
+
+import unicodedata
+from bisect import bisect_right
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+from typing import TYPE_CHECKING, Literal
+
+from rosd_fast.text.sentences import sentences
+from rosd_fast.text.token_bytes import REPLACEMENT, TokenBytes
+from rosd_fast.types import ErrorSpan
+
+if TYPE_CHECKING:
+    from rosd_fast.config import SpanConfig
+    from rosd_fast.types import Group, Reflection, Rollout, Verdict
+
+__all__ = ["Located", "LocatedSpans", "TokenBytes", "locate", "locate_errors", "locate_sentence"]
+
+WHITESPACE = b" \t\n\r\f\v"
+Found = Literal["quote", "normalized", "fuzzy"]
+Origins = list[tuple[int, int]]  # of each unit of a text: the range of another that it stands for
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Located:
+    """Where a quote stands: the fewest tokens that hold all of it, and its whole sentences."""
+
+    start: int  # tokens [start, end), never empty
+    end: int
+    sentence_start: int  # tokens [sentence_start, sentence_end), never less than [start, end)
+    sentence_end: int
+    found: Found
+    ambiguous: bool  # the quote stands in the text more than once
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocatedSpans:
+    """The spans of a step by rollout id, and how the quotes fared.
+
+    num_quotes counts wrong rollouts with an explanation, each of which should have a quote; it is
+    num_found + num_missed. num_ambiguous counts those that stand in several places, found or, with
+    occurrence unique_only, missed; num_normalized and num_fuzzy those found in no other way.
+    """
+
+    spans: dict[str, ErrorSpan]
+    num_quotes: int
+    num_found: int
+    num_ambiguous: int
+    num_normalized: int
+    num_fuzzy: int
+    start_fracs: tuple[
+        float, ...
+    ]  # of each quote found: its first token / tokens of the completion
+
+    @property
+    def num_missed(self) -> int:
+        return self.num_quotes - self.num_found
+
+    def metrics(self) -> dict[str, float]:
+        """The `reflect/*` metrics of locating; those that nothing can be said of are absent."""
+        lengths = [span.end - span.start for span in self.spans.values()]
+        metrics = {}
+        if self.num_quotes:
+            metrics["reflect/found_frac"] = self.num_found / self.num_quotes
+            metrics["reflect/ambiguous_frac"] = self.num_ambiguous / self.num_quotes
+            inexact = self.num_normalized + self.num_fuzzy
+            metrics["reflect/inexact_frac"] = inexact / self.num_quotes
+        if self.num_found:
+            metrics["reflect/span_start_frac"] = sum(self.start_fracs) / self.num_found
+        if lengths:
+            metrics["reflect/span_tokens"] = sum(lengths) / len(lengths)
+        return metrics
+
+
+def locate_errors(
+    groups: Sequence[Group],
+    verdicts: Mapping[str, Verdict],
+    reflections: Mapping[str, Reflection],
+    *,
+    token_bytes: TokenBytes,
+    config: SpanConfig,
+) -> LocatedSpans:
+    """The tokens to distil of each rollout that has an explanation.
+
+    Correct rollouts get the whole completion. Wrong ones get what `config.granularity` makes of
+    their quote; a quote that is not in the rollout is left out or gets the whole completion, as
+    `config.on_miss` says. Rollouts without a reflection, without an explanation or without tokens
+    have no span.
+    """
+    spans: dict[str, ErrorSpan] = {}
+    found: list[tuple[Located, Rollout]] = []
+    num_quotes = num_ambiguous = 0
+    for rollout, reflection in _explained(groups, reflections):
+        match = None
+        if not verdicts[rollout.id].success:
+            num_quotes += 1
+            match = _locate_reflection(reflection, token_bytes.of(rollout.completion_ids), config)
+            if match is not None and match.ambiguous:
+                num_ambiguous += 1
+                match = None if config.occurrence == "unique_only" else match
+            if match is not None:
+                found.append((match, rollout))
+            elif config.on_miss != "full":
+                continue
+        spans[rollout.id] = _span(rollout, match, config.granularity)
+    return LocatedSpans(
+        spans=spans,
+        num_quotes=num_quotes,
+        num_found=len(found),
+        num_ambiguous=num_ambiguous,
+        num_normalized=sum(match.found == "normalized" for match, _ in found),
+        num_fuzzy=sum(match.found == "fuzzy" for match, _ in found),
+        start_fracs=tuple(match.start / len(rollout.completion_ids) for match, rollout in found),
+    )
+
+
+def _explained(
+    groups: Sequence[Group], reflections: Mapping[str, Reflection]
+) -> Iterator[tuple[Rollout, Reflection]]:
+    for group in groups:
+        for rollout in group.rollouts:
+            reflection = reflections.get(rollout.id)
+            if reflection is not None and reflection.explanation and rollout.completion_ids:
+                yield rollout, reflection
+
+
+def _locate_reflection(
+    reflection: Reflection, pieces: Sequence[bytes], config: SpanConfig
+) -> Located | None:
+    if reflection.sentence is not None:
+        return locate_sentence(reflection.sentence, pieces)
+    return locate(
+        reflection.quote or "",
+        pieces,
+        occurrence="last" if config.occurrence == "last" else "first",
+        min_score=config.min_score if config.on_miss == "fuzzy" else None,
+    )
+
+
+def _span(rollout: Rollout, match: Located | None, granularity: str) -> ErrorSpan:
+    length = len(rollout.completion_ids)
+    if match is None:
+        return ErrorSpan(rollout_id=rollout.id, start=0, end=length, source="full")
+    start, end = {
+        "suffix": (match.start, length),
+        "span": (match.start, match.end),
+        "sentence": (match.sentence_start, match.sentence_end),
+    }[granularity]
+    return ErrorSpan(rollout_id=rollout.id, start=start, end=end, source=match.found)
+
+
+def locate(
+    quote: str,
+    pieces: Sequence[bytes],
+    *,
+    occurrence: Literal["first", "last"] = "first",
+    min_score: float | None = None,
+) -> Located | None:
+    """Where `quote` stands in a completion, given the bytes of its tokens (`TokenBytes.of`).
+
+    Byte for byte; whitespace around it is dropped when that is what it takes. min_score: then also
+    normalized and fuzzy, from that likeness of 100 on; None: not. None when it is not there, and
+    for a quote of nothing but whitespace.
+    """
+    if not quote.strip():
+        return None
+    text = _Text(pieces)
+    for wanted in (quote, quote.strip()):
+        # UTF-8 is self-synchronizing: bytes are found where characters are. Half a surrogate pair,
+        # which a str may hold, is found nowhere.
+        needle = wanted.encode(errors="surrogatepass")
+        first = text.data.find(needle)
+        if first < 0:
+            continue
+        last = text.data.rfind(needle)
+        place = first if occurrence == "first" else last
+        return text.located(place, place + len(needle), "quote", ambiguous=first != last)
+    return None if min_score is None else _locate_alike(quote, text, occurrence, min_score)
+
+
+def locate_sentence(number: int, pieces: Sequence[bytes]) -> Located | None:
+    """The sentence of that number, counted from 1; None: there are not so many."""
+    text = _Text(pieces)
+    if not 1 <= number <= len(text.sentences):
+        return None
+    return text.located(*text.sentences[number - 1], "quote", ambiguous=False)
+
+
+class _Text:
+    """A completion's text as bytes of UTF-8, and which tokens hold them."""
+
+    def __init__(self, pieces: Sequence[bytes]) -> None:
+        self.data, self.origins = replace_invalid(b"".join(pieces))
+        self.ends = list(accumulate(map(len, pieces)))
+        self.sentences = sentences(self.data)
+
+    def tokens(self, first: int, last: int) -> tuple[int, int]:
+        """The tokens that hold bytes first..last of the text."""
+        if self.origins is not None:
+            first, last = self.origins[first][0], self.origins[last - 1][1]
+        return bisect_right(self.ends, first), bisect_right(self.ends, last - 1) + 1
+
+    def located(self, first: int, last: int, found: Found, *, ambiguous: bool) -> Located:
+        (start, end), sentence = self.tokens(first, last), self._sentences_around(first, last)
+        sentence_start, sentence_end = self.tokens(*sentence)
+        return Located(
+            start=start,
+            end=end,
+            sentence_start=sentence_start,
+            sentence_end=sentence_end,
+            found=found,
+            ambiguous=ambiguous,
+        )
+
+    def _sentences_around(self, first: int, last: int) -> tuple[int, int]:
+        """The byte range of the sentences that hold those bytes, whitespace around them aside."""
+        quote = self.data[first:last]
+        inner_first = last - len(quote.lstrip(WHITESPACE))
+        inner_last = first + len(quote.rstrip(WHITESPACE))
+        starts = [start for start, _ in self.sentences]
+        start, _ = self.sentences[bisect_right(starts, inner_first) - 1]
+        _, end = self.sentences[bisect_right(starts, inner_last - 1) - 1]
+        return min(start, first), max(end, last)
+
+
+def _locate_alike(quote: str, text: _Text, occurrence: str, min_score: float) -> Located | None:
+    """Normalized, or fuzzy."""
+    shown, origins = normalize(text.data.decode())
+    wanted = normalize(quote)[0].strip()
+    if not wanted:
+        return None
+
+    def located(first: int, last: int, found: Found, ambiguous: bool) -> Located:
+        return text.located(origins[first][0], origins[last - 1][1], found, ambiguous=ambiguous)
+
+    first = shown.find(wanted)
+    if first >= 0:
+        last = shown.rfind(wanted)
+        place = first if occurrence == "first" else last
+        return located(place, place + len(wanted), "normalized", first != last)
+
+    from rapidfuzz.fuzz import partial_ratio_alignment
+
+    match = partial_ratio_alignment(wanted, shown, score_cutoff=min_score)
+    if match is None or not shown[match.dest_start : match.dest_end].strip():
+        return None
+    return located(match.dest_start, match.dest_end, "fuzzy", False)
+
+
+def normalize(text: str) -> tuple[str, Origins]:
+    """`text` under NFKC, in lower case, runs of whitespace as one space; and for each character of
+    the result the bytes of `text` that it stands for."""
+    shown: list[str] = []
+    origins: Origins = []
+    place = byte = 0
+    while place < len(text):
+        stop = place + 1  # a character and the marks that combine with it
+        while stop < len(text) and unicodedata.combining(text[stop]):
+            stop += 1
+        cluster = text[place:stop]
+        size = len(cluster.encode(errors="surrogatepass"))
+        for char in unicodedata.normalize("NFKC", cluster).lower():
+            char = " " if char.isspace() else char
+            if char == " " and shown and shown[-1] == " ":
+                origins[-1] = (origins[-1][0], byte + size)
+                continue
+            shown.append(char)
+            origins.append((byte, byte + size))
+        place, byte = stop, byte + size
+    return "".join(shown), origins
+
+
+def replace_invalid(data: bytes) -> tuple[bytes, Origins | None]:
+    """`data` as valid UTF-8, as a reader of the text sees it: U+FFFD for what is none.
+
+    Also returns, for each byte of the result, which range of `data` it stands for; None: `data` is
+    unchanged.
+    """
+    text, origins, place = bytearray(), [], 0
+    view = memoryview(data)
+    while place < len(data):
+        try:
+            str(view[place:], "utf-8")
+            if place == 0:
+                break
+            good = bad = len(data)
+        except UnicodeDecodeError as error:
+            good, bad = place + error.start, place + error.end
+        text += data[place:good]
+        origins += [(byte, byte + 1) for byte in range(place, good)]
+        if bad > good:
+            text += REPLACEMENT
+            origins += [(good, bad)] * len(REPLACEMENT)
+        place = bad
+    if place == 0:
+        return data, None
+    return bytes(text), origins

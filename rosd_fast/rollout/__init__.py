@@ -1,0 +1,1 @@
+"""Rollouts: sample groups, and select those that can teach something."""

@@ -1,0 +1,1 @@
+"""The optimizer step: learner, teacher, loss, optimizer, checkpoints and ranks."""

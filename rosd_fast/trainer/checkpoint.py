@@ -1,0 +1,271 @@
+"""Checkpoints: `RUN/checkpoints/step_000010/`, a model folder plus what a resume needs.
+
+    config.json, model.safetensors, tokenizer.json, ...   Hugging Face layout, without adapters
+    state/*.safetensors     trained weights in full precision, AdamW's moments, averages: a file of
+                            each rank (torch.distributed.checkpoint), read by any number of ranks
+    trainer_state.json      step, config hash, versions, dev accuracy, the size of every file
+
+A checkpoint is written beside its place, fsynced and renamed, so it is there whole or not at all. A
+later accident with its files shows in their sizes; a damaged checkpoint is passed over, with a
+warning. The weights that are not trained, and those of a frozen teacher, are the initial ones: they
+come from the model that the run began with, and a fingerprint tells another one.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import platform
+import re
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import (
+    HuggingFaceStorageReader,
+    HuggingFaceStorageWriter,
+)
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import save
+
+from rosd_fast import __version__
+from rosd_fast.errors import UserError
+from rosd_fast.files import atomic_folder, remove_folder, remove_leftovers
+from rosd_fast.trainer.learner import Learner
+from rosd_fast.trainer.snapshot import Snapshot
+from rosd_fast.utils.distributed import ALONE, World
+
+FORMAT = 2  # of trainer_state.json
+STATE_JSON = "trainer_state.json"
+STATE_FOLDER = "state"
+STEP_NAME = re.compile(r"step_(\d{6,})")
+
+logger = logging.getLogger(__name__)
+
+
+class DamagedCheckpoint(Exception):
+    """Says which file is missing, cut short or unreadable."""
+
+
+def write_checkpoint(run: Path, snapshot: Snapshot, world: World = ALONE) -> Path:
+    """Write a checkpoint into the run folder; returns its path. A collective of `world.saving`.
+
+    On several ranks, the folder is one for all of them. Raises UserError when it cannot be written
+    or the disk is full; nothing is left of it then, and earlier ones stay.
+    """
+    path = run / "checkpoints" / f"step_{snapshot.step:06d}"
+    try:
+        with shared_folder(path, world) as folder:
+            if folder is None:  # rank 0 could not make it, and says why
+                return path
+            (folder / STATE_FOLDER).mkdir(exist_ok=True)
+            write_state(snapshot.state, folder / STATE_FOLDER, world)
+            if snapshot.export is None:
+                return path
+            snapshot.export.save(folder)
+            files = sorted(file for file in folder.rglob("*") if file.is_file())
+            about = {
+                "format": FORMAT,
+                "step": snapshot.step,
+                "config_hash": snapshot.config_hash,
+                "fingerprint": snapshot.fingerprint,
+                "dev_accuracy": snapshot.dev_accuracy,
+                "ranks": world.size,
+                "versions": versions(),
+                "files": {str(file.relative_to(folder)): file.stat().st_size for file in files},
+            }
+            (folder / STATE_JSON).write_text(json.dumps(about, indent=2) + "\n")
+    except (OSError, SafetensorError, CheckpointException) as error:
+        raise UserError(
+            f"the checkpoint cannot be written ({reason(error)})",
+            where=str(path),
+            fix="Free some space or choose another folder with --out",
+        ) from error
+    return path
+
+
+@contextmanager
+def shared_folder(path: Path, world: World) -> Iterator[Path | None]:
+    """`atomic_folder` of rank 0, the same to all; None to the others where it cannot be made."""
+    if not world.leads:
+        yield world.broadcast(None, group=world.saving)
+        return
+    told = False
+    try:
+        with atomic_folder(path) as folder:
+            world.broadcast(folder, group=world.saving)
+            told = True
+            yield folder
+    finally:
+        if not told:
+            world.broadcast(None, group=world.saving)
+
+
+def write_state(state: dict[str, Any], folder: Path, world: World) -> None:
+    """Each rank's part into a file of its own. A collective of `world.saving`."""
+    with quiet_dcp():
+        save(
+            state,
+            storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
+            process_group=world.saving,
+            no_dist=world.size == 1,
+        )
+
+
+def read_into(state: dict[str, Tensor], folder: Path, world: World) -> None:
+    """Fill the tensors of `state` from the files of however many ranks. A collective.
+
+    Raises KeyError or RuntimeError when names or shapes are others.
+    """
+    reader = HuggingFaceStorageReader(str(folder))
+    saved: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    for name, tensor in state.items():
+        if saved[name].size != tensor.shape:
+            raise RuntimeError(f"{name} has another shape")
+    with quiet_dcp():
+        load(state, storage_reader=reader, process_group=world.saving, no_dist=world.size == 1)
+
+
+@contextmanager
+def quiet_dcp() -> Iterator[None]:
+    """Without its remark that a single process is one."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
+
+
+def reason(error: BaseException) -> str:
+    """In words; of an error of several ranks that of the first."""
+    if isinstance(error, CheckpointException):
+        failed, _ = next(iter(error.failures.values()))
+        return reason(failed)
+    return getattr(error, "strerror", None) or str(error)
+
+
+def latest_checkpoint(run: Path, *, warn: Callable[[str], None] = logger.warning) -> Path | None:
+    """The newest whole checkpoint of the run, or None; `warn` gets a line for each damaged one."""
+    for path in reversed(checkpoints(run)):
+        try:
+            read_state(path)
+        except DamagedCheckpoint as damage:
+            warn(f"checkpoint {path} is passed over: {damage}")
+        else:
+            return path
+    return None
+
+
+def load_checkpoint(path: Path, learner: Learner) -> int:
+    """Put a checkpoint's state into `learner`, which has its initial weights; returns its step.
+
+    A collective, of as many ranks as one likes. Raises UserError when the checkpoint is damaged or
+    belongs to another model.
+    """
+    try:
+        about = read_state(path)
+    except DamagedCheckpoint as error:
+        raise UserError(f"the checkpoint is damaged: {error}", where=str(path)) from error
+    if learner.whole is not None and about["fingerprint"] != learner.fingerprint:
+        raise UserError(
+            "the checkpoint belongs to another model than the one that `model` names, whose "
+            "weights the run began with",
+            where=str(path),
+            fix="Put that model back in its place",
+        )
+    state = learner.state_dict()
+    if learner.world.size != about["ranks"]:  # an order of the vocabulary is a rank's own
+        state = {name: t for name, t in state.items() if not name.startswith("order.")}
+    try:
+        read_into(state, path / STATE_FOLDER, learner.world)
+        learner.load_state_dict(state)
+    except (KeyError, RuntimeError, SafetensorError, CheckpointException) as error:
+        raise UserError(
+            "the checkpoint belongs to another model or other teacher options",
+            where=str(path),
+            fix="Resume with the model and the options that the run was started with",
+        ) from error
+    learner.collect()
+    return about["step"]
+
+
+def read_state(path: Path) -> dict:
+    """The content of trainer_state.json. Raises DamagedCheckpoint unless every file is whole."""
+    try:
+        state = json.loads((path / STATE_JSON).read_text())
+        files, step = dict(state["files"]), int(state["step"])
+    except FileNotFoundError:
+        raise DamagedCheckpoint(f"{STATE_JSON} is missing") from None
+    except (OSError, ValueError, KeyError, TypeError):
+        raise DamagedCheckpoint(f"{STATE_JSON} cannot be read") from None
+    if state.get("format") != FORMAT:
+        raise DamagedCheckpoint(f"its format is {state.get('format')}, this version reads {FORMAT}")
+    for name, size in files.items():
+        file = path / name
+        if not file.is_file():
+            raise DamagedCheckpoint(f"{name} is missing")
+        if file.stat().st_size != size:
+            raise DamagedCheckpoint(f"{name} has {file.stat().st_size} bytes of {size}")
+        if file.suffix == ".safetensors":
+            check_tensors(file)
+    return state | {"step": step}
+
+
+def check_tensors(file: Path) -> None:
+    """The header must parse and agree with the file's length."""
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            tensors.keys()
+    except (SafetensorError, OSError) as error:
+        raise DamagedCheckpoint(f"{file.name} is no safetensors file ({error})") from None
+
+
+def prune(run: Path, keep_last: int, *, keep_best: bool = False) -> None:
+    """Delete all but the newest `keep_last` checkpoints, and what a killed process left behind.
+
+    keep_best: nor the one with the best dev accuracy, the earliest of equals.
+    """
+    found = checkpoints(run)
+    kept = set(found[-keep_last:])
+    if keep_best and (best := best_checkpoint(found)) is not None:
+        kept.add(best)
+    for path in found:
+        if path not in kept:
+            remove_folder(path)
+    remove_leftovers(run / "checkpoints")
+
+
+def best_checkpoint(found: Sequence[Path]) -> Path | None:
+    """The one with the best dev accuracy, of those that are whole and have one."""
+    best, best_accuracy = None, -math.inf
+    for path in found:
+        try:
+            accuracy = read_state(path)["dev_accuracy"]
+        except DamagedCheckpoint:
+            continue
+        if accuracy is not None and accuracy > best_accuracy:
+            best, best_accuracy = path, accuracy
+    return best
+
+
+def checkpoints(run: Path) -> list[Path]:
+    """Checkpoint folders by ascending step, whole or not."""
+    found = [
+        path for path in (run / "checkpoints").glob("step_*") if STEP_NAME.fullmatch(path.name)
+    ]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+
+
+def versions() -> dict[str, str]:
+    return {
+        "rosd_fast": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+        "python": platform.python_version(),
+    }

@@ -1,0 +1,63 @@
+"""Writes a run's checkpoints in a thread, while the run goes on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from threading import Thread
+
+from transformers import PreTrainedTokenizerBase
+
+from rosd_fast.config import Config
+from rosd_fast.config.load import config_hash
+from rosd_fast.trainer.checkpoint import prune, write_checkpoint
+from rosd_fast.trainer.learner import Learner
+from rosd_fast.trainer.snapshot import Snapshot
+
+
+class Saver:
+    """One checkpoint at a time; each rank has a saver.
+
+    tokenizer: rank 0's, None elsewhere.
+    """
+
+    def __init__(
+        self, learner: Learner, tokenizer: PreTrainedTokenizerBase | None, config: Config
+    ) -> None:
+        self.learner = learner
+        self.tokenizer = tokenizer
+        self.options = config.checkpoint
+        self._hash = config_hash(config)
+        self._thread: Thread | None = None
+        self._error: BaseException | None = None
+
+    def save(self, run: Path, step: int, dev_accuracy: float | None) -> None:
+        """Copy, and begin to write. A collective. Raises the error of the checkpoint before it."""
+        self.wait()
+        snapshot = Snapshot.of(
+            self.learner,
+            self.tokenizer,
+            step=step,
+            config_hash=self._hash,
+            dev_accuracy=dev_accuracy,
+        )
+        self._thread = Thread(target=self._write, args=(run, snapshot), name="checkpoint")
+        self._thread.start()
+        if not self.options.asynchronous:
+            self.wait()
+
+    def wait(self) -> None:
+        """Until it is written. Raises its error."""
+        if self._thread is not None:
+            self._thread.join()
+            self._thread = None
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+
+    def _write(self, run: Path, snapshot: Snapshot) -> None:
+        try:
+            write_checkpoint(run, snapshot, self.learner.world)
+            if self.learner.world.leads:
+                prune(run, self.options.keep_last, keep_best=self.options.keep_best)
+        except BaseException as error:
+            self._error = error

@@ -1,0 +1,96 @@
+"""Names of options, and reading them from arguments."""
+
+from __future__ import annotations
+
+import pytest
+
+from rosd_fast.config import Config
+from rosd_fast.config.arguments import nearest, options_of, read_args
+from rosd_fast.errors import UserError
+
+OPTIONS = options_of(Config)
+
+
+def read(*args: str, positional: tuple[str, ...] = ()) -> dict[str, object]:
+    return read_args(args, OPTIONS, positional)
+
+
+def test_options_are_found_in_tables_too() -> None:
+    assert OPTIONS["model"].num_values == 1
+    assert OPTIONS["sample.group_size"].flag == "--sample.group-size"
+    assert OPTIONS["optim.betas"].num_values == 2
+    assert OPTIONS["data.shuffle"].num_values == 0
+    assert OPTIONS["loss.is_clip"].nullable
+    assert not OPTIONS["optim.lr"].nullable
+
+
+@pytest.mark.parametrize("name", OPTIONS)
+def test_every_option_is_read_with_dashes_and_underscores(name: str) -> None:
+    option = OPTIONS[name]
+    values = ["1", "2"][: option.num_values]
+    expected = {0: True, 1: "1", 2: ["1", "2"]}[option.num_values]
+    assert read(option.flag, *values) == read(f"--{name}", *values) == {name: expected}
+
+
+@pytest.mark.parametrize(
+    ("args", "values"),
+    [
+        ((), {}),
+        (("--steps=3", "--steps", "4"), {"steps": "4"}),
+        (("--seed", "-1"), {"seed": "-1"}),
+        (("--model", "-"), {"model": "-"}),
+        (("--model=--odd=x",), {"model": "--odd=x"}),
+        (("--no-trust-remote-code",), {"trust_remote_code": False}),
+        (("--data.no-shuffle",), {"data.shuffle": False}),
+        (("--data.no_shuffle",), {"data.shuffle": False}),
+        (("--data.shuffle=false",), {"data.shuffle": "false"}),
+        (("--data.dev", "none", "--name", "None"), {"data.dev": None, "name": None}),
+        (("--model", "none"), {"model": "none"}),
+        (("--optim.betas", "0.9", "0.95"), {"optim.betas": ["0.9", "0.95"]}),
+    ],
+)
+def test_spellings(args: tuple[str, ...], values: dict[str, object]) -> None:
+    assert read(*args) == values
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        (["--group-size", "3"], "unknown option --group-size. Did you mean --sample.group-size?"),
+        (["--modle=x"], "unknown option --modle. Did you mean --model?"),
+        (["--lr", "1"], "unknown option --lr. Did you mean --optim.lr?"),
+        (["--no-tail"], "unknown option --no-tail. Did you mean --loss.tail?"),
+        (["--data.no-train"], "unknown option --data.no-train. Did you mean --data.train?"),
+        (["-steps", "3"], "unknown option -steps. Did you mean --steps?"),
+        (["--qqqqqq"], "unknown option --qqqqqq. See --help"),
+        (["--"], "unknown option --. See --help"),
+        (["--steps"], "--steps needs a value"),
+        (["--steps", "--seed", "1"], "--steps needs a value"),
+        (["--optim.betas", "0.9"], "--optim.betas needs 2 values"),
+        (["--data.no-shuffle=false"], "--data.shuffle takes no value where it is negated"),
+        (["steps"], "unexpected argument 'steps'. Did you mean --steps?"),
+        (["qqqqqq"], "unexpected argument 'qqqqqq'. Options are written --name value"),
+        (["--model", "\udcff"], "the argument '\\udcff' is not UTF-8"),
+    ],
+)
+def test_mistakes(args: list[str], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        read(*args)
+    assert str(caught.value).startswith(message)
+
+
+def test_positional_arguments() -> None:
+    assert read("folder", "--steps", "3", positional=("model",)) == {
+        "model": "folder",
+        "steps": "3",
+    }
+    with pytest.raises(UserError, match="unexpected argument 'two'"):
+        read("one", "two", positional=("model",))
+
+
+def test_nearest_prefers_the_whole_name() -> None:
+    names = ["sample.temperature", "eval.temperature", "eval.samples"]
+    assert nearest("eval.temprature", names) == "eval.temperature"
+    assert nearest("temperature", names) in names[:2]
+    assert nearest("zzz", names) is None
+    assert nearest("x", []) is None

@@ -1,0 +1,273 @@
+"""Layers of options, their mistakes, and the way back to TOML."""
+
+from __future__ import annotations
+
+import re
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rosd_fast.config import Config
+from rosd_fast.config.arguments import options_of
+from rosd_fast.config.load import (
+    apply_args,
+    apply_toml,
+    config_hash,
+    load_config,
+    load_preset,
+    preset_names,
+    to_toml,
+)
+from rosd_fast.config.toml import find_line
+from rosd_fast.errors import UserError
+
+texts = st.text(st.characters(codec="utf-8"), max_size=40)
+positive = st.floats(1e-300, 1e300)
+
+
+@st.composite
+def configs(draw: st.DrawFn) -> Config:
+    """Configs with awkward texts, numbers and nones."""
+    return Config.model_validate(
+        {
+            "model": draw(texts),
+            "name": draw(st.none() | texts),
+            "trust_remote_code": draw(st.booleans()),
+            "seed": draw(st.integers(0, 2**63 - 1)),
+            "data": {"dev": draw(st.none() | texts), "dev_ood": draw(st.none() | texts)},
+            "reflect": {"wrong_template": draw(texts), "answer_note": draw(texts)},
+            "loss": {"is_clip": draw(st.none() | positive), "top_k": draw(st.none() | st.just(3))},
+            "optim": {
+                "lr": draw(positive),
+                "betas": draw(st.tuples(st.floats(0, 0.999), st.floats(0, 0.999))),
+            },
+        }
+    )
+
+
+def read(folder: Path, text: str, base: Config | None = None) -> Config:
+    path = folder / "run.toml"
+    path.write_text(text, encoding="utf-8")
+    return apply_toml(base or Config(), path)
+
+
+def error_of(folder: Path, text: str) -> str:
+    """The message, less the folder."""
+    with pytest.raises(UserError) as caught:
+        read(folder, text)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message.removeprefix(f"{folder}/")
+
+
+@given(configs())
+def test_toml_reads_back_to_an_equal_config(
+    tmp_path_factory: pytest.TempPathFactory, config: Config
+) -> None:
+    assert read(tmp_path_factory.mktemp("toml"), to_toml(config)) == config
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "\n", "a\nb", "\n\na\n", 'say """x"""\n"', "back\\slash\n\\", "tab\t\r\n\x00\x7f", "none"],
+)
+def test_texts_survive_toml(tmp_path: Path, text: str) -> None:
+    config = Config.model_validate({"name": text, "teacher": {"wrong_template": text}})
+    assert read(tmp_path, to_toml(config)) == config
+
+
+def test_toml_is_fully_resolved() -> None:
+    tables = tomllib.loads(to_toml(Config()))
+    found = {
+        f"{key}.{name}" if isinstance(value, dict) else key
+        for key, value in tables.items()
+        for name in (value if isinstance(value, dict) else [""])
+    }
+    assert found == set(options_of(Config))
+
+
+def test_false_takes_a_default_away(tmp_path: Path) -> None:
+    assert Config().loss.is_clip is not None
+    assert Config().data.dev is not None
+    config = read(tmp_path, "data.dev = false\n[loss]\nis_clip = false\n")
+    assert config.loss.is_clip is None
+    assert config.data.dev is None
+    assert read(tmp_path, to_toml(config)) == config
+
+
+def test_later_layers_replace_single_options(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("steps = 7\n[sample]\ngroup_size = 5\n")
+    config = load_config(
+        {"sample.group_size": "3", "optim.betas": ["0.8", "0.9"], "select.require_success": False},
+        preset="quickstart",
+        file=path,
+    )
+    assert config.steps == 7
+    assert config.sample.group_size == 3
+    assert config.sample.max_new_tokens == load_preset("quickstart").sample.max_new_tokens
+    assert config.optim.betas == (0.8, 0.9)
+    assert config.select.require_success is False
+
+
+def test_no_model_means_the_quickstart_and_a_model_brings_its_preset(tmp_path: Path) -> None:
+    (tmp_path / "run.toml").write_text("steps = 7\n")
+    assert load_config({}) == load_preset("quickstart")
+    assert load_config({"model": "smollm2"}) == load_preset("smollm2")
+    assert load_config({"model": "some/folder"}) == Config(model="some/folder")
+    assert load_config({}, file=tmp_path / "run.toml") == Config(steps=7)
+
+
+def test_own_training_problems_do_not_come_with_the_quickstarts_dev_problems(
+    tmp_path: Path,
+) -> None:
+    data = load_config({"data.train": "my.jsonl"}).data
+    assert (data.train, data.dev, data.dev_ood) == ("my.jsonl", None, None)
+    data = load_config({"data.train": "my.jsonl", "data.dev": "quickstart:dev"}).data
+    assert (data.dev, data.dev_ood) == ("quickstart:dev", None)
+    base = read(tmp_path, '[data]\ntrain = "my.jsonl"\ndev = "dev.jsonl"\n')
+    assert apply_args(base, {"data.train": "other.jsonl"}).data.dev == "dev.jsonl"
+    assert load_config({"data.train": "quickstart:train"}) == load_preset("quickstart")
+
+
+def test_every_preset_is_whole() -> None:
+    assert {"quickstart", "smollm2"} <= set(preset_names())
+    for name in preset_names():
+        assert load_preset(name).model == name
+    with pytest.raises(UserError, match=r"no preset 'quikstart'\. Did you mean quickstart\?"):
+        load_preset("quikstart")
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stepps = 3", "run.toml:1: unknown key stepps. Did you mean steps?"),
+        (
+            "\n[sample]\n\ngroup_sise = 3",
+            "run.toml:4: unknown key sample.group_sise. Did you mean sample.group_size?",
+        ),
+        ("lr = 1e-5", "run.toml:1: unknown key lr. Did you mean optim.lr?"),
+        ("[sampel]\ntop_p = 1.0", "run.toml:1: unknown key sampel. Did you mean sample?"),
+        ("steps = 3\nzzzzzzzz = 3", "run.toml:2: unknown key zzzzzzzz"),
+        ("sample.group_size = 'x'", 'run.toml:1: sample.group_size is "x", must be a whole number'),
+        ("steps = 2.0", "run.toml:1: steps is 2.0, must be a whole number"),
+        ("steps = true", "run.toml:1: steps is true, must be a whole number"),
+        ("steps = '5'", 'run.toml:1: steps is "5", must be a whole number'),
+        ("steps = 0", "run.toml:1: steps is 0, must be at least 1"),
+        ("model = 3", "run.toml:1: model is 3, must be text in quotes"),
+        ("seed = 1979-05-27", 'run.toml:1: seed is "1979-05-27", must be a whole number'),
+        ("\n\n[optim]\nlr = -1.0", "run.toml:4: optim.lr is -1.0, must be greater than 0"),
+        ("[optim]\nlr = inf", "run.toml:2: optim.lr is "),
+        ("[optim]\nbetas = [0.9]", "run.toml:2: optim.betas is [0.9], must be a longer list"),
+        ("[optim]\nbetas = [0.9, 1.5]", "run.toml:2: optim.betas is 1.5, must be less than 1"),
+        (
+            "[loss]\nis_clip = 'none'",
+            'run.toml:2: loss.is_clip is "none", must be a number, or false',
+        ),
+        (
+            "[span]\ngranularity = 'word'",
+            "run.toml:2: span.granularity is \"word\", must be 'suffix', 'span' or 'sentence'",
+        ),
+        ("data = 3", "run.toml:1: data is 3, must be a table of options"),
+        ("sample = {group_size = 1}", "run.toml:1: sample.group_size is 1: a wrong rollout"),
+        (
+            '[reflect]\nanswer_note = """\nsteps = 1\n"""\n[sample]\ngroup_size = 0',
+            "run.toml:6: sample.group_size is 0, must be at least 1",
+        ),
+        ("steps = 3\nsteps = 4", "run.toml:2: malformed TOML (Cannot overwrite a value)"),
+        ("steps =", "run.toml:1: malformed TOML"),
+        ('model = "x', "run.toml"),
+    ],
+)
+def test_mistakes_name_file_line_key_and_what_is_wanted(
+    tmp_path: Path, text: str, message: str
+) -> None:
+    assert error_of(tmp_path, text).startswith(message)
+
+
+def test_files_that_cannot_be_read(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no\.toml: there is no such file"):
+        apply_toml(Config(), tmp_path / "no.toml")
+    with pytest.raises(UserError, match="cannot be read"):
+        apply_toml(Config(), tmp_path)
+    (tmp_path / "latin.toml").write_bytes(b'model = "\xe9"')
+    with pytest.raises(UserError, match="not UTF-8"):
+        apply_toml(Config(), tmp_path / "latin.toml")
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"sample.group_size": "x"}, "--sample.group-size is 'x', must be a whole number"),
+        ({"sample.group_size": "1"}, "sample.group_size is 1: a wrong rollout"),
+        ({"sample.top_p": "1.5"}, "--sample.top-p is '1.5', must be at most 1"),
+        ({"optim.lr": "nan"}, "--optim.lr is 'nan', must be a finite number"),
+        ({"loss.is_clip": "x"}, "--loss.is-clip is 'x', must be a number, or none"),
+        ({"trust_remote_code": "x"}, "--trust-remote-code is 'x', must be true or false"),
+        ({"steps": "9" * 5000}, "--steps is '999"),
+    ],
+)
+def test_mistakes_on_the_command_line(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError) as caught:
+        apply_args(Config(), given)
+    assert str(caught.value).startswith(message)
+
+
+SGLANG = {"engine.kind": "sglang"}
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"engine.sync": "distributed"}, "engine.sync distributed needs engine.kind sglang"),
+        ({"engine.colocated": True}, "engine.colocated needs engine.kind sglang"),
+        (
+            {"engine.colocated": True, "engine.sync": "distributed"} | SGLANG,
+            "engine.colocated needs engine.sync disk",
+        ),
+        ({"engine.one_step_ahead": True}, "engine.one_step_ahead samples while"),
+        ({"teacher.url": "http://a"}, "teacher.url needs teacher.where sglang"),
+        ({"teacher.where": "sglang", "teacher.kind": "ema"}, "needs teacher.kind frozen"),
+        ({"teacher.where": "sglang", "reflect.weights": "teacher"}, "reflect.weights student"),
+        ({"teacher.where": "sglang", "reflect.probe_every": 2}, "reflect.probe_every 0"),
+    ],
+)
+def test_options_that_do_not_go_together(given: dict[str, Any], message: str) -> None:
+    with pytest.raises(UserError, match=re.escape(message)):
+        apply_args(load_preset("quickstart"), given)
+
+
+@pytest.mark.parametrize(
+    ("keys", "line"),
+    [
+        (("a",), 2),
+        (("b", "c"), 4),
+        (("b", "d", "e"), 5),
+        (("b", "quoted"), 6),
+        (("f",), 10),
+        (("f", "g"), 11),
+        (("nowhere",), 1),
+    ],
+)
+def test_find_line(keys: tuple[str, ...], line: int) -> None:
+    text = (
+        "# a = 0\na = 1\n[b]\nc = 2\nd.e = 3\n\"quoted\" = 4\nx = '''\nf = 5\n'''\n"
+        "[ f ] # table\ng = 6\n"
+    )
+    assert find_line(text, keys) == line
+
+
+def test_the_hash_is_of_what_decides_the_learning() -> None:
+    config = load_preset("quickstart")
+    longer = apply_args(config, {"steps": "999", "out": "elsewhere", "eval.every": "3"})
+    assert config_hash(longer) == config_hash(config)
+    hashes = {
+        config_hash(apply_args(config, given))
+        for given in ({}, {"seed": "1"}, {"optim.lr": "1e-3"}, {"data.train": "x"})
+    }
+    assert len(hashes) == 4
+    assert all(len(value) == 16 for value in hashes)

@@ -1,0 +1,252 @@
+"""A stand-in for an SGLang server, over real HTTP, that can be told to fail.
+
+It answers a request with ids that follow from its prompt alone, so that a test knows what is right
+however often a request was asked.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections import deque
+from datetime import timedelta
+from typing import Any
+
+import torch
+from aiohttp import web
+from torch import Tensor
+
+from rosd_fast.engines.sglang.weight_sync import c10d, gloo_options
+
+
+class FakeSglang:
+    """`faults`: taken by the next requests to /generate, one each; "" means none."""
+
+    def __init__(self, *, faults: tuple[str, ...] = (), tokens: int = 3) -> None:
+        self.faults = deque(faults)
+        self.tokens = tokens
+        self.version = "default"
+        self.bodies: list[dict[str, Any]] = []  # of /generate
+        self.loaded: list[str] = []  # versions, "release" and "resume", in order
+        self.refuse_weights = 0  # how many hand-overs fail
+        self.joins: dict[str, Any] = {}  # process groups by name
+        self.num_joins = 0
+        self.refuse_joins = False
+        self.tensors: dict[str, Tensor] = {}  # that came by broadcast
+        self.num_pieces = 0  # of them
+        self.break_at = ""  # "refuse", "fail" or "lost": what happens to the next piece
+        self.updating = False  # between the begin and the end of a hand-over
+        self.tp_size = 1
+        self.dp_size = 1
+        self.healthy = True
+        self.delay_s: dict[str, float] = {}  # by request id
+        self.running = self.most_running = 0
+        self.probe_logprob = -1.0
+        self.states = expected_states  # of ids, what a scoring request gets
+        self._runner: web.AppRunner | None = None
+        self.url = ""
+
+    async def __aenter__(self) -> FakeSglang:
+        app = web.Application()
+        app.add_routes(
+            [
+                web.get("/health", self._health),
+                web.get("/model_info", self._info),
+                web.post("/update_weights_from_disk", self._load),
+                web.get("/server_info", self._server_info),
+                web.post("/init_weights_update_group", self._join),
+                web.post("/destroy_weights_update_group", self._leave),
+                web.post("/begin_weight_update", self._session),
+                web.post("/end_weight_update", self._session),
+                web.post("/update_weights_from_distributed", self._receive),
+                web.post("/generate", self._generate),
+                web.post("/release_memory_occupation", self._memory),
+                web.post("/resume_memory_occupation", self._memory),
+            ]
+        )
+        self._runner = web.AppRunner(app, shutdown_timeout=0.1)
+        await self._runner.setup()
+        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        await site.start()
+        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        assert self._runner is not None
+        await self._runner.cleanup()
+
+    async def _health(self, _request: web.Request) -> web.Response:
+        return web.Response(status=200 if self.healthy else 503)
+
+    async def _info(self, _request: web.Request) -> web.Response:
+        return web.json_response({"weight_version": self.version})
+
+    async def _memory(self, request: web.Request) -> web.Response:
+        self.loaded.append(request.path.split("_")[0].lstrip("/"))
+        return web.Response()
+
+    async def _load(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        if self.refuse_weights:
+            self.refuse_weights -= 1
+            return web.json_response({"success": False, "message": "no such file"}, status=400)
+        self.version = body["weight_version"]
+        self.loaded.append(self.version)
+        return web.json_response({"success": True, "message": ""})
+
+    async def _server_info(self, _request: web.Request) -> web.Response:
+        return web.json_response({"tp_size": self.tp_size, "dp_size": self.dp_size, "pp_size": 1})
+
+    async def _join(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        if self.refuse_joins:
+            return web.json_response({"success": False, "message": "no such backend"}, status=400)
+        assert (body["backend"], body["rank_offset"]) == ("gloo", 1)
+        self.num_joins += 1
+        self.joins[body["group_name"]] = await asyncio.to_thread(self._open_group, body)
+        return web.json_response({"success": True, "message": ""})
+
+    async def _leave(self, request: web.Request) -> web.Response:
+        group = self.joins.pop((await request.json())["group_name"], None)
+        return web.json_response({"success": group is not None, "message": ""})
+
+    def _open_group(self, body: dict[str, Any]) -> Any:
+        """As torch.distributed does, without its register of groups."""
+        name, size = body["group_name"], body["world_size"]
+        address, port = body["master_address"], body["master_port"]
+        store = c10d.PrefixStore(name, c10d.TCPStore(address, port, size, is_master=False))
+        store = c10d.PrefixStore("cpu/", c10d.PrefixStore(f"{name}/", store))
+        return c10d.ProcessGroupGloo(store, 1, size, gloo_options(address, timedelta(seconds=10)))
+
+    async def _session(self, request: web.Request) -> web.Response:
+        begins = "begin" in request.path
+        if begins == self.updating:
+            return web.json_response({"success": False, "message": "is it open?"}, status=400)
+        self.updating = begins
+        return web.json_response({"success": True, "message": ""})
+
+    async def _receive(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        fault, self.break_at = self.break_at, ""
+        if fault == "lost":  # as after a start that nobody told us of
+            self.joins.clear()
+        group = self.joins.get(body["group_name"])
+        if group is None or fault == "refuse" or not self.updating:
+            return web.json_response({"success": False, "message": "not now"}, status=400)
+        assert body["load_format"] == "flattened_bucket"
+        dtypes = [getattr(torch, dtype) for dtype in body["dtypes"]]
+        sizes = [
+            torch.Size(shape).numel() * dtype.itemsize
+            for shape, dtype in zip(body["shapes"], dtypes, strict=True)
+        ]
+        flat = torch.empty(sum(sizes), dtype=torch.uint8)
+        await asyncio.to_thread(lambda: group.broadcast(flat, 0).wait())
+        parts = zip(body["names"], dtypes, body["shapes"], flat.split(sizes), strict=True)
+        self.tensors |= {name: part.view(dtype).view(shape) for name, dtype, shape, part in parts}
+        self.num_pieces += 1
+        if fault == "fail":
+            return web.json_response({"success": False, "message": "failed"}, status=400)
+        self.version = body["weight_version"]
+        self.loaded.append(self.version)
+        return web.json_response({"success": True, "message": ""})
+
+    async def _generate(self, request: web.Request) -> web.StreamResponse:
+        body = await request.json()
+        if body["sampling_params"]["max_new_tokens"] == 0:
+            logprobs = [[None, 0, None]] + [[self.probe_logprob, 0, None]] * (
+                len(body["input_ids"]) - 1
+            )
+            return web.json_response({"meta_info": {"input_token_logprobs": logprobs}})
+        self.bodies.append(body)
+        fault = self.faults.popleft() if self.faults else ""
+        self.running += 1
+        self.most_running = max(self.most_running, self.running)
+        try:
+            await asyncio.sleep(self.delay_s.get(body["rid"].split("/", 1)[1].split("#")[0], 0.0))
+            return await self._answer(request, body, fault)
+        finally:
+            self.running -= 1
+
+    async def _answer(
+        self, request: web.Request, body: dict[str, Any], fault: str
+    ) -> web.StreamResponse:
+        if fault.isdecimal():
+            return web.json_response({"error": {"message": "queue full"}}, status=int(fault))
+        if fault == "hang":
+            self.healthy = False
+            await asyncio.sleep(60)
+        version = {"stale": "default", "foreign": "0badcafe-7"}.get(fault, self.version)
+        if body.get("return_hidden_states"):
+            items = [self.scoring(body, version, fault)]
+        else:
+            items = [self.completion(body["input_ids"], i, version) for i in range(count(body))]
+        if fault == "short":
+            for item in items:
+                item["meta_info"]["finish_reason"] = {"type": "length", "length": 3}
+        if fault == "abort":
+            items[0]["meta_info"]["finish_reason"] = {"type": "abort", "message": "retracted"}
+        if fault == "incomplete":
+            del items[0]["meta_info"]["output_token_logprobs"]
+        if fault == "fewer":
+            items = items[1:]
+        data = json.dumps(items if "n" in body["sampling_params"] else items[0]).encode()
+        if fault == "truncated":
+            return web.Response(body=data[: len(data) // 2], content_type="application/json")
+        if fault == "reset":
+            response = web.StreamResponse(headers={"Content-Length": str(len(data))})
+            await response.prepare(request)
+            await response.write(data[: len(data) // 2])
+            assert request.transport is not None
+            request.transport.abort()
+            return response
+        return web.Response(body=data, content_type="application/json")
+
+    def completion(self, prompt_ids: list[int], index: int, version: str) -> dict[str, Any]:
+        ids = expected_ids(prompt_ids, index, self.tokens)
+        return {
+            "output_ids": list(ids),
+            "meta_info": {
+                "finish_reason": {"type": "stop", "matched": ids[-1]},
+                "output_token_logprobs": [[-0.5 - index, token, None] for token in ids],
+                "weight_version": version,
+                "cached_tokens": len(prompt_ids) - 1 if index else 0,
+                "num_retractions": 0,
+            },
+        }
+
+    def scoring(self, body: dict[str, Any], version: str, fault: str) -> dict[str, Any]:
+        """States of the tokens that were not cached, which are some before `logprob_start_len`."""
+        ids, cached = body["input_ids"], body["logprob_start_len"] // 2
+        states = self.states(ids)[cached:]
+        if fault == "chunked":  # the first chunk's states are lost
+            states = states[1:]
+        if fault == "narrow":
+            states = [row[1:] for row in states]
+        if fault == "not finite":
+            states[-1][0] = float("nan")
+        if fault == "stateless":
+            states = None
+        return {
+            "output_ids": [1],
+            "meta_info": {
+                "finish_reason": {"type": "length", "length": 1},
+                "weight_version": version,
+                "cached_tokens": cached,
+                "hidden_states": None if states is None else [states],
+            },
+        }
+
+
+def expected_states(ids: list[int]) -> list[list[float]]:
+    """Of width 5; each holds all that stands before it."""
+    return [[float(sum(ids[: i + 1])), i, ids[i], 0.5, -1.0] for i in range(len(ids))]
+
+
+def expected_ids(
+    prompt_ids: list[int] | tuple[int, ...], index: int, tokens: int
+) -> tuple[int, ...]:
+    return tuple((sum(prompt_ids) + index + place) % 50 for place in range(tokens))
+
+
+def count(body: dict[str, Any]) -> int:
+    return body["sampling_params"]["n"]

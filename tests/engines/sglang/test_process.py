@@ -1,0 +1,244 @@
+"""Servers of our own: started, watched, restarted, and never left behind.
+
+The server is a small HTTP program in place of SGLang; everything around it is real.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import stat
+import subprocess
+import sys
+import textwrap
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from rosd_fast.engines.sglang import watchdog
+from rosd_fast.engines.sglang.client import Endpoint, Refused, ServerError
+from rosd_fast.engines.sglang.pool import Member
+from rosd_fast.engines.sglang.process import (
+    OwnServer,
+    ServerSpec,
+    find_python,
+    free_port,
+    per_server,
+)
+from rosd_fast.errors import RunFailed, UserError
+
+SERVER = """
+import http.server, json, os, subprocess, sys, time
+arguments = sys.argv[1:]
+print("arguments", arguments, flush=True)
+names = [k for k in os.environ if "RANK" in k or "WORLD" in k or "ELASTIC" in k or "OMP" in k]
+print("ranks", names, flush=True)
+print("environment", os.environ.get("CUDA_VISIBLE_DEVICES"), os.getcwd(), flush=True)
+if "--broken" in arguments:
+    sys.exit("no such model\\nsorry")
+if "--slow" in arguments:
+    time.sleep(60)
+key = json.load(open(arguments[arguments.index("--config") + 1]))["api-key"]
+command = [sys.executable, "-c", "import time; time.sleep(600)"]
+child = subprocess.Popen(command, start_new_session=True)
+print("pids", os.getpid(), child.pid, flush=True)
+
+class Handler(http.server.BaseHTTPRequestHandler):
+    def do_GET(self):
+        allowed = self.headers["Authorization"] == "Bearer " + key
+        self.send_response(200 if allowed else 401)
+        self.end_headers()
+        self.wfile.write(b'{"weight_version": "default"}')
+
+port = int(arguments[arguments.index("--port") + 1])
+http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
+"""
+
+
+@pytest.fixture
+def spec(tmp_path: Path) -> ServerSpec:
+    """Of a server whose interpreter runs the stand-in, whatever module it is told to run."""
+    program = tmp_path / "server.py"
+    program.write_text(SERVER)
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} {program} "$@"\n')
+    python.chmod(python.stat().st_mode | stat.S_IXUSR)
+    return ServerSpec(
+        python=python,
+        model_folder=tmp_path / "model",
+        dtype="float32",
+        on_cpu=True,
+        start_timeout_s=30,
+    )
+
+
+def logged_pids(server: OwnServer) -> list[int]:
+    """The server's process and its child's, of the last start."""
+    lines = server.log_path.read_text().splitlines()
+    return [int(pid) for pid in [line for line in lines if line.startswith("pids")][-1].split()[1:]]
+
+
+def assert_ended(pids: list[int], within_s: float = 10.0) -> None:
+    deadline = time.monotonic() + within_s
+    while any(map(exists, pids)):
+        assert time.monotonic() < deadline, f"still there: {[p for p in pids if exists(p)]}"
+        time.sleep(0.05)
+
+
+def exists(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_start_and_stop(spec: ServerSpec, tmp_path: Path) -> None:
+    async def run() -> list[int]:
+        server = OwnServer(spec, tmp_path / "own")
+        await server.start()
+        assert server.alive and server.endpoint is not None
+        assert await server.endpoint.get("/model_info", timeout_s=5) == {
+            "weight_version": "default"
+        }
+        pids = logged_pids(server)
+        assert all(map(exists, pids))
+        await server.stop()
+        assert not server.alive and server.endpoint is None
+        await server.stop()  # again: nothing happens
+        return pids
+
+    assert_ended(asyncio.run(run()), within_s=0.5)
+    log = (tmp_path / "own" / "server.log").read_text()
+    assert "'--host', '127.0.0.1'" in log and "'--grammar-backend', 'llguidance'" in log
+    assert str(tmp_path / "own") in log.split("environment")[1]  # where it was started
+
+
+def test_a_server_is_no_rank_of_torchruns(
+    spec: ServerSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    names = "RANK LOCAL_RANK WORLD_SIZE MASTER_PORT TORCHELASTIC_RUN_ID OMP_NUM_THREADS".split()
+    for name in names:
+        monkeypatch.setenv(name, "2")
+    server = OwnServer(spec, tmp_path / "own")
+
+    async def run() -> None:
+        await server.start()
+        await server.stop()
+
+    asyncio.run(run())
+    assert "ranks []" in (tmp_path / "own" / "server.log").read_text()
+
+
+def test_the_key_is_no_ones_to_read(spec: ServerSpec, tmp_path: Path) -> None:
+    """Neither from the command line nor from a file, and without it nothing is answered."""
+
+    async def run() -> None:
+        server = OwnServer(spec, tmp_path / "own")
+        await server.start()
+        assert server.endpoint is not None
+        try:
+            secret = tmp_path / "own" / "launch.yaml"
+            assert stat.S_IMODE(secret.stat().st_mode) == 0o600
+            key = secret.read_text().split('"')[3]
+            command = Path(f"/proc/{logged_pids(server)[0]}/cmdline").read_text()
+            assert len(key) > 20 and key not in command
+            stranger = Endpoint(server.endpoint.url)
+            with pytest.raises(Refused, match="401"):
+                await stranger.get("/model_info", timeout_s=5)
+            await stranger.close()
+        finally:
+            await server.stop()
+
+    asyncio.run(run())
+
+
+def test_a_server_that_does_not_start_says_why(spec: ServerSpec, tmp_path: Path) -> None:
+    broken = OwnServer(with_args(spec, "--broken"), tmp_path / "own")
+    with pytest.raises(RunFailed, match=r"ended while it started: .*no such model \| sorry .*log"):
+        asyncio.run(broken.start())
+    slow = OwnServer(with_args(spec, "--slow", start_timeout_s=1.0), tmp_path / "slow")
+    with pytest.raises(RunFailed, match="not ready within 1 s"):
+        asyncio.run(slow.start())
+    assert not slow.alive
+
+
+def with_args(spec: ServerSpec, *args: str, start_timeout_s: float = 30.0) -> ServerSpec:
+    return replace(spec, args=args, start_timeout_s=start_timeout_s)
+
+
+def test_a_dead_server_is_started_again(spec: ServerSpec, tmp_path: Path) -> None:
+    async def run() -> None:
+        server = OwnServer(spec, tmp_path / "own")
+        member = Member(server, name="server0", health_timeout_s=5)
+        try:
+            assert await member.ensure_up() and not await member.ensure_up()
+            first = logged_pids(server)
+            os.kill(first[0], signal.SIGKILL)
+            assert_ended(first[:1])
+            with pytest.raises(ServerError):
+                await member.post("/generate", {}, timeout_s=5)
+            member.distrust()
+            assert await member.ensure_up()
+            assert member.tag is None and member.num_starts == 2
+            assert_ended(first)
+            assert all(map(exists, logged_pids(server)))
+        finally:
+            await member.close()
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_no_server_outlives_the_trainer(spec: ServerSpec, tmp_path: Path, number: int) -> None:
+    """However the trainer ends: here by a signal that it has no part in."""
+    script = f"""
+        import asyncio, time
+        from pathlib import Path
+        from rosd_fast.engines.sglang.process import OwnServer, ServerSpec
+        spec = ServerSpec(python=Path({str(spec.python)!r}), model_folder=Path("/model"),
+                          dtype="float32", on_cpu=True, start_timeout_s=30)
+        async def main():
+            server = OwnServer(spec, Path({str(tmp_path / "own")!r}))
+            await server.start()
+            print("started", flush=True)
+            await asyncio.sleep(600)
+        asyncio.run(main())
+    """
+    trainer = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)], stdout=subprocess.PIPE, text=True
+    )
+    assert trainer.stdout is not None
+    assert trainer.stdout.readline() == "started\n"
+    pids = logged_pids(OwnServer(spec, tmp_path / "own"))
+    assert all(map(exists, pids))
+    trainer.send_signal(number)
+    trainer.wait()
+    trainer.stdout.close()
+    assert_ended(pids)
+
+
+def test_guard_passes_the_exit_status_on() -> None:
+    command = [sys.executable, watchdog.__file__, "1", sys.executable, "-c", "raise SystemExit(7)"]
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as guarded:
+        assert guarded.wait() == 7
+    missing = subprocess.run([*command[:3], "/no/such/program"], capture_output=True, text=True)
+    assert missing.returncode == 127 and "/no/such/program" in missing.stderr
+
+
+def test_an_interpreter_without_sglang_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"engine\.python = /no/such/python: is no program"):
+        find_python("/no/such/python")
+    empty = tmp_path / "python"
+    empty.write_text("#!/bin/sh\nexit 1\n")
+    empty.chmod(0o755)
+    with pytest.raises(UserError, match=r"has no sglang\. .*scripts/sglang_cpu_env\.sh"):
+        find_python(str(empty))
+
+
+def test_ports_and_devices() -> None:
+    assert len({free_port() for _ in range(5)}) > 1
+    assert per_server([0, 1, 2, 3], 2) == [(0, 1), (2, 3)]
+    assert per_server([], 2) == [(), ()]

@@ -1,0 +1,546 @@
+"""The SGLang engine against a real SGLang on this machine's CPUs.
+
+Left out of `make test`, since it needs an environment of 10 GB: `make sglang` makes that and runs
+these. The environment's interpreter is named by ROSD_SGLANG_PYTHON.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from rosd_fast.config import Config
+from rosd_fast.config.load import apply_args, load_preset, to_toml
+from rosd_fast.engines.factory import open_engine, open_scorer, token_logprobs
+from rosd_fast.engines.local.engine import LocalEngine
+from rosd_fast.engines.sglang.client import Endpoint
+from rosd_fast.engines.sglang.engine import SglangEngine
+from rosd_fast.engines.sglang.pool import Member
+from rosd_fast.engines.sglang.process import OwnServer, ServerSpec
+from rosd_fast.engines.sglang.teacher import SglangScorer
+from rosd_fast.engines.sglang.weight_sync import DiskSync, DistributedSync
+from rosd_fast.errors import RunFailed, UserError
+from rosd_fast.model.attention import hidden_states
+from rosd_fast.model.load import LoadedModel, load_model
+from rosd_fast.pipeline import sample_and_reflect
+from rosd_fast.quickstart import MODEL_DIR
+from rosd_fast.quickstart.tasks import load_split
+from rosd_fast.reflection.grammar import verbatim_grammar
+from rosd_fast.report.metrics import read_metrics
+from rosd_fast.rollout.sample import problem_prompt
+from rosd_fast.run import open_run
+from rosd_fast.train import learn, start, train
+from rosd_fast.types import Generation, GenerationRequest, PackedSequences, SamplingParams
+from tests.launch import module_command
+
+pytestmark = pytest.mark.sglang
+PYTHON = os.environ.get("ROSD_SGLANG_PYTHON", "")
+POOL = "--max-total-tokens 16384"
+CLOSE = 1e-3  # nats, between two float32 implementations
+
+
+@pytest.fixture(scope="module")
+def model() -> LoadedModel:
+    return load_model(load_preset("quickstart").model_copy(update={"model": "quickstart"}))
+
+
+@pytest.fixture(scope="module")
+def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
+    """(address, key) of a running server, for the tests that do it no harm."""
+    if not PYTHON:
+        pytest.fail("ROSD_SGLANG_PYTHON is not set; run these by `make sglang`")
+    spec = ServerSpec(
+        python=Path(PYTHON),
+        model_folder=MODEL_DIR,
+        dtype="float32",
+        on_cpu=True,
+        args=tuple(POOL.split()),
+        start_timeout_s=300,
+    )
+    own = OwnServer(spec, tmp_path_factory.mktemp("server"))
+
+    async def start() -> tuple[str, str]:
+        await own.start()
+        assert own.endpoint is not None
+        await own.endpoint.close()  # it belongs to this event loop
+        return own.endpoint.url, own.endpoint._headers["Authorization"].split()[1]
+
+    yield asyncio.run(start())
+    asyncio.run(own.stop())
+
+
+def make_engine(
+    server: tuple[str, str], model: LoadedModel, folder: Path, **options: Any
+) -> SglangEngine:
+    url, key = server
+    return SglangEngine(
+        [Member(Endpoint(url, api_key=key), name=url)],
+        **{
+            "sync": DiskSync(folder / "weights", MODEL_DIR),
+            "vocab_size": model.model.config.vocab_size,
+            "context_length": model.context_length,
+            "probe_ids": model.tokenizer.encode("3 + 4 = 7. 7 - 2 = 5."),
+            "probe": lambda ids: token_logprobs(model.model, ids),
+            "probe_bound": CLOSE,
+        }
+        | options,
+    )
+
+
+def use(engine: SglangEngine, model: LoadedModel, test: Coroutine[Any, Any, Any]) -> Any:
+    """Hand the model's weights over, run `test`, close the engine."""
+
+    async def run() -> Any:
+        try:
+            await engine.load_weights(model.model.state_dict(), version=0)
+            return await test
+        finally:
+            test.close()  # if it was not come to
+            await engine.close()
+
+    return asyncio.run(run())
+
+
+def make_requests(model: LoadedModel, count: int, **options: Any) -> list[GenerationRequest]:
+    params = {"max_new_tokens": 48, "stop_token_ids": model.stop_token_ids} | options
+    n = params.pop("n", 1)
+    return [
+        GenerationRequest(
+            id=f"step1/{problem.id}",
+            prompt_ids=problem_prompt(problem, model.tokenizer, 256),
+            params=SamplingParams(**params),
+            n=n,
+            affinity=problem.id,
+        )
+        for problem in load_split("train")[:count]
+    ]
+
+
+def assert_policy(model: LoadedModel, requests: list[GenerationRequest], done: list[Any]) -> None:
+    """All are there, and the log-probabilities are the model's own."""
+    prompts = {request.id: request.prompt_ids for request in requests}
+    assert [(g.request_id, g.index) for g in done] == [
+        (request.id, index) for request in requests for index in range(request.n)
+    ]
+    for generation in done:
+        prompt = prompts[generation.request_id]
+        own = token_logprobs(model.model, [*prompt, *generation.completion_ids])[len(prompt) - 1 :]
+        assert own == pytest.approx(list(generation.logprobs), abs=CLOSE)
+
+
+def test_greedy_tokens_are_those_of_the_local_engine(
+    server: tuple[str, str], model: LoadedModel, tmp_path: Path
+) -> None:
+    requests = make_requests(model, 24, temperature=0.0)
+    engine = make_engine(server, model, tmp_path)
+    ours = use(engine, model, engine.generate(requests))
+    local = asyncio.run(LocalEngine(model.model).generate(requests))
+    for a, b in zip(ours, local, strict=True):
+        assert a.completion_ids == b.completion_ids and a.finish_reason == b.finish_reason
+        assert list(a.logprobs) == pytest.approx(list(b.logprobs), abs=CLOSE)
+
+
+def test_groups_share_their_prompt_in_the_cache(
+    server: tuple[str, str], model: LoadedModel, tmp_path: Path
+) -> None:
+    requests = make_requests(model, 16, n=8)
+    engine = make_engine(server, model, tmp_path)
+    done = use(engine, model, engine.generate(requests))
+    assert_policy(model, requests, done)
+    metrics = engine.take_metrics()
+    assert metrics["rollout/cached_frac"] >= 0.9 * metrics["rollout/shareable_frac"] > 0.7
+
+
+def test_log_probabilities_are_those_at_the_sampling_temperature(
+    server: tuple[str, str], model: LoadedModel, tmp_path: Path
+) -> None:
+    requests = make_requests(model, 4, temperature=0.5, n=2)
+    engine = make_engine(server, model, tmp_path)
+    done: list[Generation] = use(engine, model, engine.generate(requests))
+    for generation in done:
+        prompt = next(r.prompt_ids for r in requests if r.id == generation.request_id)
+        ids = torch.tensor([[*prompt, *generation.completion_ids]])
+        with torch.no_grad():
+            logits = model.model(input_ids=ids).logits[0, len(prompt) - 1 : -1] / 0.5
+        own = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
+        assert own.tolist() == pytest.approx(list(generation.logprobs), abs=CLOSE)
+
+
+def test_reflections_quote_nothing_but_the_rollout(
+    server: tuple[str, str], model: LoadedModel, tmp_path: Path
+) -> None:
+    text = 'First, 3 + 4 = 7. Then "7" - 2 = 6\\ {and} so. <answer>6</answer> </error_quote> end'
+    grammar = verbatim_grammar(text, min_words=3, max_tokens=96)
+    requests = [
+        GenerationRequest(
+            id=request.id, prompt_ids=request.prompt_ids, params=request.params, n=4,
+            grammar=grammar,
+        )
+        for request in make_requests(model, 4, max_new_tokens=96)
+    ]  # fmt: skip
+    engine = make_engine(server, model, tmp_path)
+    done: list[Generation] = use(engine, model, engine.generate(requests))
+    for generation in done:
+        said = str(
+            model.tokenizer.decode(list(generation.completion_ids), skip_special_tokens=True)
+        )
+        quote = said.split("</error_quote>")[0]
+        assert quote in text and len(quote.split()) >= 3
+        assert generation.finish_reason == "stop"
+        # It ends at its tag or where its tokens do: 96, less the tags' and the quote's.
+        explanation = said.split("<explanation>")[1]
+        assert explanation.endswith("</explanation>") or len(generation.completion_ids) > 39
+
+
+def test_a_wrong_grammar_fails_alone(
+    server: tuple[str, str], model: LoadedModel, tmp_path: Path
+) -> None:
+    good, other = make_requests(model, 2)
+    wrong = GenerationRequest(
+        id="wrong", prompt_ids=good.prompt_ids, params=good.params, grammar="start: foo("
+    )
+    engine = make_engine(server, model, tmp_path)
+
+    async def test() -> list[Generation]:
+        tasks = [asyncio.create_task(engine.generate([r])) for r in (good, wrong, other)]
+        with pytest.raises(ValueError, match=r"request wrong: .*grammar"):
+            await tasks[1]
+        return [*await tasks[0], *await tasks[2]]
+
+    assert_policy(model, [good, other], use(engine, model, test()))
+
+
+@pytest.mark.parametrize("way", ["disk", "distributed"])
+def test_the_server_takes_new_weights_and_drops_what_it_cached(
+    server: tuple[str, str], model: LoadedModel, tmp_path: Path, way: str
+) -> None:
+    requests = make_requests(model, 4, n=2)
+    options = {} if way == "disk" else {"sync": DistributedSync(bucket_bytes=2**20)}
+    engine = make_engine(server, model, tmp_path, **options)
+
+    async def test() -> None:
+        assert_policy(model, requests, await engine.generate(requests))
+        await change(model, engine, version=1)
+        try:
+            done = await engine.generate(requests)
+            assert {generation.policy_version for generation in done} == {1}
+            assert_policy(model, requests, done)
+        finally:
+            restore(model)
+
+    use(engine, model, test())
+
+
+async def change(model: LoadedModel, engine: SglangEngine, *, version: int) -> None:
+    """Other weights, for the trainer and the server."""
+    torch.manual_seed(version)
+    with torch.no_grad():
+        for parameter in model.model.parameters():
+            parameter += 0.02 * torch.randn_like(parameter)
+    await engine.load_weights(model.model.state_dict(), version=version)
+
+
+def restore(model: LoadedModel) -> None:
+    fresh = load_model(load_preset("quickstart").model_copy(update={"model": "quickstart"}))
+    model.model.load_state_dict(fresh.model.state_dict())
+
+
+def test_a_server_with_other_weights_than_the_trainers_is_noticed(
+    server: tuple[str, str], model: LoadedModel, tmp_path: Path
+) -> None:
+    def wrong(ids: Any) -> list[float]:
+        return [value + 0.1 for value in token_logprobs(model.model, ids)]
+
+    engine = make_engine(server, model, tmp_path, probe=wrong)
+    with pytest.raises(RunFailed, match=r"log-probability -.* and the trainer -.*probe_bound"):
+        use(engine, model, engine.generate([]))
+
+
+def test_two_trainers_at_one_server(
+    server: tuple[str, str], model: LoadedModel, tmp_path: Path
+) -> None:
+    first = make_engine(server, model, tmp_path / "first")
+    second = make_engine(server, model, tmp_path / "second")
+    request = make_requests(model, 1)
+
+    async def test() -> None:
+        await first.load_weights(model.model.state_dict(), version=3)
+        await second.load_weights(model.model.state_dict(), version=5)
+        try:
+            with pytest.raises(RunFailed, match="another trainer has loaded its weights"):
+                await first.generate(request)
+            assert_policy(model, request, await second.generate(request))
+        finally:
+            await first.close()
+            await second.close()
+
+    asyncio.run(test())
+
+
+def small(out: Path, **changes: Any) -> Config:
+    options: dict[str, Any] = {
+        "steps": 3,
+        "name": "run",
+        "out": str(out),
+        "sample.problems_per_step": 8,
+        "sample.group_size": 4,
+        "eval.problems": 6,
+        "eval.samples": 1,
+        "engine.kind": "sglang",
+        "engine.python": PYTHON,
+        "engine.server_args": POOL,
+    }
+    return apply_args(
+        load_preset("quickstart"), options | {k.replace("__", "."): v for k, v in changes.items()}
+    )
+
+
+def children_of(pid: int) -> list[int]:
+    """All processes below one."""
+    path = Path(f"/proc/{pid}/task/{pid}/children")
+    own = [int(child) for child in path.read_text().split()] if path.exists() else []
+    return own + [below for child in own for below in children_of(child)]
+
+
+def scheduler(server: OwnServer) -> int:
+    """The process that holds the model."""
+    assert server._process is not None
+    for pid in children_of(server._process.pid):
+        if "scheduler" in Path(f"/proc/{pid}/cmdline").read_text():
+            return pid
+    raise AssertionError("no scheduler")
+
+
+@pytest.mark.parametrize(
+    ("harm", "way"),
+    [
+        pytest.param(lambda pid: os.kill(pid, signal.SIGKILL), "distributed", id="dies"),
+        pytest.param(lambda pid: os.kill(pid, signal.SIGSTOP), "disk", id="hangs"),
+    ],
+)
+def test_a_server_that_fails_in_mid_step_is_replaced(
+    model: LoadedModel, tmp_path: Path, harm: Callable[[int], None], way: str
+) -> None:
+    """Everything that was asked for is there, from the current weights; no process is left."""
+    config = small(
+        tmp_path,
+        engine__health_every_s=2.0,
+        engine__health_timeout_s=8.0,
+        engine__sync=way,
+    )
+    requests = make_requests(model, 24, n=4)
+    notes: list[str] = []
+    engine = open_engine(
+        config,
+        model,
+        tmp_path,
+        probe_ids=model.tokenizer.encode("3 + 4 = 7."),
+        note=notes.append,
+    )
+    assert isinstance(engine, SglangEngine)
+    processes: list[int] = []
+
+    async def test() -> None:
+        own = engine.members[0].own
+        assert own is not None and own._process is not None
+        await engine.generate(requests[:2])
+        await change(model, engine, version=1)
+        processes.extend(children_of(own._process.pid))
+        under_way = asyncio.create_task(engine.generate(requests))
+        await asyncio.sleep(0.3)
+        harm(scheduler(own))
+        done = await under_way
+        assert own.num_starts >= 2  # more where a slow machine takes a busy server to hang too
+        assert {generation.policy_version for generation in done} == {1}
+        assert_policy(model, requests, done)
+        processes.extend(children_of(own._process.pid))
+        assert engine.take_metrics()["rollout/num_retries"] >= 1
+        assert any("started again" in note for note in notes)
+
+    try:
+        use(engine, model, test())
+    finally:
+        restore(model)
+    assert processes
+    for _ in range(300):
+        left = [pid for pid in processes if Path(f"/proc/{pid}/cmdline").exists()]
+        if not left:
+            break
+        time.sleep(0.1)
+    assert not left
+
+
+@pytest.mark.parametrize("rank", [0, 8], ids=["weights", "adapters"])
+def test_training_learns_from_what_the_server_samples(tmp_path: Path, rank: int) -> None:
+    """Before each of three steps the server's greedy answers are those of the trainer's model."""
+    config = small(tmp_path, lora__rank=rank)
+
+    async def steps() -> None:
+        with open_run(config) as run:
+            local = LocalEngine(run.model.model)
+            try:
+                await run.engine.load_weights(run.crew.weights(), version=0)
+                for step in range(1, 4):
+                    greedy = [
+                        GenerationRequest(
+                            id=f"greedy{step}/{problem.id}",
+                            prompt_ids=problem_prompt(problem, run.model.tokenizer, 256),
+                            params=SamplingParams(
+                                max_new_tokens=48,
+                                temperature=0.0,
+                                stop_token_ids=run.model.stop_token_ids,
+                            ),
+                        )
+                        for problem in run.stream.batch(step)
+                    ]
+                    theirs, ours = await run.engine.generate(greedy), await local.generate(greedy)
+                    for a, b in zip(theirs, ours, strict=True):
+                        assert a.completion_ids == b.completion_ids
+                        assert list(a.logprobs) == pytest.approx(list(b.logprobs), abs=CLOSE)
+                    sampled = await sample_and_reflect(run, step, run.progress)
+                    assert all(
+                        rollout.policy_version == step - 1
+                        for group in sampled.groups
+                        for rollout in group.rollouts
+                    )
+                    metrics = await learn(run, step, sampled)
+                    assert metrics["loss/logprob_gap_max"] < CLOSE
+                    assert metrics["reflect/found_frac"] == 1.0
+                    run.finish_step(step, metrics)
+            finally:
+                await run.engine.close()
+
+    asyncio.run(steps())
+
+
+def test_one_step_ahead(tmp_path: Path) -> None:
+    run = train(small(tmp_path, engine__one_step_ahead=True))
+    rows = [row for row in read_metrics(run / "metrics.jsonl") if "loss/divergence" in row]
+    assert [row["rollout/policy_lag_mean"] for row in rows] == [0.0, 1.0, 1.0]
+    assert not list((run / "engine" / "weights").iterdir())
+
+
+def test_memory_is_not_given_back_on_a_cpu(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"engine\.colocated: giving memory back needs a GPU"):
+        train(small(tmp_path, engine__colocated=True))
+    assert not (tmp_path / "run").exists()
+
+
+def with_teacher(out: Path, **changes: Any) -> Config:
+    options = {"engine__kind": "local", "engine__server_args": "", "teacher__where": "sglang"}
+    return small(out, **options, teacher__server_args=POOL, **changes)
+
+
+def test_a_teacher_on_a_server_teaches_as_one_in_the_trainer(tmp_path: Path) -> None:
+    """The same rollouts, reflections and losses; killed in between, it is started again."""
+
+    async def steps() -> list[dict[str, float]]:
+        rows = []
+        with open_run(with_teacher(tmp_path / "far")) as run:
+            assert run.scorer is not None
+            try:
+                await start(run)
+                own = run.scorer.members[0].own
+                assert own is not None and own.num_starts == 1
+                for step in range(1, 4):
+                    if step == 2:
+                        os.kill(scheduler(own), signal.SIGKILL)
+                    sampled = await sample_and_reflect(run, step, run.progress)
+                    rows.append(await learn(run, step, sampled))
+                    run.finish_step(step, rows[-1])
+                assert own.num_starts == 2
+            finally:
+                await run.engine.close()
+                await run.scorer.close()
+        return rows
+
+    far = asyncio.run(steps())
+    near = train(small(tmp_path / "near", engine__kind="local"))
+    rows = [row for row in read_metrics(near / "metrics.jsonl") if "loss/divergence" in row]
+    assert len(rows) == len(far) == 3
+    for ours, theirs in zip(rows, far, strict=True):
+        for name in ("loss/divergence", "loss/teacher_entropy", "loss/student_entropy"):
+            assert theirs[name] == pytest.approx(ours[name], rel=1e-3), name
+        assert theirs["loss/num_distilled_tokens"] == ours["loss/num_distilled_tokens"] > 0
+
+
+def test_a_teacher_on_a_server_teaches_two_ranks(tmp_path: Path) -> None:
+    """Rank 0 asks it and deals its states out; the losses are those of one rank without it."""
+    file = tmp_path / "far.toml"
+    file.write_text(to_toml(with_teacher(tmp_path, name="far")))
+    done = subprocess.run(
+        module_command(2, "rosd_fast", "train", "--config", file),
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    near = train(small(tmp_path, name="near", engine__kind="local"))
+    runs = [read_metrics(run / "metrics.jsonl")[1:] for run in (near, tmp_path / "far")]
+    assert len(runs[0]) == len(runs[1]) == 3
+    for ours, theirs in zip(*runs, strict=True):
+        for name in ("loss/divergence", "loss/teacher_entropy", "loss/student_entropy"):
+            assert theirs[name] == pytest.approx(ours[name], rel=1e-3), name
+        assert theirs["loss/num_distilled_tokens"] == ours["loss/num_distilled_tokens"] > 0
+
+
+def test_states_are_those_of_the_model_at_any_place(model: LoadedModel, tmp_path: Path) -> None:
+    """Also where the cache holds all but the last token, and side by side."""
+    config = with_teacher(tmp_path)
+    texts = [problem.prompt for problem in load_split("train")[:6]]
+    scorer = open_scorer(config, model, tmp_path, note=print)
+    assert scorer is not None
+
+    async def test() -> None:
+        sequences = [model.tokenizer.encode(text) for text in texts]
+        places = [
+            (ids, first) for ids in sequences for first in (0, len(ids) // 2, len(ids) - 1) * 2
+        ]
+        found = await asyncio.gather(*(scorer.score(ids, first=first) for ids, first in places))
+        for (ids, first), states in zip(places, found, strict=True):
+            packed = PackedSequences(
+                input_ids=torch.tensor(ids),
+                position_ids=torch.arange(len(ids)),
+                cu_seqlens=(0, len(ids)),
+                gather=torch.arange(first, len(ids)),
+            )
+            with torch.no_grad():
+                own = hidden_states(model.model, packed)[first:]
+            torch.testing.assert_close(states, own, rtol=1e-3, atol=1e-3)
+
+    async def run() -> None:
+        try:
+            await test()
+        finally:
+            await scorer.close()
+
+    asyncio.run(run())
+
+
+def test_a_server_of_no_teacher_is_named(server: tuple[str, str], model: LoadedModel) -> None:
+    """One that was not started to return states."""
+    url, key = server
+    scorer = SglangScorer(
+        [Member(Endpoint(url, api_key=key), name=url)],
+        hidden_size=model.model.config.hidden_size,
+        max_failures=2,
+    )
+
+    async def run() -> None:
+        try:
+            await scorer.score([1, 2, 3, 4], first=2)
+        finally:
+            await scorer.close()
+
+    with pytest.raises(RunFailed, match="--return-hidden-states-mode full"):
+        asyncio.run(run())

@@ -1,0 +1,199 @@
+"""A teacher behind a server that fails, and a server that is no such teacher."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Coroutine
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from rosd_fast.batch.packing import pack
+from rosd_fast.config import Config
+from rosd_fast.engines.factory import check_teacher
+from rosd_fast.engines.sglang.client import Endpoint
+from rosd_fast.engines.sglang.pool import Member
+from rosd_fast.engines.sglang.teacher import SglangScorer
+from rosd_fast.errors import RunFailed, UserError
+from rosd_fast.model.attention import hidden_states
+from rosd_fast.trainer.learner import Learner
+from rosd_fast.types import DistillSample, PackedSequences
+from tests.engines.sglang.fake_sglang import FakeSglang, expected_states
+
+SAMPLES = [
+    DistillSample(
+        rollout_id=f"p{index // 2}/{index % 2}",
+        student_prompt_ids=(7, 8),
+        teacher_prompt_ids=tuple(range(3, 6 + index)),
+        completion_ids=tuple(range(20, 26 + index)),
+        logprobs=(-1.0,) * (6 + index),
+        start=index % 3,
+        end=6,
+    )
+    for index in range(6)
+]
+
+
+def with_scorer(
+    test: Callable[[SglangScorer, list[str]], Coroutine[Any, Any, Any]],
+    *fakes: FakeSglang,
+    **options: Any,
+) -> Any:
+    async def run() -> Any:
+        for fake in fakes:
+            await fake.__aenter__()
+        notes: list[str] = []
+        watch = {"health_every_s": 0.05, "health_timeout_s": 0.5}
+        scorer = SglangScorer(
+            [Member(Endpoint(fake.url), name=fake.url, **watch) for fake in fakes],
+            **{"hidden_size": 5, "note": notes.append, "max_failures": 3} | options,
+        )
+        try:
+            return await asyncio.wait_for(test(scorer, notes), 30)
+        finally:
+            await scorer.close()
+            for fake in fakes:
+                await fake.__aexit__()
+
+    return asyncio.run(run())
+
+
+def expected(batches: list[Any]) -> list[torch.Tensor]:
+    """The states of each sample's own sequence, at the tokens before the distilled ones."""
+    by_id = {sample.rollout_id: sample for sample in SAMPLES}
+    found = []
+    for batch in batches:
+        rows = []
+        for rollout_id in batch.rollout_ids:
+            sample = by_id[rollout_id]
+            ids = [*sample.teacher_prompt_ids, *sample.completion_ids]
+            before = len(sample.teacher_prompt_ids) - 1
+            rows += expected_states(ids)[before + sample.start : before + sample.end]
+        found.append(torch.tensor(rows))
+    return found
+
+
+@pytest.mark.parametrize("max_tokens", [1, 60, 1000])
+def test_states_are_those_of_the_distilled_tokens(max_tokens: int) -> None:
+    batches = pack(SAMPLES, max_tokens=max_tokens)
+    fakes = FakeSglang(), FakeSglang()
+    states = with_scorer(lambda scorer, _: scorer.states(batches), *fakes)
+    assert [len(own) for own in states] == [batch.num_distilled for batch in batches]
+    for own, want in zip(states, expected(batches), strict=True):
+        assert torch.equal(own, want)
+    bodies = [body for fake in fakes for body in fake.bodies]
+    assert len(bodies) == len(SAMPLES)
+    for fake in fakes:  # the samples of a problem share a server
+        prompts = {len(body["input_ids"]) for body in fake.bodies}
+        assert all((first in prompts) == (first + 1 in prompts) for first in (8, 10, 12))
+
+
+@pytest.mark.parametrize(
+    "fault", ["500", "503", "reset", "truncated", "abort", "chunked", "stateless"]
+)
+def test_what_passes_is_asked_again(fault: str) -> None:
+    batches = pack(SAMPLES, max_tokens=60)
+    fake = FakeSglang(faults=("", fault, fault))
+    states = with_scorer(lambda scorer, _: scorer.states(batches), fake)
+    assert all(torch.equal(a, b) for a, b in zip(states, expected(batches), strict=True))
+    assert len(fake.bodies) == len(SAMPLES) + 2
+
+
+def test_another_server_takes_over() -> None:
+    batches = pack(SAMPLES, max_tokens=60)
+    fakes = FakeSglang(faults=("reset",) * 50), FakeSglang()
+    states = with_scorer(lambda scorer, _: scorer.states(batches), *fakes)
+    assert all(torch.equal(a, b) for a, b in zip(states, expected(batches), strict=True))
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "words"),
+    [
+        ("chunked", RunFailed, "states of .* --chunked-prefill-size -1"),
+        ("stateless", RunFailed, "--return-hidden-states-mode full"),
+        ("narrow", RunFailed, "not 5 wide: the server runs another model"),
+        ("foreign", RunFailed, "weights have changed, from default to 0badcafe-7"),
+        ("not finite", UserError, "states are not finite"),
+        ("400", RunFailed, "refuses a sequence of 9 tokens .*teacher.max_prompt_tokens"),
+        ("500", RunFailed, "scoring 9 tokens failed 3 times in a row"),
+    ],
+)
+def test_what_does_not_pass_ends_the_run(fault: str, error: type, words: str) -> None:
+    async def test(scorer: SglangScorer, _: list[str]) -> None:
+        await scorer.score([1, 2, 3, 4], first=2)
+        fake.faults.extend([fault] * 3)
+        with pytest.raises(error, match=words):
+            await scorer.score(list(range(9)), first=5)
+
+    fake = FakeSglang()
+    with_scorer(test, fake)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=20), st.data())
+def test_any_first_token(ids: list[int], data: st.DataObject) -> None:
+    first = data.draw(st.integers(0, len(ids) - 1))
+    states = with_scorer(lambda scorer, _: scorer.score(ids, first=first), FakeSglang())
+    assert states.tolist() == expected_states(ids)[first:]
+
+
+def learner_of(model: Any, **teacher: Any) -> Learner:
+    return Learner(model, Config.model_validate({"teacher": teacher}))
+
+
+def states_of(model: Any, ids: list[int]) -> list[list[float]]:
+    packed = PackedSequences(
+        input_ids=torch.tensor(ids),
+        position_ids=torch.arange(len(ids)),
+        cu_seqlens=(0, len(ids)),
+        gather=torch.arange(len(ids)),
+    )
+    with torch.no_grad():
+        return hidden_states(model, packed).tolist()
+
+
+def test_a_step_is_that_of_a_teacher_in_the_process(tiny_llama: Callable[..., Any]) -> None:
+    """Also when the student has moved on, and only the teacher's head is left here."""
+    start = tiny_llama()
+    batches = pack(SAMPLES, max_tokens=60)
+    near, far = learner_of(tiny_llama()), learner_of(tiny_llama(), where="sglang")
+    far.teacher.keep_head_only()
+    assert far.teacher.model is far.model
+    assert not any(name.startswith("teacher.") for name in far.state_dict())
+    fake = FakeSglang()
+    fake.states = lambda ids: states_of(start, ids)
+    for _ in range(3):
+        size = start.config.hidden_size
+        states = with_scorer(lambda scorer, _: scorer.states(batches), fake, hidden_size=size)
+        one, other = near.step(batches), far.step(batches, states)
+        assert one.metrics.keys() == other.metrics.keys()
+        for name, value in one.metrics.items():
+            assert other.metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+    far.load_state_dict(far.state_dict())
+
+
+def test_a_server_with_another_model_is_found_out(tiny_llama: Callable[..., Any]) -> None:
+    model, other = tiny_llama(), tiny_llama()
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    teacher = learner_of(model, where="sglang").teacher
+    size = model.config.hidden_size
+    ids = list(range(5, 30))
+
+    def check(own: Any, bound: float) -> None:
+        fake = FakeSglang()
+        fake.states = lambda ids: states_of(own, ids)
+        with_scorer(
+            lambda scorer, _: check_teacher(scorer, teacher.model, ids, bound=bound),
+            fake,
+            hidden_size=size,
+        )
+
+    check(model, 1e-4)
+    with pytest.raises(RunFailed, match=r"log-probability -?\d.* more than teacher.server_bound"):
+        check(other, 1e-4)
+    check(other, 100.0)

@@ -1,0 +1,212 @@
+"""The same steps on any number of ranks, as one rank of torchrun's:
+
+    torchrun --nproc-per-node 2 -m tests.parallel.worker OUT [--resume OTHER_OUT] [--shard-size N]
+
+Rank 0 writes, for each case, the gradients of the first step and the weights after the others to
+OUT/results.safetensors, and the metrics of all steps to OUT/metrics.json; checkpoints of step 2 are
+in OUT/CASE. Going on from these has to give the same bits. Where --resume is given, it goes on from
+those of another call, too.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from tokenizers import Tokenizer, models
+from transformers import PreTrainedTokenizerFast
+
+from rosd_fast.batch.packing import pack
+from rosd_fast.config import Config
+from rosd_fast.model.adapters import choose_trainable
+from rosd_fast.trainer.learner import StepResult
+from rosd_fast.trainer.optim import Optimizer
+from rosd_fast.trainer.ranks import Crew, follow
+from rosd_fast.types import DistillSample
+from rosd_fast.utils.distributed import World, full, open_world
+from tests.tiny import SHAPE, VOCAB, tiny_model
+
+TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
+SLIDING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+ROWS, REGION = {"head": "shard"}, {"kind": "trust_region", "mix": 0.4}
+CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
+    "tied": ("Llama", TIED, {}),
+    "untied": ("Qwen3", UNTIED, {"loss": {"divergence": "jsd"}}),
+    "ema": ("Llama", UNTIED, {"teacher": {"kind": "ema", "ema_rate": 0.3}}),
+    "live": ("Gemma3Text", TIED | SLIDING, {"teacher": {"kind": "live"}}),
+    "trust region": ("Granite", UNTIED, {"teacher": REGION}),
+    "lora": ("Llama", TIED, {"lora": {"rank": 4}}),
+    "lora ema": ("Qwen3", UNTIED, {"lora": {"rank": 4}, "teacher": {"kind": "ema"}}),
+    "some": ("Llama", UNTIED, {"optim": {"only": "model.layers.1.*, lm_head.weight"}}),
+    "recomputed": ("Llama", TIED, {"learner": {"activation_checkpointing": True}}),
+    "fixed head": (
+        "Llama",
+        TIED,
+        {"optim": {"only": "model.layers.*"}, "teacher": {"kind": "trust_region"}},
+    ),
+    "rows": ("Llama", UNTIED, {"parallel": ROWS}),
+    "rows biased": ("Phi", UNTIED, {"parallel": ROWS, "loss": {"top_k": 5}}),
+    "rows ema": ("Qwen3", UNTIED, {"parallel": ROWS, "teacher": {"kind": "ema"}}),
+    "rows trust region": ("Granite", UNTIED, {"parallel": ROWS, "teacher": REGION}),
+    "rows lora": ("Llama", UNTIED, {"parallel": ROWS, "lora": {"rank": 4}, "teacher": REGION}),
+    "rows one sample": ("Llama", UNTIED, {"parallel": ROWS, "loss": {"strategy": "tiled"}}),
+    "rows bfloat16": ("Llama", UNTIED, {"parallel": ROWS, "dtype": "bfloat16"}),
+    "offload": ("Llama", TIED, {"teacher": {"offload": True}}),
+    "rows offload ema": (
+        "Llama",
+        UNTIED,
+        {"parallel": ROWS, "teacher": {"kind": "ema", "offload": True}},
+    ),
+    "one sample": ("Llama", TIED, {}),
+    "bfloat16": ("Llama", TIED, {"dtype": "bfloat16"}),
+    "bfloat16 ema": ("Llama", TIED, {"dtype": "bfloat16", "teacher": {"kind": "ema"}}),
+}
+NUM_STEPS, SAVED_STEP = 4, 2
+
+
+def config_of(case: str, shard_size: int | None = None) -> Config:
+    options = CASES[case][2]
+    optim = {"lr": 3e-3, "warmup_steps": 2, **options.get("optim", {})}
+    loss = {"strategy": "chunked", **options.get("loss", {})}
+    parallel = {"shard_size": shard_size, **options.get("parallel", {})}
+    return Config.model_validate({**options, "loss": loss, "optim": optim, "parallel": parallel})
+
+
+def model_of(case: str, config: Config) -> Any:
+    family, shape, _ = CASES[case]
+    model = tiny_model(family, torch.float32, **shape).to(getattr(torch, config.dtype))
+    choose_trainable(model, config)
+    if config.lora.rank:  # adapters that change something from the first step on
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                torch.nn.init.normal_(parameter, std=0.1)
+    return model
+
+
+def samples_of(case: str, step: int) -> list[DistillSample]:
+    """Groups of unequal sizes, whose samples share their prompts."""
+    g = torch.Generator().manual_seed(step)
+
+    def number(low: int, high: int) -> int:
+        return int(torch.randint(low, high, (), generator=g))
+
+    def ids(low: int, high: int) -> tuple[int, ...]:
+        return tuple(torch.randint(3, VOCAB, (number(low, high),), generator=g).tolist())
+
+    samples = []
+    for group in range(1 if "one sample" in case else 4):
+        prompt, privileged = ids(3, 20), ids(3, 20)
+        for member in range(1 if "one sample" in case else number(1, 4)):
+            completion = ids(4, 14)
+            start = number(0, len(completion) - 1)
+            samples.append(
+                DistillSample(
+                    rollout_id=f"{group}/{member}",
+                    student_prompt_ids=prompt,
+                    teacher_prompt_ids=privileged + ids(1, 6),
+                    completion_ids=completion,
+                    logprobs=tuple((-4 * torch.rand(len(completion), generator=g)).tolist()),
+                    start=start,
+                    end=len(completion),
+                    weight=0.5 + number(0, 100) / 100,
+                )
+            )
+    return samples
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    return PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
+    )
+
+
+class Recorder:
+    """The whole gradients of the last step of any optimizer."""
+
+    def __init__(self) -> None:
+        self.gradients: dict[str, torch.Tensor] = {}
+        own_step = Optimizer.step
+
+        def recording(optimizer: Optimizer) -> float:
+            for name, master in optimizer.masters.items():
+                assert master.grad is not None, name
+                self.gradients[name] = full(master.grad).detach().clone()
+            return own_step(optimizer)
+
+        setattr(Optimizer, "step", recording)  # noqa: B010
+
+
+def step(crew: Crew, case: str, number: int) -> StepResult:
+    batches = pack(
+        samples_of(case, number),
+        max_tokens=120,
+        min_shared=3,
+        num_ranks=crew.world.size,
+        hidden_size=SHAPE["hidden_size"],
+    )
+    assert len(batches) % crew.world.size == 0
+    return crew.step(batches)
+
+
+def work(
+    world: World, out: Path, *, resume: Path | None = None, shard_size: int | None = None
+) -> None:
+    """All cases. A rank beside rank 0 follows."""
+    recorder, results, metrics = Recorder(), {}, {}
+    for case in CASES:
+        if not world.leads:
+            for _ in range(2 if resume is None else 3):
+                follow(world)
+            continue
+        config = config_of(case, shard_size)
+        crew = Crew.muster(model_of(case, config), config, world, tokenizer())
+        rows = []
+        for number in range(NUM_STEPS):
+            recorder.gradients.clear()
+            rows.append(step(crew, case, number))
+            if number == 0:
+                results |= {f"{case}/grad/{k}": v for k, v in recorder.gradients.items()}
+            if number + 1 == SAVED_STEP:
+                crew.save(out / case, SAVED_STEP, None)
+        weights = {k: v.detach().clone() for k, v in crew.weights().items()}
+        results |= {f"{case}/weight/{k}": v for k, v in weights.items()}
+        crew.close()
+        metrics[case] = [[row.metrics, row.per_token] for row in rows]
+        own = continued(case, config, world, out)
+        assert all(torch.equal(own[k], v) for k, v in weights.items()), case
+        if resume is not None:
+            weights = continued(case, config, world, resume)
+            results |= {f"{case}/resumed/{k}": v for k, v in weights.items()}
+    if world.leads:
+        save_file({k: v.contiguous() for k, v in results.items()}, out / "results.safetensors")
+        (out / "metrics.json").write_text(json.dumps(metrics))
+
+
+def continued(case: str, config: Config, world: World, run: Path) -> dict[str, torch.Tensor]:
+    """The weights after all steps, from the checkpoint in the folder `run` on."""
+    crew = Crew.muster(model_of(case, config), config, world, tokenizer())
+    assert crew.load(run / case / "checkpoints" / "step_000002") == SAVED_STEP
+    for number in range(SAVED_STEP, NUM_STEPS):
+        step(crew, case, number)
+    weights = {k: v.detach().clone() for k, v in crew.weights().items()}
+    crew.close()
+    return weights
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--resume", type=Path)
+    parser.add_argument("--shard-size", type=int)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    with open_world(config_of("tied", args.shard_size).parallel, "cpu") as world:
+        work(world, args.out, resume=args.resume, shard_size=args.shard_size)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,300 @@
+"""Checkpoints: bitwise resume, atomic writing, damage, pruning."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
+
+from rosd_fast.config import Config
+from rosd_fast.errors import UserError
+from rosd_fast.files import atomic_folder
+from rosd_fast.trainer.checkpoint import latest_checkpoint, load_checkpoint, prune, write_checkpoint
+from rosd_fast.trainer.learner import Learner
+from rosd_fast.trainer.snapshot import Snapshot
+from rosd_fast.types import PackedBatch, PackedSequences
+
+
+def tiny_model(dtype=torch.float32, *, hidden=16, seed=0):
+    torch.manual_seed(seed)
+    model: Any = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=300,
+            hidden_size=hidden,
+            intermediate_size=24,
+            num_hidden_layers=2,
+            num_attention_heads=2,
+            max_position_embeddings=64,
+            tie_word_embeddings=True,
+        )
+    )
+    return model.to(dtype)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    bpe = Tokenizer(models.BPE())
+    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    bpe.train_from_iterator(
+        ["a b c"],
+        trainers.BpeTrainer(vocab_size=260, initial_alphabet=alphabet, special_tokens=["<eos>"]),
+    )
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, eos_token="<eos>", chat_template="{{ messages[0].content }}"
+    )
+
+
+def options(kind: str) -> Config:
+    return Config.model_validate(
+        {"teacher": {"kind": kind}, "optim": {"lr": 1e-2, "warmup_steps": 3}}
+    )
+
+
+def batch(seed: int) -> PackedBatch:
+    g = torch.Generator().manual_seed(seed)
+
+    def sequences(lengths: list[int]) -> PackedSequences:
+        first = lengths[0] - 4
+        return PackedSequences(
+            input_ids=torch.randint(0, 300, (sum(lengths),), generator=g),
+            position_ids=torch.cat([torch.arange(n) for n in lengths]),
+            cu_seqlens=(0, lengths[0], sum(lengths)),
+            gather=torch.tensor([first, first + 1, sum(lengths) - 3]),
+        )
+
+    return PackedBatch(
+        rollout_ids=("a", "b"),
+        student=sequences([8, 6]),
+        teacher=sequences([12, 9]),
+        token_ids=torch.randint(0, 300, (3,), generator=g),
+        weights=torch.ones(3),
+        rollout_logprobs=torch.full((3,), -5.5),
+        sample_index=torch.tensor([0, 0, 1]),
+    )
+
+
+def save(run: Path, step: int, learner: Learner, tokenizer: Any, **more: Any) -> Path:
+    more = {"config_hash": "abc", **more}
+    return write_checkpoint(run, Snapshot.of(learner, tokenizer, step=step, **more))
+
+
+def run_steps(learner: Learner, first: int, last: int) -> list[dict[str, float]]:
+    return [learner.step([batch(2 * s), batch(2 * s + 1)]).metrics for s in range(first, last + 1)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["frozen", "ema", "live", "trust_region"])
+def test_resume_is_bitwise_equal_to_going_on(tmp_path, tokenizer, kind, dtype):
+    straight = Learner(tiny_model(dtype), options(kind))
+    run_steps(straight, 1, 4)
+    path = save(tmp_path, 4, straight, tokenizer)
+    expected = run_steps(straight, 5, 8)
+
+    resumed = Learner(tiny_model(dtype), options(kind))
+    assert load_checkpoint(path, resumed) == 4
+    assert run_steps(resumed, 5, 8) == expected
+    for name, weight in straight.weights.items():
+        assert torch.equal(resumed.weights[name], weight), name
+    state = resumed.state_dict()
+    assert all(torch.equal(state[name], value) for name, value in straight.state_dict().items())
+
+
+def test_a_checkpoint_loads_with_from_pretrained(tmp_path, tokenizer):
+    learner = Learner(tiny_model(), options("frozen"))
+    run_steps(learner, 1, 2)
+    path = save(tmp_path, 2, learner, tokenizer)
+    assert path == tmp_path / "checkpoints" / "step_000002"
+    model = AutoModelForCausalLM.from_pretrained(path)
+    ids = torch.randint(0, 300, (1, 9))
+    assert torch.equal(model.eval()(ids).logits, learner.model(ids).logits)
+    loaded = AutoTokenizer.from_pretrained(path)
+    assert loaded("a b").input_ids == tokenizer("a b").input_ids
+    assert loaded.chat_template == tokenizer.chat_template
+    state = json.loads((path / "trainer_state.json").read_text())
+    assert state["step"] == 2 and state["config_hash"] == "abc"
+    assert {"torch", "transformers", "rosd_fast"} <= state["versions"].keys()
+    assert not [file for file in path.rglob("*") if file.suffix in (".bin", ".pt", ".pkl")]
+
+
+@pytest.fixture
+def run(tmp_path, tokenizer):
+    """A run folder with checkpoints of steps 1, 2 and 10."""
+    learner = Learner(tiny_model(), options("frozen"))
+    for step in (1, 2, 10):
+        run_steps(learner, step, step)
+        save(tmp_path, step, learner, tokenizer)
+    return tmp_path
+
+
+def newest(run, **options) -> Path:
+    path = latest_checkpoint(run, **options)
+    assert path is not None
+    return path
+
+
+def cut(file, keep: float) -> None:
+    data = file.read_bytes()
+    file.write_bytes(data[: int(len(data) * keep)])
+
+
+def same_size_garbage(file) -> None:
+    file.write_bytes(b"\xff" * file.stat().st_size)
+
+
+def state_file(path: Path) -> Path:
+    (file,) = (path / "state").glob("*.safetensors")
+    return file
+
+
+DAMAGE = {
+    "cut weights": lambda path: cut(path / "model.safetensors", 0.5),
+    "cut state": lambda path: cut(state_file(path), 0.99),
+    "empty state": lambda path: state_file(path).write_bytes(b""),
+    "no state": lambda path: shutil.rmtree(path / "state"),
+    "garbage header": lambda path: same_size_garbage(path / "model.safetensors"),
+    "no json": lambda path: (path / "trainer_state.json").unlink(),
+    "cut json": lambda path: cut(path / "trainer_state.json", 0.5),
+    "json is a list": lambda path: (path / "trainer_state.json").write_text("[]"),
+    "cut tokenizer": lambda path: cut(path / "tokenizer.json", 0.5),
+    "no tokenizer": lambda path: (path / "tokenizer.json").unlink(),
+    "no weights": lambda path: (path / "model.safetensors").unlink(),
+    "empty folder": lambda path: (shutil.rmtree(path), path.mkdir()),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_a_damaged_checkpoint_is_named_and_passed_over(run, damage):
+    assert newest(run).name == "step_000010"
+    damaged = run / "checkpoints" / "step_000010"
+    DAMAGE[damage](damaged)
+    warnings: list[str] = []
+    assert newest(run, warn=warnings.append).name == "step_000002"
+    assert len(warnings) == 1 and str(damaged) in warnings[0]
+    with pytest.raises(UserError, match="damaged") as error:
+        load_checkpoint(damaged, Learner(tiny_model(), options("frozen")))
+    assert "\n" not in str(error.value)
+
+
+def test_no_checkpoint(tmp_path):
+    assert latest_checkpoint(tmp_path) is None
+
+
+@pytest.mark.parametrize("other", [{"hidden": 32}, {"seed": 7}], ids=["size", "weights"])
+def test_another_model_is_refused(run, other):
+    """A frozen teacher is the initial weights, which the checkpoint does not repeat."""
+    with pytest.raises(UserError, match="another model"):
+        load_checkpoint(newest(run), Learner(tiny_model(**other), options("frozen")))
+
+
+def test_another_teacher_is_refused(run):
+    with pytest.raises(UserError, match="other teacher options"):
+        load_checkpoint(newest(run), Learner(tiny_model(), options("ema")))
+
+
+def test_prune_keeps_the_newest(run):
+    leftover = run / "checkpoints" / ".tmp-step_000011-x"
+    leftover.mkdir()
+    prune(run, 2)
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == ["step_000002", "step_000010"]
+
+
+def test_prune_keeps_the_best(tmp_path, tokenizer):
+    learner = Learner(tiny_model(), options("frozen"))
+    accuracies = {1: 0.5, 2: 0.75, 3: None, 4: 0.75, 5: 0.25, 6: None}
+    for step, accuracy in accuracies.items():
+        save(tmp_path, step, learner, tokenizer, dev_accuracy=accuracy)
+    prune(tmp_path, 2, keep_best=True)
+    folder = tmp_path / "checkpoints"
+    kept = ["step_000002", "step_000005", "step_000006"]
+    assert sorted(path.name for path in folder.iterdir()) == kept
+    cut(folder / "step_000002" / "model.safetensors", 0.5)
+    prune(tmp_path, 1, keep_best=True)  # what is damaged is not the best of anything
+    assert sorted(path.name for path in folder.iterdir()) == kept[1:]
+    prune(tmp_path, 1)
+    assert sorted(path.name for path in folder.iterdir()) == kept[2:]
+
+
+def test_an_unwritable_place_is_a_user_error(tmp_path, tokenizer):
+    learner = Learner(tiny_model(), options("frozen"))
+    (tmp_path / "checkpoints").write_text("a file in the way")
+    with pytest.raises(UserError, match="cannot be written"):
+        save(tmp_path, 1, learner, tokenizer)
+
+
+@pytest.mark.parametrize("limit", [1_000, 60_000])
+def test_a_full_disk_leaves_the_old_checkpoint(run, tokenizer, limit):
+    """A limit on the size of a file is as near to a full disk as one gets without a disk: what is
+    written up to it is there, and then the system refuses."""
+    before = {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
+    learner = Learner(tiny_model(), options("frozen"))
+    snapshot = Snapshot.of(learner, tokenizer, step=10, config_hash="abc")
+    size, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        with pytest.raises(UserError, match=r"cannot be written .*Free some space"):
+            write_checkpoint(run, snapshot)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    after = {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
+    assert after == before and newest(run).name == "step_000010"
+
+
+def test_saving_a_step_again_replaces_it(run, tokenizer):
+    learner = Learner(tiny_model(seed=3), options("frozen"))
+    path = save(run, 10, learner, tokenizer, config_hash="new")
+    assert json.loads((path / "trainer_state.json").read_text())["config_hash"] == "new"
+    with safe_open(path / "model.safetensors", framework="pt") as tensors:
+        weight = tensors.get_tensor("model.norm.weight")
+    assert torch.equal(weight, learner.weights["model.norm.weight"])
+    assert len(list((run / "checkpoints").iterdir())) == 3
+
+
+def test_a_generation_config_that_transformers_refuses_to_save(tmp_path, tokenizer):
+    model = tiny_model()
+    own = GenerationConfig(eos_token_id=5, temperature=0.6, do_sample=False)
+    model.generation_config = own
+    with pytest.raises(ValueError, match="invalid"):  # the reason for save_model
+        own.save_pretrained(tmp_path)
+    learner = Learner(model, options("frozen"))
+    path = save(tmp_path, 1, learner, tokenizer)
+    assert GenerationConfig.from_pretrained(path).eos_token_id == 5
+    assert model.generation_config is own
+
+
+def test_atomic_folder_replaces_whole_or_not_at_all(tmp_path):
+    path = tmp_path / "a" / "b"
+    with atomic_folder(path) as folder:
+        (folder / "x").write_text("1")
+
+    def interrupted():
+        with atomic_folder(path) as folder:
+            (folder / "x").write_text("2")
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        interrupted()
+    assert (path / "x").read_text() == "1"
+    with atomic_folder(path) as folder:
+        (folder / "y").write_text("3")
+    assert [file.name for file in path.iterdir()] == ["y"]
+    assert [entry.name for entry in path.parent.iterdir()] == ["b"]
