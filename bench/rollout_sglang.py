@@ -43,8 +43,8 @@ from rosd_fast.engines.base import RolloutEngine
 from rosd_fast.engines.factory import token_logprobs
 from rosd_fast.engines.sglang.client import Endpoint
 from rosd_fast.engines.sglang.engine import SglangEngine
-from rosd_fast.engines.sglang.pool import Member
-from rosd_fast.engines.sglang.process import OwnServer
+from rosd_fast.engines.sglang.pool import ServerHandle
+from rosd_fast.engines.sglang.process import ManagedServer
 from rosd_fast.engines.sglang.weight_sync import DistributedSync
 from rosd_fast.pipeline import sample_and_reflect
 from rosd_fast.reflection.locate import locate_errors
@@ -55,7 +55,7 @@ from rosd_fast.types import Generation, GenerationRequest, SamplingParams
 
 CSV = RESULTS / "rollout_sglang.csv"
 FAULTS = ("reset", "half", "500")
-CLOSE = 1e-3  # nats
+MAX_GAP_NATS = 1e-3  # nats
 TEMPLATE = "{problem}\n\nAn attempt:\n{rollout}\n\nQuote the first wrong words and explain."
 
 
@@ -101,7 +101,7 @@ def make_config(args: argparse.Namespace, folder: str) -> Config:
         "engine.server_args": "--max-total-tokens 32768",
         "engine.health_every_s": 2.0,
         "engine.health_timeout_s": 10.0,
-        "teacher.where": "sglang",
+        "teacher.backend": "sglang",
         "teacher.server_args": "--max-total-tokens 32768",
     }
     return apply_args(load_preset("quickstart"), options)
@@ -153,7 +153,7 @@ async def measure(run: Run, args: argparse.Namespace) -> dict[str, str]:
     engine = run.engine
     assert isinstance(engine, SglangEngine)
     try:
-        await engine.load_weights(run.crew.weights(), version=0)
+        await engine.load_weights(run.learners.weights(), version=0)
         await sample_and_reflect(run, 1, Hidden())  # the first grammar takes seconds
         row = await measure_bytes(run, engine)
         row |= await measure_sync(run, engine, args.repeats)
@@ -176,7 +176,7 @@ async def measure_pipelines(
             options = run.config.engine.model_copy(update={"pipeline": name})
             run.config = run.config.model_copy(update={"engine": options})
             # The cache is emptied, as after each hand-over.
-            await engine.load_weights(run.crew.weights(), version=engine.policy_version + 1)
+            await engine.load_weights(run.learners.weights(), version=engine.policy_version + 1)
             engine.take_metrics()
             start = time.perf_counter()
             await sample_and_reflect(run, 1, Hidden())
@@ -206,10 +206,12 @@ async def measure_sync(run: Run, engine: SglangEngine, repeats: int) -> dict[str
     found = {}
     for name, engine._sync in ways.items():
         seconds = []
-        await engine.load_weights(run.crew.weights(), version=engine.policy_version + 1)  # joins
+        await engine.load_weights(
+            run.learners.weights(), version=engine.policy_version + 1
+        )  # joins
         for _ in range(repeats):
             start = time.perf_counter()
-            await engine.load_weights(run.crew.weights(), version=engine.policy_version + 1)
+            await engine.load_weights(run.learners.weights(), version=engine.policy_version + 1)
             seconds.append(time.perf_counter() - start)
         found[f"sync_{name}_s"] = f"{statistics.median(seconds):.3f}"
     await ways["distributed"].close()
@@ -218,15 +220,15 @@ async def measure_sync(run: Run, engine: SglangEngine, repeats: int) -> dict[str
 
 
 async def measure_bytes(run: Run, engine: SglangEngine) -> dict[str, str]:
-    before = engine.members[0].num_bytes
+    before = engine.servers[0].num_bytes
     generations = await engine.generate(make_requests(run, "bytes"))
     tokens = sum(len(generation.completion_ids) for generation in generations)
-    return {"bytes_per_token": f"{(engine.members[0].num_bytes - before) / tokens:.1f}"}
+    return {"bytes_per_token": f"{(engine.servers[0].num_bytes - before) / tokens:.1f}"}
 
 
 async def measure_scoring(run: Run) -> dict[str, str]:
-    scorer, config = run.scorer, run.config
-    assert scorer is not None
+    teacher, config = run.teacher_server, run.config
+    assert teacher is not None
     try:
         sampled = await sample_and_reflect(run, 1, Hidden())
         located = locate_errors(
@@ -244,13 +246,13 @@ async def measure_scoring(run: Run) -> dict[str, str]:
             config=config.teacher,
         )
         batches = pack(samples, max_tokens=config.pack.max_tokens)
-        await scorer.score(run.probe_ids, first=1)  # starts the server
-        before, start = scorer.members[0].num_bytes, time.perf_counter()
-        tokens = sum(len(states) for states in await scorer.states(batches))
+        await teacher.score(run.weight_check_ids, first=1)  # starts the server
+        before, start = teacher.servers[0].num_bytes, time.perf_counter()
+        tokens = sum(len(states) for states in await teacher.states(batches))
         seconds = time.perf_counter() - start
-        num_bytes = scorer.members[0].num_bytes - before
+        num_bytes = teacher.servers[0].num_bytes - before
     finally:
-        await scorer.close()
+        await teacher.close()
     return {
         "scored_tokens": str(tokens),
         "bytes_per_scored_token": f"{num_bytes / tokens:.0f}",
@@ -260,7 +262,7 @@ async def measure_scoring(run: Run) -> dict[str, str]:
 
 async def measure_faults(run: Run, engine: SglangEngine) -> dict[str, str]:
     """Lost completions under three broken answers, a killed and a stopped scheduler."""
-    own = engine.members[0].own
+    own = engine.servers[0].own
     assert own is not None
     requests = make_requests(run, "faults")
     lost = 0
@@ -274,7 +276,7 @@ async def measure_faults(run: Run, engine: SglangEngine) -> dict[str, str]:
     assert own.endpoint is not None
     async with Proxy(own.endpoint) as proxy:
         through = SglangEngine(
-            [Member(Endpoint(proxy.url), name=proxy.url)],
+            [ServerHandle(Endpoint(proxy.url), name=proxy.url)],
             sync=engine._sync,
             vocab_size=engine.vocab_size,
             context_length=engine.context_length,
@@ -283,8 +285,8 @@ async def measure_faults(run: Run, engine: SglangEngine) -> dict[str, str]:
         through._run, through.policy_version = engine._run, engine.policy_version
         lost += count_lost(run, requests, await through.generate(requests))
         retries += through.take_metrics()["rollout/num_retries"]
-        for member in through.members:
-            await member.close()
+        for handle in through.servers:
+            await handle.close()
         assert not proxy.faults, "not every fault was met"
     return {
         "faults": str(2 + len(FAULTS)),
@@ -316,11 +318,11 @@ def count_lost(
     for item in generations:
         prompt = prompts[item.request_id]
         own = token_logprobs(run.model.model, [*prompt, *item.completion_ids])[len(prompt) - 1 :]
-        good += all(abs(a - b) < CLOSE for a, b in zip(own, item.logprobs, strict=True))
+        good += all(abs(a - b) < MAX_GAP_NATS for a, b in zip(own, item.logprobs, strict=True))
     return sum(request.n for request in requests) - good
 
 
-def scheduler(server: OwnServer) -> int:
+def scheduler(server: ManagedServer) -> int:
     """The process that holds the model."""
     assert server._process is not None
     for path in Path("/proc").glob("[0-9]*/cmdline"):

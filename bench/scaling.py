@@ -37,7 +37,7 @@ from torch.distributed.tensor import DTensor
 from rosd_fast.batch.packing import pack
 from rosd_fast.config import Config
 from rosd_fast.trainer.learner import Learner
-from rosd_fast.trainer.ranks import Crew, follow
+from rosd_fast.trainer.ranks import LearnerGroup, run_worker
 from rosd_fast.utils.distributed import open_world
 
 CASES = ((1, "whole"), (2, "whole"), (2, "shard"))
@@ -110,35 +110,35 @@ def work(args: argparse.Namespace) -> None:
     with open_world(config.parallel, "cpu") as world:
         before = resident("VmRSS")
         found: dict[str, Any] = {}
-        if world.leads:
+        if world.is_rank0:
             model = build_model(args.layers, vocab_size=VOCAB, tied=False)
-            crew = Crew.muster(model, config, world, tokenizer=None)
-            found = lead(crew, args.repeats)
-            crew.close()
+            learners = LearnerGroup.create(model, config, world, tokenizer=None)
+            found = lead(learners, args.repeats)
+            learners.close()
         else:
-            follow(world)
+            run_worker(world)
         found |= {"state": counted[0], "peak": resident("VmHWM") - before}
         (args.worker / f"rank{world.rank}.json").write_text(json.dumps(found))
 
 
-def lead(crew: Crew, repeats: int) -> dict[str, Any]:
+def lead(learners: LearnerGroup, repeats: int) -> dict[str, Any]:
     """Steps, timed; the first is not."""
     lengths = [(256, [96, 160, 64, 128])] * 4
     batches = pack(
         build_samples(lengths),
         max_tokens=MAX_TOKENS,
-        num_ranks=crew.world.size,
-        hidden_size=crew.learner.model.config.hidden_size,
+        num_ranks=learners.world.size,
+        hidden_size=learners.learner.model.config.hidden_size,
     )
     seconds = []
     for _ in range(1 + repeats):
         start = time.perf_counter()
-        crew.step(batches)
+        learners.step(batches)
         seconds.append(time.perf_counter() - start)
     return {
         "seconds": statistics.median(seconds[1:]),
         "tokens": sum(batch.num_tokens for batch in batches),
-        "parameters": sum(p.numel() for p in crew.learner.model.parameters()),
+        "parameters": sum(p.numel() for p in learners.learner.model.parameters()),
     }
 
 

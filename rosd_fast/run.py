@@ -24,9 +24,9 @@ from rosd_fast.batch.samples import write_skipped
 from rosd_fast.config import Config, uses_teacher_weights
 from rosd_fast.config.load import config_hash, to_toml
 from rosd_fast.engines.base import RolloutEngine
-from rosd_fast.engines.factory import open_engine, open_scorer
+from rosd_fast.engines.factory import open_engine, open_teacher_server
 from rosd_fast.engines.local.engine import LocalEngine
-from rosd_fast.engines.sglang.teacher import SglangScorer
+from rosd_fast.engines.sglang.teacher import SglangTeacher
 from rosd_fast.errors import UserError
 from rosd_fast.files import write_atomic
 from rosd_fast.inputs import Inputs, load_inputs
@@ -38,12 +38,12 @@ from rosd_fast.report.progress import Progress, progress
 from rosd_fast.rollout.sample import problem_prompt
 from rosd_fast.trainer.checkpoint import latest_checkpoint, read_state
 from rosd_fast.trainer.learner import StepResult, TrainingDiverged
-from rosd_fast.trainer.ranks import Crew
+from rosd_fast.trainer.ranks import LearnerGroup
 from rosd_fast.types import DistillSample, PackedBatch, SamplingParams
-from rosd_fast.utils.distributed import ALONE, World
+from rosd_fast.utils.distributed import SINGLE_PROCESS, World
 
 CONFIG_FILE = "config.toml"
-PROBE_TOKENS = 64
+WEIGHT_CHECK_TOKENS = 64
 
 
 class StopRequest:
@@ -78,9 +78,9 @@ class Run(Inputs):
     engine: RolloutEngine
     reflector: RolloutEngine
     teacher_engine: LocalEngine | None  # of the teacher's weights, None: it only scores
-    scorer: SglangScorer | None  # of a teacher on a server
-    crew: Crew  # the learners of all ranks
-    probe_ids: tuple[int, ...]  # a prompt on which servers are compared with the trainer
+    teacher_server: SglangTeacher | None  # of a teacher on a server
+    learners: LearnerGroup  # the learners of all ranks
+    weight_check_ids: tuple[int, ...]  # a prompt on which servers are compared with the trainer
     log: MetricsLog
     progress: Progress
     stop: StopRequest
@@ -111,9 +111,9 @@ class Run(Inputs):
         """
         try:
             if self.config.engine.one_step_ahead:  # requests of the next step are under way
-                learned = await asyncio.to_thread(self.crew.step, batches, teacher_states)
+                learned = await asyncio.to_thread(self.learners.step, batches, teacher_states)
             else:
-                learned = self.crew.step(batches, teacher_states)
+                learned = self.learners.step(batches, teacher_states)
         except TrainingDiverged:
             write_skipped(self.folder, step, samples)
             raise
@@ -122,13 +122,13 @@ class Run(Inputs):
             write_skipped(self.folder, step, samples)
         return learned
 
-    async def hand_over(self, version: int) -> None:
+    async def sync_weights(self, version: int) -> None:
         """Weights go to all who sample."""
-        self.crew.collect()
-        weights = {} if self.engine.follows else self.crew.learner.weights
+        self.learners.collect()
+        weights = {} if self.engine.shares_learner_weights else self.learners.learner.weights
         await self.engine.load_weights(weights, version=version)
-        if self.teacher_engine is not None and self.crew.world.size > 1:
-            self.crew.collect_teacher(self.teacher_engine.model)
+        if self.teacher_engine is not None and self.learners.world.size > 1:
+            self.learners.collect_teacher(self.teacher_engine.model)
 
     def finish_step(self, step: int, metrics: dict[str, float]) -> None:
         """Add the stages' times, write the row, show it."""
@@ -139,31 +139,37 @@ class Run(Inputs):
 
     def save(self, step: int, metrics: dict[str, float]) -> None:
         """Begin to write a checkpoint of this step, whose metrics tell how good it is."""
-        self.crew.save(self.folder, step, metrics.get("eval/dev/accuracy"))
+        self.learners.save(self.folder, step, metrics.get("eval/dev/accuracy"))
 
 
 @contextmanager
-def open_run(config: Config, *, resume: Path | None = None, world: World = ALONE) -> Iterator[Run]:
+def open_run(
+    config: Config, *, resume: Path | None = None, world: World = SINGLE_PROCESS
+) -> Iterator[Run]:
     """Load and check all that `config` names, make or reopen the run folder, and close it with a
     report. Rank 0's."""
-    with world.dismissing():
+    with world.shutdown_workers_on_error():
         inputs = load_inputs(config)
         config, model, problems = inputs.config, inputs.model, inputs.problems
-    with closing(Crew.muster(model.model, config, world, model.tokenizer)) as crew:
+    with closing(LearnerGroup.create(model.model, config, world, model.tokenizer)) as learners:
         if resume is None:
             folder, first_step = make_folder(config, model), 1
         else:
-            folder, first_step = resume, restore(resume, config, crew)
+            folder, first_step = resume, restore(resume, config, learners)
             write_atomic(folder / CONFIG_FILE, to_toml(config).encode())  # steps may have changed
         log = MetricsLog(folder / "metrics.jsonl")
         log.truncate_after(first_step - 1)
         stop = StopRequest()
-        probe_ids = problem_prompt(problems[0], model.tokenizer, config.sample.max_prompt_tokens)
-        probe_ids = probe_ids[:PROBE_TOKENS]
+        weight_check_ids = problem_prompt(
+            problems[0], model.tokenizer, config.sample.max_prompt_tokens
+        )
+        weight_check_ids = weight_check_ids[:WEIGHT_CHECK_TOKENS]
         with progress(config.steps, first_step) as shown, stop.listening(shown):
             shown.note(f"learner: {describe(model.model, config, world.size)}")
-            engine = open_engine(config, model, folder, probe_ids=probe_ids, note=shown.note)
-            teacher_engine = open_teacher_engine(config, model, crew)
+            engine = open_engine(
+                config, model, folder, weight_check_ids=weight_check_ids, note=shown.note
+            )
+            teacher_engine = open_teacher_engine(config, model, learners)
             reflector = engine if config.reflect.weights == "student" else teacher_engine
             assert reflector is not None  # Config has checked it
             run = Run(
@@ -172,9 +178,9 @@ def open_run(config: Config, *, resume: Path | None = None, world: World = ALONE
                 engine=engine,
                 reflector=reflector,
                 teacher_engine=teacher_engine,
-                scorer=open_scorer(config, model, folder, note=shown.note),
-                crew=crew,
-                probe_ids=probe_ids,
+                teacher_server=open_teacher_server(config, model, folder, note=shown.note),
+                learners=learners,
+                weight_check_ids=weight_check_ids,
                 log=log,
                 progress=shown,
                 stop=stop,
@@ -184,14 +190,16 @@ def open_run(config: Config, *, resume: Path | None = None, world: World = ALONE
     finish(run)
 
 
-def open_teacher_engine(config: Config, model: LoadedModel, crew: Crew) -> LocalEngine | None:
+def open_teacher_engine(
+    config: Config, model: LoadedModel, learners: LearnerGroup
+) -> LocalEngine | None:
     """Of the teacher's weights, None where nothing is written with them.
 
-    On several ranks it has a whole copy, which `Crew.collect_teacher` brings up to date.
+    On several ranks it has a whole copy, which `LearnerGroup.collect_teacher` brings up to date.
     """
     if not uses_teacher_weights(config):
         return None
-    own = crew.learner.teacher.model if crew.world.size == 1 else copy.deepcopy(model.model)
+    own = learners.learner.teacher.model if learners.world.size == 1 else copy.deepcopy(model.model)
     return LocalEngine(own, max_rows=config.engine.max_rows, tokenizer=model.tokenizer)
 
 
@@ -219,7 +227,7 @@ def make_folder(config: Config, model: LoadedModel) -> Path:
     return folder
 
 
-def restore(folder: Path, config: Config, crew: Crew) -> int:
+def restore(folder: Path, config: Config, learners: LearnerGroup) -> int:
     """Load the newest whole checkpoint of the run; returns the first step to run.
 
     Raises UserError when there is none, when it was made with other options, or when no step is
@@ -244,7 +252,7 @@ def restore(folder: Path, config: Config, crew: Crew) -> int:
             where=str(folder),
             fix=f"To go on give more of them, for example --steps {step + config.steps}",
         )
-    return crew.load(checkpoint) + 1
+    return learners.load(checkpoint) + 1
 
 
 def finish(run: Run) -> None:

@@ -14,7 +14,7 @@ from pathlib import Path
 from rosd_fast.batch.packing import pack
 from rosd_fast.batch.samples import build_samples, sample_metrics
 from rosd_fast.config import Config
-from rosd_fast.engines.factory import check_scorer
+from rosd_fast.engines.factory import check_teacher_server
 from rosd_fast.evaluate import evaluate_splits
 from rosd_fast.pipeline import Sampled, sample_and_reflect
 from rosd_fast.reflection.locate import locate_errors
@@ -24,7 +24,7 @@ from rosd_fast.report import rollouts_path, write_rollouts
 from rosd_fast.report.metrics import rollout_metrics
 from rosd_fast.report.progress import Hidden
 from rosd_fast.run import Run, open_run
-from rosd_fast.trainer.ranks import follow
+from rosd_fast.trainer.ranks import run_worker
 from rosd_fast.utils.distributed import open_world
 
 
@@ -36,8 +36,8 @@ def train(config: Config, *, resume: Path | None = None) -> Path:
     step, with a checkpoint.
     """
     with open_world(config.parallel, config.device) as world:
-        if not world.leads:
-            follow(world)
+        if not world.is_rank0:
+            run_worker(world)
             return Path(config.out)
         with open_run(config, resume=resume, world=world) as run:
             asyncio.run(run_steps(run))
@@ -72,15 +72,15 @@ async def run_steps(run: Run) -> None:
             ahead.cancel()
             await asyncio.wait({ahead})
         await run.engine.close()
-        if run.scorer is not None:
-            await run.scorer.close()
+        if run.teacher_server is not None:
+            await run.teacher_server.close()
 
 
 async def start(run: Run) -> None:
     """Bring servers to the weights that the run begins with, and compare them with the trainer."""
-    if run.scorer is not None:
-        await check_scorer(run, run.scorer)
-    await run.hand_over(run.first_step - 1)
+    if run.teacher_server is not None:
+        await check_teacher_server(run, run.teacher_server)
+    await run.sync_weights(run.first_step - 1)
 
 
 async def learn(run: Run, step: int, sampled: Sampled) -> dict[str, float]:
@@ -107,7 +107,7 @@ async def learn(run: Run, step: int, sampled: Sampled) -> dict[str, float]:
             samples,
             max_tokens=config.pack.max_tokens,
             min_shared=config.pack.min_shared,
-            num_ranks=run.crew.world.size,
+            num_ranks=run.learners.world.size,
             hidden_size=run.model.hidden_size,
         )
     helped = None
@@ -126,15 +126,15 @@ async def learn(run: Run, step: int, sampled: Sampled) -> dict[str, float]:
     if not batches:
         progress.note(f"step {step}: nothing to distil ({selection.describe()})")
     teacher_states = None
-    if run.scorer is not None:
+    if run.teacher_server is not None:
         with progress.stage("teacher"):
-            teacher_states = await run.scorer.states(batches)
-    await run.engine.make_room()
+            teacher_states = await run.teacher_server.states(batches)
+    await run.engine.release_memory()
     with progress.stage("learn"):
         learned = await run.learn(step, samples, batches, teacher_states)
         progress.tokens(sum(batch.num_tokens for batch in batches))
     with progress.stage("sync"):
-        await run.hand_over(step)
+        await run.sync_weights(step)
     if config.dump_rollouts:
         write_rollouts(
             rollouts_path(run.folder, step),

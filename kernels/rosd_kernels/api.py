@@ -45,7 +45,7 @@ def span_divergence(
     weights: Tensor | None = None,  # [N]
     token_ids: Tensor | None = None,  # [N]
     rollout_logprobs: Tensor | None = None,  # [N]
-    is_clip: float | None = None,
+    importance_clip: float | None = None,
     top_k: int | None = None,
     tail: bool = True,
     entry_clip: float | None = None,
@@ -81,9 +81,10 @@ def span_divergence(
             over the whole optimizer step goes into the weights.
         token_ids: [N] sampled ids, int64 or int32; gives `student_logprob` and `teacher_logprob`.
         rollout_logprobs: [N] log-probs of `token_ids` under the policy that sampled them. Read only
-            where `is_clip` is set.
-        is_clip: multiplies weight n by `min(exp(student_logprob_n - rollout_logprobs_n), is_clip)`,
-            without a gradient. Needs `token_ids` and `rollout_logprobs`. None: off.
+            where `importance_clip` is set.
+        importance_clip: multiplies weight n by `min(exp(student_logprob_n -
+            rollout_logprobs_n), importance_clip)`, without a gradient. Needs `token_ids` and
+            `rollout_logprobs`. None: off.
         top_k: compare on the student's k most likely ids only, 1 <= k <= V; the teacher is read at
             the same ids. Entropies and log-probs still see the whole vocabulary. None: all ids.
         tail: with `top_k`, True adds a bucket that holds the remaining mass of either side; False
@@ -129,7 +130,7 @@ def span_divergence(
         beta=beta,
         temperature=temperature,
         softcap=softcap,
-        is_clip=is_clip,
+        importance_clip=importance_clip,
         top_k=top_k,
         tail=tail,
         entry_clip=entry_clip,
@@ -190,11 +191,11 @@ def _check_order(inputs: SpanInputs, options: SpanOptions) -> None:
 
 def _check_ids(inputs: SpanInputs, options: SpanOptions, vocabulary: Vocabulary) -> None:
     """What depends on the size of the whole vocabulary, or on several arguments."""
-    if options.is_clip is not None:
+    if options.importance_clip is not None:
         for name in ("token_ids", "rollout_logprobs"):
             if getattr(inputs, name) is None:
                 raise ValueError(
-                    f"{name}: got None, want shape [N] = [{inputs.num_tokens}] with is_clip"
+                    f"{name}: got None, want shape [N] = [{inputs.num_tokens}] with importance_clip"
                 )
     if options.top_k is not None and options.top_k > vocabulary.size:
         raise ValueError(f"top_k: got {options.top_k}, want at most V = {vocabulary.size}")

@@ -32,7 +32,7 @@ class SpanOptions:
     beta: float = 0.5
     temperature: float = 1.0
     softcap: float | None = None
-    is_clip: float | None = None
+    importance_clip: float | None = None
     top_k: int | None = None
     tail: bool = True
     entry_clip: float | None = None
@@ -47,9 +47,9 @@ class SpanOptions:
                 f"beta: got {self.beta!r}, want a number in the open interval (0, 1); "
                 "its ends are the divergences 'forward_kl' and 'reverse_kl'"
             )
-        for name in ("temperature", "softcap", "is_clip", "entry_clip", "workspace_mib"):
+        for name in ("temperature", "softcap", "importance_clip", "entry_clip", "workspace_mib"):
             value = getattr(self, name)
-            optional = name in ("softcap", "is_clip", "entry_clip")
+            optional = name in ("softcap", "importance_clip", "entry_clip")
             if not (value is None and optional) and not _is_positive(value):
                 wish = "None or a finite number > 0" if optional else "a finite number > 0"
                 raise ValueError(f"{name}: got {value!r}, want {wish}")
@@ -217,20 +217,21 @@ class SpanInputs:
         return replace(self, **cut)
 
     def token_weights(self, student_logprob: Tensor | None, options: SpanOptions) -> Tensor:
-        """[N] weights, with `is_clip` times `min(exp(lp - rollout_lp), is_clip)`, in compute dtype.
+        """[N] weights in the compute dtype, with `importance_clip` times
+        `min(exp(lp - rollout_lp), importance_clip)`.
 
-        `student_logprob` [N] is lp, detached; it may be None without `is_clip`.
+        `student_logprob` [N] is lp, detached; it may be None without `importance_clip`.
         """
         dtype = self.compute_dtype
         if self.weights is None:
             weights = self.student_hidden.new_ones(self.num_tokens, dtype=dtype)
         else:
             weights = self.weights.to(dtype)
-        if options.is_clip is None:
+        if options.importance_clip is None:
             return weights
         assert student_logprob is not None and self.rollout_logprobs is not None
         ratio = torch.exp(student_logprob - self.rollout_logprobs.to(dtype))
-        return weights * ratio.clamp(max=options.is_clip)
+        return weights * ratio.clamp(max=options.importance_clip)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -175,18 +175,18 @@ class TeacherConfig(Section):
     """Share of the student's logits (kind trust_region)."""
     offload: bool = False
     """Keep the teacher's copy of the weights in host memory while it is not used."""
-    where: Literal["trainer", "sglang"] = "trainer"
+    backend: Literal["trainer", "sglang"] = "trainer"
     """trainer: a copy in the trainer's process; sglang: on a server, which gives the states that
     enter the head (kind frozen)."""
     url: str = ""
-    """With where sglang: address of a running server, started with --return-hidden-states-mode full
-    --chunked-prefill-size -1 (several: with commas); empty: one of our own is started, by
+    """With backend sglang: address of a running server, started with --return-hidden-states-mode
+    full --chunked-prefill-size -1 (several: with commas); empty: one of our own is started, by
     engine.python."""
     gpus: Annotated[str, Field(pattern=r"^(\d+(,\d+)*)?$")] = ""
     """Devices of a server of our own, as in 6,7; empty: it sees all of them."""
     server_args: str = ""
     """Further arguments of sglang.launch_server for a server of our own, in one text."""
-    server_bound: NonNegativeFloat | None = None
+    max_logprob_gap: NonNegativeFloat | None = None
     """At the start, largest difference of a log-probability between the server and a copy in the
     trainer's process, in nats, over likely tokens; 0: no comparison; None: 0.01 in float32, 0.3 in
     bfloat16."""
@@ -222,7 +222,7 @@ class LossConfig(Section):
     """With top_k: one more bucket holds the remaining mass; otherwise renormalize."""
     entry_clip: PositiveFloat | None = None
     """Bound on each vocabulary entry's contribution; None: no bound."""
-    is_clip: PositiveFloat | None = 2.0
+    importance_clip: PositiveFloat | None = 2.0
     """Bound on the importance weight exp(student - rollout log-prob); None: no importance
     weight."""
     strategy: Literal["auto", "chunked", "tiled", "reference"] = "auto"
@@ -254,7 +254,7 @@ class OptimConfig(Section):
     """Decoupled weight decay, on matrices only."""
     grad_clip: PositiveFloat = 1.0
     """Largest global gradient norm."""
-    only: str = ""
+    trainable: str = ""
     """Names of the parameters to train, as in model.layers.2?.*,lm_head.weight; empty: all."""
 
 
@@ -373,7 +373,7 @@ class EngineConfig(Section):
     are done."""
     one_step_ahead: bool = False
     """SGLang: sample the next step's rollouts, with the weights at hand, while the learner works;
-    loss.is_clip corrects for their age."""
+    loss.importance_clip corrects for their age."""
     sync: Literal["disk", "distributed"] = "disk"
     """How weights reach the servers: by a folder that they read; by broadcast from the trainer's
     memory (NCCL between GPUs, gloo otherwise)."""
@@ -382,7 +382,7 @@ class EngineConfig(Section):
     sync_folder: str | None = None
     """With sync disk: where weights are written for the servers, as in /dev/shm/rosd on one
     machine, or a folder that all see; None: in the run folder."""
-    probe_bound: NonNegativeFloat | None = None
+    max_logprob_gap: NonNegativeFloat | None = None
     """After each hand-over of weights: largest difference of a log-probability between server and
     trainer, in nats; 0: no comparison; None: 0.01 in float32, 0.3 in bfloat16."""
     colocated: bool = False
@@ -454,9 +454,9 @@ class Config(Section):
                 "sglang, reflect.weights student and no engine.colocated"
             )
         teacher = self.teacher
-        if teacher.where == "sglang" and (teacher.kind != "frozen" or uses_teacher_weights(self)):
+        if teacher.backend == "sglang" and (teacher.kind != "frozen" or uses_teacher_weights(self)):
             raise ValueError(
-                "teacher.where sglang: the server keeps its weights and only scores, which needs "
+                "teacher.backend sglang: the server keeps its weights and only scores, which needs "
                 "teacher.kind frozen, reflect.weights student and reflect.probe_every 0"
             )
         if uses_teacher_weights(self) and (
@@ -471,10 +471,10 @@ class Config(Section):
                 "teacher.offload: this teacher has no copy of the weights (teacher.kind live, or "
                 "adapters that are switched off)"
             )
-        if self.lora.rank and self.optim.only:
-            raise ValueError("optim.only and lora.rank go different ways: give one of them")
-        if teacher.where != "sglang" and teacher.url:
-            raise ValueError("teacher.url needs teacher.where sglang")
+        if self.lora.rank and self.optim.trainable:
+            raise ValueError("optim.trainable and lora.rank go different ways: give one of them")
+        if teacher.backend != "sglang" and teacher.url:
+            raise ValueError("teacher.url needs teacher.backend sglang")
         if engine.sync == "distributed" and engine.kind != "sglang":
             raise ValueError("engine.sync distributed needs engine.kind sglang")
         if engine.colocated and (engine.kind != "sglang" or engine.launch != "local"):

@@ -20,7 +20,9 @@ class RolloutEngine(ABC):
     """Draws completions with the weights it was last given."""
 
     policy_version: int = 0
-    follows: bool = False  # whether it samples with the learner's own model, whatever it is given
+    shares_learner_weights: bool = (
+        False  # whether it samples with the learner's own model, whatever it is given
+    )
     streams: bool = False  # whether `stream` gives completions before all are done
 
     @abstractmethod
@@ -54,7 +56,7 @@ class RolloutEngine(ABC):
     async def load_weights(self, weights: Mapping[str, Tensor], *, version: int) -> None:
         """Sample with these weights from now on; nothing under way mixes two versions."""
 
-    async def make_room(self) -> None:  # noqa: B027
+    async def release_memory(self) -> None:  # noqa: B027
         """Give back device memory until the next `load_weights`, where that was asked for. Most
         engines have nothing to give."""
 

@@ -13,11 +13,11 @@ from rosd_fast.engines.base import RolloutEngine
 from rosd_fast.engines.local.engine import LocalEngine
 from rosd_fast.engines.sglang.client import Endpoint
 from rosd_fast.engines.sglang.engine import SglangEngine
-from rosd_fast.engines.sglang.pool import Member
-from rosd_fast.engines.sglang.process import OwnServer, ServerSpec, find_python, per_server
-from rosd_fast.engines.sglang.teacher import SERVER_ARGS, SglangScorer
+from rosd_fast.engines.sglang.pool import ServerHandle
+from rosd_fast.engines.sglang.process import ManagedServer, ServerSpec, find_python, per_server
+from rosd_fast.engines.sglang.teacher import SERVER_ARGS, SglangTeacher
 from rosd_fast.engines.sglang.weight_sync import DiskSync, DistributedSync, WeightSync
-from rosd_fast.engines.weight_check import bound_of, check_teacher, token_logprobs
+from rosd_fast.engines.weight_check import allowed_gap, check_teacher, token_logprobs
 from rosd_fast.errors import UserError
 from rosd_fast.model.load import find
 from rosd_fast.utils.distributed import pick_device
@@ -34,7 +34,7 @@ def check_engine(config: Config) -> None:
     """Raise UserError now for what would fail once the run is under way."""
     engine, teacher = config.engine, config.teacher
     own_engine = engine.kind == "sglang" and engine.launch == "local"
-    if own_engine or (teacher.where == "sglang" and not teacher.url):
+    if own_engine or (teacher.backend == "sglang" and not teacher.url):
         find_python(engine.python)
     for name, urls in (("engine.urls", engine.urls), ("teacher.url", teacher.url)):
         for url in listed(urls):
@@ -53,20 +53,23 @@ def open_engine(
     model: LoadedModel,
     folder: Path,
     *,
-    probe_ids: Sequence[int],
+    weight_check_ids: Sequence[int],
     note: Callable[[str], None],
 ) -> RolloutEngine:
     """Of `model`, for the run in `folder`. Servers are started when they get their first weights.
 
-    probe_ids: a prompt on which server and trainer are compared after each hand-over.
+    weight_check_ids: a prompt on which server and trainer are compared after each hand-over.
     """
     options = config.engine
     if options.kind == "local":
         return LocalEngine(
-            model.model, max_rows=options.max_rows, tokenizer=model.tokenizer, follows=True
+            model.model,
+            max_rows=options.max_rows,
+            tokenizer=model.tokenizer,
+            shares_learner_weights=True,
         )
     return SglangEngine(
-        members(
+        server_handles(
             config,
             model,
             folder,
@@ -81,9 +84,9 @@ def open_engine(
         sync=open_sync(config, model, folder),
         vocab_size=model.model.config.get_text_config().vocab_size,
         context_length=model.context_length,
-        probe_ids=probe_ids,
-        probe=lambda ids: token_logprobs(model.model, ids),
-        probe_bound=bound_of(options.probe_bound, config.dtype),
+        weight_check_ids=weight_check_ids,
+        expected_logprobs=lambda ids: token_logprobs(model.model, ids),
+        max_logprob_gap=allowed_gap(options.max_logprob_gap, config.dtype),
         concurrency=options.concurrency,
         max_failures=options.max_failures,
         request_timeout_s=options.request_timeout_s,
@@ -105,16 +108,16 @@ def open_sync(config: Config, model: LoadedModel, folder: Path) -> WeightSync:
     )
 
 
-def open_scorer(
+def open_teacher_server(
     config: Config, model: LoadedModel, folder: Path, *, note: Callable[[str], None]
-) -> SglangScorer | None:
+) -> SglangTeacher | None:
     """Of a teacher on a server, None: it is in the trainer's process. A server of our own is
     started by the first request."""
     teacher, options = config.teacher, config.engine
-    if teacher.where != "sglang":
+    if teacher.backend != "sglang":
         return None
-    return SglangScorer(
-        members(
+    return SglangTeacher(
+        server_handles(
             config,
             model,
             folder,
@@ -131,23 +134,23 @@ def open_scorer(
     )
 
 
-async def check_scorer(run: Run, scorer: SglangScorer) -> None:
+async def check_teacher_server(run: Run, teacher_server: SglangTeacher) -> None:
     """Compare the teacher's server with the initial weights, and then let these go.
 
     Raises RunFailed when they differ. On several ranks a resumed run has no initial weights left,
     and goes by the comparison at its beginning.
     """
-    teacher, config = run.crew.learner.teacher, run.config
-    bound = bound_of(config.teacher.server_bound, config.dtype)
-    alone = run.crew.world.size == 1
+    teacher, config = run.learners.learner.teacher, run.config
+    bound = allowed_gap(config.teacher.max_logprob_gap, config.dtype)
+    alone = run.learners.world.size == 1
     if bound and (alone or run.first_step == 1):
         model = teacher.model if alone else run.model.model
-        await check_teacher(scorer, model, run.probe_ids, bound=bound)
+        await check_teacher(teacher_server, model, run.weight_check_ids, bound=bound)
     if alone:
         teacher.keep_head_only()
 
 
-def members(
+def server_handles(
     config: Config,
     model: LoadedModel,
     folder: Path,
@@ -156,10 +159,10 @@ def members(
     names: Sequence[str],
     gpus: str,
     args: Sequence[str],
-) -> list[Member]:
+) -> list[ServerHandle]:
     """Servers at `urls`, or without any of our own with these names; none of them is started."""
     options = config.engine
-    servers: list[OwnServer | Endpoint]
+    servers: list[ManagedServer | Endpoint]
     if urls:
         key = os.environ.get(KEY_VARIABLE)
         names = listed(urls)
@@ -167,7 +170,7 @@ def members(
     else:
         shares = per_server([int(part) for part in listed(gpus)], len(names))
         servers = [
-            OwnServer(
+            ManagedServer(
                 ServerSpec(
                     python=find_python(options.python),
                     model_folder=model_folder(config, model, folder),
@@ -182,7 +185,7 @@ def members(
             for name, share in zip(names, shares, strict=True)
         ]
     return [
-        Member(
+        ServerHandle(
             server,
             name=name,
             health_every_s=options.health_every_s,

@@ -25,14 +25,14 @@ SAMPLED = 1024  # values of each parameter that the fingerprint reads
 
 
 def choose_trainable(model: PreTrainedModel, config: Config) -> None:
-    """Add adapters, or mark the parameters that `optim.only` names as the only ones to train.
+    """Add adapters, or mark the parameters that `optim.trainable` names as the only ones to train.
 
     Raises UserError for names that fit nothing.
     """
     if config.lora.rank:
         add_adapters(model, config)
         return
-    patterns = listed(config.optim.only)
+    patterns = listed(config.optim.trainable)
     if not patterns:
         return
     chosen = set()
@@ -46,7 +46,7 @@ def choose_trainable(model: PreTrainedModel, config: Config) -> None:
             example = next(name for name, _ in model.named_parameters())
             raise UserError(
                 f"{pattern} fits no parameter of the model",
-                where="optim.only",
+                where="optim.trainable",
                 fix=f"Names are such as {example}, and * stands for anything",
             )
         chosen |= found

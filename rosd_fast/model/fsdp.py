@@ -27,7 +27,7 @@ from transformers import PreTrainedModel
 from rosd_fast.model.attention import SHARDED_FORWARD, decode
 from rosd_fast.model.blocks import blocks
 from rosd_fast.model.head import HEAD_ROWS, PLACE
-from rosd_fast.model.vocab_parallel import average_rows, keep_rows
+from rosd_fast.model.vocab_parallel import average_rows, shard_rows
 from rosd_fast.utils.distributed import World, full
 
 
@@ -68,7 +68,7 @@ def shard(
         mp_policy=policy,
         offload_policy=on_host,
         reshard_after_forward=False,
-        ignored_params=keep_rows(model, world) if head_rows else None,
+        ignored_params=shard_rows(model, world) if head_rows else None,
     )
     buffers = {name: buffer.to(device) for name, buffer in model.named_buffers()}
     model.to_empty(device="cpu" if offload else device)

@@ -32,7 +32,7 @@ from rosd_fast.utils.distributed import World
 from rosd_kernels import SpanDivergenceOutput
 
 
-def check_rows(model: PreTrainedModel) -> None:
+def check_shardable(model: PreTrainedModel) -> None:
     """Raise UserError for a model whose head cannot be a shard."""
     if output_layer(model).weight is model.get_input_embeddings().weight:
         raise UserError(
@@ -42,7 +42,7 @@ def check_rows(model: PreTrainedModel) -> None:
         )
 
 
-def keep_rows(model: PreTrainedModel, world: World) -> set[nn.Parameter]:
+def shard_rows(model: PreTrainedModel, world: World) -> set[nn.Parameter]:
     """Spread the head of a skeleton over the ranks of a copy, by rows; returns its parameters."""
     mesh, layer = world.mesh, output_layer(model)
     assert mesh is not None
@@ -76,14 +76,14 @@ def _average(gradient: Any, *, world: World) -> Any:
 
 
 @dataclass(frozen=True, slots=True)
-class Everyone:
+class GatheredTokens:
     """The distilled tokens of all ranks in a micro-batch, laid out rank after rank."""
 
     counts: tuple[int, ...]  # of each rank of the group
     group: ProcessGroup
 
     @classmethod
-    def of(cls, batch: PackedBatch, group: ProcessGroup, device: torch.device) -> Everyone:
+    def of(cls, batch: PackedBatch, group: ProcessGroup, device: torch.device) -> GatheredTokens:
         """A collective of the group."""
         own = torch.tensor([batch.num_distilled], device=device)
         counts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
@@ -122,7 +122,7 @@ class Gathered(torch.autograd.Function):
     """Rows of all ranks; padded on their way, as not every backend sends parts of unequal size."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, everyone: Everyone) -> Tensor:
+    def forward(ctx: Any, rows: Tensor, everyone: GatheredTokens) -> Tensor:
         ctx.own = everyone.own
         padded = rows.new_zeros((max(everyone.counts), *rows.shape[1:]))
         padded[: len(rows)] = rows

@@ -19,11 +19,11 @@ if TYPE_CHECKING:
     from rosd_fast.types import Group, Reflection
 
 WORD = re.compile(r"\w+(?:[.,]\d+)*")
-RUN = 8  # words: fewer in a row may be alike by chance
-BLOT = "[...]"
+COPIED_RUN_WORDS = 8  # words: fewer in a row may be alike by chance
+REDACTED = "[...]"
 
 
-def apply_gates(
+def apply_filters(
     reflections: Mapping[str, Reflection], groups: Sequence[Group], config: ReflectConfig
 ) -> dict[str, Reflection]:
     """The reflections with what was found: `leaks`, and `refused` with the explanation taken
@@ -59,7 +59,7 @@ def _gate(reflection: Reflection, answer: str, solution: str, config: ReflectCon
         explanation = ""
     elif leaks and config.leak == "redact":
         assert place is not None
-        explanation = place.sub(BLOT, explanation)
+        explanation = place.sub(REDACTED, explanation)
     return replace(reflection, explanation=explanation or None, leaks=leaks, refused=refused)
 
 
@@ -79,9 +79,11 @@ def copied_frac(explanation: str, solution: str) -> float:
     words, source = WORD.findall(explanation), WORD.findall(solution)
     if not words:
         return 0.0
-    runs = {tuple(source[i : i + RUN]) for i in range(len(source) - RUN + 1)}
+    runs = {
+        tuple(source[i : i + COPIED_RUN_WORDS]) for i in range(len(source) - COPIED_RUN_WORDS + 1)
+    }
     copied = [False] * len(words)
-    for i in range(len(words) - RUN + 1):
-        if tuple(words[i : i + RUN]) in runs:
-            copied[i : i + RUN] = [True] * RUN
+    for i in range(len(words) - COPIED_RUN_WORDS + 1):
+        if tuple(words[i : i + COPIED_RUN_WORDS]) in runs:
+            copied[i : i + COPIED_RUN_WORDS] = [True] * COPIED_RUN_WORDS
     return sum(copied) / len(words)

@@ -20,7 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from rosd_fast.errors import UserError
-from rosd_fast.reflection.filters import apply_gates
+from rosd_fast.reflection.filters import apply_filters
 from rosd_fast.reflection.grammar import (
     explanation_grammar,
     opening_tag,
@@ -119,7 +119,7 @@ async def reflect(
             prompt_cut=task.prompt_cut,
             tolerated=parsed.tolerated,
         )
-    return apply_gates(reflections, groups, config)
+    return apply_filters(reflections, groups, config)
 
 
 def build_reflection_requests(

@@ -103,7 +103,7 @@ def entropies(ax: Axes, rows: Rows) -> None:
 
 def importance_weight(ax: Axes, rows: Rows) -> None:
     """How far the trained model has moved from the one that sampled."""
-    trend(ax, series(rows, "loss/is_weight_mean"), GREEN)
+    trend(ax, series(rows, "loss/importance_weight_mean"), GREEN)
     finish(
         ax,
         rows,

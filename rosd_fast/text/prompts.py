@@ -16,7 +16,7 @@ from typing import Any
 from rosd_fast.errors import UserError
 
 PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
-CUT = " [...] "  # stands where the middle of a text was left out
+ELLIPSIS = " [...] "  # stands where the middle of a text was left out
 PROBE = "the-system-turn"
 
 
@@ -95,7 +95,7 @@ def cut_middle(text: str, keep: int) -> str:
     if len(text) <= keep:
         return text
     tail = keep // 2
-    return text[: keep - tail] + CUT + text[len(text) - tail :]
+    return text[: keep - tail] + ELLIPSIS + text[len(text) - tail :]
 
 
 def fit_prompt(

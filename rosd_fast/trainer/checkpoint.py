@@ -41,7 +41,7 @@ from rosd_fast.errors import UserError
 from rosd_fast.files import atomic_folder, remove_folder, remove_leftovers
 from rosd_fast.trainer.learner import Learner
 from rosd_fast.trainer.snapshot import Snapshot
-from rosd_fast.utils.distributed import ALONE, World
+from rosd_fast.utils.distributed import SINGLE_PROCESS, World
 
 FORMAT = 2  # of trainer_state.json
 STATE_JSON = "trainer_state.json"
@@ -55,8 +55,10 @@ class DamagedCheckpoint(Exception):
     """Says which file is missing, cut short or unreadable."""
 
 
-def write_checkpoint(run: Path, snapshot: Snapshot, world: World = ALONE) -> Path:
-    """Write a checkpoint into the run folder; returns its path. A collective of `world.saving`.
+def write_checkpoint(run: Path, snapshot: Snapshot, world: World = SINGLE_PROCESS) -> Path:
+    """Write a checkpoint into the run folder; returns its path.
+
+    A collective of `world.checkpoint_group`.
 
     On several ranks, the folder is one for all of them. Raises UserError when it cannot be written
     or the disk is full; nothing is left of it then, and earlier ones stay.
@@ -95,27 +97,27 @@ def write_checkpoint(run: Path, snapshot: Snapshot, world: World = ALONE) -> Pat
 @contextmanager
 def shared_folder(path: Path, world: World) -> Iterator[Path | None]:
     """`atomic_folder` of rank 0, the same to all; None to the others where it cannot be made."""
-    if not world.leads:
-        yield world.broadcast(None, group=world.saving)
+    if not world.is_rank0:
+        yield world.broadcast(None, group=world.checkpoint_group)
         return
     told = False
     try:
         with atomic_folder(path) as folder:
-            world.broadcast(folder, group=world.saving)
+            world.broadcast(folder, group=world.checkpoint_group)
             told = True
             yield folder
     finally:
         if not told:
-            world.broadcast(None, group=world.saving)
+            world.broadcast(None, group=world.checkpoint_group)
 
 
 def write_state(state: dict[str, Any], folder: Path, world: World) -> None:
-    """Each rank's part into a file of its own. A collective of `world.saving`."""
+    """Each rank's part into a file of its own. A collective of `world.checkpoint_group`."""
     with quiet_dcp():
         save(
             state,
             storage_writer=HuggingFaceStorageWriter(str(folder), save_distributed=True),
-            process_group=world.saving,
+            process_group=world.checkpoint_group,
             no_dist=world.size == 1,
         )
 
@@ -131,7 +133,12 @@ def read_into(state: dict[str, Tensor], folder: Path, world: World) -> None:
         if saved[name].size != tensor.shape:
             raise RuntimeError(f"{name} has another shape")
     with quiet_dcp():
-        load(state, storage_reader=reader, process_group=world.saving, no_dist=world.size == 1)
+        load(
+            state,
+            storage_reader=reader,
+            process_group=world.checkpoint_group,
+            no_dist=world.size == 1,
+        )
 
 
 @contextmanager

@@ -23,12 +23,12 @@ from rosd_fast.model.attention import hidden_states, packed_forward
 from rosd_fast.model.blocks import prepare_blocks
 from rosd_fast.model.fsdp import collect, fill, shard, skeleton
 from rosd_fast.model.head import Head, head
-from rosd_fast.model.vocab_parallel import Everyone, check_rows
+from rosd_fast.model.vocab_parallel import GatheredTokens, check_shardable
 from rosd_fast.trainer.loss import importance_weights, span_loss, vocabulary_order
 from rosd_fast.trainer.optim import Optimizer
 from rosd_fast.trainer.teacher import Teacher, needs_copy
 from rosd_fast.types import PackedBatch
-from rosd_fast.utils.distributed import ALONE, World, full
+from rosd_fast.utils.distributed import SINGLE_PROCESS, World, full
 from rosd_kernels import SpanDivergenceOutput, SpanDivergenceStats
 
 MAX_SKIPPED = 5
@@ -52,7 +52,7 @@ class StepResult:
 
 
 @dataclass(slots=True)
-class Tally:
+class StepStats:
     """What a step reports: sums over its distilled tokens, and the largest of other things."""
 
     num_batches: int = 0
@@ -60,17 +60,17 @@ class Tally:
     largest: dict[str, float] = field(default_factory=dict)
     per_token: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
 
-    def add(self, other: Tally) -> None:
+    def add(self, other: StepStats) -> None:
         """Another rank's."""
         self.num_batches += other.num_batches
         for key, value in other.sums.items():
             self.sums[key] += value
         for key, value in other.largest.items():
-            self.see(key, value)
+            self.update_max(key, value)
         for rollout_id, values in other.per_token.items():
             self.per_token[rollout_id] += values
 
-    def see(self, key: str, value: float) -> None:
+    def update_max(self, key: str, value: float) -> None:
         self.largest[key] = max(self.largest.get(key, value), value)
 
     def metrics(self, total: int) -> dict[str, float]:
@@ -79,12 +79,12 @@ class Tally:
         return means | self.largest | {"loss/num_micro_batches": float(self.num_batches)}
 
 
-class Results:
+class MicroBatchStats:
     """Collects what this rank's micro-batches report, without waiting for the device before the
     end."""
 
-    def __init__(self, is_clip: float | None) -> None:
-        self.is_clip = is_clip
+    def __init__(self, importance_clip: float | None) -> None:
+        self.importance_clip = importance_clip
         self.loss: Tensor | float = 0.0
         self.sums: dict[str, Tensor | float] = defaultdict(float)
         self.gaps: list[Tensor] = []  # largest |student - rollout log-prob| of each micro-batch
@@ -98,32 +98,34 @@ class Results:
         assert logprob is not None  # token_ids were given
         assert output.student_entropy is not None and output.teacher_entropy is not None
         weights = batch.weights.to(divergence)
-        importance = importance_weights(logprob, batch.rollout_logprobs.to(logprob), self.is_clip)
+        importance = importance_weights(
+            logprob, batch.rollout_logprobs.to(logprob), self.importance_clip
+        )
         self.loss += output.loss.detach()
         self.sums["loss/divergence"] += (weights * divergence).sum()
-        self.sums["loss/is_weight_mean"] += importance.sum()
+        self.sums["loss/importance_weight_mean"] += importance.sum()
         gap = (logprob - batch.rollout_logprobs.to(logprob)).abs()
         self.sums["loss/logprob_gap_mean"] += gap.sum()
         self.gaps.append(gap.max())
-        if self.is_clip is not None:
-            self.sums["loss/is_clipped_frac"] += importance.eq(self.is_clip).sum()
+        if self.importance_clip is not None:
+            self.sums["loss/importance_clipped_frac"] += importance.eq(self.importance_clip).sum()
         self.sums["loss/student_entropy"] += output.student_entropy.sum()
         self.sums["loss/teacher_entropy"] += output.teacher_entropy.sum()
         self.rows.append((batch, divergence))
         self.stats.append(output.stats)
 
-    def tally(self) -> Tally:
+    def tally(self) -> StepStats:
         """All of it as numbers."""
-        tally = Tally(num_batches=len(self.rows))
+        tally = StepStats(num_batches=len(self.rows))
         for key, value in self.sums.items():
             tally.sums[key] += float(value)
         for gap in self.gaps:
-            tally.see("loss/logprob_gap_max", float(gap))
+            tally.update_max("loss/logprob_gap_max", float(gap))
         if any(stats.measured is not None for stats in self.stats):  # else all was computed
             for stats, (batch, _) in zip(self.stats, self.rows, strict=True):
                 tally.sums["loss/active_frac"] += stats.active_frac * batch.num_distilled
-                tally.see("loss/dropped_mass_max", stats.dropped_mass_max)
-                tally.see("loss/grad_error_bound", stats.grad_error_bound)
+                tally.update_max("loss/dropped_mass_max", stats.dropped_mass_max)
+                tally.update_max("loss/grad_error_bound", stats.grad_error_bound)
         for batch, divergence in self.rows:
             for sample, value in zip(batch.sample_index.tolist(), divergence.tolist(), strict=True):
                 tally.per_token[batch.rollout_ids[sample]].append(value)
@@ -143,7 +145,9 @@ class Learner:
     model.
     """
 
-    def __init__(self, model: PreTrainedModel, config: Config, world: World = ALONE) -> None:
+    def __init__(
+        self, model: PreTrainedModel, config: Config, world: World = SINGLE_PROCESS
+    ) -> None:
         vocab, top_k = head(model).weight.shape[0], config.loss.top_k
         if top_k is not None and top_k > vocab:
             raise UserError(
@@ -152,17 +156,17 @@ class Learner:
         self.config = config
         self.dtype: torch.dtype = getattr(torch, config.dtype)
         self.world = world
-        self.whole = model.eval() if world.leads else None
-        self.fingerprint = fingerprint(model) if world.leads else ""
+        self.whole = model.eval() if world.is_rank0 else None
+        self.fingerprint = fingerprint(model) if world.is_rank0 else ""
         self.shards_head = world.size > 1 and config.parallel.head == "shard"
         if self.shards_head:
-            check_rows(model)
+            check_shardable(model)
         frozen = self._copied(model)
         self.model = model if world.size == 1 else self._spread(model, torch.float32)
         self.teacher = Teacher(self.model, config.teacher, frozen)
         if world.size == 1:
             prepare_blocks(model, config.learner, model.device)
-        elif config.teacher.where == "sglang":
+        elif config.teacher.backend == "sglang":
             self.teacher.keep_head_only(copied_head(self.model, self.dtype))
         self.optimizer = Optimizer(self.model.named_parameters(), config.optim)
         rows = self.teacher.head.weight.shape[0] if self.shards_head else vocab
@@ -206,7 +210,7 @@ class Learner:
         }
         if total == 0:
             return StepResult(metrics=metrics)
-        results = Results(self.config.loss.is_clip)
+        results = MicroBatchStats(self.config.loss.importance_clip)
         self.optimizer.zero_grad()
         for batch, own in given:
             results.add(batch, self._backward(batch, own, total))
@@ -259,7 +263,7 @@ class Learner:
             own = copy.deepcopy(model)
             prepare_blocks(own, self.config.learner, model.device)
             return own
-        if config.where == "sglang":
+        if config.backend == "sglang":
             return None
         kept = torch.float32 if config.kind == "ema" else self.dtype
         return self._spread(model, kept, offload=config.offload)
@@ -278,7 +282,7 @@ class Learner:
             offload=offload,
             head_rows=self.shards_head,
         )
-        fill(spread, model if self.world.leads else None)
+        fill(spread, model if self.world.is_rank0 else None)
         return spread
 
     def _backward(
@@ -295,7 +299,7 @@ class Learner:
                 hidden_states(self.model, batch.student), batch.student.gather
             )
             if self.shards_head:
-                output = self._loss_of_everyone(student_hidden, teacher_hidden, batch)
+                output = self._vocab_parallel_loss(student_hidden, teacher_hidden, batch)
             else:
                 output = self._loss(student_hidden, teacher_hidden, batch)
             self.teacher.release()
@@ -304,14 +308,14 @@ class Learner:
         self.optimizer.accumulate()
         return output
 
-    def _loss_of_everyone(
+    def _vocab_parallel_loss(
         self, student_hidden: Tensor, teacher_hidden: Tensor, batch: PackedBatch
     ) -> SpanDivergenceOutput:
         """With this rank's rows of the head, on the tokens of all ranks; the result is of its own,
         but for the loss, whose gradient with respect to the rows is that of all."""
         group, device = self.world.shard_group, student_hidden.device
         assert group is not None
-        everyone = Everyone.of(batch, group, device)
+        everyone = GatheredTokens.of(batch, group, device)
         output = self._loss(
             everyone.gather(student_hidden),
             everyone.gather(teacher_hidden),

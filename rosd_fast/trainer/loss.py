@@ -2,9 +2,9 @@
 
 Loss of an optimizer step, over its N distilled tokens in however many micro-batches:
 
-    sum_i weight_i * min(exp(student_logprob_i - rollout_logprob_i), is_clip) * divergence_i  /  N
+    1/N sum_i weight_i * min(exp(student_lp_i - rollout_lp_i), importance_clip) * divergence_i
 
-The importance weight is detached and left out when `is_clip` is None.
+The importance weight is detached and left out when `importance_clip` is None.
 """
 
 from __future__ import annotations
@@ -55,8 +55,10 @@ def span_loss(
         teacher_bias=scaled_bias(teacher_head),
         weights=batch.weights.to(device),
         token_ids=batch.token_ids.to(device),
-        rollout_logprobs=None if config.is_clip is None else batch.rollout_logprobs.to(device),
-        is_clip=config.is_clip,
+        rollout_logprobs=None
+        if config.importance_clip is None
+        else batch.rollout_logprobs.to(device),
+        importance_clip=config.importance_clip,
         top_k=config.top_k,
         tail=config.tail,
         entry_clip=config.entry_clip,
@@ -93,12 +95,12 @@ def vocabulary_order(config: LossConfig, vocab_size: int) -> VocabularyOrder | N
 
 
 def importance_weights(
-    student_logprob: Tensor, rollout_logprobs: Tensor, is_clip: float | None
+    student_logprob: Tensor, rollout_logprobs: Tensor, importance_clip: float | None
 ) -> Tensor:
-    """min(exp(student - rollout log-prob), is_clip) of each token [N]; ones without is_clip."""
-    if is_clip is None:
+    """[N] min(exp(student - rollout log-prob), importance_clip); ones where it is None."""
+    if importance_clip is None:
         return torch.ones_like(student_logprob)
-    return (student_logprob - rollout_logprobs).exp().clamp(max=is_clip)
+    return (student_logprob - rollout_logprobs).exp().clamp(max=importance_clip)
 
 
 def scaled(values: Tensor, head: Head) -> Tensor:

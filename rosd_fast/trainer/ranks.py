@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from rosd_fast.types import PackedBatch
 
 
-class Crew:
+class LearnerGroup:
     """What rank 0 sees of all learners; alone, of its own.
 
     model: with its initial weights, on rank 0; its skeleton elsewhere. The methods without a
@@ -44,13 +44,13 @@ class Crew:
         self._is_whole = True  # no rank has failed in an order
 
     @classmethod
-    def muster(
+    def create(
         cls,
         model: PreTrainedModel,
         config: Config,
         world: World,
         tokenizer: PreTrainedTokenizerBase | None,
-    ) -> Crew:
+    ) -> LearnerGroup:
         """Rank 0's, and by its word the others'. tokenizer: for checkpoints."""
         if world.size > 1:
             world.broadcast((config, skeleton(model)))
@@ -68,7 +68,7 @@ class Crew:
             (batches[rank::size], None if teacher_states is None else teacher_states[rank::size])
             for rank in range(size)
         ]
-        return self._order("step", shares)
+        return self._call_all("step", shares)
 
     def weights(self) -> dict[str, Tensor]:
         """The student's weights by the state-dict names of a model without adapters."""
@@ -77,20 +77,20 @@ class Crew:
 
     def collect(self) -> None:
         """Bring rank 0's own model up to date."""
-        self._order("collect", [()] * self.world.size)
+        self._call_all("collect", [()] * self.world.size)
 
     def collect_teacher(self, into: PreTrainedModel) -> None:
         """Bring a whole copy of the teacher up to date."""
         others: list[tuple[Any, ...]] = [(None,)] * (self.world.size - 1)
-        self._order("collect_teacher", [(into,), *others])
+        self._call_all("collect_teacher", [(into,), *others])
 
     def save(self, run: Path, step: int, dev_accuracy: float | None) -> None:
         """Begin a checkpoint. Raises UserError when the one before it could not be written."""
-        self._order("save", [(run, step, dev_accuracy)] * self.world.size)
+        self._call_all("save", [(run, step, dev_accuracy)] * self.world.size)
 
     def load(self, path: Path) -> int:
         """Go on from a checkpoint; returns its step. Raises UserError."""
-        return self._order("load", [(path,)] * self.world.size)
+        return self._call_all("load", [(path,)] * self.world.size)
 
     def close(self) -> None:
         """Finish the checkpoint that is being written, and let the others end."""
@@ -99,12 +99,12 @@ class Crew:
         finally:
             if self._is_whole:
                 with suppress(RuntimeError):  # they have gone
-                    self.world.dismiss()
+                    self.world.shutdown_workers()
 
-    def _order(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> Any:
-        return self._obey(self.world.scatter([(method, own) for own in arguments]))
+    def _call_all(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> Any:
+        return self._execute(self.world.scatter([(method, own) for own in arguments]))
 
-    def _obey(self, order: tuple[str, tuple[Any, ...]]) -> Any:
+    def _execute(self, order: tuple[str, tuple[Any, ...]]) -> Any:
         method, arguments = order
         self._is_whole = False
         result = ORDERS[method](self, *arguments)
@@ -113,22 +113,22 @@ class Crew:
 
 
 ORDERS = {
-    "step": lambda crew, *own: crew.learner.step(*own),
-    "collect": lambda crew: crew.learner.collect(),
-    "collect_teacher": lambda crew, into: crew.learner.teacher.collect(into),
-    "save": lambda crew, *own: crew.saver.save(*own),
-    "load": lambda crew, path: load_checkpoint(path, crew.learner),
+    "step": lambda learners, *own: learners.learner.step(*own),
+    "collect": lambda learners: learners.learner.collect(),
+    "collect_teacher": lambda learners, into: learners.learner.teacher.collect(into),
+    "save": lambda learners, *own: learners.saver.save(*own),
+    "load": lambda learners, path: load_checkpoint(path, learners.learner),
 }
 
 
-def follow(world: World) -> None:
+def run_worker(world: World) -> None:
     """What the ranks beside rank 0 do: wait for its word, and act on it, until it ends."""
     ignore_stop_signals()
     begun = world.scatter(None)
     if begun is None:
         return
     config, model = begun
-    crew = Crew(model, config, world, tokenizer=None)
+    learners = LearnerGroup(model, config, world, tokenizer=None)
     while (order := world.scatter(None)) is not None:
-        crew._obey(order)
-    crew.saver.wait()
+        learners._execute(order)
+    learners.saver.wait()

@@ -57,7 +57,7 @@ class Saver:
     def _write(self, run: Path, snapshot: Snapshot) -> None:
         try:
             write_checkpoint(run, snapshot, self.learner.world)
-            if self.learner.world.leads:
+            if self.learner.world.is_rank0:
                 prune(run, self.options.keep_last, keep_best=self.options.keep_best)
         except BaseException as error:
             self._error = error

@@ -24,7 +24,7 @@ from torch.distributed.tensor import DTensor
 from rosd_fast.config import ParallelConfig
 from rosd_fast.errors import RunFailed, UserError
 
-LONGEST_STEP = timedelta(days=2)  # that followers wait for an order
+COMMAND_TIMEOUT = timedelta(days=2)  # that followers wait for an order
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,11 +34,11 @@ class World:
     rank: int = 0
     size: int = 1
     mesh: DeviceMesh | None = None  # ("shard",) or ("replicate", "shard"); None: one rank
-    orders: ProcessGroup | None = None  # on CPUs, waits as long as a step takes
-    saving: ProcessGroup | None = None  # on CPUs, for checkpoints, which a thread writes
+    control_group: ProcessGroup | None = None  # on CPUs, waits as long as a step takes
+    checkpoint_group: ProcessGroup | None = None  # on CPUs, for checkpoints, which a thread writes
 
     @property
-    def leads(self) -> bool:
+    def is_rank0(self) -> bool:
         return self.rank == 0
 
     @property
@@ -47,40 +47,43 @@ class World:
         return None if self.mesh is None else self.mesh.get_group("shard")
 
     def scatter(self, values: Sequence[Any] | None, group: ProcessGroup | None = None) -> Any:
-        """To each rank its value; rank 0 gives them all, the others None. group: None, `orders`."""
+        """To each rank its value; rank 0 gives them all, the others None.
+
+        group: None, `control_group`.
+        """
         if self.size == 1:
             assert values is not None
             return values[0]
         received: list[Any] = [None]
         dist.scatter_object_list(
-            received, list(values) if values else None, group=group or self.orders
+            received, list(values) if values else None, group=group or self.control_group
         )
         return received[0]
 
     def broadcast(self, value: Any, group: ProcessGroup | None = None) -> Any:
         """Rank 0's value."""
-        return self.scatter([value] * self.size if self.leads else None, group)
+        return self.scatter([value] * self.size if self.is_rank0 else None, group)
 
     def gather(self, value: Any) -> list[Any] | None:
         """On rank 0 the values by rank, None elsewhere."""
         if self.size == 1:
             return [value]
-        values: list[Any] | None = [None] * self.size if self.leads else None
-        dist.gather_object(value, values, group=self.orders)
+        values: list[Any] | None = [None] * self.size if self.is_rank0 else None
+        dist.gather_object(value, values, group=self.control_group)
         return values
 
-    def dismiss(self) -> None:
+    def shutdown_workers(self) -> None:
         """Let the other ranks end, where they wait for rank 0's word."""
-        if self.leads and self.size > 1:
+        if self.is_rank0 and self.size > 1:
             self.scatter([None] * self.size)
 
     @contextmanager
-    def dismissing(self) -> Iterator[None]:
+    def shutdown_workers_on_error(self) -> Iterator[None]:
         """Let the other ranks end, too, where rank 0 fails in what they wait for."""
         try:
             yield
         except BaseException:
-            self.dismiss()
+            self.shutdown_workers()
             raise
 
     def sum(self, value: float) -> float:
@@ -92,7 +95,7 @@ class World:
         return float(total)
 
 
-ALONE = World()
+SINGLE_PROCESS = World()
 
 
 def launched() -> bool:
@@ -104,7 +107,7 @@ def launched() -> bool:
 def open_world(config: ParallelConfig, device: str) -> Iterator[World]:
     """Join torchrun's ranks. device: auto, cpu or cuda, as in `Config.device`."""
     if not launched():
-        yield ALONE
+        yield SINGLE_PROCESS
         return
     size = int(os.environ["WORLD_SIZE"])
     shard_size = config.shard_size or size
@@ -129,8 +132,8 @@ def open_world(config: ParallelConfig, device: str) -> Iterator[World]:
                 (size,) if shard_size == size else (size // shard_size, shard_size),
                 mesh_dim_names=("shard",) if shard_size == size else ("replicate", "shard"),
             ),
-            orders=host_group(LONGEST_STEP),
-            saving=host_group(timedelta(seconds=config.timeout_s)),
+            control_group=host_group(COMMAND_TIMEOUT),
+            checkpoint_group=host_group(timedelta(seconds=config.timeout_s)),
         )
     except RuntimeError as error:
         if not is_lost_peer(error):

@@ -9,7 +9,7 @@ import pytest
 from rosd_fast.batch.samples import build_samples, sample_metrics
 from rosd_fast.config import TeacherConfig
 from rosd_fast.errors import UserError
-from rosd_fast.text.prompts import CUT
+from rosd_fast.text.prompts import ELLIPSIS
 from rosd_fast.types import ErrorSpan, Reflection
 
 WRONG = "{problem}\nWrong: {quote}\n{explanation}\nSolve."
@@ -122,7 +122,7 @@ def test_a_quote_as_long_as_the_rollout_does_not_end_the_run(tokenizer, group):
     )
     prompt = tokenizer.decode(sample.teacher_prompt_ids)
     assert len(sample.teacher_prompt_ids) <= 70 and sample.reflection_cut
-    assert "Wrong: first" in prompt and CUT in prompt and "last\nIt is 4.\nSolve." in prompt
+    assert "Wrong: first" in prompt and ELLIPSIS in prompt and "last\nIt is 4.\nSolve." in prompt
 
 
 def test_a_problem_over_the_budget_is_a_user_error(tokenizer, group):

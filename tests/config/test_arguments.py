@@ -20,7 +20,7 @@ def test_options_are_found_in_tables_too() -> None:
     assert OPTIONS["sample.group_size"].flag == "--sample.group-size"
     assert OPTIONS["optim.betas"].num_values == 2
     assert OPTIONS["data.shuffle"].num_values == 0
-    assert OPTIONS["loss.is_clip"].nullable
+    assert OPTIONS["loss.importance_clip"].nullable
     assert not OPTIONS["optim.lr"].nullable
 
 

@@ -40,7 +40,10 @@ def configs(draw: st.DrawFn) -> Config:
             "seed": draw(st.integers(0, 2**63 - 1)),
             "data": {"dev": draw(st.none() | texts), "dev_ood": draw(st.none() | texts)},
             "reflect": {"wrong_template": draw(texts), "answer_note": draw(texts)},
-            "loss": {"is_clip": draw(st.none() | positive), "top_k": draw(st.none() | st.just(3))},
+            "loss": {
+                "importance_clip": draw(st.none() | positive),
+                "top_k": draw(st.none() | st.just(3)),
+            },
             "optim": {
                 "lr": draw(positive),
                 "betas": draw(st.tuples(st.floats(0, 0.999), st.floats(0, 0.999))),
@@ -91,10 +94,10 @@ def test_toml_is_fully_resolved() -> None:
 
 
 def test_false_takes_a_default_away(tmp_path: Path) -> None:
-    assert Config().loss.is_clip is not None
+    assert Config().loss.importance_clip is not None
     assert Config().data.dev is not None
     config = read(tmp_path, "data.dev = false\n[loss]\nis_clip = false\n")
-    assert config.loss.is_clip is None
+    assert config.loss.importance_clip is None
     assert config.data.dev is None
     assert read(tmp_path, to_toml(config)) == config
 
@@ -166,7 +169,7 @@ def test_every_preset_is_whole() -> None:
         ("[optim]\nbetas = [0.9, 1.5]", "run.toml:2: optim.betas is 1.5, must be less than 1"),
         (
             "[loss]\nis_clip = 'none'",
-            'run.toml:2: loss.is_clip is "none", must be a number, or false',
+            'run.toml:2: loss.importance_clip is "none", must be a number, or false',
         ),
         (
             "[span]\ngranularity = 'word'",
@@ -206,7 +209,7 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
         ({"sample.group_size": "1"}, "sample.group_size is 1: a wrong rollout"),
         ({"sample.top_p": "1.5"}, "--sample.top-p is '1.5', must be at most 1"),
         ({"optim.lr": "nan"}, "--optim.lr is 'nan', must be a finite number"),
-        ({"loss.is_clip": "x"}, "--loss.is-clip is 'x', must be a number, or none"),
+        ({"loss.importance_clip": "x"}, "--loss.importance-clip is 'x', must be a number, or none"),
         ({"trust_remote_code": "x"}, "--trust-remote-code is 'x', must be true or false"),
         ({"steps": "9" * 5000}, "--steps is '999"),
     ],
@@ -230,10 +233,10 @@ SGLANG = {"engine.kind": "sglang"}
             "engine.colocated needs engine.sync disk",
         ),
         ({"engine.one_step_ahead": True}, "engine.one_step_ahead samples while"),
-        ({"teacher.url": "http://a"}, "teacher.url needs teacher.where sglang"),
-        ({"teacher.where": "sglang", "teacher.kind": "ema"}, "needs teacher.kind frozen"),
-        ({"teacher.where": "sglang", "reflect.weights": "teacher"}, "reflect.weights student"),
-        ({"teacher.where": "sglang", "reflect.probe_every": 2}, "reflect.probe_every 0"),
+        ({"teacher.url": "http://a"}, "teacher.url needs teacher.backend sglang"),
+        ({"teacher.backend": "sglang", "teacher.kind": "ema"}, "needs teacher.kind frozen"),
+        ({"teacher.backend": "sglang", "reflect.weights": "teacher"}, "reflect.weights student"),
+        ({"teacher.backend": "sglang", "reflect.probe_every": 2}, "reflect.probe_every 0"),
     ],
 )
 def test_options_that_do_not_go_together(given: dict[str, Any], message: str) -> None:

@@ -68,7 +68,7 @@ VALUES = [
     ("temperature", float("inf"), "finite"),
     ("softcap", 0.0, "> 0"),
     ("softcap", True, "> 0"),
-    ("is_clip", -1.0, "> 0"),
+    ("importance_clip", -1.0, "> 0"),
     ("entry_clip", 0.0, "> 0"),
     ("workspace_mib", 0, "> 0"),
     ("workspace_mib", None, "> 0"),
@@ -121,13 +121,13 @@ def test_teacher_head_that_requires_a_gradient_is_detached():
 
 
 @pytest.mark.parametrize("missing", ["token_ids", "rollout_logprobs"])
-def test_is_clip_needs_sampled_tokens(missing):
+def test_importance_clip_needs_sampled_tokens(missing):
     sampled = {"token_ids": torch.zeros(N, dtype=torch.int64), "rollout_logprobs": torch.zeros(N)}
     del sampled[missing]
     with pytest.raises(
         ValueError, match=rf"^{missing}: got None, want shape \[N\] = \[4\] with is_"
     ):
-        span_divergence(**good(**sampled), is_clip=2.0)
+        span_divergence(**good(**sampled), importance_clip=2.0)
 
 
 @pytest.mark.parametrize("bad", [-1, V])

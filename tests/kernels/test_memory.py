@@ -45,7 +45,7 @@ def test_memory_stays_within_the_workspace(make_case, dtype, options):
     tensors["student_hidden"].requires_grad_()
     tensors["student_head"].requires_grad_()
     sizes = allocations(
-        lambda: span_divergence(**tensors, is_clip=2.0, workspace_mib=mib, **options)
+        lambda: span_divergence(**tensors, importance_clip=2.0, workspace_mib=mib, **options)
     )
     gradients, per_token, one_row = 4 * (V * H + N * H), 4 * 8 * N, 4 * V
     assert 0 < max(sizes) < 4 * N * V / 8  # no [N, V] tensor
@@ -64,7 +64,7 @@ def test_tiles_need_no_more_logits_for_more_tokens(make_case, dtype, options, mi
         tensors = dict(make_case(N, V, H, weights=True, sampled=True, dtype=dtype).tensors)
         tensors["student_hidden"].requires_grad_()
         tensors["student_head"].requires_grad_()
-        call = {"is_clip": 2.0, "workspace_mib": mib, "strategy": "tiled", **options}
+        call = {"importance_clip": 2.0, "workspace_mib": mib, "strategy": "tiled", **options}
         sizes = allocations(lambda t=tensors, c=call: span_divergence(**t, **c))
         one_tile = (4 * ROW_BLOCK + 2 * H) * TILE * 4  # logits, and a converted piece of a head
         workspace, gradients = max(mib * 2**20, one_tile), 4 * (V * H + N * H)

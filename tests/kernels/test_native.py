@@ -226,7 +226,7 @@ def test_public_function(make_case, agrees, monkeypatch, strategy, shape, dtype)
     """With and without C++, on the same rounded inputs, and one of them far from the other."""
     case = make_case(*shape, bias=True, weights=True, sampled=True, scale=3.0, dtype=dtype)
     for divergence in DIVERGENCES:
-        options = {"strategy": strategy, "divergence": divergence, "is_clip": 2.0}
+        options = {"strategy": strategy, "divergence": divergence, "importance_clip": 2.0}
         truth = case.run(dtype=torch.float64, **options | {"strategy": "reference"})
         with_native = case.run(**options)
         with monkeypatch.context() as context:

@@ -129,7 +129,7 @@ def test_temperature_softcap_and_bias():
     assert out.teacher_entropy.item() == pytest.approx(-sum(math.exp(x) * x for x in teacher))
 
 
-def test_is_clip_multiplies_the_weights():
+def test_importance_clip_multiplies_the_weights():
     hidden = torch.tensor([P, P], dtype=torch.float64).log().requires_grad_()
     teacher = torch.tensor([Q, Q], dtype=torch.float64).log()
     out = span_divergence(
@@ -139,7 +139,7 @@ def test_is_clip_multiplies_the_weights():
         weights=torch.tensor([2.0, 3.0]),
         token_ids=torch.tensor([0, 1]),
         rollout_logprobs=torch.tensor([math.log(0.05), math.log(0.4)], dtype=torch.float64),
-        is_clip=2.0,
+        importance_clip=2.0,
         strategy="reference",
     )
     one = sum(by_hand(P, Q, "jsd", 0.5))  # ratios: 0.5 / 0.05 = 10, clipped to 2, and 0.3 / 0.4

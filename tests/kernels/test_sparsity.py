@@ -148,7 +148,12 @@ def test_order_gathers_the_likely_entries():
 def test_order_changes_nothing_where_all_is_computed(make_case, agrees, options):
     case = make_case(140, 300, 9, teacher_width=6, bias=True, weights=True, sampled=True)
     order = VocabularyOrder(300, num_tokens=1)
-    options = {"is_clip": 2.0, "strategy": "tiled", "sparsity": entry(1e-30, order), **options}
+    options = {
+        "importance_clip": 2.0,
+        "strategy": "tiled",
+        "sparsity": entry(1e-30, order),
+        **options,
+    }
     case.run(**options)
     assert order.permutation is not None
     truth = case.run(dtype=torch.float64, **options | {"strategy": "reference"})

@@ -25,7 +25,7 @@ OPTION_CHOICES: dict[str, tuple[Any, ...]] = {
     "divergence": ({"divergence": "jsd", "beta": 0.2}, *({"divergence": d} for d in DIVERGENCES)),
     "temperature": ({}, {"temperature": 0.7}),
     "softcap": ({}, {"softcap": 2.5}),
-    "is_clip": ({}, {"is_clip": 1.5}),
+    "importance_clip": ({}, {"importance_clip": 1.5}),
     "top_k": ({}, {"top_k": 4}, {"top_k": 4, "tail": False}, {"top_k": 29}),
     "strategy": ({"strategy": "chunked"}, {"strategy": "tiled"}, {"strategy": "auto"}),
     "sparsity": ({}, {"sparsity": entry(1e-12)}, {"sparsity": mass(1e-9)}),
@@ -146,7 +146,7 @@ def test_ragged_shapes(make_case, strategy, agrees, divergence, shape):
 )
 def test_no_tokens_backpropagates_zeros(make_case, strategy, options):
     case = make_case(0, 7, 3, bias=True, sampled=True, weights=True, dtype=torch.bfloat16)
-    result = case.run(strategy=strategy, is_clip=2.0, **options)
+    result = case.run(strategy=strategy, importance_clip=2.0, **options)
     assert result.output.loss.item() == 0 and result.output.loss.requires_grad
     assert result.output.per_token.shape == (0,)
     for name, gradient in result.gradients.items():
@@ -244,7 +244,7 @@ def test_never_negative(make_case, strategy, divergence):
 @pytest.mark.parametrize("strategy", ["chunked", "tiled"])
 def test_inputs_that_are_not_contiguous(make_case, strategy, agrees):
     case = make_case(10, 23, 6, teacher_width=8, bias=True, weights=True, sampled=True)
-    want = case.run(strategy=strategy, is_clip=2.0)
+    want = case.run(strategy=strategy, importance_clip=2.0)
     for name, x in case.tensors.items():
         if x.ndim == 2:  # neither dimension has stride 1
             spread = torch.full((2 * x.shape[0], 3 * x.shape[1]), float("nan"))
@@ -252,10 +252,10 @@ def test_inputs_that_are_not_contiguous(make_case, strategy, agrees):
             case.tensors[name] = spread[::2, ::3]
         else:
             case.tensors[name] = x.repeat_interleave(2)[::2]
-    agrees(case.run(strategy=strategy, is_clip=2.0), want)
+    agrees(case.run(strategy=strategy, importance_clip=2.0), want)
     for name in ("student_head", "teacher_head"):
         case.tensors[name] = case.tensors[name].T.contiguous().T
-    agrees(case.run(strategy=strategy, is_clip=2.0), want)
+    agrees(case.run(strategy=strategy, importance_clip=2.0), want)
 
 
 @pytest.mark.parametrize("strategy", ["chunked", "tiled"])
@@ -284,7 +284,7 @@ def test_bf16_head_gradient_is_accumulated_in_fp32(make_case, agrees):
 def test_bitwise_repeatable(make_case, dtype, options):
     case = make_case(70, 301, 16, bias=True, weights=True, sampled=True, dtype=dtype)
     torch.set_num_threads(2)
-    first, second = (case.run(is_clip=2.0, **options) for _ in range(2))
+    first, second = (case.run(importance_clip=2.0, **options) for _ in range(2))
     assert torch.equal(first.output.loss, second.output.loss)
     assert torch.equal(first.output.per_token, second.output.per_token)
     for name, gradient in first.gradients.items():
@@ -296,7 +296,13 @@ def test_bitwise_repeatable(make_case, dtype, options):
 def test_poisoned_buffers_and_deterministic_mode(make_case, dtype, options):
     """PyTorch's deterministic mode fills new buffers with NaN and refuses unordered operations."""
     case = make_case(33, 101, 8, bias=True, sampled=True, dtype=dtype)
-    options = {"is_clip": 2.0, "softcap": 4.0, "entry_clip": 0.05, "workspace_mib": 0.02, **options}
+    options = {
+        "importance_clip": 2.0,
+        "softcap": 4.0,
+        "entry_clip": 0.05,
+        "workspace_mib": 0.02,
+        **options,
+    }
     want = case.run(**options)
     torch.use_deterministic_algorithms(True)
     try:
@@ -312,10 +318,12 @@ def test_poisoned_buffers_and_deterministic_mode(make_case, dtype, options):
 @pytest.mark.parametrize("options", [{}, {"top_k": 6, "softcap": 4.0}], ids=str)
 def test_chunks_do_not_change_the_result(make_case, agrees, options):
     case = make_case(37, 50, 8, bias=True, weights=True, sampled=True)
-    whole = case.run(strategy="chunked", is_clip=2.0, **options)
+    whole = case.run(strategy="chunked", importance_clip=2.0, **options)
     sizes = {whole.output.stats.workspace_bytes}
     for workspace_mib in (ONE_ROW, 0.003, 0.01):
-        parts = case.run(strategy="chunked", is_clip=2.0, workspace_mib=workspace_mib, **options)
+        parts = case.run(
+            strategy="chunked", importance_clip=2.0, workspace_mib=workspace_mib, **options
+        )
         agrees(parts, whole, tolerance=2e-6)
         sizes.add(parts.output.stats.workspace_bytes)
     assert len(sizes) == 4

@@ -70,7 +70,7 @@ def tasks() -> dict[str, Task]:
                 options = strategy | {"divergence": divergence, "beta": 0.3, "temperature": 0.8}
                 add(f"{of} {divergence}", sizes, make=every, options=options)
         for sizes in (PAIR, TRIO):
-            options = strategy | {"is_clip": 1.5, "softcap": 3.0, "entry_clip": 0.004}
+            options = strategy | {"importance_clip": 1.5, "softcap": 3.0, "entry_clip": 0.004}
             add(f"{of} clips", sizes, make=every | {"teacher_width": 5}, options=options | small)
             add(f"{of} no tokens", sizes, make=every, options=strategy, num_tokens=0)
         for divergence in ("forward_kl", "reverse_kl"):
@@ -92,7 +92,7 @@ def tasks() -> dict[str, Task]:
                 options = chunked | {"top_k": top_k, "tail": tail, "divergence": "reverse_kl"}
                 add(f"top_k {top_k} tail {tail}", sizes, make=every, options=options)
         options = chunked | {"top_k": 7, "tail": tail} | small
-        clips = {"softcap": 3.0, "entry_clip": 0.02, "is_clip": 1.5}
+        clips = {"softcap": 3.0, "entry_clip": 0.02, "importance_clip": 1.5}
         add(f"top_k tail {tail} clips", make=every, options=options | clips)
         add(f"top_k tail {tail} plain", make=every, options=options, plain=(0, 1, 2))
         add(f"top_k tail {tail} no tokens", make=every, options=options, num_tokens=0)

@@ -32,7 +32,7 @@ def trained(model: Any) -> set[str]:
 
 def test_patterns_choose_what_is_trained(make_model) -> None:
     model = make_model("Llama", num_hidden_layers=12, tie_word_embeddings=False)
-    choose_trainable(model, config_of(optim={"only": "model.layers.1?.mlp.*, lm_head.weight"}))
+    choose_trainable(model, config_of(optim={"trainable": "model.layers.1?.mlp.*, lm_head.weight"}))
     names = {
         f"model.layers.{i}.mlp.{n}_proj.weight" for i in (10, 11) for n in "gate up down".split()
     }
@@ -41,7 +41,7 @@ def test_patterns_choose_what_is_trained(make_model) -> None:
 
 def test_a_tied_head_is_trained_with_the_embeddings(make_model) -> None:
     model = make_model("Llama", tie_word_embeddings=True)
-    choose_trainable(model, config_of(optim={"only": "lm_head.weight"}))
+    choose_trainable(model, config_of(optim={"trainable": "lm_head.weight"}))
     assert trained(model) == {"model.embed_tokens.weight"}
 
 
@@ -53,12 +53,12 @@ def test_without_patterns_all_is_trained(make_model) -> None:
 
 def test_a_pattern_that_fits_nothing_is_a_mistake(make_model) -> None:
     with pytest.raises(UserError, match=r"model\.layer\.\* fits no parameter.*embed_tokens"):
-        choose_trainable(make_model(), config_of(optim={"only": "model.layer.*"}))
+        choose_trainable(make_model(), config_of(optim={"trainable": "model.layer.*"}))
 
 
 def test_only_what_was_chosen_moves(make_model, distill_samples) -> None:
     model = make_model("Qwen3", torch.float32)
-    options = config_of(optim={"only": "*.self_attn.?_proj.weight"})
+    options = config_of(optim={"trainable": "*.self_attn.?_proj.weight"})
     choose_trainable(model, options)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     learner = Learner(model, options)

@@ -120,7 +120,7 @@ def test_describe(make_model) -> None:
             "device": "cpu",
             "dtype": "bfloat16",
             "learner": {"activation_checkpointing": True, "compile": True},
-            "optim": {"only": "model.norm.weight"},
+            "optim": {"trainable": "model.norm.weight"},
         }
     )
     model = make_model("Llama", torch.bfloat16)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rosd_fast.config import ReflectConfig
-from rosd_fast.reflection.filters import answer_pattern, apply_gates, copied_frac
+from rosd_fast.reflection.filters import answer_pattern, apply_filters, copied_frac
 from rosd_fast.types import Reflection
 
 SOLUTION = "First add the ones of both numbers and carry what is over nine to the tens. It is 42."
@@ -23,7 +23,7 @@ def gate(make_group, explanation: str | None, *, answer: str = "42", **options) 
         well_formed=True,
         num_tokens=1,
     )
-    return apply_gates({"p0/0": reflection}, [group], ReflectConfig(**options))["p0/0"]
+    return apply_filters({"p0/0": reflection}, [group], ReflectConfig(**options))["p0/0"]
 
 
 @pytest.mark.parametrize(

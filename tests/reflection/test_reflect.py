@@ -20,7 +20,7 @@ from rosd_fast.reflection.reflect import (
     reflect,
     reflection_metrics,
 )
-from rosd_fast.text.prompts import CUT
+from rosd_fast.text.prompts import ELLIPSIS
 from rosd_fast.types import Generation
 
 SHORT: dict[str, Any] = {
@@ -187,10 +187,10 @@ def test_over_the_budget_the_middle_of_the_rollouts_goes(tokenizer, make_group, 
         assert len(tokenizer.encode(prompt)) > budget - 8  # no more is cut than needed
     assert first.endswith("Quote the error.<|end|><|assistant|><error_quote>")
     assert [task.prompt_cut for task in tasks] == [True, True, False]
-    assert first.count(CUT) == 2 and second.count(CUT) == 1 and third.count(CUT) == 0
+    assert first.count(ELLIPSIS) == 2 and second.count(ELLIPSIS) == 1 and third.count(ELLIPSIS) == 0
     good, bad = first.split("\nGood: ")[1].split("\nQuote")[0].split("\nBad: ")
     for text, whole in ((good, right), (bad, wrong)):
-        head, tail = text.split(CUT)
+        head, tail = text.split(ELLIPSIS)
         assert whole.startswith(head) and whole.endswith(tail) and abs(len(head) - len(tail)) <= 1
 
 

@@ -19,7 +19,7 @@ from rosd_fast.report.plots import _eval_samples, _figure, _png
 from rosd_fast.report.series import STAGES, domains, series, smoothing_window, stage_times
 
 NAMES = {"overview", "accuracy", "loss", "distilled", "spans", "time"}
-LOSSES = ("divergence", "grad_norm", "student_entropy", "teacher_entropy", "is_weight_mean")
+LOSSES = ("divergence", "grad_norm", "student_entropy", "teacher_entropy", "importance_weight_mean")
 
 
 def make_row(step: int) -> dict[str, float]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from rosd_fast.errors import UserError
 from rosd_fast.text.prompts import (
-    CUT,
+    ELLIPSIS,
     cut_middle,
     fill_template,
     fit_prompt,
@@ -111,9 +111,11 @@ def test_cut_middle_keeps_both_ends(text, keep):
     if len(text) <= keep:
         assert cut == text
     else:
-        head, mark, tail = cut.partition(CUT) if CUT not in text else (cut[:-keep], CUT, "")
-        assert mark and len(cut) == keep + len(CUT)
-        if CUT not in text:
+        head, mark, tail = (
+            cut.partition(ELLIPSIS) if ELLIPSIS not in text else (cut[:-keep], ELLIPSIS, "")
+        )
+        assert mark and len(cut) == keep + len(ELLIPSIS)
+        if ELLIPSIS not in text:
             assert text.startswith(head) and text.endswith(tail)
             assert 0 <= len(head) - len(tail) <= 1
 

@@ -124,7 +124,7 @@ def dense_step(model, teacher, samples, options: Config):
         tokens = s["completion"][s["start"] :]
         lp = p_log.detach().gather(1, tokens[:, None])[:, 0]
         ratio = (lp - s["logprobs"][s["start"] :]).exp()
-        clip = options.loss.is_clip
+        clip = options.loss.importance_clip
         importance = torch.ones_like(lp) if clip is None else ratio.clamp(max=clip)
         values = dense_divergence(p_log, q_log, options.loss.divergence, options.loss.beta)
         loss = loss + (s["weight"] * importance * values).sum()
@@ -136,7 +136,7 @@ def dense_step(model, teacher, samples, options: Config):
     gradients = torch.autograd.grad(loss / total, parameters)
     metrics = {
         "loss/divergence": divergence / total,
-        "loss/is_weight_mean": importance_sum / total,
+        "loss/importance_weight_mean": importance_sum / total,
         "loss/num_distilled_tokens": total,
         "loss/grad_norm": float(torch.stack([g.norm() for g in gradients]).norm()),
     }
@@ -158,8 +158,8 @@ def gradients_of_step(learner: Learner, batches, monkeypatch) -> dict[str, torch
 @pytest.mark.parametrize(
     "loss",
     [
-        {"divergence": "jsd", "beta": 0.3, "is_clip": 1.2},
-        {"divergence": "forward_kl", "is_clip": None, "temperature": 0.7},
+        {"divergence": "jsd", "beta": 0.3, "importance_clip": 1.2},
+        {"divergence": "forward_kl", "importance_clip": None, "temperature": 0.7},
         {"divergence": "reverse_kl"},
     ],
     ids=lambda loss: loss["divergence"],
@@ -205,7 +205,7 @@ def test_micro_batches_do_not_change_the_gradient(dtype, bound, monkeypatch):
 
 
 def test_training_brings_student_to_teacher():
-    learner = Learner(tiny_model(), config(loss={"is_clip": None}))
+    learner = Learner(tiny_model(), config(loss={"importance_clip": None}))
     batches = [batch([sample(i) for i in range(4)])]
     values = [learner.step(batches).metrics["loss/divergence"] for _ in range(12)]
     assert values[-1] < 0.5 * values[0]

@@ -52,7 +52,7 @@ def scored(learner: Learner, samples: Any) -> torch.Tensor:
 @pytest.mark.parametrize("family", ["Llama", "Granite", "Cohere"])
 @pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
 def test_trust_region_mixes_logits(make_model, distill_samples, tied, family, only) -> None:
-    options = config_of(teacher={"kind": "trust_region", "mix": 0.3}, optim={"only": only})
+    options = config_of(teacher={"kind": "trust_region", "mix": 0.3}, optim={"trainable": only})
     scale = {"logits_scaling": 3.0} if family == "Granite" else {}
     model = make_model(family, tie_word_embeddings=tied, **scale)
     choose_trainable(model, options)

@@ -302,7 +302,7 @@ def make_tensors(case: Case, device: torch.device) -> dict[str, Tensor]:
 def make_options(case: Case) -> dict[str, Any]:
     options: dict[str, Any] = {"strategy": case.strategy, "divergence": case.divergence}
     if case.everything:
-        options |= {"beta": 0.3, "temperature": 1.3, "softcap": 20.0, "is_clip": 2.0}
+        options |= {"beta": 0.3, "temperature": 1.3, "softcap": 20.0, "importance_clip": 2.0}
     return options | dict(case.options)
 
 

@@ -119,7 +119,7 @@ class DecodeBatch:
         """Feed each row its last token and draw the next one; returns the tokens taken."""
         rows = self.rows
         assert rows is not None
-        shift = self.cache.make_room(1)
+        shift = self.cache.release_memory(1)
         if shift or self._mask_width != self.cache.capacity:
             rows.starts -= shift
             self._rows_changed()

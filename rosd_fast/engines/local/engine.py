@@ -38,7 +38,7 @@ class LocalEngine(RolloutEngine):
     model: a causal language model; in eval mode while it computes, and left as it was found.
     max_rows: completions decoded side by side. pad_token_id: stands before shorter prompts, masked.
     tokenizer: reads the grammars of requests; without, such a request is an error.
-    follows: the model is the one that is trained, so `load_weights` only takes note.
+    shares_learner_weights: the model is the one that is trained, so `load_weights` only takes note.
 
     Raises UserError for a model that cannot be decoded with a padded cache.
     """
@@ -50,13 +50,13 @@ class LocalEngine(RolloutEngine):
         max_rows: int = 256,
         pad_token_id: int = 0,
         tokenizer: Any = None,
-        follows: bool = False,
+        shares_learner_weights: bool = False,
     ) -> None:
         if max_rows < 1:
             raise ValueError(f"max_rows is {max_rows}, must be at least 1")
         self.model = model
         self.max_rows = max_rows
-        self.follows = follows
+        self.shares_learner_weights = shares_learner_weights
         self._forward = NextToken(model)
         # It is never attended to, so any id that has an embedding does.
         self.pad_token_id = pad_token_id if 0 <= pad_token_id < self._forward.vocab_size else 0
@@ -100,12 +100,13 @@ class LocalEngine(RolloutEngine):
     async def load_weights(self, weights: Mapping[str, Tensor], *, version: int) -> None:
         """Copy `weights` (by state-dict name) into the model, once nothing is being generated.
 
-        Tensors that already are the model's own are left alone, and all where it `follows`. Of tied
-        weights one name is enough; buffers may be missing. Raises ValueError, and changes nothing,
+        Tensors that already are the model's own are left alone, and all of them where it
+        `shares_learner_weights`. One name is enough for tied weights; buffers may be missing.
+        Raises ValueError, and changes nothing,
         when a name is unknown or missing or a shape differs.
         """
         own = self.model.state_dict()
-        if self.follows:
+        if self.shares_learner_weights:
             weights = {}
         else:
             _check_weights(own, dict(self.model.named_parameters()), weights)

@@ -70,7 +70,7 @@ class RowCache(Cache):
         """(key columns, offset) of a mask for `query_length` further columns."""
         return self.end - self.first + query_length, 0
 
-    def make_room(self, columns: int) -> int:
+    def release_memory(self, columns: int) -> int:
         """Let `columns` more fit behind `end`. Returns how far everything moved to the left."""
         if self.end + columns <= self.capacity:
             return 0
@@ -101,7 +101,7 @@ class RowCache(Cache):
         width, first_row = prompts.end, self.num_rows
         if first_row == 0:
             self.first, self.end = 0, 0
-            self.make_room(width)
+            self.release_memory(width)
             self.end = width
         assert width <= self.end, f"a prompt of {width} columns joins at column {self.end}"
         self.num_rows += row_of.numel()

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 
-class PrefixUse:
+class PrefixCacheStats:
     """Counts prompt tokens: all, those that were cached, and those that could have been."""
 
     def __init__(self) -> None:

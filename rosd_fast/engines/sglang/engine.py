@@ -24,9 +24,9 @@ from torch import Tensor
 
 from rosd_fast.engines.base import RolloutEngine
 from rosd_fast.engines.requests import check_ids, completion_limit
-from rosd_fast.engines.sglang.cache_stats import PrefixUse
+from rosd_fast.engines.sglang.cache_stats import PrefixCacheStats
 from rosd_fast.engines.sglang.client import Busy, Refused, ServerError, Unreachable
-from rosd_fast.engines.sglang.pool import Member, keep_asking
+from rosd_fast.engines.sglang.pool import ServerHandle, request_with_retries
 from rosd_fast.engines.sglang.weight_sync import SYNC_TIMEOUT_S, WeightSync
 from rosd_fast.errors import RunFailed, UserError
 from rosd_fast.types import Generation, GenerationRequest
@@ -39,15 +39,15 @@ class StaleWeights(ServerError):
 
 
 class SglangEngine(RolloutEngine):
-    """Samples on `members`, servers of our own or at given addresses.
+    """Samples on `servers`, servers of our own or at given addresses.
 
     sync: hands weights over.
     vocab_size: ids at or above it, which would kill a server, are refused.
-    probe: gives the trainer's log-probabilities of `probe_ids[1:]`, None: no comparison after a
-    sync. probe_bound: largest difference that is no error, in nats.
+    expected_logprobs: gives the trainer's log-probabilities of `weight_check_ids[1:]`, None: no
+    comparison after a sync. max_logprob_gap: largest difference that is no error, in nats.
     concurrency: requests under way at once. max_failures: as many in a row end the run.
     request_timeout_s: for one request, with all its copies.
-    colocated: the servers give their memory back between `make_room` and `load_weights`.
+    colocated: the servers give their memory back between `release_memory` and `load_weights`.
     note: shows the user a line.
     """
 
@@ -55,34 +55,38 @@ class SglangEngine(RolloutEngine):
 
     def __init__(
         self,
-        members: Sequence[Member],
+        servers: Sequence[ServerHandle],
         *,
         sync: WeightSync,
         vocab_size: int,
         context_length: int,
-        probe_ids: Sequence[int] = (),
-        probe: Callable[[Sequence[int]], list[float]] | None = None,
-        probe_bound: float = 0.0,
+        weight_check_ids: Sequence[int] = (),
+        expected_logprobs: Callable[[Sequence[int]], list[float]] | None = None,
+        max_logprob_gap: float = 0.0,
         concurrency: int = 64,
         max_failures: int = 10,
         request_timeout_s: float = 3600.0,
         colocated: bool = False,
         note: Callable[[str], None] = print,
     ) -> None:
-        if not members:
+        if not servers:
             raise ValueError("an engine needs a server")
-        self.members = list(members)
+        self.servers = list(servers)
         self.vocab_size, self.context_length = vocab_size, context_length
         self.note = note
         self._sync = sync
         self._run = secrets.token_hex(4)  # tells our weights from another trainer's
-        self._probe_ids, self._probe, self._probe_bound = tuple(probe_ids), probe, probe_bound
+        self._weight_check_ids, self._expected_logprobs, self._max_logprob_gap = (
+            tuple(weight_check_ids),
+            expected_logprobs,
+            max_logprob_gap,
+        )
         self._expected: list[float] = []  # of the probe, with the current weights
         self._slots = asyncio.Semaphore(concurrency)
         self._max_failures = max_failures
         self._timeout_s = request_timeout_s
         self._colocated = colocated
-        self._prefix = PrefixUse()
+        self._prefix = PrefixCacheStats()
         self._counts = {"retries": 0, "retractions": 0, "restarts": 0}
         self._idle = asyncio.Condition()
         self._num_running = 0
@@ -147,31 +151,31 @@ class SglangEngine(RolloutEngine):
             await self._idle.wait_for(lambda: self._num_running == 0)
             await asyncio.to_thread(self._sync.keep, weights, version)
             self.policy_version = version
-            if self._probe is not None:
-                self._expected = self._probe(self._probe_ids)
-            ready = await asyncio.gather(*(self._try_prepare(member) for member in self.members))
+            if self._expected_logprobs is not None:
+                self._expected = self._expected_logprobs(self._weight_check_ids)
+            ready = await asyncio.gather(*(self._try_prepare(handle) for handle in self.servers))
         if not any(error is None for error in ready):
             raise RunFailed(f"no SGLang server could be brought to the new weights: {ready[0]}")
-        self._sync.drop_older()
+        self._sync.discard_stale()
 
-    async def make_room(self) -> None:
+    async def release_memory(self) -> None:
         """Have colocated servers give back the memory of weights and cache.
 
         Raises RunFailed when one does not: the learner would run out of memory.
         """
         if not self._colocated:
             return
-        for member in self.members:
+        for handle in self.servers:
             try:
-                await member.post("/release_memory_occupation", {}, timeout_s=SYNC_TIMEOUT_S)
+                await handle.post("/release_memory_occupation", {}, timeout_s=SYNC_TIMEOUT_S)
             except ServerError as error:
                 raise RunFailed(f"the server keeps its memory: {error}") from None
-            member.asleep, member.tag = True, None
+            handle.memory_released, handle.tag = True, None
 
     async def close(self) -> None:
         """Stop our own servers and remove what was written for them."""
         await self._sync.close()
-        await asyncio.gather(*(member.close() for member in self.members))
+        await asyncio.gather(*(handle.close() for handle in self.servers))
 
     def take_metrics(self) -> dict[str, float]:
         """`rollout/...` since the last call: shares of prompt tokens that the servers had cached
@@ -190,9 +194,9 @@ class SglangEngine(RolloutEngine):
     async def _complete(self, request: GenerationRequest, limit: int) -> list[Generation]:
         """All copies of a request, asked for until they are there."""
         async with self._slots, self._running():
-            return await keep_asking(
-                lambda member, attempt: self._try(request, limit, attempt, member),
-                self.members,
+            return await request_with_retries(
+                lambda handle, attempt: self._try(request, limit, attempt, handle),
+                self.servers,
                 home=zlib.crc32((request.affinity or request.id).encode()),
                 what=f"request {request.id}",
                 max_failures=self._max_failures,
@@ -212,12 +216,12 @@ class SglangEngine(RolloutEngine):
                 self._idle.notify_all()
 
     async def _try(
-        self, request: GenerationRequest, limit: int, attempt: int, member: Member
+        self, request: GenerationRequest, limit: int, attempt: int, handle: ServerHandle
     ) -> list[Generation]:
         """Ask a server once."""
-        await self._prepare(member)
+        await self._prepare(handle)
         try:
-            answer = await member.post(
+            answer = await handle.post(
                 "/generate",
                 body(request, limit, attempt, run=self._run),
                 timeout_s=self._timeout_s,
@@ -225,51 +229,51 @@ class SglangEngine(RolloutEngine):
             )
         except Refused as error:
             raise ValueError(f"request {request.id}: {error}") from None
-        return self._read(request, limit, answer, member)
+        return self._read(request, limit, answer, handle)
 
-    def _failed(self, member: Member, error: ServerError) -> None:
+    def _failed(self, handle: ServerHandle, error: ServerError) -> None:
         """Count a failure; unless the server was only busy, look at it before it is used again."""
         self._counts["retries"] += 1
         if isinstance(error, Busy):
             return
-        if not member.down:
+        if not handle.down:
             self.note(f"SGLang: {error}; trying again")
-        member.distrust()
+        handle.mark_suspect()
 
-    async def _try_prepare(self, member: Member) -> Exception | None:
+    async def _try_prepare(self, handle: ServerHandle) -> Exception | None:
         try:
-            await self._prepare(member)
+            await self._prepare(handle)
         except ServerError as error:
-            member.distrust()
+            handle.mark_suspect()
             self.note(f"SGLang: {error}")
             return error
         return None
 
-    async def _prepare(self, member: Member) -> None:
+    async def _prepare(self, handle: ServerHandle) -> None:
         """Have the server up, with the current weights. Raises ServerError or RunFailed."""
-        async with member.lock:
-            if await member.ensure_up():
-                self._counts["restarts"] += member.num_starts > 1
-                if member.num_starts > 1:
-                    self.note(f"SGLang: {member.name} was started again")
-            if member.tag == self.tag:
+        async with handle.lock:
+            if await handle.ensure_up():
+                self._counts["restarts"] += handle.num_starts > 1
+                if handle.num_starts > 1:
+                    self.note(f"SGLang: {handle.name} was started again")
+            if handle.tag == self.tag:
                 return
-            member.tag = None
-            if member.asleep:
-                await member.post("/resume_memory_occupation", {}, timeout_s=SYNC_TIMEOUT_S)
-                member.asleep = False
-            await self._sync.hand_over(member, self.tag)
-            await self._check_probe(member)
-            member.tag = self.tag
+            handle.tag = None
+            if handle.memory_released:
+                await handle.post("/resume_memory_occupation", {}, timeout_s=SYNC_TIMEOUT_S)
+                handle.memory_released = False
+            await self._sync.push(handle, self.tag)
+            await self._check_weights(handle)
+            handle.tag = self.tag
 
-    async def _check_probe(self, member: Member) -> None:
+    async def _check_weights(self, handle: ServerHandle) -> None:
         """Raise RunFailed when the server's log-probabilities are not the trainer's."""
-        if self._probe is None or not self._probe_bound:
+        if self._expected_logprobs is None or not self._max_logprob_gap:
             return
-        answer = await member.post(
+        answer = await handle.post(
             "/generate",
             {
-                "input_ids": list(self._probe_ids),
+                "input_ids": list(self._weight_check_ids),
                 "sampling_params": {"max_new_tokens": 0, "temperature": 0},
                 "return_logprob": True,
                 "logprob_start_len": 0,
@@ -278,20 +282,21 @@ class SglangEngine(RolloutEngine):
         )
         own = [item[0] for item in answer["meta_info"]["input_token_logprobs"][1:]]
         worst = max(zip(own, self._expected, strict=True), key=lambda pair: abs(pair[0] - pair[1]))
-        if not abs(worst[0] - worst[1]) <= self._probe_bound:
+        if not abs(worst[0] - worst[1]) <= self._max_logprob_gap:
             raise RunFailed(
-                f"{member.url}: after loading the weights of version {self.policy_version}, the "
-                f"server gives a token the log-probability {worst[0]:.4f} and the trainer "
-                f"{worst[1]:.4f}, more than engine.probe_bound = {self._probe_bound:g} apart"
+                f"{handle.url}: after loading the weights of version {self.policy_version}, "
+                f"the server gives a token the log-probability {worst[0]:.4f} and the trainer "
+                f"{worst[1]:.4f}, more than engine.max_logprob_gap = "
+                f"{self._max_logprob_gap:g} apart"
             )
 
     def _read(
-        self, request: GenerationRequest, limit: int, answer: Any, member: Member
+        self, request: GenerationRequest, limit: int, answer: Any, handle: ServerHandle
     ) -> list[Generation]:
         """The completions in a server's answer."""
         items = answer if isinstance(answer, list) else [answer]
         if len(items) != request.n:
-            raise Unreachable(member.url, f"gave {len(items)} completions of {request.n}")
+            raise Unreachable(handle.url, f"gave {len(items)} completions of {request.n}")
         generations = []
         for index, item in enumerate(items):
             try:
@@ -300,10 +305,10 @@ class SglangEngine(RolloutEngine):
                 logprobs = tuple(entry[0] for entry in meta["output_token_logprobs"])
                 version, num_cached = meta["weight_version"], meta["cached_tokens"]
             except (KeyError, TypeError, IndexError) as error:
-                raise Unreachable(member.url, f"gave an answer without {error}") from None
+                raise Unreachable(handle.url, f"gave an answer without {error}") from None
             if reason["type"] == "abort":
-                raise Busy(member.url, f"gave up a request ({reason.get('message')})")
-            self._check_version(version, member)
+                raise Busy(handle.url, f"gave up a request ({reason.get('message')})")
+            self._check_version(version, handle)
             if not math.isfinite(sum(logprobs)):
                 raise UserError(
                     "the model's logits are not finite",
@@ -332,16 +337,16 @@ class SglangEngine(RolloutEngine):
             )
         return generations
 
-    def _check_version(self, version: str, member: Member) -> None:
+    def _check_version(self, version: str, handle: ServerHandle) -> None:
         if version == self.tag:
             return
         run, _, number = version.rpartition("-")
         if run and run != self._run and number.isdecimal():
             raise RunFailed(
-                f"{member.url}: another trainer has loaded its weights ({version}, ours are "
+                f"{handle.url}: another trainer has loaded its weights ({version}, ours are "
                 f"{self.tag}); a server can serve one trainer only"
             )
-        raise StaleWeights(member.url, f"sampled with the weights {version}, not {self.tag}")
+        raise StaleWeights(handle.url, f"sampled with the weights {version}, not {self.tag}")
 
 
 def body(request: GenerationRequest, limit: int, attempt: int, *, run: str) -> dict[str, Any]:

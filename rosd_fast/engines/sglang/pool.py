@@ -1,6 +1,6 @@
 """The servers that an engine samples on, each with what is known of its state.
 
-A member is a server of our own, which is started again when it ends or hangs, or one at a given
+A handle is a server of our own, which is started again when it ends or hangs, or one at a given
 address, which is left out while it does not answer.
 """
 
@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import stamina
 
 from rosd_fast.engines.sglang.client import Busy, Endpoint, ServerError, Unreachable
-from rosd_fast.engines.sglang.process import OwnServer
+from rosd_fast.engines.sglang.process import ManagedServer
 from rosd_fast.errors import RunFailed
 
 MISSES = 2  # failed looks at a server's health in a row that mean it hangs
@@ -24,7 +24,7 @@ T = TypeVar("T")
 logging.getLogger("stamina").setLevel(logging.ERROR)  # whoever asks tells what is tried again
 
 
-class Member:
+class ServerHandle:
     """One server. `tag` names the weights that it is known to have, None: not known.
 
     health_every_s: how long an answer may take before the server's health is looked at, and again.
@@ -33,18 +33,18 @@ class Member:
 
     def __init__(
         self,
-        server: OwnServer | Endpoint,
+        server: ManagedServer | Endpoint,
         *,
         name: str,
         health_every_s: float = 30.0,
         health_timeout_s: float = 30.0,
     ) -> None:
-        self.own = server if isinstance(server, OwnServer) else None
+        self.own = server if isinstance(server, ManagedServer) else None
         self._given = server if isinstance(server, Endpoint) else None
         self.name = name
         self.tag: str | None = None
         self.down = False
-        self.asleep = False  # its memory is given back
+        self.memory_released = False  # its memory is given back
         self.lock = asyncio.Lock()
         self._suspect = self._given is not None  # look at it before it is used
         self._hangs = False
@@ -73,7 +73,7 @@ class Member:
         """
         started = False
         if self.own is not None and (not self.own.alive or not await self._trusted()):
-            self.tag, self.asleep = None, False
+            self.tag, self.memory_released = None, False
             await self.own.start()
             started = True
         elif self._given is not None and not await self._trusted():
@@ -113,11 +113,11 @@ class Member:
             raise Unreachable(self.name, "the server does not run")
         return await endpoint.get(path, timeout_s=timeout_s)
 
-    def distrust(self) -> None:
+    def mark_suspect(self) -> None:
         """A request failed: look at the server before it is used again."""
         self._suspect = self.down = True
 
-    def where_to_look(self) -> str:
+    def log_hint(self) -> str:
         """Of an error: the server's own words."""
         return "" if self.own is None else f"; its log: {self.own.log_path}"
 
@@ -162,17 +162,17 @@ class Member:
         return True
 
 
-async def keep_asking(
-    ask: Callable[[Member, int], Awaitable[T]],
-    members: Sequence[Member],
+async def request_with_retries(
+    ask: Callable[[ServerHandle, int], Awaitable[T]],
+    servers: Sequence[ServerHandle],
     *,
     home: int,
     what: str,
     max_failures: int,
     timeout_s: float,
-    failed: Callable[[Member, ServerError], None],
+    failed: Callable[[ServerHandle, ServerError], None],
 ) -> T:
-    """`ask(member, attempt)` until it succeeds: of the server `home` (modulo their number) first,
+    """`ask(handle, attempt)` until it succeeds: of the server `home` (modulo their number) first,
     then of the next that is up.
 
     failed: hears of each failure. what: names the request in an error. Raises RunFailed after
@@ -188,26 +188,26 @@ async def keep_asking(
         wait_initial=FIRST_WAIT_S,
         wait_max=LONGEST_WAIT_S,
     ):
-        member = _choose(members, home, attempt.num)
+        handle = _choose(servers, home, attempt.num)
         with attempt:
             try:
-                return await ask(member, attempt.num)
+                return await ask(handle, attempt.num)
             except ServerError as error:
                 num_failures += not isinstance(error, Busy)
-                failed(member, error)
+                failed(handle, error)
                 late = asyncio.get_running_loop().time() > give_up
                 if late or num_failures >= max_failures:
                     raise RunFailed(
                         f"{what} failed {attempt.num} times in a row, lastly because of "
-                        f"{error}{member.where_to_look()}"
+                        f"{error}{handle.log_hint()}"
                     ) from None
                 raise
     raise AssertionError("retries end with a result or an error")
 
 
-def _choose(members: Sequence[Member], home: int, attempt: int) -> Member:
-    up = [member for member in members if not member.down] or members
-    first = members[home % len(members)]
+def _choose(servers: Sequence[ServerHandle], home: int, attempt: int) -> ServerHandle:
+    up = [handle for handle in servers if not handle.down] or servers
+    first = servers[home % len(servers)]
     if attempt == 1 and not first.down:
         return first
     return up[(home + attempt - 1) % len(up)]

@@ -64,7 +64,7 @@ class ServerSpec:
     gpus: tuple[int, ...] = ()  # the devices it may see; (): all
 
 
-class OwnServer:
+class ManagedServer:
     """One server process. `folder` keeps its log, and is made.
 
     `endpoint` changes with each start: a restarted server has another port.

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from rosd_fast.engines.sglang.client import Busy, Refused, ServerError, Unreachable
-from rosd_fast.engines.sglang.pool import Member, keep_asking
+from rosd_fast.engines.sglang.pool import ServerHandle, request_with_retries
 from rosd_fast.errors import RunFailed, UserError
 from rosd_fast.types import PackedBatch
 
@@ -30,8 +30,8 @@ SERVER_ARGS = ("--return-hidden-states-mode", "full", "--chunked-prefill-size", 
 HOW_TO_START = "start it with " + " ".join(SERVER_ARGS)
 
 
-class SglangScorer:
-    """Scores on `members`, which keep the weights that they were started with.
+class SglangTeacher:
+    """Scores on `servers`, which keep the weights that they were started with.
 
     hidden_size: of the teacher, H. concurrency: requests under way at once. max_failures: as many
     of a request in a row end the run. request_timeout_s: for one request, however often it is
@@ -40,7 +40,7 @@ class SglangScorer:
 
     def __init__(
         self,
-        members: Sequence[Member],
+        servers: Sequence[ServerHandle],
         *,
         hidden_size: int,
         concurrency: int = 64,
@@ -48,9 +48,9 @@ class SglangScorer:
         request_timeout_s: float = 3600.0,
         note: Callable[[str], None] = print,
     ) -> None:
-        if not members:
+        if not servers:
             raise ValueError("a scorer needs a server")
-        self.members = list(members)
+        self.servers = list(servers)
         self.hidden_size = hidden_size
         self.note = note
         self._run = secrets.token_hex(4)
@@ -84,8 +84,8 @@ class SglangScorer:
         self._num_asked += 1
         name = f"{self._run}/score{self._num_asked}"
 
-        async def ask(member: Member, attempt: int) -> Tensor:
-            await self._prepare(member)
+        async def ask(handle: ServerHandle, attempt: int) -> Tensor:
+            await self._prepare(handle)
             request = {
                 "rid": f"{name}#{attempt}",
                 "input_ids": list(ids),
@@ -95,7 +95,7 @@ class SglangScorer:
                 "return_hidden_states": True,
             }
             try:
-                answer = await member.post(
+                answer = await handle.post(
                     "/generate", request, timeout_s=self._timeout_s, watch=True
                 )
             except Refused as error:
@@ -103,12 +103,12 @@ class SglangScorer:
                     f"the teacher's server refuses a sequence of {len(ids)} tokens ({error}); "
                     f"lower teacher.max_prompt_tokens, or, for another cause, {HOW_TO_START}"
                 ) from None
-            return self._read(answer, member, num_tokens=len(ids), first=first)
+            return self._read(answer, handle, num_tokens=len(ids), first=first)
 
         async with self._slots:
-            return await keep_asking(
+            return await request_with_retries(
                 ask,
-                self.members,
+                self.servers,
                 home=zlib.crc32(affinity.encode()),
                 what=f"scoring {len(ids)} tokens",
                 max_failures=self._max_failures,
@@ -118,54 +118,54 @@ class SglangScorer:
 
     async def close(self) -> None:
         """Stop our own servers."""
-        await asyncio.gather(*(member.close() for member in self.members))
+        await asyncio.gather(*(handle.close() for handle in self.servers))
 
-    def _failed(self, member: Member, error: ServerError) -> None:
+    def _failed(self, handle: ServerHandle, error: ServerError) -> None:
         if not isinstance(error, Busy):
-            if not member.down:
+            if not handle.down:
                 self.note(f"teacher: {error}; trying again")
-            member.distrust()
+            handle.mark_suspect()
 
-    async def _prepare(self, member: Member) -> None:
-        async with member.lock:
-            if await member.ensure_up() and member.num_starts > 1:
-                self.note(f"teacher: {member.name} was started again")
+    async def _prepare(self, handle: ServerHandle) -> None:
+        async with handle.lock:
+            if await handle.ensure_up() and handle.num_starts > 1:
+                self.note(f"teacher: {handle.name} was started again")
 
-    def _read(self, answer: Any, member: Member, *, num_tokens: int, first: int) -> Tensor:
+    def _read(self, answer: Any, handle: ServerHandle, *, num_tokens: int, first: int) -> Tensor:
         try:
             meta = answer["meta_info"]
             version, num_cached = meta["weight_version"], meta["cached_tokens"]
             prompt_states = meta["hidden_states"][0]
         except (KeyError, TypeError, IndexError) as error:
             raise Unreachable(
-                member.url, f"gave an answer without {error}: {HOW_TO_START}"
+                handle.url, f"gave an answer without {error}: {HOW_TO_START}"
             ) from None
         reason = meta.get("finish_reason") or {}
         if reason.get("type") == "abort":
-            raise Busy(member.url, f"gave up a request ({reason.get('message')})")
+            raise Busy(handle.url, f"gave up a request ({reason.get('message')})")
         self._version = self._version or version
         if version != self._version:
             raise RunFailed(
-                f"{member.url}: the teacher's weights have changed, from {self._version} to "
+                f"{handle.url}: the teacher's weights have changed, from {self._version} to "
                 f"{version}; nothing but its own requests may go to a teacher's server"
             )
         try:
             states = np.asarray(prompt_states, dtype=np.float32).reshape(-1, self.hidden_size)
         except ValueError:
             raise RunFailed(
-                f"{member.url}: the teacher's states are not {self.hidden_size} wide: the server "
+                f"{handle.url}: the teacher's states are not {self.hidden_size} wide: the server "
                 "runs another model"
             ) from None
         if len(states) != num_tokens - num_cached or num_cached > first:
             raise Unreachable(
-                member.url,
+                handle.url,
                 f"gave {len(states)} states of {num_tokens} tokens, {num_cached} of them from its "
                 f"cache: {HOW_TO_START}",
             )
         if not np.isfinite(states).all():
             raise UserError(
                 "the teacher's states are not finite",
-                where=member.url,
+                where=handle.url,
                 fix="Check the model's weights",
             )
         return torch.from_numpy(states[first - num_cached :])

@@ -25,7 +25,7 @@ import torch.distributed
 from torch import Tensor
 
 from rosd_fast.engines.sglang.client import Refused, ServerError, Unreachable
-from rosd_fast.engines.sglang.pool import Member
+from rosd_fast.engines.sglang.pool import ServerHandle
 from rosd_fast.engines.sglang.weight_folder import WeightFolder, distinct
 from rosd_fast.errors import RunFailed, UserError
 
@@ -47,14 +47,14 @@ class WeightSync(ABC):
         """Copy `weights`: what servers get from now on. Raises UserError when they find no room."""
 
     @abstractmethod
-    async def hand_over(self, member: Member, tag: str) -> None:
+    async def push(self, handle: ServerHandle, tag: str) -> None:
         """Have a server take the kept weights under the name `tag`, and empty its cache.
 
-        Hold the member's lock. Raises ServerError.
+        Hold the handle's lock. Raises ServerError.
         """
 
     @abstractmethod
-    def drop_older(self) -> None:
+    def discard_stale(self) -> None:
         """Every server has the kept version: drop the others."""
 
     @abstractmethod
@@ -73,9 +73,9 @@ class DiskSync(WeightSync):
         self._folder.write(weights, version)
         self._version = version
 
-    async def hand_over(self, member: Member, tag: str) -> None:
+    async def push(self, handle: ServerHandle, tag: str) -> None:
         await ask(
-            member,
+            handle,
             "/update_weights_from_disk",
             {
                 "model_path": str(self._folder.path(self._version)),
@@ -85,7 +85,7 @@ class DiskSync(WeightSync):
             what="load the weights",
         )
 
-    def drop_older(self) -> None:
+    def discard_stale(self) -> None:
         self._folder.drop_all_but(self._version)
 
     async def close(self) -> None:
@@ -103,7 +103,7 @@ class DistributedSync(WeightSync):
         self.host, self.bucket_bytes = host, bucket_bytes
         self._weights: list[Named] = []
         self._on_gpu = False
-        self._groups: dict[Member, _Group] = {}
+        self._groups: dict[ServerHandle, _Group] = {}
 
     def keep(self, weights: Mapping[str, Tensor], version: int) -> None:
         self._on_gpu = any(tensor.is_cuda for tensor in weights.values())
@@ -115,25 +115,25 @@ class DistributedSync(WeightSync):
         # A bucket's tensors stand at multiples of their item size when large items come first.
         self._weights = sorted(copies, key=lambda item: -item[1].itemsize)
 
-    async def hand_over(self, member: Member, tag: str) -> None:
-        group = self._groups.pop(member, None)
+    async def push(self, handle: ServerHandle, tag: str) -> None:
+        group = self._groups.pop(handle, None)
         if group is not None:
             try:
-                await self._send(member, group, tag)
+                await self._send(handle, group, tag)
             except ServerError:  # the server may have been started again since: join it anew
                 await group.leave()
             else:
-                self._groups[member] = group
+                self._groups[handle] = group
                 return
-        group = await _join(member, self.host, on_gpu=self._on_gpu)
+        group = await _join(handle, self.host, on_gpu=self._on_gpu)
         try:
-            await self._send(member, group, tag)
+            await self._send(handle, group, tag)
         except ServerError:
             await group.leave()
             raise
-        self._groups[member] = group
+        self._groups[handle] = group
 
-    def drop_older(self) -> None:
+    def discard_stale(self) -> None:
         pass  # there is one version only
 
     async def close(self) -> None:
@@ -141,8 +141,8 @@ class DistributedSync(WeightSync):
         self._groups.clear()
         self._weights = []
 
-    async def _send(self, member: Member, group: _Group, tag: str) -> None:
-        await self._begin(member)
+    async def _send(self, handle: ServerHandle, group: _Group, tag: str) -> None:
+        await self._begin(handle)
         pieces = buckets(self._weights, self.bucket_bytes)
         for index, bucket in enumerate(pieces):
             last = index == len(pieces) - 1
@@ -160,21 +160,21 @@ class DistributedSync(WeightSync):
             await group.broadcast(
                 flat,
                 ask(
-                    member,
+                    handle,
                     "/update_weights_from_distributed",
                     body,
                     what="take the weights",
                 ),
             )
-        await ask(member, "/end_weight_update", {}, what="end a hand-over")
+        await ask(handle, "/end_weight_update", {}, what="end a hand-over")
 
-    async def _begin(self, member: Member) -> None:
+    async def _begin(self, handle: ServerHandle) -> None:
         """Open a hand-over; end one that broke off."""
         try:
-            await ask(member, "/begin_weight_update", {}, what="begin a hand-over")
+            await ask(handle, "/begin_weight_update", {}, what="begin a hand-over")
         except ServerError:
-            await ask(member, "/end_weight_update", {}, what="end a hand-over")
-            await ask(member, "/begin_weight_update", {}, what="begin a hand-over")
+            await ask(handle, "/end_weight_update", {}, what="end a hand-over")
+            await ask(handle, "/begin_weight_update", {}, what="begin a hand-over")
 
 
 def buckets(weights: Sequence[Named], limit: int) -> list[list[Named]]:
@@ -191,16 +191,21 @@ def buckets(weights: Sequence[Named], limit: int) -> list[list[Named]]:
 
 
 async def ask(
-    member: Member, path: str, body: dict[str, Any], *, what: str, timeout_s: float = SYNC_TIMEOUT_S
+    handle: ServerHandle,
+    path: str,
+    body: dict[str, Any],
+    *,
+    what: str,
+    timeout_s: float = SYNC_TIMEOUT_S,
 ) -> None:
     """POST, and have the server say that it did. Raises ServerError."""
     try:
-        answer = await member.post(path, body, timeout_s=timeout_s)
+        answer = await handle.post(path, body, timeout_s=timeout_s)
     except Refused as error:
-        raise Unreachable(member.url, f"did not {what} ({error.what})") from None
+        raise Unreachable(handle.url, f"did not {what} ({error.what})") from None
     if not (isinstance(answer, dict) and answer.get("success")):
         said = answer.get("message", answer) if isinstance(answer, dict) else answer
-        raise Unreachable(member.url, f"did not {what} ({said})")
+        raise Unreachable(handle.url, f"did not {what} ({said})")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -208,7 +213,7 @@ class _Group:
     """The trainer, rank 0, and the ranks of one server."""
 
     name: str
-    member: Member
+    handle: ServerHandle
     process_group: Any  # ProcessGroupGloo or ProcessGroupNCCL
     device: torch.device
     store: Any  # lives as long as the group
@@ -234,7 +239,7 @@ class _Group:
                 torch.cuda.synchronize()
         except RuntimeError as error:  # of the process group
             said = str(error).splitlines()[0]
-            raise Unreachable(self.member.url, f"the weights did not arrive ({said})") from None
+            raise Unreachable(self.handle.url, f"the weights did not arrive ({said})") from None
         finally:
             asked.cancel()
             with contextlib.suppress(asyncio.CancelledError, ServerError):
@@ -243,20 +248,20 @@ class _Group:
     async def leave(self) -> None:
         """End the group. The server's end goes first: what we still send fails with it."""
         with contextlib.suppress(ServerError):
-            await self.member.post(
+            await self.handle.post(
                 "/destroy_weights_update_group",
                 {"group_name": self.name},
                 timeout_s=LEAVE_TIMEOUT_S,
             )
 
 
-async def _join(member: Member, host: str, *, on_gpu: bool) -> _Group:
+async def _join(handle: ServerHandle, host: str, *, on_gpu: bool) -> _Group:
     """A process group with a server. Raises ServerError."""
-    info = await member.get("/server_info", timeout_s=GROUP_TIMEOUT_S)
+    info = await handle.get("/server_info", timeout_s=GROUP_TIMEOUT_S)
     for name in ("dp_size", "pp_size"):
         if info.get(name, 1) != 1:
             raise RunFailed(
-                f"{member.url}: engine.sync distributed knows tensor parallelism only, and this "
+                f"{handle.url}: engine.sync distributed knows tensor parallelism only, and this "
                 f"server has {name} {info[name]}; set engine.sync = disk"
             )
     size = 1 + info.get("tp_size", 1)
@@ -277,7 +282,7 @@ async def _join(member: Member, host: str, *, on_gpu: bool) -> _Group:
     device = torch.device("cuda" if nccl else "cpu")
     joined = asyncio.ensure_future(
         ask(
-            member,
+            handle,
             "/init_weights_update_group",
             {
                 "master_address": host,
@@ -296,10 +301,10 @@ async def _join(member: Member, host: str, *, on_gpu: bool) -> _Group:
     )
     try:
         await joined
-        return _Group(name, member, await opened, device, store)
+        return _Group(name, handle, await opened, device, store)
     except RuntimeError as error:  # of torch.distributed
         said = str(error).splitlines()[0]
-        raise Unreachable(member.url, f"no process group with the server ({said})") from None
+        raise Unreachable(handle.url, f"no process group with the server ({said})") from None
     finally:
         joined.cancel()
         opened.cancel()

@@ -41,7 +41,7 @@ class FakeSglang:
         self.healthy = True
         self.delay_s: dict[str, float] = {}  # by request id
         self.running = self.most_running = 0
-        self.probe_logprob = -1.0
+        self.check_logprob = -1.0
         self.states = expected_states  # of ids, what a scoring request gets
         self._runner: web.AppRunner | None = None
         self.url = ""
@@ -153,7 +153,7 @@ class FakeSglang:
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         if body["sampling_params"]["max_new_tokens"] == 0:
-            logprobs = [[None, 0, None]] + [[self.probe_logprob, 0, None]] * (
+            logprobs = [[None, 0, None]] + [[self.check_logprob, 0, None]] * (
                 len(body["input_ids"]) - 1
             )
             return web.json_response({"meta_info": {"input_token_logprobs": logprobs}})

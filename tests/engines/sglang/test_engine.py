@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from rosd_fast.engines.sglang.cache_stats import num_shareable
 from rosd_fast.engines.sglang.client import Endpoint, message
 from rosd_fast.engines.sglang.engine import SglangEngine
-from rosd_fast.engines.sglang.pool import Member
+from rosd_fast.engines.sglang.pool import ServerHandle
 from rosd_fast.engines.sglang.weight_folder import WeightFolder
 from rosd_fast.engines.sglang.weight_sync import DiskSync
 from rosd_fast.errors import RunFailed, UserError
@@ -51,7 +51,7 @@ class Setting:
         self.fakes = list(fakes)
         watch = {"health_every_s": 0.05, "health_timeout_s": 0.5}
         self.engine = SglangEngine(
-            [Member(Endpoint(fake.url), name=fake.url, **watch) for fake in fakes],
+            [ServerHandle(Endpoint(fake.url), name=fake.url, **watch) for fake in fakes],
             **{
                 "sync": DiskSync(tmp_path / "weights", model_folder),
                 "vocab_size": 50,
@@ -291,12 +291,22 @@ def test_two_trainers_at_one_server(tmp_path: Path) -> None:
 
 
 def test_probe_compares_server_and_trainer(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"probe_ids": (1, 2, 3), "probe_bound": 0.01}
-    with_fakes(tmp_path, nothing, FakeSglang(), probe=lambda ids: [-1.005] * 2, **options)
+    options: dict[str, Any] = {"weight_check_ids": (1, 2, 3), "max_logprob_gap": 0.01}
+    with_fakes(
+        tmp_path, nothing, FakeSglang(), expected_logprobs=lambda ids: [-1.005] * 2, **options
+    )
     with pytest.raises(RunFailed, match=r"log-probability -1\.0000 and the trainer -1\.2000"):
-        with_fakes(tmp_path, nothing, FakeSglang(), probe=lambda ids: [-1.0, -1.2], **options)
-    with pytest.raises(RunFailed, match="probe_bound"):
-        with_fakes(tmp_path, nothing, FakeSglang(), probe=lambda ids: [float("nan")] * 2, **options)
+        with_fakes(
+            tmp_path, nothing, FakeSglang(), expected_logprobs=lambda ids: [-1.0, -1.2], **options
+        )
+    with pytest.raises(RunFailed, match="max_logprob_gap"):
+        with_fakes(
+            tmp_path,
+            nothing,
+            FakeSglang(),
+            expected_logprobs=lambda ids: [float("nan")] * 2,
+            **options,
+        )
 
 
 async def nothing(_setting: Setting) -> None:
@@ -305,7 +315,7 @@ async def nothing(_setting: Setting) -> None:
 
 def test_a_colocated_server_sleeps_while_the_learner_works(tmp_path: Path) -> None:
     async def test(setting: Setting) -> None:
-        await setting.engine.make_room()
+        await setting.engine.release_memory()
         await setting.engine.load_weights(WEIGHTS, version=1)
         assert_right([make_request(0)], await setting.engine.generate([make_request(0)]))
         kinds = [name if name in ("release", "resume") else "load" for name in fake.loaded]

@@ -20,9 +20,9 @@ import pytest
 
 from rosd_fast.engines.sglang import watchdog
 from rosd_fast.engines.sglang.client import Endpoint, Refused, ServerError
-from rosd_fast.engines.sglang.pool import Member
+from rosd_fast.engines.sglang.pool import ServerHandle
 from rosd_fast.engines.sglang.process import (
-    OwnServer,
+    ManagedServer,
     ServerSpec,
     find_python,
     free_port,
@@ -75,7 +75,7 @@ def spec(tmp_path: Path) -> ServerSpec:
     )
 
 
-def logged_pids(server: OwnServer) -> list[int]:
+def logged_pids(server: ManagedServer) -> list[int]:
     """The server's process and its child's, of the last start."""
     lines = server.log_path.read_text().splitlines()
     return [int(pid) for pid in [line for line in lines if line.startswith("pids")][-1].split()[1:]]
@@ -97,7 +97,7 @@ def exists(pid: int) -> bool:
 
 def test_start_and_stop(spec: ServerSpec, tmp_path: Path) -> None:
     async def run() -> list[int]:
-        server = OwnServer(spec, tmp_path / "own")
+        server = ManagedServer(spec, tmp_path / "own")
         await server.start()
         assert server.alive and server.endpoint is not None
         assert await server.endpoint.get("/model_info", timeout_s=5) == {
@@ -122,7 +122,7 @@ def test_a_server_is_no_rank_of_torchruns(
     names = "RANK LOCAL_RANK WORLD_SIZE MASTER_PORT TORCHELASTIC_RUN_ID OMP_NUM_THREADS".split()
     for name in names:
         monkeypatch.setenv(name, "2")
-    server = OwnServer(spec, tmp_path / "own")
+    server = ManagedServer(spec, tmp_path / "own")
 
     async def run() -> None:
         await server.start()
@@ -136,7 +136,7 @@ def test_the_key_is_no_ones_to_read(spec: ServerSpec, tmp_path: Path) -> None:
     """Neither from the command line nor from a file, and without it nothing is answered."""
 
     async def run() -> None:
-        server = OwnServer(spec, tmp_path / "own")
+        server = ManagedServer(spec, tmp_path / "own")
         await server.start()
         assert server.endpoint is not None
         try:
@@ -156,10 +156,10 @@ def test_the_key_is_no_ones_to_read(spec: ServerSpec, tmp_path: Path) -> None:
 
 
 def test_a_server_that_does_not_start_says_why(spec: ServerSpec, tmp_path: Path) -> None:
-    broken = OwnServer(with_args(spec, "--broken"), tmp_path / "own")
+    broken = ManagedServer(with_args(spec, "--broken"), tmp_path / "own")
     with pytest.raises(RunFailed, match=r"ended while it started: .*no such model \| sorry .*log"):
         asyncio.run(broken.start())
-    slow = OwnServer(with_args(spec, "--slow", start_timeout_s=1.0), tmp_path / "slow")
+    slow = ManagedServer(with_args(spec, "--slow", start_timeout_s=1.0), tmp_path / "slow")
     with pytest.raises(RunFailed, match="not ready within 1 s"):
         asyncio.run(slow.start())
     assert not slow.alive
@@ -171,22 +171,22 @@ def with_args(spec: ServerSpec, *args: str, start_timeout_s: float = 30.0) -> Se
 
 def test_a_dead_server_is_started_again(spec: ServerSpec, tmp_path: Path) -> None:
     async def run() -> None:
-        server = OwnServer(spec, tmp_path / "own")
-        member = Member(server, name="server0", health_timeout_s=5)
+        server = ManagedServer(spec, tmp_path / "own")
+        handle = ServerHandle(server, name="server0", health_timeout_s=5)
         try:
-            assert await member.ensure_up() and not await member.ensure_up()
+            assert await handle.ensure_up() and not await handle.ensure_up()
             first = logged_pids(server)
             os.kill(first[0], signal.SIGKILL)
             assert_ended(first[:1])
             with pytest.raises(ServerError):
-                await member.post("/generate", {}, timeout_s=5)
-            member.distrust()
-            assert await member.ensure_up()
-            assert member.tag is None and member.num_starts == 2
+                await handle.post("/generate", {}, timeout_s=5)
+            handle.mark_suspect()
+            assert await handle.ensure_up()
+            assert handle.tag is None and handle.num_starts == 2
             assert_ended(first)
             assert all(map(exists, logged_pids(server)))
         finally:
-            await member.close()
+            await handle.close()
 
     asyncio.run(run())
 
@@ -197,11 +197,11 @@ def test_no_server_outlives_the_trainer(spec: ServerSpec, tmp_path: Path, number
     script = f"""
         import asyncio, time
         from pathlib import Path
-        from rosd_fast.engines.sglang.process import OwnServer, ServerSpec
+        from rosd_fast.engines.sglang.process import ManagedServer, ServerSpec
         spec = ServerSpec(python=Path({str(spec.python)!r}), model_folder=Path("/model"),
                           dtype="float32", on_cpu=True, start_timeout_s=30)
         async def main():
-            server = OwnServer(spec, Path({str(tmp_path / "own")!r}))
+            server = ManagedServer(spec, Path({str(tmp_path / "own")!r}))
             await server.start()
             print("started", flush=True)
             await asyncio.sleep(600)
@@ -212,7 +212,7 @@ def test_no_server_outlives_the_trainer(spec: ServerSpec, tmp_path: Path, number
     )
     assert trainer.stdout is not None
     assert trainer.stdout.readline() == "started\n"
-    pids = logged_pids(OwnServer(spec, tmp_path / "own"))
+    pids = logged_pids(ManagedServer(spec, tmp_path / "own"))
     assert all(map(exists, pids))
     trainer.send_signal(number)
     trainer.wait()

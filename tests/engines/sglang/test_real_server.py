@@ -20,13 +20,13 @@ import torch
 
 from rosd_fast.config import Config
 from rosd_fast.config.load import apply_args, load_preset, to_toml
-from rosd_fast.engines.factory import open_engine, open_scorer, token_logprobs
+from rosd_fast.engines.factory import open_engine, open_teacher_server, token_logprobs
 from rosd_fast.engines.local.engine import LocalEngine
 from rosd_fast.engines.sglang.client import Endpoint
 from rosd_fast.engines.sglang.engine import SglangEngine
-from rosd_fast.engines.sglang.pool import Member
-from rosd_fast.engines.sglang.process import OwnServer, ServerSpec
-from rosd_fast.engines.sglang.teacher import SglangScorer
+from rosd_fast.engines.sglang.pool import ServerHandle
+from rosd_fast.engines.sglang.process import ManagedServer, ServerSpec
+from rosd_fast.engines.sglang.teacher import SglangTeacher
 from rosd_fast.engines.sglang.weight_sync import DiskSync, DistributedSync
 from rosd_fast.errors import RunFailed, UserError
 from rosd_fast.model.attention import hidden_states
@@ -45,7 +45,7 @@ from tests.launch import module_command
 pytestmark = pytest.mark.sglang
 PYTHON = os.environ.get("ROSD_SGLANG_PYTHON", "")
 POOL = "--max-total-tokens 16384"
-CLOSE = 1e-3  # nats, between two float32 implementations
+MAX_GAP_NATS = 1e-3  # nats, between two float32 implementations
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +66,7 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]
         args=tuple(POOL.split()),
         start_timeout_s=300,
     )
-    own = OwnServer(spec, tmp_path_factory.mktemp("server"))
+    own = ManagedServer(spec, tmp_path_factory.mktemp("server"))
 
     async def start() -> tuple[str, str]:
         await own.start()
@@ -83,14 +83,14 @@ def make_engine(
 ) -> SglangEngine:
     url, key = server
     return SglangEngine(
-        [Member(Endpoint(url, api_key=key), name=url)],
+        [ServerHandle(Endpoint(url, api_key=key), name=url)],
         **{
             "sync": DiskSync(folder / "weights", MODEL_DIR),
             "vocab_size": model.model.config.vocab_size,
             "context_length": model.context_length,
-            "probe_ids": model.tokenizer.encode("3 + 4 = 7. 7 - 2 = 5."),
-            "probe": lambda ids: token_logprobs(model.model, ids),
-            "probe_bound": CLOSE,
+            "weight_check_ids": model.tokenizer.encode("3 + 4 = 7. 7 - 2 = 5."),
+            "expected_logprobs": lambda ids: token_logprobs(model.model, ids),
+            "max_logprob_gap": MAX_GAP_NATS,
         }
         | options,
     )
@@ -134,7 +134,7 @@ def assert_policy(model: LoadedModel, requests: list[GenerationRequest], done: l
     for generation in done:
         prompt = prompts[generation.request_id]
         own = token_logprobs(model.model, [*prompt, *generation.completion_ids])[len(prompt) - 1 :]
-        assert own == pytest.approx(list(generation.logprobs), abs=CLOSE)
+        assert own == pytest.approx(list(generation.logprobs), abs=MAX_GAP_NATS)
 
 
 def test_greedy_tokens_are_those_of_the_local_engine(
@@ -146,7 +146,7 @@ def test_greedy_tokens_are_those_of_the_local_engine(
     local = asyncio.run(LocalEngine(model.model).generate(requests))
     for a, b in zip(ours, local, strict=True):
         assert a.completion_ids == b.completion_ids and a.finish_reason == b.finish_reason
-        assert list(a.logprobs) == pytest.approx(list(b.logprobs), abs=CLOSE)
+        assert list(a.logprobs) == pytest.approx(list(b.logprobs), abs=MAX_GAP_NATS)
 
 
 def test_groups_share_their_prompt_in_the_cache(
@@ -172,7 +172,7 @@ def test_log_probabilities_are_those_at_the_sampling_temperature(
         with torch.no_grad():
             logits = model.model(input_ids=ids).logits[0, len(prompt) - 1 : -1] / 0.5
         own = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
-        assert own.tolist() == pytest.approx(list(generation.logprobs), abs=CLOSE)
+        assert own.tolist() == pytest.approx(list(generation.logprobs), abs=MAX_GAP_NATS)
 
 
 def test_reflections_quote_nothing_but_the_rollout(
@@ -260,8 +260,8 @@ def test_a_server_with_other_weights_than_the_trainers_is_noticed(
     def wrong(ids: Any) -> list[float]:
         return [value + 0.1 for value in token_logprobs(model.model, ids)]
 
-    engine = make_engine(server, model, tmp_path, probe=wrong)
-    with pytest.raises(RunFailed, match=r"log-probability -.* and the trainer -.*probe_bound"):
+    engine = make_engine(server, model, tmp_path, expected_logprobs=wrong)
+    with pytest.raises(RunFailed, match=r"log-probability -.* and the trainer -.*max_logprob_gap"):
         use(engine, model, engine.generate([]))
 
 
@@ -311,7 +311,7 @@ def children_of(pid: int) -> list[int]:
     return own + [below for child in own for below in children_of(child)]
 
 
-def scheduler(server: OwnServer) -> int:
+def scheduler(server: ManagedServer) -> int:
     """The process that holds the model."""
     assert server._process is not None
     for pid in children_of(server._process.pid):
@@ -343,14 +343,14 @@ def test_a_server_that_fails_in_mid_step_is_replaced(
         config,
         model,
         tmp_path,
-        probe_ids=model.tokenizer.encode("3 + 4 = 7."),
+        weight_check_ids=model.tokenizer.encode("3 + 4 = 7."),
         note=notes.append,
     )
     assert isinstance(engine, SglangEngine)
     processes: list[int] = []
 
     async def test() -> None:
-        own = engine.members[0].own
+        own = engine.servers[0].own
         assert own is not None and own._process is not None
         await engine.generate(requests[:2])
         await change(model, engine, version=1)
@@ -388,7 +388,7 @@ def test_training_learns_from_what_the_server_samples(tmp_path: Path, rank: int)
         with open_run(config) as run:
             local = LocalEngine(run.model.model)
             try:
-                await run.engine.load_weights(run.crew.weights(), version=0)
+                await run.engine.load_weights(run.learners.weights(), version=0)
                 for step in range(1, 4):
                     greedy = [
                         GenerationRequest(
@@ -405,7 +405,7 @@ def test_training_learns_from_what_the_server_samples(tmp_path: Path, rank: int)
                     theirs, ours = await run.engine.generate(greedy), await local.generate(greedy)
                     for a, b in zip(theirs, ours, strict=True):
                         assert a.completion_ids == b.completion_ids
-                        assert list(a.logprobs) == pytest.approx(list(b.logprobs), abs=CLOSE)
+                        assert list(a.logprobs) == pytest.approx(list(b.logprobs), abs=MAX_GAP_NATS)
                     sampled = await sample_and_reflect(run, step, run.progress)
                     assert all(
                         rollout.policy_version == step - 1
@@ -413,7 +413,7 @@ def test_training_learns_from_what_the_server_samples(tmp_path: Path, rank: int)
                         for rollout in group.rollouts
                     )
                     metrics = await learn(run, step, sampled)
-                    assert metrics["loss/logprob_gap_max"] < CLOSE
+                    assert metrics["loss/logprob_gap_max"] < MAX_GAP_NATS
                     assert metrics["reflect/found_frac"] == 1.0
                     run.finish_step(step, metrics)
             finally:
@@ -446,10 +446,10 @@ def test_a_teacher_on_a_server_teaches_as_one_in_the_trainer(tmp_path: Path) -> 
     async def steps() -> list[dict[str, float]]:
         rows = []
         with open_run(with_teacher(tmp_path / "far")) as run:
-            assert run.scorer is not None
+            assert run.teacher_server is not None
             try:
                 await start(run)
-                own = run.scorer.members[0].own
+                own = run.teacher_server.servers[0].own
                 assert own is not None and own.num_starts == 1
                 for step in range(1, 4):
                     if step == 2:
@@ -460,7 +460,7 @@ def test_a_teacher_on_a_server_teaches_as_one_in_the_trainer(tmp_path: Path) -> 
                 assert own.num_starts == 2
             finally:
                 await run.engine.close()
-                await run.scorer.close()
+                await run.teacher_server.close()
         return rows
 
     far = asyncio.run(steps())
@@ -498,15 +498,15 @@ def test_states_are_those_of_the_model_at_any_place(model: LoadedModel, tmp_path
     """Also where the cache holds all but the last token, and side by side."""
     config = with_teacher(tmp_path)
     texts = [problem.prompt for problem in load_split("train")[:6]]
-    scorer = open_scorer(config, model, tmp_path, note=print)
-    assert scorer is not None
+    teacher = open_teacher_server(config, model, tmp_path, note=print)
+    assert teacher is not None
 
     async def test() -> None:
         sequences = [model.tokenizer.encode(text) for text in texts]
         places = [
             (ids, first) for ids in sequences for first in (0, len(ids) // 2, len(ids) - 1) * 2
         ]
-        found = await asyncio.gather(*(scorer.score(ids, first=first) for ids, first in places))
+        found = await asyncio.gather(*(teacher.score(ids, first=first) for ids, first in places))
         for (ids, first), states in zip(places, found, strict=True):
             packed = PackedSequences(
                 input_ids=torch.tensor(ids),
@@ -522,7 +522,7 @@ def test_states_are_those_of_the_model_at_any_place(model: LoadedModel, tmp_path
         try:
             await test()
         finally:
-            await scorer.close()
+            await teacher.close()
 
     asyncio.run(run())
 
@@ -530,17 +530,17 @@ def test_states_are_those_of_the_model_at_any_place(model: LoadedModel, tmp_path
 def test_a_server_of_no_teacher_is_named(server: tuple[str, str], model: LoadedModel) -> None:
     """One that was not started to return states."""
     url, key = server
-    scorer = SglangScorer(
-        [Member(Endpoint(url, api_key=key), name=url)],
+    teacher = SglangTeacher(
+        [ServerHandle(Endpoint(url, api_key=key), name=url)],
         hidden_size=model.model.config.hidden_size,
         max_failures=2,
     )
 
     async def run() -> None:
         try:
-            await scorer.score([1, 2, 3, 4], first=2)
+            await teacher.score([1, 2, 3, 4], first=2)
         finally:
-            await scorer.close()
+            await teacher.close()
 
     with pytest.raises(RunFailed, match="--return-hidden-states-mode full"):
         asyncio.run(run())

@@ -15,8 +15,8 @@ from rosd_fast.batch.packing import pack
 from rosd_fast.config import Config
 from rosd_fast.engines.factory import check_teacher
 from rosd_fast.engines.sglang.client import Endpoint
-from rosd_fast.engines.sglang.pool import Member
-from rosd_fast.engines.sglang.teacher import SglangScorer
+from rosd_fast.engines.sglang.pool import ServerHandle
+from rosd_fast.engines.sglang.teacher import SglangTeacher
 from rosd_fast.errors import RunFailed, UserError
 from rosd_fast.model.attention import hidden_states
 from rosd_fast.trainer.learner import Learner
@@ -38,7 +38,7 @@ SAMPLES = [
 
 
 def with_scorer(
-    test: Callable[[SglangScorer, list[str]], Coroutine[Any, Any, Any]],
+    test: Callable[[SglangTeacher, list[str]], Coroutine[Any, Any, Any]],
     *fakes: FakeSglang,
     **options: Any,
 ) -> Any:
@@ -47,14 +47,14 @@ def with_scorer(
             await fake.__aenter__()
         notes: list[str] = []
         watch = {"health_every_s": 0.05, "health_timeout_s": 0.5}
-        scorer = SglangScorer(
-            [Member(Endpoint(fake.url), name=fake.url, **watch) for fake in fakes],
+        teacher = SglangTeacher(
+            [ServerHandle(Endpoint(fake.url), name=fake.url, **watch) for fake in fakes],
             **{"hidden_size": 5, "note": notes.append, "max_failures": 3} | options,
         )
         try:
-            return await asyncio.wait_for(test(scorer, notes), 30)
+            return await asyncio.wait_for(test(teacher, notes), 30)
         finally:
-            await scorer.close()
+            await teacher.close()
             for fake in fakes:
                 await fake.__aexit__()
 
@@ -80,7 +80,7 @@ def expected(batches: list[Any]) -> list[torch.Tensor]:
 def test_states_are_those_of_the_distilled_tokens(max_tokens: int) -> None:
     batches = pack(SAMPLES, max_tokens=max_tokens)
     fakes = FakeSglang(), FakeSglang()
-    states = with_scorer(lambda scorer, _: scorer.states(batches), *fakes)
+    states = with_scorer(lambda teacher, _: teacher.states(batches), *fakes)
     assert [len(own) for own in states] == [batch.num_distilled for batch in batches]
     for own, want in zip(states, expected(batches), strict=True):
         assert torch.equal(own, want)
@@ -97,7 +97,7 @@ def test_states_are_those_of_the_distilled_tokens(max_tokens: int) -> None:
 def test_what_passes_is_asked_again(fault: str) -> None:
     batches = pack(SAMPLES, max_tokens=60)
     fake = FakeSglang(faults=("", fault, fault))
-    states = with_scorer(lambda scorer, _: scorer.states(batches), fake)
+    states = with_scorer(lambda teacher, _: teacher.states(batches), fake)
     assert all(torch.equal(a, b) for a, b in zip(states, expected(batches), strict=True))
     assert len(fake.bodies) == len(SAMPLES) + 2
 
@@ -105,7 +105,7 @@ def test_what_passes_is_asked_again(fault: str) -> None:
 def test_another_server_takes_over() -> None:
     batches = pack(SAMPLES, max_tokens=60)
     fakes = FakeSglang(faults=("reset",) * 50), FakeSglang()
-    states = with_scorer(lambda scorer, _: scorer.states(batches), *fakes)
+    states = with_scorer(lambda teacher, _: teacher.states(batches), *fakes)
     assert all(torch.equal(a, b) for a, b in zip(states, expected(batches), strict=True))
 
 
@@ -122,11 +122,11 @@ def test_another_server_takes_over() -> None:
     ],
 )
 def test_what_does_not_pass_ends_the_run(fault: str, error: type, words: str) -> None:
-    async def test(scorer: SglangScorer, _: list[str]) -> None:
-        await scorer.score([1, 2, 3, 4], first=2)
+    async def test(teacher: SglangTeacher, _: list[str]) -> None:
+        await teacher.score([1, 2, 3, 4], first=2)
         fake.faults.extend([fault] * 3)
         with pytest.raises(error, match=words):
-            await scorer.score(list(range(9)), first=5)
+            await teacher.score(list(range(9)), first=5)
 
     fake = FakeSglang()
     with_scorer(test, fake)
@@ -136,7 +136,7 @@ def test_what_does_not_pass_ends_the_run(fault: str, error: type, words: str) ->
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=20), st.data())
 def test_any_first_token(ids: list[int], data: st.DataObject) -> None:
     first = data.draw(st.integers(0, len(ids) - 1))
-    states = with_scorer(lambda scorer, _: scorer.score(ids, first=first), FakeSglang())
+    states = with_scorer(lambda teacher, _: teacher.score(ids, first=first), FakeSglang())
     assert states.tolist() == expected_states(ids)[first:]
 
 
@@ -167,7 +167,7 @@ def test_a_step_is_that_of_a_teacher_in_the_process(tiny_llama: Callable[..., An
     fake.states = lambda ids: states_of(start, ids)
     for _ in range(3):
         size = start.config.hidden_size
-        states = with_scorer(lambda scorer, _: scorer.states(batches), fake, hidden_size=size)
+        states = with_scorer(lambda teacher, _: teacher.states(batches), fake, hidden_size=size)
         one, other = near.step(batches), far.step(batches, states)
         assert one.metrics.keys() == other.metrics.keys()
         for name, value in one.metrics.items():
@@ -188,12 +188,14 @@ def test_a_server_with_another_model_is_found_out(tiny_llama: Callable[..., Any]
         fake = FakeSglang()
         fake.states = lambda ids: states_of(own, ids)
         with_scorer(
-            lambda scorer, _: check_teacher(scorer, teacher.model, ids, bound=bound),
+            lambda server, _: check_teacher(server, teacher.model, ids, bound=bound),
             fake,
             hidden_size=size,
         )
 
     check(model, 1e-4)
-    with pytest.raises(RunFailed, match=r"log-probability -?\d.* more than teacher.server_bound"):
+    with pytest.raises(
+        RunFailed, match=r"log-probability -?\d.* more than teacher.max_logprob_gap"
+    ):
         check(other, 1e-4)
     check(other, 100.0)

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from rosd_fast.engines.sglang.client import Endpoint, Unreachable
 from rosd_fast.engines.sglang.engine import SglangEngine
-from rosd_fast.engines.sglang.pool import Member
+from rosd_fast.engines.sglang.pool import ServerHandle
 from rosd_fast.engines.sglang.weight_sync import DistributedSync, buckets
 from rosd_fast.errors import RunFailed, UserError
 from rosd_fast.types import GenerationRequest, SamplingParams
@@ -44,21 +44,21 @@ def assert_received(fake: FakeSglang, weights: dict[str, Tensor], tag: str) -> N
 
 
 def with_members(
-    test: Callable[[DistributedSync, list[Member]], Coroutine[Any, Any, None]],
+    test: Callable[[DistributedSync, list[ServerHandle]], Coroutine[Any, Any, None]],
     *fakes: FakeSglang,
     bucket_bytes: int = 64,
 ) -> None:
     async def run() -> None:
         for fake in fakes:
             await fake.__aenter__()
-        members = [Member(Endpoint(fake.url), name=fake.url) for fake in fakes]
+        servers = [ServerHandle(Endpoint(fake.url), name=fake.url) for fake in fakes]
         sync = DistributedSync(bucket_bytes=bucket_bytes)
         try:
-            await asyncio.wait_for(test(sync, members), 60)
+            await asyncio.wait_for(test(sync, servers), 60)
         finally:
             await sync.close()
-            for member in members:
-                await member.close()
+            for handle in servers:
+                await handle.close()
             for fake in fakes:
                 await fake.__aexit__()
 
@@ -69,13 +69,13 @@ def with_members(
 def test_every_tensor_arrives(bucket_bytes: int) -> None:
     fakes = FakeSglang(), FakeSglang()
 
-    async def test(sync: DistributedSync, members: list[Member]) -> None:
+    async def test(sync: DistributedSync, servers: list[ServerHandle]) -> None:
         for version in (0, 1):
             weights = make_weights(version)
             sync.keep(weights, version)
             kept = {name: tensor.clone() for name, tensor in weights.items()}
             weights["embed"].zero_()  # the learner goes on
-            await asyncio.gather(*(sync.hand_over(m, f"run-{version}") for m in members))
+            await asyncio.gather(*(sync.push(m, f"run-{version}") for m in servers))
             for fake in fakes:
                 assert_received(fake, kept, f"run-{version}")
                 assert set(fake.loaded) <= {f"run-{v}{end}" for v in (0, 1) for end in PARTS}
@@ -91,13 +91,13 @@ PARTS = ("", "-partial")
 def test_a_server_that_was_started_again_is_joined_anew() -> None:
     fake = FakeSglang()
 
-    async def test(sync: DistributedSync, members: list[Member]) -> None:
+    async def test(sync: DistributedSync, servers: list[ServerHandle]) -> None:
         for version in (0, 1, 2):
             weights = make_weights(version)
             sync.keep(weights, version)
             if version:
                 fake.break_at, fake.updating = "lost", version == 2
-            await sync.hand_over(members[0], f"run-{version}")
+            await sync.push(servers[0], f"run-{version}")
             assert_received(fake, weights, f"run-{version}")
 
     with_members(test, fake)
@@ -106,15 +106,15 @@ def test_a_server_that_was_started_again_is_joined_anew() -> None:
 def test_a_broken_hand_over_leaves_no_version_and_the_next_one_works() -> None:
     fake = FakeSglang()
 
-    async def test(sync: DistributedSync, members: list[Member]) -> None:
+    async def test(sync: DistributedSync, servers: list[ServerHandle]) -> None:
         weights = make_weights(0)
         sync.keep(weights, 0)
         for fault in ("refuse", "fail"):
             fake.break_at = fault
             with pytest.raises(Unreachable, match="did not take the weights"):
-                await sync.hand_over(members[0], "run-0")
+                await sync.push(servers[0], "run-0")
             assert fake.version in ("default", "run-0-partial") and fake.updating
-        await sync.hand_over(members[0], "run-0")
+        await sync.push(servers[0], "run-0")
         assert_received(fake, weights, "run-0")
 
     with_members(test, fake)
@@ -124,10 +124,10 @@ def test_a_server_that_does_not_join() -> None:
     fake = FakeSglang()
     fake.refuse_joins = True
 
-    async def test(sync: DistributedSync, members: list[Member]) -> None:
+    async def test(sync: DistributedSync, servers: list[ServerHandle]) -> None:
         sync.keep(make_weights(0), 0)
         with pytest.raises(Unreachable, match=r"did not join .*no such backend"):
-            await sync.hand_over(members[0], "run-0")
+            await sync.push(servers[0], "run-0")
 
     with_members(test, fake)
 
@@ -136,21 +136,21 @@ def test_data_parallel_servers_are_refused() -> None:
     fake = FakeSglang()
     fake.dp_size = 2
 
-    async def test(sync: DistributedSync, members: list[Member]) -> None:
+    async def test(sync: DistributedSync, servers: list[ServerHandle]) -> None:
         sync.keep(make_weights(0), 0)
         with pytest.raises(RunFailed, match=r"dp_size 2; set engine\.sync = disk"):
-            await sync.hand_over(members[0], "run-0")
+            await sync.push(servers[0], "run-0")
 
     with_members(test, fake)
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "no.such.host.invalid"])
 def test_an_address_of_another_machine_is_refused(host: str) -> None:
-    async def test(sync: DistributedSync, members: list[Member]) -> None:
+    async def test(sync: DistributedSync, servers: list[ServerHandle]) -> None:
         sync.host = host
         sync.keep(make_weights(0), 0)
         with pytest.raises(UserError, match=r"engine\.sync_host: .* is no address of this machine"):
-            await sync.hand_over(members[0], "run-0")
+            await sync.push(servers[0], "run-0")
 
     with_members(test, FakeSglang())
 
@@ -162,9 +162,9 @@ def test_the_engine_samples_with_them() -> None:
         id="a", prompt_ids=(1, 2), params=SamplingParams(max_new_tokens=8, stop_token_ids=(3,))
     )
 
-    async def test(sync: DistributedSync, members: list[Member]) -> None:
+    async def test(sync: DistributedSync, servers: list[ServerHandle]) -> None:
         engine = SglangEngine(
-            members, sync=sync, vocab_size=50, context_length=64, note=notes.append
+            servers, sync=sync, vocab_size=50, context_length=64, note=notes.append
         )
         for version in (0, 1):
             await engine.load_weights(make_weights(version), version=version)

@@ -28,12 +28,20 @@ CHOICES: dict[str, tuple[Any, ...]] = {
     "dtype": (FP32, FP16, "narrow hidden"),
     "temperature": ({}, {"temperature": 0.7}),
     "softcap": ({}, {"softcap": 2.5}),
-    "is_clip": ({}, {"is_clip": 1.5}),
+    "importance_clip": ({}, {"importance_clip": 1.5}),
     "entry_clip": ({}, {"entry_clip": 0.02}),
     "sparsity": ({}, {"sparsity": entry(1e-12)}, {"sparsity": mass(1e-9)}),
     "workspace": ({}, {"workspace_mib": SMALL}),
 }
-OPTIONS = ("divergence", "temperature", "softcap", "is_clip", "entry_clip", "sparsity", "workspace")
+OPTIONS = (
+    "divergence",
+    "temperature",
+    "softcap",
+    "importance_clip",
+    "entry_clip",
+    "sparsity",
+    "workspace",
+)
 
 
 def pairwise(choices: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
@@ -184,7 +192,7 @@ def test_identical_student_and_teacher(make_case, strategy, divergence, dtype):
 )
 def test_no_tokens_backpropagates_zeros(make_case, strategy, options):
     case = make_case(0, 140, 8, bias=True, sampled=True, weights=True, dtype=BF16)
-    result = case.run(strategy=strategy, is_clip=2.0, **options)
+    result = case.run(strategy=strategy, importance_clip=2.0, **options)
     assert result.output.loss.item() == 0 and result.output.loss.requires_grad
     assert result.output.per_token.shape == (0,)
     for name, gradient in result.gradients.items():
@@ -206,7 +214,7 @@ def test_only_the_needed_gradients(make_case, agrees, strategy, needs):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_inputs_that_are_not_contiguous(make_case, strategy):
     case = make_case(3, 140, 8, teacher_width=12, bias=True, weights=True, sampled=True)
-    want = case.run(strategy=strategy, is_clip=2.0)
+    want = case.run(strategy=strategy, importance_clip=2.0)
     plain = dict(case.tensors)
     for rows, columns in ((1, 3), (2, 1)):
         for name, x in plain.items():
@@ -216,7 +224,7 @@ def test_inputs_that_are_not_contiguous(make_case, strategy):
             else:
                 case.tensors[name] = x.repeat_interleave(2)[::2]
             assert not case.tensors[name].is_contiguous()
-        got = case.run(strategy=strategy, is_clip=2.0)
+        got = case.run(strategy=strategy, importance_clip=2.0)
         # The GEMM library rounds differently for other strides.
         assert torch.allclose(got.output.loss, want.output.loss, rtol=1e-6, atol=0)
         for name, gradient in want.gradients.items():
@@ -228,7 +236,7 @@ def test_inputs_that_are_not_contiguous(make_case, strategy):
 def test_bitwise_repeatable(make_case, strategy, dtype):
     num_tokens = {"tiled": 70, "chunked": 12}[strategy]
     case = make_case(num_tokens, 140, 16, bias=True, weights=True, sampled=True, dtype=dtype)
-    options = {"strategy": strategy, "is_clip": 2.0}
+    options = {"strategy": strategy, "importance_clip": 2.0}
     first, second = (case.run(**options) for _ in range(2))
     assert torch.equal(first.output.loss, second.output.loss)
     assert torch.equal(first.output.per_token, second.output.per_token)

@@ -25,7 +25,7 @@ from rosd_fast.config import Config
 from rosd_fast.model.adapters import choose_trainable
 from rosd_fast.trainer.learner import StepResult
 from rosd_fast.trainer.optim import Optimizer
-from rosd_fast.trainer.ranks import Crew, follow
+from rosd_fast.trainer.ranks import LearnerGroup, run_worker
 from rosd_fast.types import DistillSample
 from rosd_fast.utils.distributed import World, full, open_world
 from tests.tiny import SHAPE, VOCAB, tiny_model
@@ -41,12 +41,12 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "trust region": ("Granite", UNTIED, {"teacher": REGION}),
     "lora": ("Llama", TIED, {"lora": {"rank": 4}}),
     "lora ema": ("Qwen3", UNTIED, {"lora": {"rank": 4}, "teacher": {"kind": "ema"}}),
-    "some": ("Llama", UNTIED, {"optim": {"only": "model.layers.1.*, lm_head.weight"}}),
+    "some": ("Llama", UNTIED, {"optim": {"trainable": "model.layers.1.*, lm_head.weight"}}),
     "recomputed": ("Llama", TIED, {"learner": {"activation_checkpointing": True}}),
     "fixed head": (
         "Llama",
         TIED,
-        {"optim": {"only": "model.layers.*"}, "teacher": {"kind": "trust_region"}},
+        {"optim": {"trainable": "model.layers.*"}, "teacher": {"kind": "trust_region"}},
     ),
     "rows": ("Llama", UNTIED, {"parallel": ROWS}),
     "rows biased": ("Phi", UNTIED, {"parallel": ROWS, "loss": {"top_k": 5}}),
@@ -140,16 +140,16 @@ class Recorder:
         setattr(Optimizer, "step", recording)  # noqa: B010
 
 
-def step(crew: Crew, case: str, number: int) -> StepResult:
+def step(learners: LearnerGroup, case: str, number: int) -> StepResult:
     batches = pack(
         samples_of(case, number),
         max_tokens=120,
         min_shared=3,
-        num_ranks=crew.world.size,
+        num_ranks=learners.world.size,
         hidden_size=SHAPE["hidden_size"],
     )
-    assert len(batches) % crew.world.size == 0
-    return crew.step(batches)
+    assert len(batches) % learners.world.size == 0
+    return learners.step(batches)
 
 
 def work(
@@ -158,42 +158,42 @@ def work(
     """All cases. A rank beside rank 0 follows."""
     recorder, results, metrics = Recorder(), {}, {}
     for case in CASES:
-        if not world.leads:
+        if not world.is_rank0:
             for _ in range(2 if resume is None else 3):
-                follow(world)
+                run_worker(world)
             continue
         config = config_of(case, shard_size)
-        crew = Crew.muster(model_of(case, config), config, world, tokenizer())
+        learners = LearnerGroup.create(model_of(case, config), config, world, tokenizer())
         rows = []
         for number in range(NUM_STEPS):
             recorder.gradients.clear()
-            rows.append(step(crew, case, number))
+            rows.append(step(learners, case, number))
             if number == 0:
                 results |= {f"{case}/grad/{k}": v for k, v in recorder.gradients.items()}
             if number + 1 == SAVED_STEP:
-                crew.save(out / case, SAVED_STEP, None)
-        weights = {k: v.detach().clone() for k, v in crew.weights().items()}
+                learners.save(out / case, SAVED_STEP, None)
+        weights = {k: v.detach().clone() for k, v in learners.weights().items()}
         results |= {f"{case}/weight/{k}": v for k, v in weights.items()}
-        crew.close()
+        learners.close()
         metrics[case] = [[row.metrics, row.per_token] for row in rows]
         own = continued(case, config, world, out)
         assert all(torch.equal(own[k], v) for k, v in weights.items()), case
         if resume is not None:
             weights = continued(case, config, world, resume)
             results |= {f"{case}/resumed/{k}": v for k, v in weights.items()}
-    if world.leads:
+    if world.is_rank0:
         save_file({k: v.contiguous() for k, v in results.items()}, out / "results.safetensors")
         (out / "metrics.json").write_text(json.dumps(metrics))
 
 
 def continued(case: str, config: Config, world: World, run: Path) -> dict[str, torch.Tensor]:
     """The weights after all steps, from the checkpoint in the folder `run` on."""
-    crew = Crew.muster(model_of(case, config), config, world, tokenizer())
-    assert crew.load(run / case / "checkpoints" / "step_000002") == SAVED_STEP
+    learners = LearnerGroup.create(model_of(case, config), config, world, tokenizer())
+    assert learners.load(run / case / "checkpoints" / "step_000002") == SAVED_STEP
     for number in range(SAVED_STEP, NUM_STEPS):
-        step(crew, case, number)
-    weights = {k: v.detach().clone() for k, v in crew.weights().items()}
-    crew.close()
+        step(learners, case, number)
+    weights = {k: v.detach().clone() for k, v in learners.weights().items()}
+    learners.close()
     return weights
 
 
