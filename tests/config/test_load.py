@@ -96,7 +96,7 @@ def test_toml_is_fully_resolved() -> None:
 def test_false_takes_a_default_away(tmp_path: Path) -> None:
     assert Config().loss.importance_clip is not None
     assert Config().data.dev is not None
-    config = read(tmp_path, "data.dev = false\n[loss]\nis_clip = false\n")
+    config = read(tmp_path, "data.dev = false\n[loss]\nimportance_clip = false\n")
     assert config.loss.importance_clip is None
     assert config.data.dev is None
     assert read(tmp_path, to_toml(config)) == config
@@ -168,7 +168,7 @@ def test_every_preset_is_whole() -> None:
         ("[optim]\nbetas = [0.9]", "run.toml:2: optim.betas is [0.9], must be a longer list"),
         ("[optim]\nbetas = [0.9, 1.5]", "run.toml:2: optim.betas is 1.5, must be less than 1"),
         (
-            "[loss]\nis_clip = 'none'",
+            "[loss]\nimportance_clip = 'none'",
             'run.toml:2: loss.importance_clip is "none", must be a number, or false',
         ),
         (
