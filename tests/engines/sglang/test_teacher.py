@@ -159,7 +159,7 @@ def test_a_step_is_that_of_a_teacher_in_the_process(tiny_llama: Callable[..., An
     """Also when the student has moved on, and only the teacher's head is left here."""
     start = tiny_llama()
     batches = pack(SAMPLES, max_tokens=60)
-    near, far = learner_of(tiny_llama()), learner_of(tiny_llama(), where="sglang")
+    near, far = learner_of(tiny_llama()), learner_of(tiny_llama(), backend="sglang")
     far.teacher.keep_head_only()
     assert far.teacher.model is far.model
     assert not any(name.startswith("teacher.") for name in far.state_dict())
@@ -180,7 +180,7 @@ def test_a_server_with_another_model_is_found_out(tiny_llama: Callable[..., Any]
     with torch.no_grad():
         for parameter in other.parameters():
             parameter.add_(0.05 * torch.randn_like(parameter))
-    teacher = learner_of(model, where="sglang").teacher
+    teacher = learner_of(model, backend="sglang").teacher
     size = model.config.hidden_size
     ids = list(range(5, 30))
 
