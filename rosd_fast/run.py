@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from types import FrameType
 
 from torch import Tensor
 
@@ -40,34 +38,11 @@ from rosd_fast.report import draw_plots, render_tokens_html, summarize
 from rosd_fast.rollout import problem_prompt
 from rosd_fast.samples import write_skipped
 from rosd_fast.settings import config_hash, to_toml
+from rosd_fast.stop import StopRequest
 from rosd_fast.types import DistillSample, PackedBatch, SamplingParams
 
 CONFIG_FILE = "config.toml"
 PROBE_TOKENS = 64
-
-
-class StopRequest:
-    """Set by Ctrl-C or SIGTERM; the loop looks at it after each step. A second Ctrl-C ends at
-    once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    @contextmanager
-    def listening(self, progress: Progress) -> Iterator[None]:
-        def handle(number: int, _frame: FrameType | None) -> None:
-            if self.requested and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self.requested = True
-            progress.note("stopping after this step with a checkpoint; Ctrl-C again stops at once")
-
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.signal(number, handle) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -160,7 +135,7 @@ def open_run(config: Config, *, resume: Path | None = None, world: World = ALONE
         stop = StopRequest()
         probe_ids = problem_prompt(problems[0], model.tokenizer, config.sample.max_prompt_tokens)
         probe_ids = probe_ids[:PROBE_TOKENS]
-        with progress(config.steps, first_step) as shown, stop.listening(shown):
+        with progress(config.steps, first_step) as shown, stop.listening(shown, crew.finish_save):
             shown.note(f"learner: {describe(model.model, config, world.size)}")
             engine = open_engine(config, model, folder, probe_ids=probe_ids, note=shown.note)
             teacher_engine = open_teacher_engine(config, model, crew)
