@@ -36,6 +36,7 @@ from rosd_fast.parallel import ALONE, World
 from rosd_fast.progress import Progress, progress
 from rosd_fast.report import draw_plots, render_tokens_html, summarize
 from rosd_fast.rollout import problem_prompt
+from rosd_fast.run_lock import RunLock
 from rosd_fast.samples import write_skipped
 from rosd_fast.settings import config_hash, to_toml
 from rosd_fast.stop import StopRequest
@@ -120,13 +121,25 @@ class Run(Inputs):
 @contextmanager
 def open_run(config: Config, *, resume: Path | None = None, world: World = ALONE) -> Iterator[Run]:
     """Load and check all that `config` names, make or reopen the run folder, and close it with a
-    report. Rank 0's."""
+    report. Rank 0's. The folder is locked against other processes until the end."""
+    with closing(RunLock()) as lock:
+        with opened(config, resume, world, lock) as run:
+            yield run
+        finish(run)
+
+
+@contextmanager
+def opened(config: Config, resume: Path | None, world: World, lock: RunLock) -> Iterator[Run]:
+    """The run of `open_run`, whose folder `lock` takes, without the report."""
     with world.dismissing():
+        if resume is not None:  # before a model is loaded, whose memory a running run may need
+            lock.take(resume)
         inputs = load_inputs(config)
         config, model, problems = inputs.config, inputs.model, inputs.problems
     with closing(Crew.muster(model.model, config, world, model.tokenizer)) as crew:
         if resume is None:
             folder, first_step = make_folder(config, model), 1
+            lock.take(folder)
         else:
             folder, first_step = resume, restore(resume, config, crew)
             write_atomic(folder / CONFIG_FILE, to_toml(config).encode())  # steps may have changed
@@ -156,7 +169,6 @@ def open_run(config: Config, *, resume: Path | None = None, world: World = ALONE
                 first_step=first_step,
             )
             yield run
-    finish(run)
 
 
 def open_teacher_engine(config: Config, model: LoadedModel, crew: Crew) -> LocalEngine | None:
