@@ -9,14 +9,12 @@ from __future__ import annotations
 
 import asyncio
 import copy
-import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, fields
 from pathlib import Path
-from types import FrameType
 
 from torch import Tensor
 
@@ -36,6 +34,8 @@ from rosd_fast.report import draw_plots, render_tokens_html, summarize
 from rosd_fast.report.metrics import MetricsLog
 from rosd_fast.report.progress import Progress, progress
 from rosd_fast.rollout.sample import problem_prompt
+from rosd_fast.run_lock import RunLock
+from rosd_fast.stop import StopRequest
 from rosd_fast.trainer.checkpoint import latest_checkpoint, read_state
 from rosd_fast.trainer.learner import StepResult, TrainingDiverged
 from rosd_fast.trainer.ranks import LearnerGroup
@@ -44,30 +44,6 @@ from rosd_fast.utils.distributed import SINGLE_PROCESS, World
 
 CONFIG_FILE = "config.toml"
 WEIGHT_CHECK_TOKENS = 64
-
-
-class StopRequest:
-    """Set by Ctrl-C or SIGTERM; the loop looks at it after each step. A second Ctrl-C ends at
-    once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    @contextmanager
-    def listening(self, progress: Progress) -> Iterator[None]:
-        def handle(number: int, _frame: FrameType | None) -> None:
-            if self.requested and number == signal.SIGINT:
-                raise KeyboardInterrupt
-            self.requested = True
-            progress.note("stopping after this step with a checkpoint; Ctrl-C again stops at once")
-
-        numbers = (signal.SIGINT, signal.SIGTERM)
-        before = {number: signal.signal(number, handle) for number in numbers}
-        try:
-            yield
-        finally:
-            for number, handler in before.items():
-                signal.signal(number, handler)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -147,13 +123,25 @@ def open_run(
     config: Config, *, resume: Path | None = None, world: World = SINGLE_PROCESS
 ) -> Iterator[Run]:
     """Load and check all that `config` names, make or reopen the run folder, and close it with a
-    report. Rank 0's."""
+    report. Rank 0's. The folder is locked against other processes until the end."""
+    with closing(RunLock()) as lock:
+        with opened(config, resume, world, lock) as run:
+            yield run
+        finish(run)
+
+
+@contextmanager
+def opened(config: Config, resume: Path | None, world: World, lock: RunLock) -> Iterator[Run]:
+    """The run of `open_run`, whose folder `lock` takes, without the report."""
     with world.shutdown_workers_on_error():
+        if resume is not None:  # before a model is loaded, whose memory a running run may need
+            lock.take(resume)
         inputs = load_inputs(config)
         config, model, problems = inputs.config, inputs.model, inputs.problems
     with closing(LearnerGroup.create(model.model, config, world, model.tokenizer)) as learners:
         if resume is None:
             folder, first_step = make_folder(config, model), 1
+            lock.take(folder)
         else:
             folder, first_step = resume, restore(resume, config, learners)
             write_atomic(folder / CONFIG_FILE, to_toml(config).encode())  # steps may have changed
@@ -164,7 +152,10 @@ def open_run(
             problems[0], model.tokenizer, config.sample.max_prompt_tokens
         )
         weight_check_ids = weight_check_ids[:WEIGHT_CHECK_TOKENS]
-        with progress(config.steps, first_step) as shown, stop.listening(shown):
+        with (
+            progress(config.steps, first_step) as shown,
+            stop.listening(shown, learners.finish_save),
+        ):
             shown.note(f"learner: {describe(model.model, config, world.size)}")
             engine = open_engine(
                 config, model, folder, weight_check_ids=weight_check_ids, note=shown.note
@@ -187,7 +178,6 @@ def open_run(
                 first_step=first_step,
             )
             yield run
-    finish(run)
 
 
 def open_teacher_engine(

@@ -6,9 +6,10 @@
     trainer_state.json      step, config hash, versions, dev accuracy, the size of every file
 
 A checkpoint is written beside its place, fsynced and renamed, so it is there whole or not at all. A
-later accident with its files shows in their sizes; a damaged checkpoint is passed over, with a
-warning. The weights that are not trained, and those of a frozen teacher, are the initial ones: they
-come from the model that the run began with, and a fingerprint tells another one.
+later accident with its files shows in their sizes. A damaged checkpoint is passed over, with a
+warning, and the next save moves it aside as `damaged_step_000010/`. The weights that are not
+trained, and those of a frozen teacher, are the initial ones: they come from the model that the run
+began with, and a fingerprint tells another one.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import math
 import platform
 import re
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -46,6 +47,7 @@ from rosd_fast.utils.distributed import SINGLE_PROCESS, World
 FORMAT = 2  # of trainer_state.json
 STATE_JSON = "trainer_state.json"
 STATE_FOLDER = "state"
+DAMAGED = "damaged_"  # begins the name of a checkpoint that is moved aside
 STEP_NAME = re.compile(r"step_(\d{6,})")
 
 logger = logging.getLogger(__name__)
@@ -233,32 +235,52 @@ def check_tensors(file: Path) -> None:
         raise DamagedCheckpoint(f"{file.name} is no safetensors file ({error})") from None
 
 
-def prune(run: Path, keep_last: int, *, keep_best: bool = False) -> None:
-    """Delete all but the newest `keep_last` checkpoints, and what a killed process left behind.
+def prune(
+    run: Path,
+    keep_last: int,
+    *,
+    keep_best: bool = False,
+    warn: Callable[[str], None] = logger.warning,
+) -> None:
+    """Delete all but the newest `keep_last` whole checkpoints, and what a killed process left.
 
-    keep_best: nor the one with the best dev accuracy, the earliest of equals.
+    Damaged checkpoints do not count; each one is moved aside, and `warn` gets a line for it.
+
+    keep_best: also keep the one with the best dev accuracy, the earliest of equals.
     """
-    found = checkpoints(run)
-    kept = set(found[-keep_last:])
-    if keep_best and (best := best_checkpoint(found)) is not None:
+    whole: dict[Path, dict] = {}
+    for path in checkpoints(run):
+        try:
+            whole[path] = read_state(path)
+        except DamagedCheckpoint as damage:
+            warn(f"checkpoint {path} is damaged ({damage}); it is kept as {move_aside(path).name}")
+    kept = set(list(whole)[-keep_last:])
+    if keep_best and (best := best_checkpoint(whole)) is not None:
         kept.add(best)
-    for path in found:
+    for path in whole:
         if path not in kept:
             remove_folder(path)
     remove_leftovers(run / "checkpoints")
 
 
-def best_checkpoint(found: Sequence[Path]) -> Path | None:
-    """The one with the best dev accuracy, of those that are whole and have one."""
+def best_checkpoint(whole: Mapping[Path, dict]) -> Path | None:
+    """The one with the best dev accuracy, of those that have one. whole: the states by folder."""
     best, best_accuracy = None, -math.inf
-    for path in found:
-        try:
-            accuracy = read_state(path)["dev_accuracy"]
-        except DamagedCheckpoint:
-            continue
+    for path, state in whole.items():
+        accuracy = state["dev_accuracy"]
         if accuracy is not None and accuracy > best_accuracy:
             best, best_accuracy = path, accuracy
     return best
+
+
+def move_aside(path: Path) -> Path:
+    """Rename a damaged checkpoint, so that nothing lists it as one; returns the new path.
+
+    An older damaged checkpoint of the same step is replaced.
+    """
+    aside = path.with_name(f"{DAMAGED}{path.name}")
+    remove_folder(aside)
+    return path.rename(aside)
 
 
 def checkpoints(run: Path) -> list[Path]:

@@ -88,6 +88,10 @@ class LearnerGroup:
         """Begin a checkpoint. Raises UserError when the one before it could not be written."""
         self._call_all("save", [(run, step, dev_accuracy)] * self.world.size)
 
+    def finish_save(self) -> None:
+        """Wait for rank 0's part of the checkpoint that is being written. Raises its UserError."""
+        self.saver.wait()
+
     def load(self, path: Path) -> int:
         """Go on from a checkpoint; returns its step. Raises UserError."""
         return self._call_all("load", [(path,)] * self.world.size)

@@ -227,9 +227,37 @@ def test_prune_keeps_the_best(tmp_path, tokenizer):
     assert sorted(path.name for path in folder.iterdir()) == kept
     cut(folder / "step_000002" / "model.safetensors", 0.5)
     prune(tmp_path, 1, keep_best=True)  # what is damaged is not the best of anything
-    assert sorted(path.name for path in folder.iterdir()) == kept[1:]
+    assert sorted(path.name for path in folder.glob("step_*")) == kept[1:]
     prune(tmp_path, 1)
-    assert sorted(path.name for path in folder.iterdir()) == kept[2:]
+    assert sorted(path.name for path in folder.glob("step_*")) == kept[2:]
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_prune_counts_whole_checkpoints_only(run, tokenizer, damage):
+    """A run resumed from step 2, as step 10 is damaged, saves step 3: that one must stay."""
+    damaged = run / "checkpoints" / "step_000010"
+    DAMAGE[damage](damaged)
+    rest = sorted(file.relative_to(damaged) for file in damaged.rglob("*"))
+    save(run, 3, Learner(tiny_model(), options("frozen")), tokenizer)
+    warnings: list[str] = []
+    prune(run, 1, warn=warnings.append)
+    names = sorted(path.name for path in (run / "checkpoints").iterdir())
+    assert names == ["damaged_step_000010", "step_000003"]
+    assert newest(run, warn=warnings.append).name == "step_000003"
+    assert len(warnings) == 1 and str(damaged) in warnings[0] and names[0] in warnings[0]
+    aside = damaged.with_name(names[0])
+    assert sorted(file.relative_to(aside) for file in aside.rglob("*")) == rest
+
+
+def test_a_step_that_is_damaged_twice_is_moved_aside_twice(run, tokenizer):
+    folder = run / "checkpoints"
+    for keep in (0.5, 0.25):
+        cut(folder / "step_000010" / "model.safetensors", keep)
+        left = (folder / "step_000010" / "model.safetensors").stat().st_size
+        prune(run, 2)
+        save(run, 10, Learner(tiny_model(), options("frozen")), tokenizer)
+    assert (folder / "damaged_step_000010" / "model.safetensors").stat().st_size == left
+    assert newest(run).name == "step_000010"
 
 
 def test_an_unwritable_place_is_a_user_error(tmp_path, tokenizer):

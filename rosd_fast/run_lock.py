@@ -1,0 +1,76 @@
+"""One process per run folder: rank 0 holds a lock on a file in it for the life of the run.
+
+The lock is the kernel's (`flock`), so it ends with the process however that dies; the file stays
+and says nothing by itself. Child processes do not inherit the descriptor.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import re
+import socket
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+from rosd_fast.errors import UserError
+
+LOCK_FILE = "run.lock"  # "PID HOST" of the process that holds it, or held it last
+HOLDER = re.compile(r"(\d+) (\S+)\n")
+
+
+class RunLock:
+    """The lock of one run folder, free until `take`."""
+
+    def __init__(self) -> None:
+        self._descriptor: int | None = None
+
+    def take(self, folder: Path) -> None:
+        """Lock the run folder until `close`.
+
+        On a file system without locks, one line on stderr says so and the folder stays unlocked.
+        Raises UserError when another process holds the lock or the folder cannot be written.
+        """
+        file = folder / LOCK_FILE
+        try:  # Python's descriptors are closed on exec
+            descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
+        except OSError as error:
+            raise UserError(
+                f"the run folder cannot be written ({error.strerror})",
+                where=str(file),
+                fix="Make it writable, or start a new run instead",
+            ) from None
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(descriptor)
+            raise UserError(
+                f"{holder(file)} is working on this run",
+                where=str(folder),
+                fix="Stop it first, or wait until it ends",
+            ) from None
+        except OSError as error:
+            os.close(descriptor)
+            print(
+                f"{folder} is on a file system without locks ({error.strerror}): take care that no "
+                "second process resumes this run",
+                file=sys.stderr,
+            )
+            return
+        self._descriptor = descriptor
+        with suppress(OSError):  # a full disk: the lock holds without a name
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, f"{os.getpid()} {socket.gethostname()}\n".encode(), 0)
+
+    def close(self) -> None:
+        """Free the folder; the file stays, as a process may be about to lock it."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+
+def holder(file: Path) -> str:
+    """The process that a lock file names, in words; it may not have written its name yet."""
+    found = HOLDER.fullmatch(file.read_text(errors="replace"))
+    return f"another process (pid {found[1]} on {found[2]})" if found else "another process"

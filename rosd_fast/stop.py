@@ -1,0 +1,51 @@
+"""Stopping a run by Ctrl-C or SIGTERM: after the current step, and with a whole checkpoint."""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+from rosd_fast.report.progress import Progress
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class StopRequest:
+    """Set by the first Ctrl-C or SIGTERM; the loop checks it after each step.
+
+    A second Ctrl-C raises KeyboardInterrupt in the step that runs. No signal ends the wait for the
+    last checkpoint.
+    """
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._finishing = False
+
+    @contextmanager
+    def listening(self, progress: Progress, finish: Callable[[], None]) -> Iterator[None]:
+        """Handle the signals during the block and during `finish`, which is called at its end.
+
+        finish: waits for the checkpoint that is being written; called even if the block raises.
+        """
+
+        def handle(number: int, _frame: FrameType | None) -> None:
+            if self._finishing:
+                progress.note("the last checkpoint is being written; the run ends when it is whole")
+                return
+            if self.requested and number == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.requested = True
+            progress.note("stopping after this step with a checkpoint; Ctrl-C again stops at once")
+
+        before = {number: signal.signal(number, handle) for number in SIGNALS}
+        try:
+            try:
+                yield
+            finally:
+                self._finishing = True
+                finish()
+        finally:
+            for number, handler in before.items():
+                signal.signal(number, handler)
