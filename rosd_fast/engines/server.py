@@ -53,7 +53,7 @@ ARGS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSpec:
-    """How a server is started."""
+    """How a server is started. Paths are absolute: it runs in a folder of its own."""
 
     python: Path  # interpreter of an environment that has sglang
     model_folder: Path
@@ -65,7 +65,7 @@ class ServerSpec:
 
 
 class OwnServer:
-    """One server process. `folder` keeps its log, and is made.
+    """One server process, which runs in `folder`, an absolute path; its log is kept there.
 
     `endpoint` changes with each start: a restarted server has another port.
     """

@@ -20,10 +20,11 @@ from rosd_fast.engines.weight_sync import c10d, gloo_options
 
 
 class FakeSglang:
-    """`faults`: taken by the next requests to /generate, one each; "" means none."""
+    """`faults`: taken by the next requests to /generate, one each; "" means none. port 0: any."""
 
-    def __init__(self, *, faults: tuple[str, ...] = (), tokens: int = 3) -> None:
+    def __init__(self, *, faults: tuple[str, ...] = (), tokens: int = 3, port: int = 0) -> None:
         self.faults = deque(faults)
+        self.port = port
         self.tokens = tokens
         self.version = "default"
         self.bodies: list[dict[str, Any]] = []  # of /generate
@@ -66,7 +67,7 @@ class FakeSglang:
         )
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        site = web.TCPSite(self._runner, "127.0.0.1", self.port)
         await site.start()
         self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
         return self
