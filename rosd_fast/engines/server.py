@@ -59,8 +59,8 @@ class ServerSpec:
     model_folder: Path
     dtype: str
     on_cpu: bool
+    start_timeout_s: float
     args: tuple[str, ...] = ()  # further ones of sglang.launch_server; they win
-    start_timeout_s: float = 600.0
     gpus: tuple[int, ...] = ()  # the devices it may see; (): all
 
 

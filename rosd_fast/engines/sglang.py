@@ -60,14 +60,14 @@ class SglangEngine(RolloutEngine):
         sync: WeightSync,
         vocab_size: int,
         context_length: int,
-        probe_ids: Sequence[int] = (),
-        probe: Callable[[Sequence[int]], list[float]] | None = None,
-        probe_bound: float = 0.0,
-        concurrency: int = 64,
-        max_failures: int = 10,
-        request_timeout_s: float = 3600.0,
-        colocated: bool = False,
-        note: Callable[[str], None] = print,
+        probe_ids: Sequence[int],
+        probe: Callable[[Sequence[int]], list[float]] | None,
+        probe_bound: float,
+        concurrency: int,
+        max_failures: int,
+        request_timeout_s: float,
+        colocated: bool,
+        note: Callable[[str], None],
     ) -> None:
         if not members:
             raise ValueError("an engine needs a server")

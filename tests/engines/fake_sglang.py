@@ -18,6 +18,17 @@ from torch import Tensor
 
 from rosd_fast.engines.weight_sync import c10d, gloo_options
 
+# Options of engines and members where a test names none.
+WATCH: dict[str, Any] = {"health_every_s": 30.0, "health_timeout_s": 30.0}
+LIMITS: dict[str, Any] = {"concurrency": 64, "max_failures": 10, "request_timeout_s": 3600.0}
+ENGINE: dict[str, Any] = LIMITS | {
+    "probe_ids": (),
+    "probe": None,
+    "probe_bound": 0.0,
+    "colocated": False,
+    "note": print,
+}
+
 
 class FakeSglang:
     """`faults`: taken by the next requests to /generate, one each; "" means none. port 0: any."""

@@ -203,7 +203,7 @@ def with_args(spec: ServerSpec, *args: str, start_timeout_s: float = 30.0) -> Se
 def test_a_dead_server_is_started_again(spec: ServerSpec, tmp_path: Path) -> None:
     async def run() -> None:
         server = OwnServer(spec, tmp_path / "own")
-        member = Member(server, name="server0", health_timeout_s=5)
+        member = Member(server, name="server0", health_every_s=30, health_timeout_s=5)
         try:
             assert await member.ensure_up() and not await member.ensure_up()
             first = logged_pids(server)
