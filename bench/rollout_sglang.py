@@ -274,12 +274,27 @@ async def measure_faults(run: Run, engine: SglangEngine) -> dict[str, str]:
         lost += count_lost(run, requests, await under_way)
     retries = engine.take_metrics()["rollout/num_retries"]
     assert own.endpoint is not None
+    options = run.config.engine
     async with Proxy(own.endpoint) as proxy:
         through = SglangEngine(
-            [ServerHandle(Endpoint(proxy.url), name=proxy.url)],
+            [
+                ServerHandle(
+                    Endpoint(proxy.url),
+                    name=proxy.url,
+                    health_every_s=options.health_every_s,
+                    health_timeout_s=options.health_timeout_s,
+                )
+            ],
             sync=engine._sync,
             vocab_size=engine.vocab_size,
             context_length=engine.context_length,
+            weight_check_ids=(),
+            expected_logprobs=None,
+            max_logprob_gap=0.0,
+            concurrency=options.concurrency,
+            max_failures=options.max_failures,
+            request_timeout_s=options.request_timeout_s,
+            colocated=False,
             note=lambda text: None,
         )
         through._run, through.policy_version = engine._run, engine.policy_version

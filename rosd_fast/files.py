@@ -31,9 +31,10 @@ def write_atomic(path: Path, data: bytes) -> Path:
 
 
 @contextmanager
-def atomic_folder(path: Path) -> Iterator[Path]:
+def atomic_folder(path: Path, *, durable: bool = True) -> Iterator[Path]:
     """Yield an empty folder beside `path`; on leaving it is fsynced and renamed to `path`.
 
+    durable: False leaves out the fsync, for files that need not outlive a crash of the machine.
     An older `path` is replaced. On any error the new folder is removed and `path` stays as it was.
     Raises OSError when the place cannot be written.
     """
@@ -42,12 +43,13 @@ def atomic_folder(path: Path) -> Iterator[Path]:
     try:
         temporary.chmod(0o777 & ~current_umask())  # mkdtemp's 0o700 would hide a shared run
         yield temporary
-        for entry in temporary.rglob("*"):
-            fsync(entry)
-        fsync(temporary)
+        if durable:
+            for entry in (*temporary.rglob("*"), temporary):
+                fsync(entry)
         remove_folder(path)
         temporary.rename(path)
-        fsync(path.parent)
+        if durable:
+            fsync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)  # still there only when something above failed
 

@@ -15,7 +15,7 @@ from rosd_fast.model.adapters import choose_trainable
 from rosd_fast.model.head import head
 from rosd_fast.model.load import LoadedModel, load_model
 from rosd_fast.reflection.locate import TokenBytes
-from rosd_fast.reflection.reflect import check_templates
+from rosd_fast.reflection.reflect import check_templates, template_name
 from rosd_fast.rollout.sample import check_prompts
 from rosd_fast.text.prompts import fill_template, placeholders, render_prompt
 from rosd_fast.types import Problem
@@ -90,22 +90,27 @@ def with_absolute_paths(config: Config) -> Config:
             return source
         return str(Path(source).expanduser().absolute())
 
-    data = config.data
+    data, engine = config.data, config.engine
     sources = {name: absolute(getattr(data, name)) for name in ("train", "dev", "dev_ood")}
     folder = Path(config.model).expanduser()
     named = config.model in preset_names() or not folder.is_dir()
     model = config.model if named else str(folder.absolute())
-    return config.model_copy(update={"model": model, "data": data.model_copy(update=sources)})
+    places = {name: absolute(getattr(engine, name)) for name in ("python", "sync_folder")}
+    return config.model_copy(
+        update={
+            "model": model,
+            "data": data.model_copy(update=sources),
+            "engine": engine.model_copy(update=places),
+        }
+    )
 
 
 def check_budgets(config: Config, model: LoadedModel, problem: Problem) -> None:
-    """Raise UserError when `problem`, the longest, and a template alone are over their budget."""
-    for section, name in (
-        ("reflect", "wrong_template"),
-        ("reflect", "correct_template"),
-        ("teacher", "wrong_template"),
-        ("teacher", "correct_template"),
-    ):
+    """Raise UserError when `problem`, the longest, and a template alone are over their budget.
+
+    Only the templates that the run uses are checked.
+    """
+    for section, name in used_templates(config):
         options = getattr(config, section)
         template = getattr(options, name)
         texts = {**dict.fromkeys(placeholders(template), ""), "problem": problem.prompt}
@@ -118,3 +123,17 @@ def check_budgets(config: Config, model: LoadedModel, problem: Problem) -> None:
                 where=f"problem {problem.id}",
                 fix=f"Raise {section}.max_prompt_tokens, or leave the problem out",
             )
+
+
+def used_templates(config: Config) -> list[tuple[str, str]]:
+    """(section, option) of the user turns of the reflector and of the teacher."""
+    used = [
+        ("reflect", template_name(config.reflect, correct=False)),
+        ("teacher", "wrong_template"),
+    ]
+    if config.reflect.on_correct == "reflect":
+        used += [
+            ("reflect", template_name(config.reflect, correct=True)),
+            ("teacher", "correct_template"),
+        ]
+    return used

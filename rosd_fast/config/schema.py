@@ -185,7 +185,8 @@ class TeacherConfig(Section):
     gpus: Annotated[str, Field(pattern=r"^(\d+(,\d+)*)?$")] = ""
     """Devices of a server of our own, as in 6,7; empty: it sees all of them."""
     server_args: str = ""
-    """Further arguments of sglang.launch_server for a server of our own, in one text."""
+    """Further arguments of sglang.launch_server for a server of our own, in one text; paths in it
+    must be absolute."""
     max_logprob_gap: NonNegativeFloat | None = None
     """At the start, largest difference of a log-probability between the server and a copy in the
     trainer's process, in nats, over likely tokens; 0: no comparison; None: 0.01 in float32, 0.3 in
@@ -354,7 +355,7 @@ class EngineConfig(Section):
     """Interpreter of an environment with sglang, to start servers with; None: this one."""
     server_args: str = ""
     """Further arguments of sglang.launch_server in one text, as in
-    --engine.server-args="--tp-size 2 --mem-fraction-static 0.8"."""
+    --engine.server-args="--tp-size 2 --mem-fraction-static 0.8"; paths in it must be absolute."""
     start_timeout_s: PositiveFloat = 900.0
     """Seconds a server may take to start."""
     concurrency: PositiveInt = 64

@@ -101,7 +101,7 @@ def open_sync(config: Config, model: LoadedModel, folder: Path) -> WeightSync:
     if options.sync == "distributed":
         return DistributedSync(host=options.sync_host)
     return DiskSync(
-        folder / "engine" / "weights"
+        servers_folder(folder) / "weights"
         if options.sync_folder is None
         else Path(options.sync_folder).expanduser().absolute() / folder.name,
         model_folder(config, model, folder),
@@ -180,7 +180,7 @@ def server_handles(
                     start_timeout_s=options.start_timeout_s,
                     gpus=share,
                 ),
-                folder / "engine" / name,
+                servers_folder(folder) / name,
             )
             for name, share in zip(names, shares, strict=True)
         ]
@@ -195,12 +195,17 @@ def server_handles(
     ]
 
 
+def servers_folder(folder: Path) -> Path:
+    """What a run keeps for its servers: an absolute path, as they run in folders of their own."""
+    return folder.absolute() / "engine"
+
+
 def model_folder(config: Config, model: LoadedModel, folder: Path) -> Path:
     """A folder with the model as it was loaded: its own, or one made of a hub model."""
     source = find(config.model)
     if isinstance(source, Path):
         return source.absolute()
-    made = folder / "engine" / "model"
+    made = servers_folder(folder) / "model"
     if not made.is_dir():
         model.model.save_pretrained(made)
         model.tokenizer.save_pretrained(made)

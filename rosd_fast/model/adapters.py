@@ -7,7 +7,7 @@ the model that was loaded, which makes the frozen teacher free.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
@@ -27,14 +27,25 @@ SAMPLED = 1024  # values of each parameter that the fingerprint reads
 def choose_trainable(model: PreTrainedModel, config: Config) -> None:
     """Add adapters, or mark the parameters that `optim.trainable` names as the only ones to train.
 
-    Raises UserError for names that fit nothing.
+    Raises UserError for names that fit nothing, and when nothing would be trained.
     """
     if config.lora.rank:
         add_adapters(model, config)
-        return
-    patterns = listed(config.optim.trainable)
-    if not patterns:
-        return
+    elif patterns := listed(config.optim.trainable):
+        train_only(model, patterns)
+    if not any(parameter.requires_grad for parameter in model.parameters()):
+        raise UserError(
+            "none of the model's weights can be trained",
+            where=f"model = {config.model}",
+            fix="Give a model with whole, unfrozen weights, or set lora.rank",
+        )
+
+
+def train_only(model: PreTrainedModel, patterns: Sequence[str]) -> None:
+    """Train the parameters whose names match a pattern, and no others.
+
+    Raises UserError for a pattern that matches none.
+    """
     chosen = set()
     for pattern in patterns:
         found = {

@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 
 from rosd_fast.config import Config
 from rosd_fast.errors import UserError
+from rosd_fast.model.adapters import has_adapters
 from rosd_fast.model.attention import check_packing, num_embeddings, use_exact_attention
 from rosd_fast.model.head import head
 from rosd_fast.model.smollm2 import smollm2_folder
@@ -32,6 +33,7 @@ from rosd_fast.utils.distributed import launched, pick_device
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 PICKLES = ("*.bin", "*.pt", "*.pth")
+ADAPTER_CONFIG = "adapter_config.json"  # with peft, transformers loads what it names on top
 NO_LIMIT = 10**9  # transformers' stand-in for an unknown model_max_length is far above this
 
 
@@ -110,7 +112,20 @@ def find(model: str) -> Path | str:
             where=str(folder),
             fix="Save them with model.save_pretrained(folder), which writes safetensors",
         )
+    if (folder / ADAPTER_CONFIG).exists():
+        raise adapters_refused(folder)
     return folder
+
+
+def adapters_refused(source: Path | str) -> UserError:
+    """Adapters on top of a model: what is loaded depends on the library and on peft."""
+    return UserError(
+        f"the model comes with adapters ({ADAPTER_CONFIG}), which would be loaded on top of it and "
+        "leave nothing to train",
+        where=str(source),
+        fix="Merge them (peft: merge_and_unload, then save_pretrained into a new folder), or "
+        f"delete {ADAPTER_CONFIG} to train the weights beside it",
+    )
 
 
 def load_tokenizer(source: Path | str, config: Config) -> PreTrainedTokenizerBase:
@@ -133,7 +148,7 @@ def load_tokenizer(source: Path | str, config: Config) -> PreTrainedTokenizerBas
 
 
 def load_weights(source: Path | str, config: Config) -> PreTrainedModel:
-    """The model, every parameter of which came from the files."""
+    """The model, whose every parameter came from the files."""
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
@@ -153,7 +168,26 @@ def load_weights(source: Path | str, config: Config) -> PreTrainedModel:
             where=str(source),
             fix="Give a complete causal language model, with its output head",
         )
+    if has_adapters(model):  # of a hub model; a folder's are refused before it is read
+        raise adapters_refused(source)
+    check_tied(model, where=str(source))
     return model
+
+
+def check_tied(model: PreTrainedModel, *, where: str) -> None:
+    """Raise UserError when the config ties two parameters that the files give different values.
+
+    transformers leaves such a pair untied, while SGLang, and whoever reads an export of the model,
+    ties it as the config says: they would run another model than the one that was trained.
+    """
+    for name, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        if model.get_parameter_or_buffer(name) is not model.get_parameter_or_buffer(source):
+            raise UserError(
+                f"config.json ties {name} to {source}, but the files give them different values",
+                where=where,
+                fix="Set tie_word_embeddings to false in config.json to use both, or remove "
+                f"{name} from the files",
+            )
 
 
 def explain(error: Exception, source: Path | str, part: str) -> UserError:

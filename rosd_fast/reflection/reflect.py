@@ -196,9 +196,14 @@ def build_reflection_requests(
 
 def template_of(config: ReflectConfig, *, correct: bool) -> str:
     """The user turn for a rollout."""
+    return getattr(config, template_name(config, correct=correct))
+
+
+def template_name(config: ReflectConfig, *, correct: bool) -> str:
+    """The option that holds the user turn for a rollout."""
     if correct:
-        return config.correct_template
-    return config.sentence_template if config.mode == "sentence" else config.wrong_template
+        return "correct_template"
+    return "sentence_template" if config.mode == "sentence" else "wrong_template"
 
 
 def choose_demonstration(

@@ -56,6 +56,12 @@ def test_a_pattern_that_fits_nothing_is_a_mistake(make_model) -> None:
         choose_trainable(make_model(), config_of(optim={"trainable": "model.layer.*"}))
 
 
+def test_a_model_without_trainable_weights_is_refused(make_model) -> None:
+    model = make_model().requires_grad_(False)
+    with pytest.raises(UserError, match="none of the model's weights can be trained"):
+        choose_trainable(model, config_of())
+
+
 def test_only_what_was_chosen_moves(make_model, distill_samples) -> None:
     model = make_model("Qwen3", torch.float32)
     options = config_of(optim={"trainable": "*.self_attn.?_proj.weight"})

@@ -210,6 +210,45 @@ def test_missing_parameters_are_named(folder):
     assert "lm_head.weight" in refused(folder)
 
 
+def test_a_head_that_the_config_ties_and_the_weights_do_not(folder):
+    """transformers would train it untied, and an export would drop it."""
+    edit_json(folder / "config.json", tie_word_embeddings=True)
+    text = refused(folder)
+    assert "lm_head.weight" in text and "tie_word_embeddings" in text
+    edit_json(folder / "config.json", tie_word_embeddings=False)
+    load_model(Config(model=str(folder)))
+
+
+def test_a_tied_head_may_be_in_the_file_too(folder):
+    weights = load_file(folder / "model.safetensors")
+    weights["lm_head.weight"] = weights["model.embed_tokens.weight"].clone()
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    edit_json(folder / "config.json", tie_word_embeddings=True)
+    model: Any = load_model(Config(model=str(folder))).model
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+def add_adapter_files(folder) -> None:
+    peft = pytest.importorskip("peft")
+    model = tiny_model()
+    model.add_adapter(peft.LoraConfig(r=2, target_modules=["q_proj"]))
+    model.save_pretrained(folder)  # of a model with adapters, only these
+
+
+def test_an_adapter_beside_whole_weights(folder):
+    """transformers would load both, SGLang the whole weights only."""
+    add_adapter_files(folder)
+    assert (folder / "model.safetensors").is_file()
+    text = refused(folder)
+    assert "adapter_config.json" in text and "merge_and_unload" in text
+
+
+def test_an_adapter_of_the_hub(folder):
+    add_adapter_files(folder)
+    with pytest.raises(UserError, match=r"adapter_config\.json"):
+        load.load_weights(str(folder), Config())
+
+
 def test_parameters_of_another_shape(folder):
     edit_json(folder / "config.json", intermediate_size=40)
     refused(folder)

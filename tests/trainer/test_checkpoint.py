@@ -23,12 +23,18 @@ from transformers import (
 )
 
 from rosd_fast.config import Config
-from rosd_fast.errors import UserError
+from rosd_fast.errors import RunFailed, UserError
 from rosd_fast.files import atomic_folder
-from rosd_fast.trainer.checkpoint import latest_checkpoint, load_checkpoint, prune, write_checkpoint
+from rosd_fast.trainer.checkpoint import (
+    latest_checkpoint,
+    load_checkpoint,
+    prune,
+    write_checkpoint,
+)
 from rosd_fast.trainer.learner import Learner
-from rosd_fast.trainer.snapshot import Snapshot
+from rosd_fast.trainer.snapshot import Export, Snapshot
 from rosd_fast.types import PackedBatch, PackedSequences
+from tests.tiny import tiny_model as family_model
 
 
 def tiny_model(dtype=torch.float32, *, hidden=16, seed=0):
@@ -131,6 +137,47 @@ def test_a_checkpoint_loads_with_from_pretrained(tmp_path, tokenizer):
     assert state["step"] == 2 and state["config_hash"] == "abc"
     assert {"torch", "transformers", "rosd_fast"} <= state["versions"].keys()
     assert not [file for file in path.rglob("*") if file.suffix in (".bin", ".pt", ".pkl")]
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize(
+    "family", ["Llama", "Gemma2", "Qwen3", "Mixtral", "Qwen3Moe", "GPT2", "OPT", "GPTNeoX", "Phi3"]
+)
+def test_an_export_gives_the_same_logits(tmp_path, tokenizer, family, tied):
+    model = family_model(family, torch.float32, tie_word_embeddings=tied, pad_token_id=0)
+    Export.of(Learner(model, options("live")), tokenizer).save(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path).eval()
+    ids = torch.randint(0, 64, (1, 9))
+    # Experts may be computed in another order.
+    torch.testing.assert_close(again(ids).logits, model.eval()(ids).logits, rtol=0, atol=1e-5)
+
+
+def test_an_export_drops_no_weight(tmp_path, tokenizer):
+    """A head of its own in a model that the config ties."""
+    model = tiny_model()
+    model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
+    with pytest.raises(UserError, match=r"lm_head\.weight"):
+        save(tmp_path, 1, Learner(model, options("live")), tokenizer)
+    assert not list(tmp_path.rglob("*.safetensors"))
+
+
+@pytest.mark.parametrize("fault", ["drop", "shape", "value", "small"])
+def test_an_export_is_compared_with_its_files(tmp_path, tokenizer, monkeypatch, fault):
+    export = Export.of(Learner(tiny_model(), options("live")), tokenizer)
+    name = "model.norm.weight" if fault == "small" else "model.embed_tokens.weight"
+    given = dict(export.weights)
+    if fault == "drop":
+        del given[name]
+    else:
+        given[name] = given[name].T.contiguous() if fault == "shape" else given[name] + 1
+    save_pretrained = LlamaForCausalLM.save_pretrained
+    monkeypatch.setattr(
+        LlamaForCausalLM,
+        "save_pretrained",
+        lambda self, folder, **_: save_pretrained(self, folder, state_dict=given),
+    )
+    with pytest.raises(RunFailed, match="export"):
+        export.save(tmp_path)
 
 
 @pytest.fixture

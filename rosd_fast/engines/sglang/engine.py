@@ -60,14 +60,14 @@ class SglangEngine(RolloutEngine):
         sync: WeightSync,
         vocab_size: int,
         context_length: int,
-        weight_check_ids: Sequence[int] = (),
-        expected_logprobs: Callable[[Sequence[int]], list[float]] | None = None,
-        max_logprob_gap: float = 0.0,
-        concurrency: int = 64,
-        max_failures: int = 10,
-        request_timeout_s: float = 3600.0,
-        colocated: bool = False,
-        note: Callable[[str], None] = print,
+        weight_check_ids: Sequence[int],
+        expected_logprobs: Callable[[Sequence[int]], list[float]] | None,
+        max_logprob_gap: float,
+        concurrency: int,
+        max_failures: int,
+        request_timeout_s: float,
+        colocated: bool,
+        note: Callable[[str], None],
     ) -> None:
         if not servers:
             raise ValueError("an engine needs a server")

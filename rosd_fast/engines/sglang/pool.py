@@ -36,8 +36,8 @@ class ServerHandle:
         server: ManagedServer | Endpoint,
         *,
         name: str,
-        health_every_s: float = 30.0,
-        health_timeout_s: float = 30.0,
+        health_every_s: float,
+        health_timeout_s: float,
     ) -> None:
         self.own = server if isinstance(server, ManagedServer) else None
         self._given = server if isinstance(server, Endpoint) else None

@@ -53,19 +53,19 @@ ARGS = (
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ServerSpec:
-    """How a server is started."""
+    """How a server is started. Paths are absolute: it runs in a folder of its own."""
 
     python: Path  # interpreter of an environment that has sglang
     model_folder: Path
     dtype: str
     on_cpu: bool
+    start_timeout_s: float
     args: tuple[str, ...] = ()  # further ones of sglang.launch_server; they win
-    start_timeout_s: float = 600.0
     gpus: tuple[int, ...] = ()  # the devices it may see; (): all
 
 
 class ManagedServer:
-    """One server process. `folder` keeps its log, and is made.
+    """One server process, which runs in `folder`, an absolute path; its log is kept there.
 
     `endpoint` changes with each start: a restarted server has another port.
     """

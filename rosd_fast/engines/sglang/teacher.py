@@ -43,10 +43,10 @@ class SglangTeacher:
         servers: Sequence[ServerHandle],
         *,
         hidden_size: int,
-        concurrency: int = 64,
-        max_failures: int = 5,
-        request_timeout_s: float = 3600.0,
-        note: Callable[[str], None] = print,
+        concurrency: int,
+        max_failures: int,
+        request_timeout_s: float,
+        note: Callable[[str], None],
     ) -> None:
         if not servers:
             raise ValueError("a scorer needs a server")

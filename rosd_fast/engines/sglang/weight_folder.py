@@ -2,21 +2,23 @@
 
     folder/v000012/  config.json, tokenizer files, model.safetensors
 
-The files other than the weights are the model's own. A folder is written under another name, made
-durable and renamed, so that no server meets half of one; only the newest is kept.
+The files other than the weights are the model's own. A folder is written under another name and
+renamed, so that no server meets half of one; only the newest is kept. Nothing is fsynced: a run
+that is resumed writes its weights again.
 """
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from rosd_fast.errors import UserError
+from rosd_fast.files import atomic_folder, remove_leftovers
 
 WEIGHTS = (".safetensors", ".safetensors.index.json")
 
@@ -37,28 +39,24 @@ class WeightFolder:
         UserError when the disk does not take them.
         """
         final = self.path(version)
-        temporary = final.with_name(f".{final.name}.{os.getpid()}.tmp")
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
-            temporary.mkdir(parents=True)
-            for file in self.model_folder.iterdir():
-                if file.is_file() and not file.name.endswith(WEIGHTS):
-                    shutil.copyfile(file, temporary / file.name)
-            save_file(distinct(weights), temporary / "model.safetensors", {"format": "pt"})
-            shutil.rmtree(final, ignore_errors=True)
-            temporary.rename(final)
-        except OSError as error:
+            with atomic_folder(final, durable=False) as folder:
+                for file in self.model_folder.iterdir():
+                    if file.is_file() and not file.name.endswith(WEIGHTS):
+                        shutil.copyfile(file, folder / file.name)
+                save_file(distinct(weights), folder / "model.safetensors", {"format": "pt"})
+        except (OSError, SafetensorError) as error:
             raise UserError(
-                f"the weights for the server cannot be written ({error.strerror or error})",
+                "the weights for the server cannot be written "
+                f"({getattr(error, 'strerror', None) or error})",
                 where=str(final),
                 fix="Make room, or set engine.sync_folder to another folder",
             ) from None
-        finally:
-            shutil.rmtree(temporary, ignore_errors=True)
         return final
 
     def drop_all_but(self, version: int | None) -> None:
-        """Remove the other versions; None: all of them."""
+        """Remove the other versions, and what a killed trainer left; None: all versions."""
+        remove_leftovers(self.folder)
         keep = None if version is None else self.path(version)
         for path in self.folder.glob("v??????"):
             if path != keep:

@@ -18,12 +18,24 @@ from torch import Tensor
 
 from rosd_fast.engines.sglang.weight_sync import c10d, gloo_options
 
+# Options of engines and members where a test names none.
+WATCH: dict[str, Any] = {"health_every_s": 30.0, "health_timeout_s": 30.0}
+LIMITS: dict[str, Any] = {"concurrency": 64, "max_failures": 10, "request_timeout_s": 3600.0}
+ENGINE: dict[str, Any] = LIMITS | {
+    "weight_check_ids": (),
+    "expected_logprobs": None,
+    "max_logprob_gap": 0.0,
+    "colocated": False,
+    "note": print,
+}
+
 
 class FakeSglang:
-    """`faults`: taken by the next requests to /generate, one each; "" means none."""
+    """`faults`: taken by the next requests to /generate, one each; "" means none. port 0: any."""
 
-    def __init__(self, *, faults: tuple[str, ...] = (), tokens: int = 3) -> None:
+    def __init__(self, *, faults: tuple[str, ...] = (), tokens: int = 3, port: int = 0) -> None:
         self.faults = deque(faults)
+        self.port = port
         self.tokens = tokens
         self.version = "default"
         self.bodies: list[dict[str, Any]] = []  # of /generate
@@ -66,7 +78,7 @@ class FakeSglang:
         )
         self._runner = web.AppRunner(app, shutdown_timeout=0.1)
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", 0)
+        site = web.TCPSite(self._runner, "127.0.0.1", self.port)
         await site.start()
         self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
         return self

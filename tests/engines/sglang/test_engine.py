@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import resource
+import signal
 from collections.abc import Callable, Coroutine, Sequence
 from itertools import pairwise
 from pathlib import Path
@@ -22,7 +24,7 @@ from rosd_fast.engines.sglang.weight_folder import WeightFolder
 from rosd_fast.engines.sglang.weight_sync import DiskSync
 from rosd_fast.errors import RunFailed, UserError
 from rosd_fast.types import Generation, GenerationRequest, SamplingParams
-from tests.engines.sglang.fake_sglang import FakeSglang, expected_ids
+from tests.engines.sglang.fake_sglang import ENGINE, FakeSglang, expected_ids
 
 WEIGHTS = {"a.weight": torch.arange(6.0).reshape(2, 3), "b.bias": torch.ones(2)}
 TRANSIENT = ["500", "502", "503", "reset", "truncated", "stale", "abort", "incomplete", "fewer"]
@@ -52,7 +54,8 @@ class Setting:
         watch = {"health_every_s": 0.05, "health_timeout_s": 0.5}
         self.engine = SglangEngine(
             [ServerHandle(Endpoint(fake.url), name=fake.url, **watch) for fake in fakes],
-            **{
+            **ENGINE
+            | {
                 "sync": DiskSync(tmp_path / "weights", model_folder),
                 "vocab_size": 50,
                 "context_length": 64,
@@ -374,9 +377,26 @@ def test_weight_folder_holds_the_newest_version_whole(tmp_path: Path) -> None:
     loaded = load_file(second / "model.safetensors")
     assert set(loaded) == {"embed", "part"}
     assert all(torch.equal(loaded[name], weights[name]) for name in loaded)
+    (folder.folder / ".tmp-v000000-killed").mkdir()
     folder.drop_all_but(2)
-    assert not first.exists() and second.exists()
+    assert list(folder.folder.iterdir()) == [second] and not first.exists()
     folder.drop_all_but(None)
+    assert not list(folder.folder.iterdir())
+
+
+def test_weights_on_a_full_disk_are_one_line(tmp_path: Path) -> None:
+    """safetensors has an error of its own for it."""
+    (tmp_path / "model").mkdir()
+    folder = WeightFolder(tmp_path / "weights", tmp_path / "model")
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
+    try:
+        with pytest.raises(UserError, match=r"cannot be written .*engine\.sync_folder"):
+            folder.write({"big": torch.zeros(4096)}, 1)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, before)
     assert not list(folder.folder.iterdir())
 
 

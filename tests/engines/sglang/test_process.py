@@ -18,6 +18,7 @@ from pathlib import Path
 
 import pytest
 
+from rosd_fast.config.load import apply_args, load_preset
 from rosd_fast.engines.sglang import watchdog
 from rosd_fast.engines.sglang.client import Endpoint, Refused, ServerError
 from rosd_fast.engines.sglang.pool import ServerHandle
@@ -29,6 +30,8 @@ from rosd_fast.engines.sglang.process import (
     per_server,
 )
 from rosd_fast.errors import RunFailed, UserError
+from rosd_fast.report.metrics import read_metrics
+from rosd_fast.train import train
 
 SERVER = """
 import http.server, json, os, subprocess, sys, time
@@ -57,22 +60,56 @@ port = int(arguments[arguments.index("--port") + 1])
 http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
 
+# Checks that the paths it is given hold in its own folder.
+SGLANG = """
+import asyncio, json, sys
+from pathlib import Path
+
+if "-I" in sys.argv:  # asked whether it has sglang
+    sys.exit(0)
+sys.path.insert(0, {root!r})
+from aiohttp import web
+from tests.engines.sglang.fake_sglang import FakeSglang
+
+def value(flag):
+    return sys.argv[sys.argv.index(flag) + 1]
+
+class Server(FakeSglang):
+    async def _load(self, request):
+        folder = Path((await request.json())["model_path"])
+        if not (folder / "model.safetensors").is_file():
+            return web.json_response({{"success": False, "message": f"no {{folder}}"}}, status=400)
+        return await super()._load(request)
+
+async def main():
+    async with Server(port=int(value("--port"))):
+        await asyncio.Event().wait()
+
+json.load(open(value("--config")))
+assert Path(value("--model-path"), "config.json").is_file()
+asyncio.run(main())
+"""
+
 
 @pytest.fixture
 def spec(tmp_path: Path) -> ServerSpec:
     """Of a server whose interpreter runs the stand-in, whatever module it is told to run."""
-    program = tmp_path / "server.py"
-    program.write_text(SERVER)
-    python = tmp_path / "python"
-    python.write_text(f'#!/bin/sh\nexec {sys.executable} {program} "$@"\n')
-    python.chmod(python.stat().st_mode | stat.S_IXUSR)
     return ServerSpec(
-        python=python,
+        python=make_python(tmp_path, SERVER),
         model_folder=tmp_path / "model",
         dtype="float32",
         on_cpu=True,
         start_timeout_s=30,
     )
+
+
+def make_python(folder: Path, program: str) -> Path:
+    """An interpreter that runs `program`, whatever it is told to run."""
+    (folder / "server.py").write_text(program)
+    python = folder / "python"
+    python.write_text(f'#!/bin/sh\nexec {sys.executable} {folder / "server.py"} "$@"\n')
+    python.chmod(python.stat().st_mode | stat.S_IXUSR)
+    return python
 
 
 def logged_pids(server: ManagedServer) -> list[int]:
@@ -172,7 +209,7 @@ def with_args(spec: ServerSpec, *args: str, start_timeout_s: float = 30.0) -> Se
 def test_a_dead_server_is_started_again(spec: ServerSpec, tmp_path: Path) -> None:
     async def run() -> None:
         server = ManagedServer(spec, tmp_path / "own")
-        handle = ServerHandle(server, name="server0", health_timeout_s=5)
+        handle = ServerHandle(server, name="server0", health_every_s=30, health_timeout_s=5)
         try:
             assert await handle.ensure_up() and not await handle.ensure_up()
             first = logged_pids(server)
@@ -236,6 +273,29 @@ def test_an_interpreter_without_sglang_is_refused(tmp_path: Path) -> None:
     empty.chmod(0o755)
     with pytest.raises(UserError, match=r"has no sglang\. .*scripts/sglang_cpu_env\.sh"):
         find_python(str(empty))
+
+
+def test_a_run_with_servers_of_its_own_takes_relative_paths(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The default --out, and an interpreter beside it: servers run in another folder."""
+    make_python(tmp_path, SGLANG.format(root=str(Path(__file__).parents[3])))
+    monkeypatch.chdir(tmp_path)
+    options = {
+        "engine.kind": "sglang",
+        "engine.python": "./python",
+        "engine.max_logprob_gap": 0.0,
+        "name": "run",
+        "steps": 1,
+        "sample.problems_per_step": 2,
+        "sample.group_size": 2,
+        "eval.problems": 2,
+        "eval.samples": 1,
+    }
+    train(apply_args(load_preset("quickstart"), options))
+    rows = read_metrics(tmp_path / "runs" / "run" / "metrics.jsonl")
+    assert [row["step"] for row in rows] == [0, 1]
+    assert (tmp_path / "runs" / "run" / "engine" / "server0" / "server.log").is_file()
 
 
 def test_ports_and_devices() -> None:

@@ -40,6 +40,7 @@ from rosd_fast.rollout.sample import problem_prompt
 from rosd_fast.run import open_run
 from rosd_fast.train import learn, start, train
 from rosd_fast.types import Generation, GenerationRequest, PackedSequences, SamplingParams
+from tests.engines.sglang.fake_sglang import ENGINE, LIMITS, WATCH
 from tests.launch import module_command
 
 pytestmark = pytest.mark.sglang
@@ -83,8 +84,9 @@ def make_engine(
 ) -> SglangEngine:
     url, key = server
     return SglangEngine(
-        [ServerHandle(Endpoint(url, api_key=key), name=url)],
-        **{
+        [ServerHandle(Endpoint(url, api_key=key), name=url, **WATCH)],
+        **ENGINE
+        | {
             "sync": DiskSync(folder / "weights", MODEL_DIR),
             "vocab_size": model.model.config.vocab_size,
             "context_length": model.context_length,
@@ -531,9 +533,10 @@ def test_a_server_of_no_teacher_is_named(server: tuple[str, str], model: LoadedM
     """One that was not started to return states."""
     url, key = server
     teacher = SglangTeacher(
-        [ServerHandle(Endpoint(url, api_key=key), name=url)],
+        [ServerHandle(Endpoint(url, api_key=key), name=url, **WATCH)],
         hidden_size=model.model.config.hidden_size,
-        max_failures=2,
+        **LIMITS | {"max_failures": 2},
+        note=print,
     )
 
     async def run() -> None:

@@ -21,7 +21,7 @@ from rosd_fast.errors import RunFailed, UserError
 from rosd_fast.model.attention import hidden_states
 from rosd_fast.trainer.learner import Learner
 from rosd_fast.types import DistillSample, PackedSequences
-from tests.engines.sglang.fake_sglang import FakeSglang, expected_states
+from tests.engines.sglang.fake_sglang import LIMITS, FakeSglang, expected_states
 
 SAMPLES = [
     DistillSample(
@@ -49,7 +49,7 @@ def with_scorer(
         watch = {"health_every_s": 0.05, "health_timeout_s": 0.5}
         teacher = SglangTeacher(
             [ServerHandle(Endpoint(fake.url), name=fake.url, **watch) for fake in fakes],
-            **{"hidden_size": 5, "note": notes.append, "max_failures": 3} | options,
+            **LIMITS | {"hidden_size": 5, "note": notes.append, "max_failures": 3} | options,
         )
         try:
             return await asyncio.wait_for(test(teacher, notes), 30)

@@ -18,7 +18,7 @@ from rosd_fast.engines.sglang.pool import ServerHandle
 from rosd_fast.engines.sglang.weight_sync import DistributedSync, buckets
 from rosd_fast.errors import RunFailed, UserError
 from rosd_fast.types import GenerationRequest, SamplingParams
-from tests.engines.sglang.fake_sglang import FakeSglang
+from tests.engines.sglang.fake_sglang import ENGINE, WATCH, FakeSglang
 
 
 def make_weights(version: int) -> dict[str, Tensor]:
@@ -51,7 +51,7 @@ def with_members(
     async def run() -> None:
         for fake in fakes:
             await fake.__aenter__()
-        servers = [ServerHandle(Endpoint(fake.url), name=fake.url) for fake in fakes]
+        servers = [ServerHandle(Endpoint(fake.url), name=fake.url, **WATCH) for fake in fakes]
         sync = DistributedSync(bucket_bytes=bucket_bytes)
         try:
             await asyncio.wait_for(test(sync, servers), 60)
@@ -163,9 +163,8 @@ def test_the_engine_samples_with_them() -> None:
     )
 
     async def test(sync: DistributedSync, servers: list[ServerHandle]) -> None:
-        engine = SglangEngine(
-            servers, sync=sync, vocab_size=50, context_length=64, note=notes.append
-        )
+        options: dict[str, Any] = ENGINE | {"note": notes.append}
+        engine = SglangEngine(servers, sync=sync, vocab_size=50, context_length=64, **options)
         for version in (0, 1):
             await engine.load_weights(make_weights(version), version=version)
             assert_received(

@@ -23,7 +23,7 @@ NARROW = {"grad": 2e-2, "weight": 2e-2, "resumed": 2e-2}
 def torchrun(ranks: int, *args: str | Path, timeout: float = 300) -> None:
     """Run the worker; a single rank goes without torchrun."""
     result = subprocess.run(
-        module_command(ranks, "tests.parallel.worker", *args),
+        module_command(ranks, "tests.trainer.ranks.worker", *args),
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,

@@ -1,6 +1,6 @@
 """The same steps on any number of ranks, as one rank of torchrun's:
 
-    torchrun --nproc-per-node 2 -m tests.parallel.worker OUT [--resume OTHER_OUT] [--shard-size N]
+    torchrun --nproc-per-node 2 -m tests.trainer.ranks.worker OUT [--resume OUT2] [--shard-size N]
 
 Rank 0 writes, for each case, the gradients of the first step and the weights after the others to
 OUT/results.safetensors, and the metrics of all steps to OUT/metrics.json; checkpoints of step 2 are
