@@ -163,7 +163,7 @@ def test_the_engine_samples_with_them() -> None:
     )
 
     async def test(sync: DistributedSync, members: list[Member]) -> None:
-        options = ENGINE | {"note": notes.append}
+        options: dict[str, Any] = ENGINE | {"note": notes.append}
         engine = SglangEngine(members, sync=sync, vocab_size=50, context_length=64, **options)
         for version in (0, 1):
             await engine.load_weights(make_weights(version), version=version)
