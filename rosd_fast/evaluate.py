@@ -2,8 +2,8 @@
 
     problems -> k rollouts each -> verdicts -> means
 
-The seed is the caller's and stays the same over a run, and a draw depends on the request alone, so
-the evaluations before and after training are paired: they differ by the weights only.
+The caller's seed stays the same during a run and a draw depends on its request alone, so the
+evaluations before and after training are paired: only the weights differ.
 """
 
 from __future__ import annotations
@@ -22,26 +22,29 @@ from rosd_fast.verify import verify_all
 if TYPE_CHECKING:
     from rosd_fast.config import EvalConfig
     from rosd_fast.engines.base import RolloutEngine
-    from rosd_fast.run import Run
+    from rosd_fast.inputs import Inputs
+    from rosd_fast.report.progress import Progress
     from rosd_fast.types import Problem
 
 
-async def evaluate_splits(run: Run) -> dict[str, float]:
-    """Mean accuracy on the development splits, always with the same draws."""
-    config, metrics = run.config, {}
-    with run.progress.stage("evaluate"):
-        for split, problems in run.dev_splits.items():
+async def evaluate_splits(
+    inputs: Inputs, engine: RolloutEngine, progress: Progress
+) -> dict[str, float]:
+    """Return the metrics of the development splits, always with the same draws."""
+    config, metrics = inputs.config, {}
+    with progress.stage("evaluate"):
+        for split, problems in inputs.dev_splits.items():
             metrics |= await evaluate(
-                run.engine,
+                engine,
                 problems,
                 split=split,
                 config=config.eval,
                 max_new_tokens=config.sample.max_new_tokens,
-                tokenizer=run.model.tokenizer,
-                stop_token_ids=run.model.stop_token_ids,
+                tokenizer=inputs.model.tokenizer,
+                stop_token_ids=inputs.model.stop_token_ids,
                 threshold=config.select.threshold,
                 seed=config.seed,
-                on_tokens=run.progress.tokens,
+                on_tokens=progress.tokens,
             )
     return metrics
 
@@ -59,12 +62,13 @@ async def evaluate(
     seed: int,
     on_tokens: Callable[[int], None] | None = None,
 ) -> dict[str, float]:
-    """Metrics of one split, with the weights that `engine` now has.
+    """Return the metrics of one split, with the weights that `engine` has now.
 
-    Keys: `eval/{split}/accuracy` (share of rollouts that succeed, in [0, 1]; the mean over
-    `config.samples` rollouts a problem, or of one greedy rollout at temperature 0),
-    `eval/{split}/{domain}` (the same within a domain), `eval/{split}/truncated_frac` (share cut at
-    `max_new_tokens`), `eval/{split}/tokens_mean`.
+    eval/{split}/accuracy        share of rollouts that succeed, in [0, 1]: the mean over
+                                 `config.samples` rollouts per problem, one at temperature 0
+    eval/{split}/{domain}        the same within a domain
+    eval/{split}/truncated_frac  share of rollouts cut at `max_new_tokens`
+    eval/{split}/tokens_mean     mean tokens per rollout
 
     Raises UserError when there is no problem, when a domain has the name of another metric, and
     when a prompt does not fit the model's context.
@@ -114,7 +118,7 @@ def build_eval_requests(
     stop_token_ids: Sequence[int],
     seed: int,
 ) -> list[GenerationRequest]:
-    """One request a problem; at temperature 0 it asks for one rollout, as all would be the same."""
+    """Return one request per problem; one rollout at temperature 0, where all are equal."""
     params = SamplingParams(
         max_new_tokens=max_new_tokens,
         temperature=config.temperature,

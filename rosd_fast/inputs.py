@@ -1,4 +1,4 @@
-"""What a run reads, loaded and checked before anything is written."""
+"""What a run reads: model, data and method, loaded and checked before anything is written."""
 
 from __future__ import annotations
 
@@ -9,34 +9,44 @@ from rosd_fast.config import Config
 from rosd_fast.config.load import preset_names
 from rosd_fast.data.problems import ProblemStream, load_problems
 from rosd_fast.engines.factory import check_engine
-from rosd_fast.engines.local.grammar_mask import GrammarCompiler
-from rosd_fast.errors import UserError
+from rosd_fast.methods import Method, method_class
 from rosd_fast.model.adapters import choose_trainable
-from rosd_fast.model.head import head
 from rosd_fast.model.load import LoadedModel, load_model
-from rosd_fast.reflection.locate import TokenBytes
-from rosd_fast.reflection.reflect import check_templates, template_name
 from rosd_fast.rollout.sample import check_prompts
-from rosd_fast.text.prompts import fill_template, placeholders, render_prompt
+from rosd_fast.text.token_bytes import TokenBytes
 from rosd_fast.types import Problem
 
 
-@dataclass(slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
-    """What a run is made of, checked."""
+    """What a run is made of, checked.
+
+    config: all options, with absolute paths.
+    model: the student with its initial weights.
+    problems: the training problems.
+    dev_splits: "dev" and "ood", those that were given.
+    stream: the problems of each step.
+    token_bytes: the bytes that each sampled token stands for.
+    method: what a rollout is trained on.
+    """
 
     config: Config
     model: LoadedModel
     problems: list[Problem]
-    dev_splits: dict[str, list[Problem]]  # "dev" and "ood", those that were given
+    dev_splits: dict[str, list[Problem]]
     stream: ProblemStream
     token_bytes: TokenBytes
+    method: Method
 
 
 def load_inputs(config: Config) -> Inputs:
-    """Load model and data. Raises UserError for all that can be seen to be wrong at this point."""
+    """Load model and data. Raises UserError for everything that can be known to be wrong by then.
+
+    The cheap checks come first: a model may take minutes to load.
+    """
     config = with_absolute_paths(config)
-    check_templates(config.reflect, config.teacher)
+    method_type = method_class(config.method)
+    method_type.check_options(config)
     check_engine(config)
     problems, dev_splits = load_data(config)
     stream = ProblemStream(
@@ -52,13 +62,10 @@ def load_inputs(config: Config) -> Inputs:
         max_prompt_tokens=config.sample.max_prompt_tokens,
         context_length=model.context_length,
     )
-    check_budgets(config, model, max(problems, key=lambda problem: len(problem.prompt)))
-    choose_trainable(model.model, config)
     token_bytes = TokenBytes(model.tokenizer)
-    if config.reflect.mode != "free":
-        GrammarCompiler(model.tokenizer, head(model.model).weight.shape[0]).check(
-            model.stop_token_ids
-        )
+    method = method_type(config, model, token_bytes)
+    method.check_problems(problems)
+    choose_trainable(model.model, config)
     return Inputs(
         config=config,
         model=model,
@@ -66,11 +73,12 @@ def load_inputs(config: Config) -> Inputs:
         dev_splits=dev_splits,
         stream=stream,
         token_bytes=token_bytes,
+        method=method,
     )
 
 
 def load_data(config: Config) -> tuple[list[Problem], dict[str, list[Problem]]]:
-    """Training problems, and the development splits that were given, cut to eval.problems."""
+    """Return the training problems and the development splits, these cut to `eval.problems`."""
     train = load_problems(config.data.train, verifier=config.data.verifier)
     sources = {"dev": config.data.dev, "ood": config.data.dev_ood}
     splits = {
@@ -83,7 +91,7 @@ def load_data(config: Config) -> tuple[list[Problem], dict[str, list[Problem]]]:
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """The same files and folders from wherever the run is resumed."""
+    """Return options that name the same files from whatever folder the run is resumed in."""
 
     def absolute(source: str | None) -> str | None:
         if source is None or source.startswith("quickstart:"):
@@ -103,37 +111,3 @@ def with_absolute_paths(config: Config) -> Config:
             "engine": engine.model_copy(update=places),
         }
     )
-
-
-def check_budgets(config: Config, model: LoadedModel, problem: Problem) -> None:
-    """Raise UserError when `problem`, the longest, and a template alone are over their budget.
-
-    Only the templates that the run uses are checked.
-    """
-    for section, name in used_templates(config):
-        options = getattr(config, section)
-        template = getattr(options, name)
-        texts = {**dict.fromkeys(placeholders(template), ""), "problem": problem.prompt}
-        user = fill_template(template, texts)
-        length = len(render_prompt(model.tokenizer, user=user, system=problem.system))
-        if length >= options.max_prompt_tokens:
-            raise UserError(
-                f"{section}.{name} and the problem have {length} tokens together, and "
-                f"{section}.max_prompt_tokens is {options.max_prompt_tokens}",
-                where=f"problem {problem.id}",
-                fix=f"Raise {section}.max_prompt_tokens, or leave the problem out",
-            )
-
-
-def used_templates(config: Config) -> list[tuple[str, str]]:
-    """(section, option) of the user turns of the reflector and of the teacher."""
-    used = [
-        ("reflect", template_name(config.reflect, correct=False)),
-        ("teacher", "wrong_template"),
-    ]
-    if config.reflect.on_correct == "reflect":
-        used += [
-            ("reflect", template_name(config.reflect, correct=True)),
-            ("teacher", "correct_template"),
-        ]
-    return used

@@ -1,39 +1,41 @@
-"""The loop: one pass through `run_steps` is one optimizer step of ROSD (arXiv 2605.28014).
+"""The loop: one pass through `run_steps` is one optimizer step.
 
-    sample -> verify -> select -> reflect -> locate -> build and pack -> learn -> sync -> log
+    sample -> verify -> select -> annotate -> build and pack -> learn -> sync -> log
 
-Each stage is a module of its own; what passes between them are the records of `rosd_fast.types`.
+Each stage is a module of its own; the records of `rosd_fast.types` pass between them. What a method
+needs of the rollouts (`annotate`) and what it trains (`build`) is in `rosd_fast.methods`.
 `rosd_fast.run` opens the run: it loads model and data and checks everything before the first step.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from pathlib import Path
 
+from torch import Tensor
+
 from rosd_fast.batch.packing import pack
-from rosd_fast.batch.samples import build_samples, sample_metrics
 from rosd_fast.config import Config
 from rosd_fast.engines.factory import check_teacher_server
+from rosd_fast.engines.lifecycle import Engines
 from rosd_fast.evaluate import evaluate_splits
-from rosd_fast.pipeline import Sampled, sample_and_reflect
-from rosd_fast.reflection.locate import locate_errors
-from rosd_fast.reflection.probe import probe_metrics, teacher_helps, wrong_samples
-from rosd_fast.reflection.reflect import reflection_metrics
-from rosd_fast.report import rollouts_path, write_rollouts
+from rosd_fast.pipeline import Sampled, sample_and_annotate
 from rosd_fast.report.metrics import rollout_metrics
 from rosd_fast.report.progress import Hidden
 from rosd_fast.run import Run, open_run
+from rosd_fast.trainer.learner import StepResult, TrainingDiverged
 from rosd_fast.trainer.ranks import run_worker
+from rosd_fast.types import PackedBatch
 from rosd_fast.utils.distributed import open_world
 
 
 def train(config: Config, *, resume: Path | None = None) -> Path:
-    """Run `config.steps` optimizer steps, or those that are left of `resume`; returns the run
-    folder. Ranks of torchrun's beside rank 0, which do not know it, return `config.out`.
+    """Run `config.steps` optimizer steps, or those left of `resume`, and return the run folder.
 
-    Raises UserError for anything the user can mend. Ctrl-C and SIGTERM end it after the current
-    step, with a checkpoint.
+    Under torchrun only rank 0 knows the run folder; the other ranks return `config.out`. Ctrl-C and
+    SIGTERM end the run after the current step, with a checkpoint. Raises UserError for everything
+    that the user can fix.
     """
     with open_world(config.parallel, config.device) as world:
         if not world.is_rank0:
@@ -46,116 +48,93 @@ def train(config: Config, *, resume: Path | None = None) -> Path:
 
 async def run_steps(run: Run) -> None:
     """Evaluate, then step, evaluate and save as often as the options say."""
-    config = run.config
+    config, inputs, progress = run.config, run.inputs, run.progress
     ahead: asyncio.Task[Sampled] | None = None
-    try:
-        await start(run)
-        if run.first_step == 1:
-            run.finish_step(0, await evaluate_splits(run))
-        for step in range(run.first_step, config.steps + 1):
-            sampled = await (ahead or sample_and_reflect(run, step, run.progress))
-            if config.engine.one_step_ahead and step < config.steps:
-                ahead = asyncio.create_task(sample_and_reflect(run, step + 1, Hidden()))
-            metrics = await learn(run, step, sampled)
-            last = step == config.steps or run.stop.requested
-            if last or is_due(step, config.eval.every):
-                metrics |= await evaluate_splits(run)
-            # The row before the checkpoint: killed in between, a resumed run does the step again.
-            run.finish_step(step, metrics)
-            if last or is_due(step, config.checkpoint.every):
-                with run.progress.stage("checkpoint"):
-                    run.save(step, metrics)
-            if last:
-                break
-    finally:
-        if ahead is not None:
-            ahead.cancel()
-            await asyncio.wait({ahead})
-        await run.engine.close()
-        if run.teacher_server is not None:
-            await run.teacher_server.close()
+    async with run.open_engines() as engines:
+        try:
+            await start(run, engines)
+            if run.first_step == 1:
+                run.finish_step(0, await evaluate_splits(inputs, engines.student, progress))
+            for step in range(run.first_step, config.steps + 1):
+                sampled = await (ahead or sample_and_annotate(inputs, engines, step, progress))
+                if config.engine.one_step_ahead and step < config.steps:
+                    ahead = asyncio.create_task(
+                        sample_and_annotate(inputs, engines, step + 1, Hidden())
+                    )
+                metrics = await train_on(run, engines, step, sampled)
+                last = step == config.steps or run.stop.requested
+                if last or is_due(step, config.eval.every):
+                    metrics |= await evaluate_splits(inputs, engines.student, progress)
+                # The row before the checkpoint: killed in between, a resumed run repeats the step.
+                run.finish_step(step, metrics)
+                if last or is_due(step, config.checkpoint.every):
+                    with progress.stage("checkpoint"):
+                        run.save(step, metrics)
+                if last:
+                    break
+        finally:
+            if ahead is not None:
+                ahead.cancel()
+                await asyncio.wait({ahead})
 
 
-async def start(run: Run) -> None:
+async def start(run: Run, engines: Engines) -> None:
     """Bring servers to the weights that the run begins with, and compare them with the trainer."""
-    if run.teacher_server is not None:
-        await check_teacher_server(run, run.teacher_server)
-    await run.sync_weights(run.first_step - 1)
+    if engines.teacher_server is not None:
+        await check_teacher_server(run, engines.teacher_server)
+    await run.sync_weights(engines, run.first_step - 1)
 
 
-async def learn(run: Run, step: int, sampled: Sampled) -> dict[str, float]:
-    """One optimizer step on what was sampled; returns the step's metrics."""
-    config, progress, tokenizer = run.config, run.progress, run.model.tokenizer
-    groups, verdicts, selection = sampled.groups, sampled.verdicts, sampled.selection
-    with progress.stage("locate"):
-        located = locate_errors(
-            selection.kept,
-            verdicts,
-            sampled.reflections,
-            token_bytes=run.token_bytes,
-            config=config.span,
-        )
+async def train_on(run: Run, engines: Engines, step: int, sampled: Sampled) -> dict[str, float]:
+    """Do one optimizer step on what was sampled; return the step's metrics."""
+    config, progress, method = run.config, run.progress, run.inputs.method
+    verdicts, selection = sampled.verdicts, sampled.selection
+    training = method.build(selection.kept, verdicts, sampled.annotations, progress)
     with progress.stage("build"):
-        samples = build_samples(
-            selection.kept,
-            sampled.reflections,
-            located.spans,
-            tokenizer=tokenizer,
-            config=config.teacher,
-        )
         batches = pack(
-            samples,
+            training.samples,
             max_tokens=config.pack.max_tokens,
             min_shared=config.pack.min_shared,
             num_ranks=run.learners.world.size,
-            hidden_size=run.model.hidden_size,
+            hidden_size=run.inputs.model.hidden_size,
         )
-    helped = None
-    if run.teacher_engine is not None and is_due(step, config.reflect.probe_every):
-        with progress.stage("probe"):
-            helped = await teacher_helps(
-                run.teacher_engine,
-                wrong_samples(samples, verdicts, config.reflect.probe_problems),
-                selection.kept,
-                verdicts,
-                tokenizer=tokenizer,
-                params=run.sampling_params,
-                seed=config.seed,
-                step=step,
-            )
+    measured = await method.measure(step, training, selection.kept, verdicts, engines, progress)
     if not batches:
-        progress.note(f"step {step}: nothing to distil ({selection.describe()})")
+        progress.note(f"step {step}: nothing to train on ({selection.describe()})")
     teacher_states = None
-    if run.teacher_server is not None:
+    if engines.teacher_server is not None:
         with progress.stage("teacher"):
-            teacher_states = await run.teacher_server.states(batches)
-    await run.engine.release_memory()
+            teacher_states = await engines.teacher_server.states(batches)
+    await engines.student.release_memory()
     with progress.stage("learn"):
-        learned = await run.learn(step, samples, batches, teacher_states)
+        try:
+            learned = await update(run, batches, teacher_states)
+        except TrainingDiverged:
+            run.write_skipped(step, training.samples)
+            raise
         progress.tokens(sum(batch.num_tokens for batch in batches))
+    if learned.metrics["loss/skipped"]:
+        progress.note(f"step {step} is skipped: its loss or gradient is not finite")
+        run.write_skipped(step, training.samples)
     with progress.stage("sync"):
-        await run.sync_weights(step)
-    if config.dump_rollouts:
-        write_rollouts(
-            rollouts_path(run.folder, step),
-            step=step,
-            groups=groups,
-            verdicts=verdicts,
-            reflections=sampled.reflections,
-            spans=located.spans,
-            per_token=learned.per_token,
-            token_bytes=run.token_bytes,
-            kept=selection.kept,
-        )
+        await run.sync_weights(engines, step)
+    run.write_rollouts(step, sampled, training, learned.per_token)
     return {
         **learned.metrics,
-        **rollout_metrics(groups, verdicts, len(samples), selection, step - 1),
-        **run.engine.take_metrics(),
-        **reflection_metrics(sampled.reflections),
-        **sample_metrics(samples),
-        **located.metrics(),
-        **probe_metrics(helped),
+        **rollout_metrics(sampled.groups, verdicts, len(training.samples), selection, step - 1),
+        **engines.student.take_metrics(),
+        **training.metrics,
+        **measured,
     }
+
+
+async def update(
+    run: Run, batches: Sequence[PackedBatch], teacher_states: Sequence[Tensor] | None
+) -> StepResult:
+    """Update the weights; in a thread where requests of the next step are in flight."""
+    if run.config.engine.one_step_ahead:
+        return await asyncio.to_thread(run.learners.step, batches, teacher_states)
+    return run.learners.step(batches, teacher_states)
 
 
 def is_due(step: int, every: int) -> bool:

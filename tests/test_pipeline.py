@@ -10,11 +10,12 @@ from typing import Any
 import pytest
 
 from rosd_fast.config.load import apply_args, load_preset
+from rosd_fast.engines.lifecycle import Engines
 from rosd_fast.engines.local.engine import LocalEngine
 from rosd_fast.errors import UserError
-from rosd_fast.pipeline import Sampled, sample_and_reflect
+from rosd_fast.inputs import load_inputs
+from rosd_fast.pipeline import Sampled, sample_and_annotate
 from rosd_fast.report.progress import Hidden
-from rosd_fast.run import Run, open_run
 from rosd_fast.types import Generation, GenerationRequest
 
 
@@ -51,7 +52,7 @@ class StreamingEngine(LocalEngine):
             await asyncio.sleep(0)  # lets reflections be asked for
 
 
-def sampled(tmp_path: Path, pipeline: str, use: Callable[[Run], Any] | None = None) -> Any:
+def sampled(tmp_path: Path, pipeline: str, fail_at: str = "") -> Any:
     options = {
         "steps": 1,
         "out": str(tmp_path),
@@ -63,13 +64,11 @@ def sampled(tmp_path: Path, pipeline: str, use: Callable[[Run], Any] | None = No
         # The validator lets `pipeline` be; only an engine that streams looks at it.
         "engine.pipeline": pipeline,
     }
-    with open_run(apply_args(load_preset("quickstart"), options)) as run:
-        run.engine = run.reflector = engine = StreamingEngine(
-            run.model.model, tokenizer=run.model.tokenizer
-        )
-        if use is not None:
-            use(run)
-        found = asyncio.run(sample_and_reflect(run, 1, Hidden()))
+    inputs = load_inputs(apply_args(load_preset("quickstart"), options))
+    engine = StreamingEngine(inputs.model.model, tokenizer=inputs.model.tokenizer)
+    engine.fail_at = fail_at
+    engines = Engines(student=engine)
+    found = asyncio.run(sample_and_annotate(inputs, engines, 1, Hidden()))
     return found, engine.diary
 
 
@@ -77,7 +76,7 @@ def test_both_pipelines_give_the_same(tmp_path: Path) -> None:
     streamed, diary = sampled(tmp_path, "streamed")
     barrier, barrier_diary = sampled(tmp_path, "barrier")
     assert isinstance(streamed, Sampled) and isinstance(barrier, Sampled)
-    assert streamed.reflections and streamed.reflections == barrier.reflections
+    assert streamed.annotations and streamed.annotations == barrier.annotations
     assert streamed.selection == barrier.selection and streamed.verdicts == barrier.verdicts
     for ours, theirs in zip(streamed.groups, barrier.groups, strict=True):
         assert ours.problem == theirs.problem
@@ -94,9 +93,5 @@ def first_reflection(diary: list[str]) -> int:
 
 
 def test_an_error_in_a_reflection_is_the_one_that_is_seen(tmp_path: Path) -> None:
-    def fail(run: Run) -> None:
-        assert isinstance(run.engine, StreamingEngine)
-        run.engine.fail_at = "/reflect/"
-
     with pytest.raises(UserError, match=r"step1/reflect/.* is not wanted"):
-        sampled(tmp_path, "streamed", fail)
+        sampled(tmp_path, "streamed", fail_at="/reflect/")

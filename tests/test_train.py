@@ -161,7 +161,7 @@ def test_adapters_resume_to_the_same_bits(kind: str, tmp_path: Path) -> None:
 def test_the_best_checkpoint_stays(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     accuracies = iter([0.0, 0.2, 0.9, 0.4, 0.5, 0.6])
 
-    async def rated(_run: Any) -> dict[str, float]:
+    async def rated(*_: Any) -> dict[str, float]:
         return {"eval/dev/accuracy": next(accuracies)}
 
     monkeypatch.setattr("rosd_fast.train.evaluate_splits", rated)
@@ -243,7 +243,7 @@ def test_without_any_right_rollout_a_step_ends_well(
     rows = [{"prompt": f"Say {i}.", "answer": "-12345", "verifier": "number"} for i in range(4)]
     data.write_text("\n".join(map(json.dumps, rows)))
     run = train(small(tmp_path, data__train=str(data), data__dev=None, data__dev_ood=None, steps=1))
-    assert "nothing to distil" in capsys.readouterr().out
+    assert "nothing to train on" in capsys.readouterr().out
     row = read_metrics(run / "metrics.jsonl")[-1]
     assert row["loss/num_distilled_tokens"] == 0
     assert row["rollout/accuracy"] == 0

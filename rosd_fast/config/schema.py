@@ -394,6 +394,8 @@ class EngineConfig(Section):
 class Config(Section):
     """Options of a training run."""
 
+    method: str = "rosd"
+    """Training method: what a rollout is trained on."""
     model: str = "quickstart"
     """quickstart, a model folder, or a Hugging Face hub id."""
     dtype: Literal["float32", "bfloat16"] = "float32"

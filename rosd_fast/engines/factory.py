@@ -144,7 +144,7 @@ async def check_teacher_server(run: Run, teacher_server: SglangTeacher) -> None:
     bound = allowed_gap(config.teacher.max_logprob_gap, config.dtype)
     alone = run.learners.world.size == 1
     if bound and (alone or run.first_step == 1):
-        model = teacher.model if alone else run.model.model
+        model = teacher.model if alone else run.inputs.model.model
         await check_teacher(teacher_server, model, run.weight_check_ids, bound=bound)
     if alone:
         teacher.keep_head_only()

@@ -10,6 +10,7 @@ from rosd_fast.text.prompts import render_prompt
 from rosd_fast.types import GenerationRequest, Group, Rollout, SamplingParams
 
 if TYPE_CHECKING:
+    from rosd_fast.config import SampleConfig
     from rosd_fast.engines.base import RolloutEngine
     from rosd_fast.types import Generation, Problem
 
@@ -100,6 +101,17 @@ def check_prompts(
                 where=f"problem {problem.id}",
                 fix="Shorten the problem or choose a model with a longer context",
             )
+
+
+def sampling_params(config: SampleConfig, stop_token_ids: Sequence[int]) -> SamplingParams:
+    """Return how rollouts are sampled, as the options say."""
+    return SamplingParams(
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_p=config.top_p,
+        top_k=config.top_k,
+        stop_token_ids=tuple(stop_token_ids),
+    )
 
 
 def problem_prompt(problem: Problem, tokenizer: Any, max_prompt_tokens: int) -> tuple[int, ...]:
