@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help install train test slow sglang lint format types bench clean
+.PHONY: help install train test slow sglang lint format types docs bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -57,6 +57,12 @@ format: $(STAMP)  ## bring the code into style
 
 types: $(STAMP)  ## check types
 	@$(BIN)/pyright
+
+docs: $(STAMP)  ## build the documentation into build/site, strictly
+	@$(BIN)/python -c 'import material, mkdocstrings_handlers.python' 2>/dev/null \
+		|| $(PIP) --no-build-isolation -e ".[docs]"
+	@NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "open build/site/index.html"
 
 bench: $(STAMP)  ## run the benchmarks and rewrite bench/results
 	@for file in bench/*.py; do \

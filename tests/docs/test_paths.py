@@ -1,0 +1,28 @@
+"""The pages name files that exist, and their links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FOLDERS = "rosd_fast|kernels|csrc|tests|bench|scripts|docs"
+NAMED = re.compile(rf"`((?:{FOLDERS})/[\w./-]*)`")
+LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)(?:#[^)\s]*)?\)")
+EXAMPLES = {"rosd_fast/verify/yes_no.py"}  # what docs/extend.md has the reader write
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_files_exist(page: Path) -> None:
+    named = {name.rstrip("/") for name in NAMED.findall(page.read_text())} - EXAMPLES
+    missing = [name for name in sorted(named) if not (ROOT / name).exists()]
+    assert not [name for name in missing if "NAME" not in name]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_resolve(page: Path) -> None:
+    links = LINK.findall(page.read_text())
+    assert not [link for link in links if not (page.parent / link).exists()]
