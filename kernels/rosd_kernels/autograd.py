@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from rosd_kernels.records import SpanDivergenceOutput, SpanDivergenceStats, SpanInputs
-
-CAST_BYTES = 16 << 20  # part of a gradient that is converted at a time
+from rosd_kernels.workspace import CAST_BYTES
 
 Needed = tuple[bool, bool, bool]  # which gradients: hidden states, head, bias
 

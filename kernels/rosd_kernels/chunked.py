@@ -29,7 +29,7 @@ from torch import Tensor
 from rosd_kernels.autograd import Computed, Gradients, Needed, TokenResults, differentiable, ranges
 from rosd_kernels.backends import gpu_rows
 from rosd_kernels.divergences import entry_terms, known_total, row_value
-from rosd_kernels.elementwise import stats, terms_, uses_native
+from rosd_kernels.elementwise import stats, subtract_total, terms_, uses_native
 from rosd_kernels.order import finish_
 from rosd_kernels.records import (
     FINISHED,
@@ -129,15 +129,6 @@ def _finish_block(
     if needs_gradient:
         subtract_total(student, teacher, total, options)
     return value, of_student, of_teacher
-
-
-def subtract_total(p: Tensor, e: Tensor, total: Tensor, options: SpanOptions) -> None:
-    """`p <- e - K p` for the [R, C] results of `terms_` and the [R] total of whole rows."""
-    known = known_total(options)
-    if known is None:
-        torch.addcmul(e, p, total[:, None], value=-1, out=p)
-    else:
-        torch.sub(e, p, alpha=known, out=p)
 
 
 def _finish_top_k(

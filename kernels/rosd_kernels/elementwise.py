@@ -9,9 +9,11 @@ On a CPU they are in C++ (native.py), elsewhere and without the extension in pla
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from rosd_kernels import native, plain
+from rosd_kernels.divergences import known_total
 from rosd_kernels.records import Form, SpanOptions
 
 
@@ -54,3 +56,12 @@ def terms_(
     return implementation.terms_(
         student, teacher, student_form, teacher_form, student_lse, teacher_lse, options
     )
+
+
+def subtract_total(p: Tensor, e: Tensor, total: Tensor, options: SpanOptions) -> None:
+    """`p <- e - K p` for the [R, C] results of `terms_` and the [R] total of whole rows."""
+    known = known_total(options)
+    if known is None:
+        torch.addcmul(e, p, total[:, None], value=-1, out=p)
+    else:
+        torch.sub(e, p, alpha=known, out=p)

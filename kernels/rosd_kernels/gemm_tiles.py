@@ -17,10 +17,9 @@ import torch
 from torch import Tensor
 
 from rosd_kernels.autograd import Gradients, Needed, ranges
-from rosd_kernels.chunked import subtract_total
-from rosd_kernels.elementwise import stats, terms_
+from rosd_kernels.elementwise import stats, subtract_total, terms_
 from rosd_kernels.records import Form, SpanInputs, SpanOptions
-from rosd_kernels.sparsity import Sparsity, Sweep, TileStats, select_tiles
+from rosd_kernels.sparsity import Sparsity, Sweep, TileStats, select_tiles, sweep_sides
 from rosd_kernels.tiles import ROW_BLOCK, TILE, num_tiles
 from rosd_kernels.workspace import MIB, is_gemm_ready
 
@@ -65,18 +64,9 @@ class GemmTiles:
         self.kept: dict[tuple[int, int], tuple[Tensor, Tensor]] | None = None
 
     def sweep(self, columns: Tensor | None) -> tuple[Sweep, Sweep]:
-        """Statistics of all tiles. One GEMM does both sides where the weights are shared."""
-        num_tokens = self.inputs.num_tokens
-        if self.inputs.is_stacked:
-            twice = None if columns is None else torch.cat([columns, columns])
-            found, sampled = self._sweep(torch.cat(self.hidden), 0, twice)
-            student, teacher = (
-                Sweep(TileStats(*found[:, rows]), None if sampled is None else sampled[rows])
-                for rows in (slice(0, num_tokens), slice(num_tokens, None))
-            )
-            return student, teacher
-        student, teacher = (self._sweep(self.hidden[side], side, columns) for side in (0, 1))
-        return Sweep(TileStats(*student[0]), student[1]), Sweep(TileStats(*teacher[0]), teacher[1])
+        """Statistics of all tiles of the student and of the teacher; see `tiled.Tiles`."""
+        is_stacked = self.inputs.is_stacked
+        return sweep_sides(self._sweep, self.hidden, columns, is_stacked=is_stacked)
 
     def _sweep(
         self, hidden: Tensor, side: int, columns: Tensor | None

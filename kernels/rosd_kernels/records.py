@@ -161,7 +161,7 @@ class SpanInputs:
             weights=weights,
             token_ids=token_ids,
             rollout_logprobs=rollout_logprobs,
-            head_is_shared=_same_memory(student_head, teacher_head),
+            head_is_shared=same_memory(student_head, teacher_head),
         )
 
     @property
@@ -184,7 +184,7 @@ class SpanInputs:
         same_bias = self.student_bias is self.teacher_bias or (
             self.student_bias is not None
             and self.teacher_bias is not None
-            and _same_memory(self.student_bias, self.teacher_bias)
+            and same_memory(self.student_bias, self.teacher_bias)
         )
         return self.head_is_shared and same_bias
 
@@ -355,6 +355,7 @@ def _check_devices(**tensors: Tensor | None) -> None:
             raise ValueError(f"{name}: is on {device}, want {wanted}, where student_hidden is")
 
 
-def _same_memory(a: Tensor, b: Tensor) -> bool:
+def same_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same elements in the same layout."""
     same_layout = a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
     return same_layout and a.data_ptr() == b.data_ptr()

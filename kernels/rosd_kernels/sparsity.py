@@ -28,6 +28,7 @@ Legend: N tokens, T tiles, B row blocks.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -78,10 +79,40 @@ class TileStats(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """What a look at all tiles of one side tells."""
+    """What a pass over all tiles of one side returns."""
 
     stats: TileStats
     sampled: Tensor | None  # [N] finished logit of the sampled token, 0 where it is another shard's
+
+
+# (hidden [M, H], side: 0 student or 1 teacher, columns [M] of the sampled tokens or None) ->
+# ([4, M, T] statistics, [M] logits of the sampled tokens or None)
+SweepSide = Callable[[Tensor, int, Tensor | None], tuple[Tensor, Tensor | None]]
+
+
+def sweep_sides(
+    sweep_side: SweepSide,
+    hidden: tuple[Tensor, Tensor],  # [N, H] of the student, [N, Ht] of the teacher
+    columns: Tensor | None,  # [N]
+    *,
+    is_stacked: bool,
+) -> tuple[Sweep, Sweep]:
+    """Sweep the student and the teacher, in one call on [2N, H] rows where `is_stacked`.
+
+    `is_stacked`: both sides have the same head, bias and dtype.
+    """
+    if is_stacked:
+        N = hidden[0].shape[0]
+        twice = None if columns is None else torch.cat([columns, columns])
+        stats, sampled = sweep_side(torch.cat(hidden), 0, twice)
+        found = [
+            (stats[:, rows], None if sampled is None else sampled[rows])
+            for rows in (slice(0, N), slice(N, None))
+        ]
+    else:
+        found = [sweep_side(hidden[side], side, columns) for side in (0, 1)]
+    student, teacher = (Sweep(TileStats(*stats), sampled) for stats, sampled in found)
+    return student, teacher
 
 
 def select_tiles(

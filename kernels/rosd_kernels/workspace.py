@@ -20,7 +20,8 @@ CPU_CHUNK_ROWS = 128
 # chunks, so that its passes find the rows in the cache. Much smaller blocks would only add thread
 # synchronization.
 CPU_BLOCK_ELEMENTS = 1 << 20
-CAST_BYTES = 16 * MIB  # a converted tile of a head: long enough for a good GEMM
+# Part of a head or of its gradient that is converted at a time: long enough for a good GEMM.
+CAST_BYTES = 16 * MIB
 # Where a GEMM of bfloat16 operands gives its float32 sums unrounded.
 NARROW_DEVICES = ("cuda",)
 

@@ -125,7 +125,7 @@ def test_importance_clip_needs_sampled_tokens(missing):
     sampled = {"token_ids": torch.zeros(N, dtype=torch.int64), "rollout_logprobs": torch.zeros(N)}
     del sampled[missing]
     with pytest.raises(
-        ValueError, match=rf"^{missing}: got None, want shape \[N\] = \[4\] with is_"
+        ValueError, match=rf"^{missing}: got None, want shape \[N\] = \[4\] with importance_clip"
     ):
         span_divergence(**good(**sampled), importance_clip=2.0)
 

@@ -16,6 +16,7 @@ from rosd_kernels.gpu.active import active_pairs
 from rosd_kernels.gpu.blocks import add_bias, dot, head_rows, project, sum_both
 from rosd_kernels.gpu.launch import Gemm, launch
 from rosd_kernels.gpu.math import pair_entries, round_to, tanh_each
+from rosd_kernels.records import same_memory
 from rosd_kernels.tiles import ROW_BLOCK
 
 
@@ -345,10 +346,7 @@ class Pair:
     ) -> None:
         hidden = (self.student_hidden, self.teacher_hidden)
         heads = (self.student_head, self.teacher_head)
-        # Interchangeable for the kernel, which then reads the head once.
-        shared = (
-            heads[0].data_ptr() == heads[1].data_ptr() and heads[0].stride() == heads[1].stride()
-        )
+        shared = same_memory(*heads)  # the kernel then reads the head once
         options = (self.student_bias, self.teacher_bias, self.softcap, self.entry_clip)
         extras = not shared or any(option is not None for option in options)
         gemm = Gemm.of("pair", *hidden, *heads, order=self.order, extras=extras)

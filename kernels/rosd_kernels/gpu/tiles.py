@@ -13,8 +13,7 @@ from rosd_kernels.gpu.loss import loss
 from rosd_kernels.gpu.select import select
 from rosd_kernels.gpu.sweep import sweep
 from rosd_kernels.records import SpanInputs, SpanOptions
-from rosd_kernels.sparsity import Sparsity, TileStats
-from rosd_kernels.tiled import Sweep
+from rosd_kernels.sparsity import Sparsity, Sweep, TileStats, sweep_sides
 from rosd_kernels.tiles import TILE, num_tiles
 from rosd_kernels.workspace import MIB
 
@@ -51,21 +50,9 @@ class TritonTiles:
         self.workspace_bytes = num_tokens * self.chunk_tiles * TILE * self.grad_dtype.itemsize
 
     def sweep(self, columns: Tensor | None) -> tuple[Sweep, Sweep]:
-        """Statistics of all tiles, student and teacher; columns: [N] of the sampled tokens.
-
-        Sides that share head and bias are one GEMM on stacked rows.
-        """
-        if self.inputs.is_stacked and self.hidden[0].dtype == self.hidden[1].dtype:
-            N = self.inputs.num_tokens
-            twice = None if columns is None else torch.cat([columns, columns])
-            stats, sampled = self._sweep(torch.cat(self.hidden), 0, twice)
-            student, teacher = (
-                Sweep(TileStats(*stats[:, rows]), None if sampled is None else sampled[rows])
-                for rows in (slice(0, N), slice(N, None))
-            )
-            return student, teacher
-        student, teacher = (self._sweep(self.hidden[side], side, columns) for side in (0, 1))
-        return Sweep(TileStats(*student[0]), student[1]), Sweep(TileStats(*teacher[0]), teacher[1])
+        """Statistics of all tiles of the student and of the teacher; see `tiled.Tiles`."""
+        is_stacked = self.inputs.is_stacked and self.hidden[0].dtype == self.hidden[1].dtype
+        return sweep_sides(self._sweep, self.hidden, columns, is_stacked=is_stacked)
 
     def _sweep(
         self, hidden: Tensor, side: int, columns: Tensor | None
