@@ -44,7 +44,7 @@ CANDIDATES = ("chunked", "tiled exact", "tiled entry", "tiled entry, ordered", "
 CSV = RESULTS / "loss_cpu.csv"
 PICTURE = ROOT / "docs" / "loss_cpu.png"
 
-Run = Callable[[], Any]
+Step = Callable[[], Any]  # forward and backward
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,9 +103,9 @@ def measure(
 ) -> Iterator[dict[str, Any]]:
     """A CSV row for each candidate and for the floor."""
     inputs = Inputs.load(file, num_tokens)
-    runs: dict[str, Run] = {name: candidate(name, inputs) for name in CANDIDATES}
-    runs["floor"] = gemm_floor(inputs.student, inputs.teacher, inputs.head)
-    timed = time_alternating(runs, repeats=args.repeats)
+    steps: dict[str, Step] = {name: candidate(name, inputs) for name in CANDIDATES}
+    steps["floor"] = gemm_floor(inputs.student, inputs.teacher, inputs.head)
+    timed = time_alternating(steps, repeats=args.repeats)
     shown = span_divergence(
         inputs.student.detach(),
         inputs.teacher,
@@ -144,7 +144,7 @@ def measure(
         yield row
 
 
-def candidate(name: str, inputs: Inputs) -> Run:
+def candidate(name: str, inputs: Inputs) -> Step:
     """Forward and backward; gives the active share where there is one."""
     if name in ("eager", "liger"):
         peer = eager_jsd if name == "eager" else liger_jsd
@@ -157,14 +157,14 @@ def candidate(name: str, inputs: Inputs) -> Run:
         def forward(inputs: Inputs) -> Any:
             return span_divergence(inputs.student, inputs.teacher, inputs.head, **options)
 
-    def run() -> float | None:
+    def step() -> float | None:
         inputs.student.grad = inputs.head.grad = None
         out = forward(inputs)
         loss = out if isinstance(out, Tensor) else out.loss
         loss.backward()
         return None if isinstance(out, Tensor) else out.stats.active_frac
 
-    return run
+    return step
 
 
 def ours(name: str, inputs: Inputs) -> dict[str, Any]:
@@ -198,10 +198,10 @@ def peak_memory(args: argparse.Namespace) -> float:
         few.permutation_mass,
     )
     candidate(name, leaves)()  # loads what is loaded once
-    run = candidate(name, inputs)
+    step = candidate(name, inputs)
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    run()
+    step()
     gradients = 4 * (inputs.student.numel() + inputs.head.numel())
     return max(0.0, resident("VmHWM") - before - gradients) / 2**20
 

@@ -39,9 +39,9 @@ def gpu_rows(like: Tensor, dtype: torch.dtype) -> Callable[..., Any] | None:
     """The fused elementwise pass of "chunked", or None where it is not for this device."""
     if not uses_triton(like, dtype):
         return None
-    from rosd_kernels.gpu.rows import finish_block
+    from rosd_kernels.gpu.rows import block_divergence
 
-    return finish_block
+    return block_divergence
 
 
 def make_tiles(inputs: SpanInputs, options: SpanOptions, permutation: Tensor | None) -> Any:

@@ -30,10 +30,8 @@ from rosd_kernels.autograd import Computed, Gradients, Needed, TokenResults, dif
 from rosd_kernels.backends import gpu_rows
 from rosd_kernels.divergences import entry_terms, known_total, row_value
 from rosd_kernels.elementwise import stats, subtract_total, terms_, uses_native
-from rosd_kernels.order import finish_
+from rosd_kernels.logits import SCALED, LogitTransform, transform_
 from rosd_kernels.records import (
-    FINISHED,
-    Form,
     SpanDivergenceOutput,
     SpanDivergenceStats,
     SpanInputs,
@@ -63,17 +61,19 @@ def _compute(
     workspace = Workspace(plan, hidden.device)
     results = _empty_results(inputs)
     gradients = _zero_gradients(inputs, needed)
-    forms = inputs.forms(options)
+    transforms = inputs.transforms(options)
+    block_divergence = rows_kernel or (
+        _block_divergence if options.top_k is None else _block_divergence_top_k
+    )
     for start, stop in ranges(inputs.num_tokens, plan.rows):
         chunk = inputs.rows(start, stop)
         student, teacher = _project(chunk, workspace)
         for first, last in ranges(stop - start, plan.block):
             block = chunk.rows(first, last)
-            finish = rows_kernel or (_finish_block if options.top_k is None else _finish_top_k)
-            values, *sides = finish(
+            values, *sides = block_divergence(
                 student[first:last],
                 teacher[first:last],
-                forms,
+                transforms,
                 vocabulary.columns(block.token_ids),
                 options,
                 vocabulary,
@@ -111,10 +111,10 @@ def _project(chunk: SpanInputs, workspace: Workspace) -> tuple[Tensor, Tensor]:
     return student, teacher
 
 
-def _finish_block(
+def _block_divergence(
     student: Tensor,  # [R, V] raw logits in, G out
     teacher: Tensor,  # [R, V] raw logits in, overwritten
-    forms: tuple[Form, Form],
+    transforms: tuple[LogitTransform, LogitTransform],
     columns: Tensor | None,  # [R] of the sampled tokens
     options: SpanOptions,
     vocabulary: Vocabulary,
@@ -122,34 +122,32 @@ def _finish_block(
     needs_gradient: bool,
 ) -> tuple[Tensor, RowStats, RowStats]:
     """([R] divergence, statistics of either side); all elementwise work of a block of rows."""
-    of_student = _whole_rows(student, forms[0], columns, vocabulary)
-    of_teacher = _whole_rows(teacher, forms[1], columns, vocabulary)
-    sums = terms_(student, teacher, *forms, of_student.lse, of_teacher.lse, options)
+    of_student = _whole_rows(student, transforms[0], columns, vocabulary)
+    of_teacher = _whole_rows(teacher, transforms[1], columns, vocabulary)
+    sums = terms_(student, teacher, *transforms, of_student.lse, of_teacher.lse, options)
     value, total = vocabulary.sum_(sums)
     if needs_gradient:
         subtract_total(student, teacher, total, options)
     return value, of_student, of_teacher
 
 
-def _finish_top_k(
+def _block_divergence_top_k(
     student: Tensor,  # [R, V] raw logits in, G out
     teacher: Tensor,  # [R, V] raw logits in, overwritten
-    forms: tuple[Form, Form],
+    transforms: tuple[LogitTransform, LogitTransform],
     columns: Tensor | None,
     options: SpanOptions,
     vocabulary: Vocabulary,
     *,
     needs_gradient: bool,
 ) -> tuple[Tensor, RowStats, RowStats]:
-    """As `_finish_block`, over the student's k most likely entries and the bucket of the rest."""
+    """`_block_divergence` over the student's k most likely entries and the tail's bucket."""
     assert options.top_k is not None
-    for logits, form in ((student, forms[0]), (teacher, forms[1])):
-        finish_(logits, form.bias, form.softcap, form.temperature)
-    slope = None
-    if options.softcap is not None:
-        slope = (student * (options.temperature / options.softcap)).square_().neg_().add_(1)
-    of_student = _whole_rows(student, FINISHED, columns, vocabulary)
-    of_teacher = _whole_rows(teacher, FINISHED, columns, vocabulary)
+    for logits, transform in zip((student, teacher), transforms, strict=True):
+        transform_(logits, transform)
+    slope = transforms[0].slope(student)
+    of_student = _whole_rows(student, SCALED, columns, vocabulary)
+    of_teacher = _whole_rows(teacher, SCALED, columns, vocabulary)
 
     # Of the candidates, k of every shard, the k best of all shards are kept.
     own, ids = student.topk(min(options.top_k, student.shape[1]), dim=-1)
@@ -193,15 +191,15 @@ def _finish_top_k(
 
 
 def _whole_rows(
-    logits: Tensor, form: Form, columns: Tensor | None, vocabulary: Vocabulary
+    logits: Tensor, transform: LogitTransform, columns: Tensor | None, vocabulary: Vocabulary
 ) -> RowStats:
-    found, sampled = stats(logits, form, columns)
+    found, sampled = stats(logits, transform, columns)
     return row_stats(found[0], found[3], sampled, vocabulary)
 
 
 def _log_mass(logits: Tensor, vocabulary: Vocabulary) -> Tensor:
-    """[R, 1] log sum exp of finished logits, over all shards."""
-    return vocabulary.logsumexp(stats(logits, FINISHED)[0][0])
+    """[R, 1] log sum exp of scaled logits, over all shards."""
+    return vocabulary.logsumexp(stats(logits, SCALED)[0][0])
 
 
 def _widened(values: Tensor, size: int) -> Tensor:

@@ -14,7 +14,8 @@ from torch import Tensor
 
 from rosd_kernels import native, plain
 from rosd_kernels.divergences import known_total
-from rosd_kernels.records import Form, SpanOptions
+from rosd_kernels.logits import LogitTransform
+from rosd_kernels.records import SpanOptions
 
 
 def uses_native(logits_like: Tensor) -> bool:
@@ -27,22 +28,25 @@ def uses_native(logits_like: Tensor) -> bool:
 
 
 def stats(
-    logits: Tensor, form: Form, columns: Tensor | None = None, tile: int | None = None
+    logits: Tensor,  # [R, C] raw
+    transform: LogitTransform,
+    columns: Tensor | None = None,  # [R] int64
+    tile: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """([4, R, T] statistics of the tiles: lse, max, min, entropy; [R] logit at `columns` or None).
+    """Return ([4, R, T] lse, max, min, entropy of each tile, [R] logit at `columns` or None).
 
-    `logits` [R, C] are raw; `form` finishes them. Entropy: of `exp(s - lse)`. Entries may be
-    -inf. `columns` [R] int64 may be -1: its logit is 0 then. tile: None, the row is one tile.
+    All of them are of the scaled logits s; the entropy is that of `exp(s - lse)`. Logits may be
+    -inf. A column of -1 gives the logit 0. Without `tile` the whole row is one tile.
     """
     implementation = native if uses_native(logits) else plain
-    return implementation.stats(logits, form, columns, tile or logits.shape[1])
+    return implementation.stats(logits, transform, columns, tile or logits.shape[1])
 
 
 def terms_(
     student: Tensor,  # [R, C] raw logits
     teacher: Tensor,  # [R, C]
-    student_form: Form,
-    teacher_form: Form,
+    student_transform: LogitTransform,
+    teacher_transform: LogitTransform,
     student_lse: Tensor,  # [R]
     teacher_lse: Tensor,  # [R]
     options: SpanOptions,
@@ -54,7 +58,7 @@ def terms_(
     """
     implementation = native if uses_native(student) else plain
     return implementation.terms_(
-        student, teacher, student_form, teacher_form, student_lse, teacher_lse, options
+        student, teacher, student_transform, teacher_transform, student_lse, teacher_lse, options
     )
 
 

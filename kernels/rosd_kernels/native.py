@@ -13,7 +13,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rosd_kernels.records import DIVERGENCES, Form, SpanOptions
+from rosd_kernels.logits import LogitTransform
+from rosd_kernels.records import DIVERGENCES, SpanOptions
 
 # From the newest vector instructions to none. A library is named after those it was built with.
 CAPABILITIES = ("AVX512", "AVX2", "DEFAULT")
@@ -66,11 +67,11 @@ def register_fakes() -> None:
 
 
 def stats(
-    logits: Tensor, form: Form, columns: Tensor | None, tile: int
+    logits: Tensor, transform: LogitTransform, columns: Tensor | None, tile: int
 ) -> tuple[Tensor, Tensor | None]:
     """See elementwise.stats."""
     found, sampled = torch.ops.rosd.stats(
-        logits, form.bias, columns, form.softcap, form.temperature, tile
+        logits, transform.bias, columns, transform.softcap, transform.temperature, tile
     )
     return found, None if columns is None else sampled
 
@@ -78,8 +79,8 @@ def stats(
 def terms_(
     student: Tensor,
     teacher: Tensor,
-    student_form: Form,
-    teacher_form: Form,
+    student_transform: LogitTransform,
+    teacher_transform: LogitTransform,
     student_lse: Tensor,
     teacher_lse: Tensor,
     options: SpanOptions,
@@ -88,8 +89,8 @@ def terms_(
     result = torch.ops.rosd.terms_(
         student,
         teacher,
-        student_form.bias,
-        teacher_form.bias,
+        student_transform.bias,
+        teacher_transform.bias,
         student_lse,
         teacher_lse,
         DIVERGENCES.index(options.divergence),

@@ -12,6 +12,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
+from rosd_kernels.logits import LogitTransform, transform_
+
 COLUMNS_AT_ONCE = 4096  # logits of a part of the vocabulary at a time
 ROWS_AT_ONCE = 256  # tokens looked at in one call; more tell no more
 
@@ -45,7 +47,7 @@ class VocabularyOrder:
         hidden: Tensor,  # [N, H]
         head: Tensor,  # [V, H]
         bias: Tensor | None,  # [V]
-        lse: Tensor,  # [N] log sum exp of the finished logits, of the whole vocabulary
+        lse: Tensor,  # [N] log sum exp of the scaled logits, of the whole vocabulary
         *,
         softcap: float | None,
         temperature: float,
@@ -56,10 +58,11 @@ class VocabularyOrder:
         rows = hidden[:: -(-hidden.shape[0] // ROWS_AT_ONCE)].to(lse.dtype)
         lse = lse[:: -(-hidden.shape[0] // ROWS_AT_ONCE), None]
         mass = self.mass = self.mass.to(hidden.device)
+        transform = LogitTransform(bias, softcap, temperature)
         for start in range(0, self.vocab_size, COLUMNS_AT_ONCE):
             columns = slice(start, min(start + COLUMNS_AT_ONCE, self.vocab_size))
             logits = rows @ head[columns].to(lse.dtype).T
-            finish_(logits, None if bias is None else bias[columns], softcap, temperature)
+            transform_(logits, transform.at(columns))
             mass[columns] += logits.sub_(lse).exp_().sum(0)
         self.num_seen += rows.shape[0]
 
@@ -81,16 +84,3 @@ class VocabularyOrder:
         self.mass, self.num_seen = state["mass"].double().clone(), int(state["num_seen"])
         self.permutation = None
         self.settle()
-
-
-def finish_(
-    logits: Tensor, bias: Tensor | None, softcap: float | None, temperature: float
-) -> Tensor:
-    """`softcap(logits + bias) / temperature` in place."""
-    if bias is not None:
-        logits.add_(bias)
-    if softcap is not None:
-        logits.div_(softcap).tanh_().mul_(softcap / temperature)
-    elif temperature != 1:
-        logits.div_(temperature)
-    return logits

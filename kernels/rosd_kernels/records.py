@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from rosd_kernels.logits import LogitTransform
 from rosd_kernels.order import VocabularyOrder
 from rosd_kernels.sparsity import Sparsity
 from rosd_kernels.vocabulary import Vocabulary
@@ -58,17 +59,6 @@ class SpanOptions:
         if not isinstance(self.tail, bool):
             raise ValueError(f"tail: got {self.tail!r}, want True or False")
         _check_sparsity(self.sparsity)
-
-
-class Form(NamedTuple):
-    """How raw logits `x = h W^T` become finished ones: `softcap(x + bias) / temperature`."""
-
-    bias: Tensor | None  # [C], contiguous, in the logits' dtype
-    softcap: float | None
-    temperature: float
-
-
-FINISHED = Form(None, None, 1.0)  # nothing is left to do
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -188,13 +178,15 @@ class SpanInputs:
         )
         return self.head_is_shared and same_bias
 
-    def forms(self, options: SpanOptions) -> tuple[Form, Form]:
-        """Of the student's logits and of the teacher's."""
+    def transforms(self, options: SpanOptions) -> tuple[LogitTransform, LogitTransform]:
+        """The transforms of the student's and of the teacher's logits."""
         biases = (
             None if bias is None else bias.detach().to(self.compute_dtype).contiguous()
             for bias in (self.student_bias, self.teacher_bias)
         )
-        student, teacher = (Form(bias, options.softcap, options.temperature) for bias in biases)
+        student, teacher = (
+            LogitTransform(bias, options.softcap, options.temperature) for bias in biases
+        )
         return student, teacher
 
     @property
@@ -254,8 +246,11 @@ class SpanDivergenceStats:
 
     @property
     def grad_error_bound(self) -> float:
-        """Bound for every token on what sparsity did to the gradient of its divergence w.r.t. its
-        logits, finished but for the temperature: `sum_v |G_v - exact G_v|`, rounding aside."""
+        """Upper bound, over all tokens, on the gradient error that sparsity caused.
+
+        The error of a token is `sum_v |G_v - exact G_v|`, rounding aside, where G is the gradient
+        of its divergence w.r.t. `softcap(h W^T + b)`, the logits before the temperature.
+        """
         return 0.0 if self.measured is None else float(self.measured[2])
 
 

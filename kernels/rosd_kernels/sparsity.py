@@ -70,7 +70,7 @@ def mass(tol: float, order: VocabularyOrder | None = None) -> Sparsity:
 
 
 class TileStats(NamedTuple):
-    """Of the finished logits of one side, over the entries of each tile: [N, T] each."""
+    """Of the scaled logits of one side, over the entries of each tile: [N, T] each."""
 
     lse: Tensor  # log sum exp
     max: Tensor
@@ -82,7 +82,7 @@ class Sweep(NamedTuple):
     """What a pass over all tiles of one side returns."""
 
     stats: TileStats
-    sampled: Tensor | None  # [N] finished logit of the sampled token, 0 where it is another shard's
+    sampled: Tensor | None  # [N] scaled logit of the sampled token, 0 where it is another shard's
 
 
 # (hidden [M, H], side: 0 student or 1 teacher, columns [M] of the sampled tokens or None) ->

@@ -184,12 +184,12 @@ def _measure(
         bound = 2 * e_bound + student_mass * (total.abs() + e_bound)
     else:
         bound = e_bound + student_mass
-    share = torch.stack([active.sum(dtype=total.dtype), total.new_tensor(active.numel())])
-    share = vocabulary.sum_(share)
+    counts = torch.stack([active.sum(dtype=total.dtype), total.new_tensor(active.numel())])
+    num_active, num_pairs = vocabulary.sum_(counts)
     if total.shape[0] == 0:
         return total.new_tensor([1.0, 0.0, 0.0])
     return torch.stack(
-        [share[0] / share[1], torch.maximum(student_mass, teacher_mass).max(), bound.max()]
+        [num_active / num_pairs, torch.maximum(student_mass, teacher_mass).max(), bound.max()]
     )
 
 
@@ -211,15 +211,15 @@ def _teach(
 ) -> None:
     """Show the vocabulary's order what both sides hold likely."""
     assert sparsity.order is not None
-    student, teacher = inputs.forms(options)
-    for hidden, head, form, side in (
+    student, teacher = inputs.transforms(options)
+    for hidden, head, transform, side in (
         (inputs.student_hidden, inputs.student_head, student, of_student),
         (inputs.teacher_hidden, inputs.teacher_head, teacher, of_teacher),
     ):
         sparsity.order.observe(
             hidden.detach(),
             head.detach(),
-            form.bias,
+            transform.bias,
             side.lse,
             softcap=options.softcap,
             temperature=options.temperature,

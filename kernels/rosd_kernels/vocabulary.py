@@ -1,7 +1,7 @@
-"""The vocabulary over a process group: each rank's head holds some of its rows.
+"""A vocabulary that is sharded over a process group: each rank's head holds some of its rows.
 
-A row's sums over the vocabulary are finished here: on one rank they are whole already, and every
-method returns what it was given.
+The methods reduce a row's sums over the ranks. On one rank the sums are complete already, and every
+method returns its argument.
 """
 
 from __future__ import annotations

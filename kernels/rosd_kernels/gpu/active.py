@@ -32,8 +32,8 @@ def active_pairs(active: Tensor, group: int) -> Active:
     row_blocks, tiles = active.shape
     groups = -(-row_blocks // group)
     padded = pad(active, (0, 0, 0, groups * group - row_blocks))
-    in_order = padded.view(groups, group, tiles).transpose(1, 2).reshape(1, -1)
-    places, counts = active_per_row(in_order)
+    grouped = padded.view(groups, group, tiles).transpose(1, 2).reshape(1, -1)
+    places, counts = active_per_row(grouped)
     row = places // (group * tiles) * group + places % group
     tile = places // group % tiles
     return Active(row * tiles + tile, counts)

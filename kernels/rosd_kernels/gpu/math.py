@@ -86,8 +86,8 @@ def bregman_gamma(r):
 
 
 @triton.jit
-def finish_logits(logits, softcap, inv_temperature, HAS_SOFTCAP: tl.constexpr):
-    """(finished logits, their derivative w.r.t. the raw ones times temperature)."""
+def transform_logits(logits, softcap, inv_temperature, HAS_SOFTCAP: tl.constexpr):
+    """(scaled logits, their derivative w.r.t. the raw ones times temperature)."""
     if HAS_SOFTCAP:
         bounded = tanh(logits / softcap)
         return bounded * (softcap * inv_temperature), 1.0 - bounded * bounded
@@ -159,7 +159,7 @@ def entry_terms(log_p, log_q, p, q, beta, clip, DIVERGENCE: tl.constexpr, HAS_CL
 
 
 @triton.jit
-def in_order(x):
+def compiler_fence(x):
     """x; the compiler computes nothing across this that depends on it, nor changes the order."""
     return tl.inline_asm_elementwise(
         "mov.b32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -182,7 +182,7 @@ def pair_entry(
 ):
     """(value, e - p total) from both sides' logits, still to be multiplied by `scale`."""
     if not INTERPRET:
-        student = in_order(student)
+        student = compiler_fence(student)
     log_p = student * scale - student_lse
     log_q = teacher * scale - teacher_lse
     p = tl.where(valid, tl.exp(log_p), 0.0)
@@ -190,7 +190,7 @@ def pair_entry(
     value, e = entry_terms(log_p, log_q, p, q, beta, clip, DIVERGENCE, HAS_CLIP)
     e -= p * total
     if not INTERPRET:
-        value, e = in_order(value), in_order(e)
+        value, e = compiler_fence(value), compiler_fence(e)
     return value, e
 
 

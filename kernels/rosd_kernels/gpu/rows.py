@@ -22,8 +22,9 @@ import triton.language as tl
 from torch import Tensor
 
 from rosd_kernels.gpu.launch import COMPILER_OPTIONS
-from rosd_kernels.gpu.math import entry_terms, finish_logits
-from rosd_kernels.records import Form, SpanOptions
+from rosd_kernels.gpu.math import entry_terms, transform_logits
+from rosd_kernels.logits import LogitTransform
+from rosd_kernels.records import SpanOptions
 from rosd_kernels.rows import RowStats, row_stats
 from rosd_kernels.vocabulary import Vocabulary
 
@@ -43,12 +44,12 @@ def load_logits(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    """Finished logits of part of a row, and their slope; 0 beyond the vocabulary."""
+    """Scaled logits of part of a row, and their slope; 0 beyond the vocabulary."""
     inside = columns < V
     logits = tl.load(logits_ptr + columns, mask=inside, other=0.0)
     if HAS_BIAS:
         logits += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-    return finish_logits(logits, softcap, inv_temperature, HAS_SOFTCAP)
+    return transform_logits(logits, softcap, inv_temperature, HAS_SOFTCAP)
 
 
 @triton.jit
@@ -95,11 +96,11 @@ def sampled_logit(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    """Finished logit at a column; 0 where that is -1."""
+    """Scaled logit at a column; 0 where that is -1."""
     logit = tl.load(logits_ptr + column, mask=column >= 0, other=0.0)
     if HAS_BIAS:
         logit += tl.load(bias_ptr + column, mask=column >= 0, other=0.0).to(tl.float32)
-    s, _ = finish_logits(logit, softcap, inv_temperature, HAS_SOFTCAP)
+    s, _ = transform_logits(logit, softcap, inv_temperature, HAS_SOFTCAP)
     return s
 
 
@@ -340,10 +341,10 @@ def rows(
     return stats if has_stats else None, terms if has_terms else None
 
 
-def finish_block(
+def block_divergence(
     student: Tensor,  # [R, V] raw logits in, G out
     teacher: Tensor,  # [R, V] raw logits
-    forms: tuple[Form, Form],
+    transforms: tuple[LogitTransform, LogitTransform],
     columns: Tensor | None,  # [R] of the sampled tokens
     options: SpanOptions,
     vocabulary: Vocabulary,
@@ -355,8 +356,8 @@ def finish_block(
         rows,
         student,
         teacher,
-        forms[0].bias,
-        forms[1].bias,
+        transforms[0].bias,
+        transforms[1].bias,
         columns,
         divergence=options.divergence,
         beta=options.beta,

@@ -27,7 +27,7 @@ FLAGS_BLOCK_T = 32
 
 
 @triton.jit
-def load_shares(student, teacher, student_lse, teacher_lse, mask):
+def load_log_probs(student, teacher, student_lse, teacher_lse, mask):
     """Logarithms, relative to the rows' lse [R], of what pointers [R, C] hold; -inf if masked."""
     s = tl.load(student, mask=mask, other=-float("inf")) - student_lse[:, None]
     t = tl.load(teacher, mask=mask, other=-float("inf")) - teacher_lse[:, None]
@@ -69,7 +69,7 @@ def mass_threshold_kernel(
         teacher_mass = tl.zeros((BLOCK_N,), tl.float32)
         for t in range(0, T, BLOCK_T):
             tiles = t + tl.arange(0, BLOCK_T)[None, :]
-            log_p, log_q = load_shares(
+            log_p, log_q = load_log_probs(
                 student + tiles,
                 teacher + tiles,
                 student_lse,
@@ -107,7 +107,7 @@ def flags_kernel(
     rows = row_block * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
     tiles = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     inside = rows < N
-    s, t = load_shares(
+    s, t = load_log_probs(
         student_ptr + rows[:, None] * student_stride + tiles[None, :],
         teacher_ptr + rows[:, None] * teacher_stride + tiles[None, :],
         tl.load(student_lse_ptr + rows, mask=inside, other=0.0),

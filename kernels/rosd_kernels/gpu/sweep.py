@@ -1,9 +1,9 @@
 """The sweep: statistics of all logits, tile by tile, without keeping one logit.
 
-    s = softcap(h W^T + b) / temperature                  finished logits, [M, V]
+    s = softcap(h W^T + b) / temperature                  scaled logits, [M, V]
     lse = log sum exp s,  max,  min,  entropy of exp(s - lse)    over each tile's columns
 
-and apart from it the finished logit of one column per row, that of the sampled token.
+and apart from it the scaled logit of one column per row, that of the sampled token.
 
 Legend: M rows (of student and teacher, stacked where they share the head), V vocabulary, H hidden,
 T tiles of the vocabulary.
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from rosd_kernels.gpu.blocks import add_bias, grouped, head_rows, project, sum_both
 from rosd_kernels.gpu.launch import COMPILER_OPTIONS, Gemm, launch, num_programs, rowwise
-from rosd_kernels.gpu.math import finish_logits
+from rosd_kernels.gpu.math import transform_logits
 from rosd_kernels.tiles import TILE, num_tiles
 
 TILE_SIZE = tl.constexpr(TILE)
@@ -85,7 +85,7 @@ def sweep_kernel(
             PRECISION,
         )
         logits = add_bias(logits, bias_ptr, vocab_rows, HAS_BIAS)
-        s, _ = finish_logits(logits, softcap, inv_temperature, HAS_SOFTCAP)
+        s, _ = transform_logits(logits, softcap, inv_temperature, HAS_SOFTCAP)
         s = tl.reshape(s, (BLOCK_M, TILES, TILE_SIZE))
         valid = tl.reshape(columns < V, (1, TILES, TILE_SIZE))
         tile = column * TILES + tl.arange(0, TILES)
@@ -138,7 +138,7 @@ def sampled_kernel(
     logit = tl.sum(acc)
     if HAS_BIAS:
         logit += tl.load(bias_ptr + vocab_row).to(tl.float32)
-    s, _ = finish_logits(logit, softcap, inv_temperature, HAS_SOFTCAP)
+    s, _ = transform_logits(logit, softcap, inv_temperature, HAS_SOFTCAP)
     tl.store(sampled_ptr + row, tl.where(column >= 0, s, 0.0))
 
 
@@ -249,7 +249,7 @@ def sweep(
 ) -> tuple[Tensor, Tensor | None]:
     """(stats, sampled), float32.
 
-    stats [4, M, T]: lse, max, min and entropy of each row and tile. sampled [M]: the finished logit
+    stats [4, M, T]: lse, max, min and entropy of each row and tile. sampled [M]: the scaled logit
     at `columns` (0 where that is -1), or None.
     """
     hidden, head = rowwise(hidden), rowwise(head)

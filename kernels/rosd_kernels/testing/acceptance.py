@@ -140,10 +140,10 @@ def check(case: Case, device: torch.device) -> Check:
     tensors = make_tensors(case, device)
     options = make_options(case)
     wide = {n: x.double() if x.is_floating_point() else x for n, x in tensors.items()}
-    truth, wanted = run(wide, {**options, "strategy": "reference"})
+    truth, wanted = forward_backward(wide, {**options, "strategy": "reference"})
     with poisoned_memory():
-        got, gradients = run(tensors, options)
-        again, gradients_again = run(tensors, options)
+        got, gradients = forward_backward(tensors, options)
+        again, gradients_again = forward_backward(tensors, options)
     pairs = [(got.loss, again.loss), (got.per_token, again.per_token)]
     pairs += list(zip(gradients.values(), gradients_again.values(), strict=True))
     repeats = all(torch.equal(a, b) for a, b in pairs)
@@ -152,13 +152,13 @@ def check(case: Case, device: torch.device) -> Check:
     slack = SLACK
     if case.kind == "extreme":  # where logits are rounded to 1e-5
         loss_tolerance, tolerance, slack = 2 * loss_tolerance, 2 * tolerance, MAX_LOG_RATIO * SLACK
-    excess = {"loss": share(got.loss, truth.loss, loss_tolerance, slack)}
+    excess = {"loss": error_ratio(got.loss, truth.loss, loss_tolerance, slack)}
     for name in ("per_token", "student_logprob", "teacher_logprob", "student_entropy"):
         a, b = getattr(got, name), getattr(truth, name)
         if b is not None:
-            excess[name] = share(a, b, loss_tolerance, slack)
+            excess[name] = error_ratio(a, b, loss_tolerance, slack)
     for name, gradient in gradients.items():
-        excess[name] = share(gradient, wanted[name], tolerance, 10 * SLACK)
+        excess[name] = error_ratio(gradient, wanted[name], tolerance, 10 * SLACK)
     if case.kind == "same" and not 0 <= float(got.loss.detach()) < SLACK:
         excess["loss"] = float("inf")
     worst = max(excess, key=lambda name: excess[name])
@@ -306,7 +306,7 @@ def make_options(case: Case) -> dict[str, Any]:
     return options | dict(case.options)
 
 
-def run(
+def forward_backward(
     tensors: Mapping[str, Tensor], options: Mapping[str, Any]
 ) -> tuple[SpanDivergenceOutput, dict[str, Tensor]]:
     """The output, and the gradients of its loss."""
@@ -316,7 +316,7 @@ def run(
     return out, dict(zip(leaves, gradients, strict=True))
 
 
-def share(got: Tensor, want: Tensor, tolerance: float, slack: float) -> float:
+def error_ratio(got: Tensor, want: Tensor, tolerance: float, slack: float) -> float:
     """Largest error as a share of what is allowed: `tolerance` of the largest, and `slack`."""
     if want.numel() == 0:
         return 0.0

@@ -210,7 +210,7 @@ def _step(variant: Variant) -> None:
     tiles.loss(active, lse, lse, needed)
     tiles.gradients(active, lse, lse, lse, lse, needed)
     if variant.head == torch.bfloat16 and not variant.ordered:  # logits are float32 in any case
-        _rows(torch.zeros(2, N, V), inputs.forms(options)[0].bias, inputs.token_ids, options)
+        _rows(torch.zeros(2, N, V), inputs.transforms(options)[0].bias, inputs.token_ids, options)
 
 
 def _rows(

@@ -39,9 +39,9 @@ class Problem:
         return self.options
 
     def logits(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Finished logits in the vocabulary's order, float64: student, teacher, student's slope."""
+        """Scaled logits in the vocabulary's order, float64: student, teacher, student's slope."""
         slope = torch.ones(self.hs.shape[0], self.Ws.shape[0], dtype=torch.float64)
-        finished = []
+        scaled = []
         for hidden, head, bias in ((self.ht, self.Wt, self.bt), (self.hs, self.Ws, self.bs)):
             s = hidden.double() @ head.double().T
             if bias is not None:
@@ -51,8 +51,8 @@ class Problem:
             if (cap := self.options["softcap"]) is not None:
                 slope = 1 - torch.tanh(s / cap) ** 2
                 s = cap * torch.tanh(s / cap)
-            finished.append(s / self.options["temperature"])
-        return finished[1], finished[0], slope
+            scaled.append(s / self.options["temperature"])
+        return scaled[1], scaled[0], slope
 
     def truth(self, active: Tensor) -> Truth:
         """Value, K and G over active tiles; gradients of `sum(row_scale * value)` but for 1/T."""

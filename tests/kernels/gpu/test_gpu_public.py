@@ -70,7 +70,7 @@ def triton_only(monkeypatch) -> None:
     """The kernels are in use, and what would do their work otherwise is not there."""
     monkeypatch.setenv("ROSD_KERNELS_BACKEND", "triton")
     monkeypatch.setattr("rosd_kernels.gemm_tiles.GemmTiles", None)
-    monkeypatch.setattr("rosd_kernels.chunked._finish_block", None)
+    monkeypatch.setattr("rosd_kernels.chunked._block_divergence", None)
 
 
 @pytest.mark.parametrize(

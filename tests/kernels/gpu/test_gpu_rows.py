@@ -12,8 +12,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from rosd_kernels.gpu.rows import BLOCK_V, finish_block, rows
-from rosd_kernels.records import Form, SpanOptions
+from rosd_kernels.gpu.rows import BLOCK_V, block_divergence, rows
+from rosd_kernels.logits import LogitTransform
+from rosd_kernels.records import SpanOptions
 from rosd_kernels.vocabulary import Vocabulary
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
@@ -56,9 +57,10 @@ class Rows:
         return student, teacher
 
     @property
-    def forms(self) -> tuple[Form, Form]:
+    def transforms(self) -> tuple[LogitTransform, LogitTransform]:
         student, teacher = (
-            Form(bias, self.options.softcap, self.options.temperature) for bias in self.biases
+            LogitTransform(bias, self.options.softcap, self.options.temperature)
+            for bias in self.biases
         )
         return student, teacher
 
@@ -204,12 +206,12 @@ class Group(Vocabulary):
 @pytest.mark.parametrize("needs_gradient", [True, False])
 @pytest.mark.parametrize("kind", [Vocabulary, Group], ids=["whole", "sharded"])
 @pytest.mark.parametrize("has_columns", [True, False])
-def test_finish_block(close, needs_gradient, kind, has_columns):
+def test_block_divergence(close, needs_gradient, kind, has_columns):
     case = Rows(4, 300, divergence="reverse_kl", bias=True, temperature=1.3)
     truth, buffers = case.truth(), case.buffers
-    value, *sides = finish_block(
+    value, *sides = block_divergence(
         *buffers,
-        case.forms,
+        case.transforms,
         case.columns if has_columns else None,
         case.options,
         kind(300),

@@ -18,7 +18,7 @@ NAMES = ("lse", "max", "min", "entropy")
 
 
 def expected(s: Tensor) -> Tensor:
-    """[4, N, T] of finished logits [N, V] in float64."""
+    """[4, N, T] of scaled logits [N, V] in float64."""
     found = []
     for tile in s.split(TILE, dim=1):
         lse = tile.logsumexp(1)
