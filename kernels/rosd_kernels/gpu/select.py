@@ -121,30 +121,33 @@ def flags_kernel(
     tl.store(active_ptr + row_block * T + tiles, active.to(tl.uint8), mask=tiles < T)
 
 
-@torch.library.custom_op("rosd_gpu::select", mutates_args=())
-def _select(
-    student: Tensor,
-    teacher: Tensor,
-    student_lse: Tensor,
-    teacher_lse: Tensor,
-    rule: str,
-    bound: float,
+def select(
+    student: TileStats,  # [N, T] each
+    teacher: TileStats,  # [N, T] each
+    student_lse: Tensor,  # [N] of whole rows
+    teacher_lse: Tensor,  # [N]
+    rule: Sparsity,
 ) -> Tensor:
-    active = _flags_like(student)
-    N, T = student.shape
+    """[B, T] uint8: 1 where a row block computes a tile, as `sparsity.select_tiles` defines it."""
+    N, T = student.lse.shape
+    active = student.lse.new_empty(num_row_blocks(N), T, dtype=torch.uint8)
+    if rule.rule == "exact":
+        return active.fill_(1)
     if N == 0:
         return active
-    tensors = (student, teacher, student_lse, teacher_lse)
-    sizes = (N, T, student.stride(0), teacher.stride(0))
+    sides = (student.max, teacher.max) if rule.rule == "entry" else (student.lse, teacher.lse)
+    tables = tuple(map(rowwise, sides))
+    tensors = (*tables, student_lse.float().contiguous(), teacher_lse.float().contiguous())
+    sizes = (N, T, tables[0].stride(0), tables[1].stride(0))
     thresholds = None
-    if rule == "mass":
-        thresholds = student_lse.new_empty(N)
+    if rule.rule == "mass":
+        thresholds = tensors[2].new_empty(N)
         mass_threshold_kernel[(-(-N // BLOCK_N),)](
             *tensors,
             thresholds,
             *sizes,
-            bound,
-            math.log(bound / T),
+            rule.bound,
+            math.log(rule.bound / T),
             BISECTIONS=BISECTIONS,
             BLOCK_N=BLOCK_N,
             BLOCK_T=BLOCK_T,
@@ -155,41 +158,10 @@ def _select(
         thresholds,
         active,
         *sizes,
-        math.log(bound),
+        math.log(rule.bound),
         BY_ROW=thresholds is not None,
         ROW_BLOCK=ROW_BLOCK,
         BLOCK_T=FLAGS_BLOCK_T,
         **COMPILER_OPTIONS,
     )
     return active
-
-
-@_select.register_fake
-def _(student, *_):
-    return _flags_like(student)
-
-
-def _flags_like(stats: Tensor) -> Tensor:
-    N, T = stats.shape
-    return stats.new_empty(num_row_blocks(N), T, dtype=torch.uint8)
-
-
-def select(
-    student: TileStats,  # [N, T] each
-    teacher: TileStats,  # [N, T] each
-    student_lse: Tensor,  # [N] of whole rows
-    teacher_lse: Tensor,  # [N]
-    rule: Sparsity,
-) -> Tensor:
-    """[B, T] uint8: 1 where a row block computes a tile, as `sparsity.select_tiles` has it."""
-    if rule.rule == "exact":
-        return _flags_like(student.lse).fill_(1)
-    sides = (student.max, teacher.max) if rule.rule == "entry" else (student.lse, teacher.lse)
-    return _select(
-        rowwise(sides[0]),
-        rowwise(sides[1]),
-        student_lse.float().contiguous(),
-        teacher_lse.float().contiguous(),
-        rule.rule,
-        rule.bound,
-    )

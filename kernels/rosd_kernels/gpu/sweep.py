@@ -21,6 +21,7 @@ from torch import Tensor
 from rosd_kernels.gpu.blocks import add_bias, grouped, head_rows, project, sum_both
 from rosd_kernels.gpu.launch import COMPILER_OPTIONS, Gemm, launch, num_programs, rowwise
 from rosd_kernels.gpu.math import transform_logits
+from rosd_kernels.logits import LogitTransform
 from rosd_kernels.tiles import TILE, num_tiles
 
 TILE_SIZE = tl.constexpr(TILE)
@@ -142,17 +143,29 @@ def sampled_kernel(
     tl.store(sampled_ptr + row, tl.where(column >= 0, s, 0.0))
 
 
-@torch.library.custom_op("rosd_gpu::sweep", mutates_args=())
-def _sweep(
-    hidden: Tensor,
-    head: Tensor,
-    bias: Tensor | None,
-    order: Tensor | None,
-    softcap: float | None,
-    temperature: float,
-) -> Tensor:
-    stats = _stats_like(hidden, head)
+def sweep(
+    hidden: Tensor,  # [M, H]
+    head: Tensor,  # [V, H]
+    transform: LogitTransform,
+    order: Tensor | None,  # [V] int64: head row of each position
+    columns: Tensor | None,  # [M] int64: positions in that order, -1: none
+) -> tuple[Tensor, Tensor | None]:
+    """Return (stats, sampled), both float32.
+
+    stats [4, M, T]: lse, max, min and entropy of each row and tile. sampled [M]: the scaled logit
+    at `columns` (0 where that is -1), or None.
+    """
+    hidden, head = rowwise(hidden), rowwise(head)
+    stats = _sweep(hidden, head, transform, order)
+    if columns is None:
+        return stats, None
+    return stats, _sampled(hidden, head, transform, order, columns)
+
+
+def _sweep(hidden: Tensor, head: Tensor, transform: LogitTransform, order: Tensor | None) -> Tensor:
+    bias, softcap, temperature = transform
     M, (V, H) = hidden.shape[0], head.shape
+    stats = hidden.new_empty(4, M, num_tiles(V), dtype=torch.float32)
     if M == 0:
         return stats
     extras = bias is not None or softcap is not None
@@ -190,25 +203,14 @@ def _sweep(
     return stats
 
 
-@_sweep.register_fake
-def _(hidden, head, bias, order, softcap, temperature):
-    return _stats_like(hidden, head)
-
-
-def _stats_like(hidden: Tensor, head: Tensor) -> Tensor:
-    return hidden.new_empty(4, hidden.shape[0], num_tiles(head.shape[0]), dtype=torch.float32)
-
-
-@torch.library.custom_op("rosd_gpu::sampled", mutates_args=())
 def _sampled(
     hidden: Tensor,
     head: Tensor,
-    bias: Tensor | None,
+    transform: LogitTransform,
     order: Tensor | None,
     columns: Tensor,
-    softcap: float | None,
-    temperature: float,
 ) -> Tensor:
+    bias, softcap, temperature = transform
     sampled = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
     if hidden.shape[0]:
         sampled_kernel[(hidden.shape[0],)](
@@ -230,30 +232,3 @@ def _sampled(
             **COMPILER_OPTIONS,
         )
     return sampled
-
-
-@_sampled.register_fake
-def _(hidden, head, bias, order, columns, softcap, temperature):
-    return hidden.new_empty(hidden.shape[0], dtype=torch.float32)
-
-
-def sweep(
-    hidden: Tensor,  # [M, H]
-    head: Tensor,  # [V, H]
-    bias: Tensor | None,  # [V]
-    order: Tensor | None,  # [V] int64: head row of each position
-    columns: Tensor | None,  # [M] int64: positions in that order, -1: none
-    *,
-    softcap: float | None,
-    temperature: float,
-) -> tuple[Tensor, Tensor | None]:
-    """(stats, sampled), float32.
-
-    stats [4, M, T]: lse, max, min and entropy of each row and tile. sampled [M]: the scaled logit
-    at `columns` (0 where that is -1), or None.
-    """
-    hidden, head = rowwise(hidden), rowwise(head)
-    stats = _sweep(hidden, head, bias, order, softcap, temperature)
-    if columns is None:
-        return stats, None
-    return stats, _sampled(hidden, head, bias, order, columns, softcap, temperature)

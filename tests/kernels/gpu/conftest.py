@@ -4,13 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from rosd_kernels.logits import LogitTransform
+from rosd_kernels.records import SpanOptions
 from rosd_kernels.tiles import ROW_BLOCK, TILE, num_row_blocks, num_tiles
+
+if TYPE_CHECKING:
+    from rosd_kernels.gpu.pair import Pair
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,16 +32,25 @@ class Problem:
     options: dict[str, Any]
 
     @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return self.hs, self.ht, self.Ws, self.Wt, self.bs, self.bt, self.order
+    def transform(self) -> LogitTransform:
+        """What turns the student's raw logits into scaled ones."""
+        return LogitTransform(self.bs, self.options["softcap"], self.options["temperature"])
 
     @property
-    def finish(self) -> dict[str, Any]:
-        return {name: self.options[name] for name in ("softcap", "temperature")}
+    def pair(self) -> Pair:
+        """Both sides as the launchers take them."""
+        from rosd_kernels.gpu.pair import Pair
 
-    @property
-    def terms(self) -> dict[str, Any]:
-        return self.options
+        return Pair(
+            student_hidden=self.hs,
+            teacher_hidden=self.ht,
+            student_head=self.Ws,
+            teacher_head=self.Wt,
+            student_bias=self.bs,
+            teacher_bias=self.bt,
+            order=self.order,
+            options=SpanOptions(**self.options),
+        )
 
     def logits(self) -> tuple[Tensor, Tensor, Tensor]:
         """Scaled logits in the vocabulary's order, float64: student, teacher, student's slope."""

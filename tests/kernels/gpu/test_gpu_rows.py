@@ -65,13 +65,11 @@ class Rows:
         return student, teacher
 
     def run(self, buffers: tuple[Tensor, Tensor], shard: slice = slice(None), **stage: Any):
-        """The operator on a part of the vocabulary; its columns and what it returns."""
+        """The kernel on a part of the vocabulary; its columns and what it returns."""
         columns = None if shard != slice(None) else self.columns
         biases = (None if bias is None else bias[shard].contiguous() for bias in self.biases)
         parts = (side[:, shard] for side in buffers)
-        names = ("divergence", "beta", "temperature", "softcap", "entry_clip")
-        options = {name: getattr(self.options, name) for name in names}
-        return rows(*parts, *biases, columns, **options, **stage)
+        return rows(*parts, *biases, columns, self.options, **stage)
 
     def truth(self) -> Truth:
         options = self.options
@@ -243,10 +241,3 @@ def test_equal_calls_give_equal_bits():
     first, second = ((buffers, case.run(buffers)) for buffers in (case.buffers, case.buffers))
     assert torch.equal(first[0][0], second[0][0])
     assert all(map(torch.equal, first[1], second[1]))
-
-
-def test_operator_is_registered_as_it_behaves():
-    case = Rows(2, 9, bias=True)
-    tensors = (*case.logits.clone(), *case.biases, case.columns, None, None)
-    options = ("jsd", 0.5, 1.0, None, None, "all")
-    torch.library.opcheck(torch.ops.rosd_gpu.rows.default, (*tensors, *options))
