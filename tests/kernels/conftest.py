@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -136,6 +137,42 @@ def assert_close(name: str, got: Tensor, want: Tensor, tolerance: float, *, slac
         f"{name}: element {worst} is {got.flatten()[worst].item()}, "
         f"want {want.flatten()[worst].item()}, error {error.flatten()[worst].item():.2e}"
     )
+
+
+def pairwise(choices: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
+    """A few combinations in which any two choices of two options meet (greedy)."""
+    indices = {name: range(len(values)) for name, values in choices.items()}
+    pairs = {
+        frozenset({(a, i), (b, j)})
+        for a, b in itertools.combinations(choices, 2)
+        for i in indices[a]
+        for j in indices[b]
+    }
+    picks = []
+    while pairs:
+        pick: dict[str, int] = dict(sorted(min(pairs, key=sorted)))
+        for name in choices:
+            if name not in pick:
+                pick[name] = max(
+                    indices[name],
+                    key=lambda i, name=name, pick=pick: sum(
+                        frozenset({(name, i), other}) in pairs for other in pick.items()
+                    ),
+                )
+        pairs -= {frozenset(pair) for pair in itertools.combinations(pick.items(), 2)}
+        picks.append({name: choices[name][i] for name, i in pick.items()})
+    return picks
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    line = "pairwise(name, choices, ids): parametrize with `pairwise(choices)` of tests/kernels"
+    config.addinivalue_line("markers", line)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    for marker in metafunc.definition.iter_markers("pairwise"):
+        name, choices = marker.args
+        metafunc.parametrize(name, pairwise(choices), **marker.kwargs)
 
 
 @pytest.fixture(scope="session")

@@ -35,31 +35,6 @@ OPTION_CHOICES: dict[str, tuple[Any, ...]] = {
 CHOICES = TENSOR_CHOICES | OPTION_CHOICES
 
 
-def pairwise(choices: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
-    """Few combinations in which every two choices of two options meet (greedy)."""
-    indices = {name: range(len(values)) for name, values in choices.items()}
-    pairs = {
-        frozenset({(a, i), (b, j)})
-        for a, b in itertools.combinations(choices, 2)
-        for i in indices[a]
-        for j in indices[b]
-    }
-    picks = []
-    while pairs:
-        pick: dict[str, int] = dict(sorted(min(pairs, key=sorted)))
-        for name in choices:
-            if name not in pick:
-                pick[name] = max(
-                    indices[name],
-                    key=lambda i, name=name, pick=pick: sum(
-                        frozenset({(name, i), other}) in pairs for other in pick.items()
-                    ),
-                )
-        pairs -= {frozenset(pair) for pair in itertools.combinations(pick.items(), 2)}
-        picks.append({name: choices[name][i] for name, i in pick.items()})
-    return picks
-
-
 def is_legal(options: dict[str, Any], vocab_size: int) -> bool:
     """Tiles have no top-k; all other options go together."""
     return not (options["strategy"] == "tiled" and options.get("top_k", vocab_size) != vocab_size)
@@ -80,9 +55,7 @@ def split(combination: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 @pytest.mark.parametrize("backend", ["native", "plain"])
-@pytest.mark.parametrize(
-    "combination", pairwise(CHOICES), ids=lambda c: c["divergence"]["divergence"]
-)
+@pytest.mark.pairwise("combination", CHOICES, ids=lambda c: c["divergence"]["divergence"])
 def test_every_pair_of_options(make_case, agrees, combination, backend, request):
     """Each legal combination agrees; each other one is a ValueError that says what to do."""
     if backend == "plain":

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import random
 from typing import Any
 
 import pytest
@@ -44,27 +42,6 @@ OPTIONS = (
 )
 
 
-def pairwise(choices: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
-    """Combinations in which every two choices of two options meet, the best of random ones."""
-
-    def pairs(row: tuple[int, ...]) -> set[Any]:
-        return set(itertools.combinations(enumerate(row), 2))
-
-    sizes = [len(values) for values in choices.values()]
-    missing = {
-        ((a, i), (b, j))
-        for a, b in itertools.combinations(range(len(sizes)), 2)
-        for i, j in itertools.product(range(sizes[a]), range(sizes[b]))
-    }
-    generator, found = random.Random(0), []
-    while missing:
-        rows = [tuple(map(generator.randrange, sizes)) for _ in range(100)]
-        best = max(rows, key=lambda row: len(pairs(row) & missing))
-        missing -= pairs(best)
-        found.append(dict(zip(choices, best, strict=True)))
-    return [{name: choices[name][i] for name, i in row.items()} for row in found]
-
-
 @pytest.fixture(autouse=True)
 def triton_only(monkeypatch) -> None:
     """The kernels are in use, and what would do their work otherwise is not there."""
@@ -73,8 +50,8 @@ def triton_only(monkeypatch) -> None:
     monkeypatch.setattr("rosd_kernels.chunked._block_divergence", None)
 
 
-@pytest.mark.parametrize(
-    "choice", pairwise(CHOICES), ids=lambda c: f"{c['strategy']} {c['divergence']['divergence']}"
+@pytest.mark.pairwise(
+    "choice", CHOICES, ids=lambda c: f"{c['strategy']} {c['divergence']['divergence']}"
 )
 def test_every_pair_of_options(make_case, agrees, choice):
     dtype = BF16 if choice["dtype"] == "narrow hidden" else choice["dtype"]
