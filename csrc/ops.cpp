@@ -1,6 +1,6 @@
-// The CPU's elementwise passes over logits, as operators `torch.ops.rosd.*`. Rows are shared out
-// to OpenMP threads; a row is summed by one thread in a fixed order, so equal calls give equal bits
-// whatever the number of threads. GEMMs are torch's own; fakes and the drivers are in Python.
+// The CPU's elementwise passes over logits, as operators `torch.ops.rosd.*`. OpenMP threads divide
+// the rows; one thread sums a row in a fixed sequence, so equal calls give equal bits for any
+// number of threads. GEMMs are torch's own; fake implementations and callers are in Python.
 
 #include "stats.h"
 #include "terms.h"
@@ -19,7 +19,7 @@ namespace {
 
 using at::Tensor;
 
-// A thread's share of work is at least this many entries.
+// A thread gets at least this many entries.
 constexpr int64_t kGrain = 16384;
 
 int64_t rows_per_thread(int64_t columns) {

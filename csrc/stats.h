@@ -1,6 +1,6 @@
 // Statistics of the scaled logits of a tile of a row, in one pass over memory:
 //     lse = log sum_v exp(s_v),   max,   min,   entropy of exp(s - lse)
-// Blocks of kBlock entries are merged in order, with the sums kept relative to the highest so far.
+// Blocks of kBlock entries are merged first to last; the sums are relative to the highest so far.
 
 #pragma once
 

@@ -1,5 +1,5 @@
-// What the entries of a row add to its divergence, and to its gradient: the formulas and the care
-// for rounding are those of kernels/rosd_kernels/divergences.py.
+// What the entries of a row contribute to its divergence and its gradient. The formulas, and the
+// measures against rounding, are those of kernels/rosd_kernels/divergences.py.
 //
 //     log p = s - lse_s,  log q = z - lse_t,  c and e as in its table,  w = 1 - tanh^2
 //     value = sum_v c_v,  K = sum_v e_v,  and in place  student <- p w,  teacher <- e w,
@@ -25,7 +25,7 @@ struct RowTerms {
   double value, total;
 };
 
-// A smaller probability than e^-80 of the larger changes no digit; exp overflows float at 88.7.
+// A probability below e^-80 of the other one changes no digit; exp overflows float at 88.7.
 constexpr double kMaxLogRatio = 80;
 
 template <typename scalar_t, Divergence D, bool CLIP>

@@ -1,10 +1,10 @@
-"""The two elementwise passes over logits, and which implementation does them.
+"""The two elementwise passes over logits, and the choice of their implementation.
 
     stats     logits -> log sum exp, max, min and entropy of each tile
     terms_    logits of both sides and their row's normalizers -> value and K (see divergences.py)
 
-On a CPU they are in C++ (native.py), elsewhere and without the extension in plain PyTorch
-(plain.py). The GPU's kernels do not come by here: see gpu/.
+C++ (native.py) implements them on a CPU; plain PyTorch (plain.py) does on other devices and without
+the extension. The Triton kernels do not use this module: see gpu/.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from rosd_kernels.records import SpanOptions
 
 
 def uses_native(logits_like: Tensor) -> bool:
-    """Whether tensors of this device and dtype are handled in C++."""
+    """Whether C++ handles tensors of this device and dtype."""
     return (
         logits_like.device.type == "cpu"
         and logits_like.dtype in native.DTYPES
@@ -51,7 +51,7 @@ def terms_(
     teacher_lse: Tensor,  # [R]
     options: SpanOptions,
 ) -> Tensor:
-    """[2, R]: sum of c and sum of e over the columns.
+    """Return [2, R], the sum of c and the sum of e over the columns.
 
     In place, `student` becomes `p w` and `teacher` `e w` with w = ds/d(raw) * temperature, so that
     `teacher - K student` is the gradient w.r.t. the raw logits, times the temperature.

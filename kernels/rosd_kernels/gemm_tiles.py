@@ -23,16 +23,16 @@ from rosd_kernels.sparsity import Sparsity, Sweep, TileStats, select_tiles, swee
 from rosd_kernels.tiles import ROW_BLOCK, TILE, num_tiles
 from rosd_kernels.workspace import MIB, is_gemm_ready
 
-CHUNK_TILES = 16  # 2048 columns: enough for a good GEMM, and logits that stay in the cache
+CHUNK_TILES = 16  # 2048 columns: enough for a good GEMM, few enough that logits stay in the cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TileRange:
     """Consecutive active tiles of a row block, within a chunk of the vocabulary."""
 
-    rows: slice
+    rows: slice  # tokens
     columns: slice  # positions in the vocabulary's order
-    local: slice  # the same from the chunk's first column
+    local: slice  # the same columns, counted from the chunk's first
 
 
 class GemmTiles:
@@ -55,7 +55,7 @@ class GemmTiles:
         self.needs_copy = [
             permutation is not None or not is_gemm_ready(head, self.dtype) for head in self.heads
         ]
-        # Both logits of a row block (twice that in a stacked sweep), and what is copied of heads.
+        # Both sides' logits of a row block (twice that in a stacked sweep), and copies of heads.
         copied = (h.shape[1] for h, copy in zip(self.heads, self.needs_copy, strict=True) if copy)
         column_bytes = (4 * ROW_BLOCK + sum(copied)) * self.dtype.itemsize
         self.budget = int(options.workspace_mib * MIB)
@@ -73,7 +73,7 @@ class GemmTiles:
     def _sweep(
         self, hidden: Tensor, side: int, columns: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """([4, M, T] statistics, [M] logit of the sampled tokens)."""
+        """Return ([4, M, T] statistics, [M] logits of the sampled tokens or None)."""
         num_rows = hidden.shape[0]
         found = hidden.new_empty(4, num_rows, num_tiles(self.inputs.vocab_size))
         sampled = None if columns is None else hidden.new_zeros(num_rows)
@@ -131,7 +131,7 @@ class GemmTiles:
         row_scale: Tensor,  # [N] weight / temperature
         needed: Needed,
     ) -> Gradients:
-        """What the active tiles give, in the compute dtype."""
+        """Gradients from the active tiles, in the compute dtype."""
         hidden, head, bias = (
             tensor.new_zeros(tensor.shape, dtype=self.dtype)
             if need and tensor is not None
@@ -212,22 +212,22 @@ class GemmTiles:
         )
 
     def _head(self, side: int, columns: slice) -> Tensor:
-        """[C, H] rows of a head at positions `columns`, in the compute dtype; a copy if need be."""
+        """[C, H] rows of a head at positions `columns`, in the compute dtype, copied if needed."""
         head = self.heads[side]
         if self.permutation is not None:
             return head[self.permutation[columns]].to(self.dtype)
         return head[columns].to(self.dtype) if self.needs_copy[side] else head[columns]
 
     def _add(self, gradient: Tensor, columns: slice, part: Tensor) -> None:
-        """Add rows at positions `columns` to a gradient in the head's own order."""
+        """Add rows at positions `columns` to a gradient in the head's natural order."""
         if self.permutation is None:
             gradient[columns] += part
         else:
-            gradient.index_add_(0, self.permutation[columns], part)  # no index twice: no order
+            gradient.index_add_(0, self.permutation[columns], part)  # indices are unique: no race
 
 
 def _consecutive(tiles: list[int]) -> list[tuple[int, int]]:
-    """Half-open ranges of the consecutive numbers among rising ones."""
+    """Half-open ranges that cover rising numbers, one per run of consecutive ones."""
     found: list[tuple[int, int]] = []
     for tile in tiles:
         if found and found[-1][1] == tile:

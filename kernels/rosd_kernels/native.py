@@ -1,7 +1,7 @@
-"""The C++ operators `torch.ops.rosd.*` of csrc/: loading, fakes, and their Python face.
+"""The C++ operators `torch.ops.rosd.*` of csrc/: loading, fake implementations, Python wrappers.
 
-They are an optional part of the installation. Where they are missing the same is done in plain
-PyTorch, and one line says so.
+They are an optional part of the installation. Where they are missing, plain PyTorch does the same
+work, and a one-line warning says so.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from torch import Tensor
 from rosd_kernels.logits import LogitTransform
 from rosd_kernels.records import DIVERGENCES, SpanOptions
 
-# From the newest vector instructions to none. A library is named after those it was built with.
+# From the newest vector instructions to none; a library is named after those it was built for.
 CAPABILITIES = ("AVX512", "AVX2", "DEFAULT")
 DTYPES = (torch.float32, torch.float64)
 
 
 @cache
 def is_available() -> bool:
-    """Load the operators once; warns, once, when there are none for this processor."""
+    """Load the operators once; warn, once, when none fit this processor."""
     library = find_library(Path(__file__).parent, torch.backends.cpu.get_cpu_capability())
     reason = "it was installed without its C++ extension"
     if library is not None:
@@ -43,7 +43,7 @@ def is_available() -> bool:
 
 
 def find_library(folder: Path, capability: str) -> Path | None:
-    """The library in `folder` for a processor of `capability`, the best if there are several."""
+    """The best library in `folder` that a processor of `capability` can load."""
     usable = CAPABILITIES[CAPABILITIES.index(capability) if capability in CAPABILITIES else -1 :]
     for name in usable:
         for suffix in (".so", ".pyd", ".dylib"):
@@ -53,7 +53,7 @@ def find_library(folder: Path, capability: str) -> Path | None:
 
 
 def register_fakes() -> None:
-    """Shapes and dtypes of the results, for torch.compile and export."""
+    """Register shapes and dtypes of the results, for torch.compile and export."""
 
     @torch.library.register_fake("rosd::stats")
     def _(logits, bias, columns, softcap, temperature, tile):

@@ -1,8 +1,8 @@
-"""The order in which the vocabulary is cut into tiles: likely entries together.
+"""The order in which the vocabulary is cut into tiles: likely entries share tiles.
 
-In natural order nearly every tile holds some likely entry. Ordered by mean probability, the mass
-of peaked distributions lies in few tiles, and `sparsity` has more to drop. The order is an index
-into the head's rows; no head is copied.
+In natural order nearly every tile holds some likely entry. Ordered by mean probability, a few tiles
+hold the mass of peaked distributions, and `sparsity` can drop more. The order is an index into the
+head's rows; no head is copied.
 """
 
 from __future__ import annotations
@@ -14,16 +14,16 @@ from torch import Tensor
 
 from rosd_kernels.logits import LogitTransform, transform_
 
-COLUMNS_AT_ONCE = 4096  # logits of a part of the vocabulary at a time
-ROWS_AT_ONCE = 256  # tokens looked at in one call; more tell no more
+COLUMNS_AT_ONCE = 4096  # entries of the vocabulary whose logits are in memory
+ROWS_AT_ONCE = 256  # tokens per call; more of them add little
 
 
 class VocabularyOrder:
     """Entries of the vocabulary by falling mean probability, learned from the first tokens.
 
-    Give one to `entry` or `mass`, the same at every call. It looks on until it has seen
-    `num_tokens` tokens (of student and of teacher) and stays as it is from then on. With a sharded
-    vocabulary each rank has its own, of its shard.
+    Pass the same one to `entry` or `mass` at every call. It observes until it has seen
+    `num_tokens` tokens (student's and teacher's together) and is fixed from then on. With a sharded
+    vocabulary each rank has its own, for its shard.
 
     Args:
         vocab_size: V, the head's rows (of this rank's shard).
@@ -52,7 +52,7 @@ class VocabularyOrder:
         softcap: float | None,
         temperature: float,
     ) -> None:
-        """Add the probabilities of up to 256 tokens, evenly taken from `hidden`."""
+        """Add the probabilities of up to 256 tokens, evenly spaced in `hidden`."""
         if self.permutation is not None or hidden.shape[0] == 0:
             return
         rows = hidden[:: -(-hidden.shape[0] // ROWS_AT_ONCE)].to(lse.dtype)
@@ -67,16 +67,16 @@ class VocabularyOrder:
         self.num_seen += rows.shape[0]
 
     def settle(self) -> None:
-        """Fix the order once enough tokens were seen."""
+        """Fix the order once enough tokens have been seen."""
         if self.permutation is None and self.num_seen >= self.num_tokens:
             self.permutation = self.mass.argsort(descending=True, stable=True)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What `load_state_dict` needs to go on from here."""
+        """The state that `load_state_dict` restores."""
         return {"mass": self.mass.cpu(), "num_seen": torch.tensor(self.num_seen)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over a state. Raises ValueError when it is of another vocabulary."""
+        """Restore a state. Raises ValueError where it belongs to another vocabulary."""
         if state["mass"].shape != (self.vocab_size,):
             raise ValueError(
                 f"mass: got shape {list(state['mass'].shape)}, want [V] = [{self.vocab_size}]"

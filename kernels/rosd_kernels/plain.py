@@ -1,6 +1,6 @@
 """The elementwise passes over logits in plain PyTorch: any device, any float dtype, more memory.
 
-What native.py has in C++. Both serve elementwise.py, which says what they do.
+native.py has the same in C++; elementwise.py chooses between the two and documents them.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from rosd_kernels.divergences import entry_terms, row_value
 from rosd_kernels.logits import LogitTransform, transform_
 from rosd_kernels.records import SpanOptions
 
-NUM_SCRATCH = 4  # buffers of the size of one side's logits that a call allocates, at most
+NUM_SCRATCH = 4  # buffers, each as large as one side's logits, that a call allocates at most
 
 
 def stats(

@@ -1,8 +1,8 @@
 """The records that pass between the public function and a strategy.
 
 A strategy is a function `(SpanInputs, SpanOptions, Vocabulary) -> SpanDivergenceOutput`. The
-records check themselves, so a strategy may rely on everything said here; every violation is a
-`ValueError` that names the argument.
+records check themselves, so a strategy may rely on everything documented here; every violation is
+a `ValueError` that names the argument.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ class SpanOptions:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpanInputs:
-    """Validated tensors. `teacher_*`, `weights` and `rollout_logprobs` are detached already.
+    """Validated tensors; all but those of the student are detached.
 
     Use `of` to build one: it fills in the teacher's head and detaches what has no gradient.
     """
@@ -160,17 +160,17 @@ class SpanInputs:
 
     @property
     def vocab_size(self) -> int:
-        """V: the heads' rows. With a vocabulary group, of this rank."""
+        """V, the number of rows of the heads; with a vocabulary group, of this rank's."""
         return self.student_head.shape[0]
 
     @property
     def students(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What may have a gradient: hidden states, head, bias."""
+        """The tensors that may have a gradient: hidden states, head, bias."""
         return self.student_hidden, self.student_head, self.student_bias
 
     @property
     def is_stacked(self) -> bool:
-        """Student and teacher go through the same weights: one GEMM can do both."""
+        """Whether student and teacher share head and bias, so that one GEMM serves both."""
         same_bias = self.student_bias is self.teacher_bias or (
             self.student_bias is not None
             and self.teacher_bias is not None
@@ -202,17 +202,17 @@ class SpanInputs:
         return torch.float64 if is_double else torch.float32
 
     def rows(self, start: int, stop: int) -> SpanInputs:
-        """The same inputs for tokens start..stop only (views)."""
+        """The inputs of tokens start..stop only, as views."""
         per_token = ("student_hidden", "teacher_hidden", "weights", "token_ids", "rollout_logprobs")
         tensors = {name: getattr(self, name) for name in per_token}
         cut = {name: x[start:stop] for name, x in tensors.items() if x is not None}
         return replace(self, **cut)
 
     def token_weights(self, student_logprob: Tensor | None, options: SpanOptions) -> Tensor:
-        """[N] weights in the compute dtype, with `importance_clip` times
-        `min(exp(lp - rollout_lp), importance_clip)`.
+        """Return the [N] weights in the compute dtype.
 
-        `student_logprob` [N] is lp, detached; it may be None without `importance_clip`.
+        With `importance_clip` they are multiplied by `min(exp(lp - rollout_lp), importance_clip)`,
+        where lp is `student_logprob` [N], detached; without, it may be None.
         """
         dtype = self.compute_dtype
         if self.weights is None:
@@ -232,16 +232,16 @@ class SpanDivergenceStats:
 
     strategy: str  # the strategy that ran; never "auto"
     workspace_bytes: int  # logit-sized buffers held at once; 0: unbounded (reference)
-    measured: Tensor | None = None  # [3] the three properties below; None: all was computed
+    measured: Tensor | None = None  # [3] the properties below; None: everything was computed
 
     @property
     def active_frac(self) -> float:
-        """Share of the (row block, vocabulary tile) pairs that were computed."""
+        """Fraction of the (row block, vocabulary tile) pairs that were computed."""
         return 1.0 if self.measured is None else float(self.measured[0])
 
     @property
     def dropped_mass_max(self) -> float:
-        """Largest probability mass, of student or teacher, that any token lost to sparsity."""
+        """Largest probability mass, student's or teacher's, that sparsity dropped for any token."""
         return 0.0 if self.measured is None else float(self.measured[1])
 
     @property

@@ -1,4 +1,4 @@
-"""From the statistics of tiles to those of rows, over all tiles and shards of the vocabulary."""
+"""Statistics of rows from those of tiles, over all tiles and shards of the vocabulary."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from rosd_kernels.vocabulary import Vocabulary
 
 
 class RowStats(NamedTuple):
-    """Of one side, [R] each."""
+    """Statistics of one side's rows, [R] each."""
 
     lse: Tensor  # log sum exp of the scaled logits
     entropy: Tensor  # nats
-    logprob: Tensor | None  # of the sampled token
+    logprob: Tensor | None  # log-prob of the sampled token
 
 
 def row_stats(

@@ -3,8 +3,8 @@
     G_nv  = row_scale_n (e_nv - p_nv K_n) (1 - tanh^2)     w.r.t. the raw logits, N x chunk
     dh   += G W        dW = G^T h        db = sum_n G      over active pairs of row block and tile
 
-Once K is known, each chunk of dW and db is complete after one visit: it is summed in float32
-registers and rounded once. Only dh is carried from chunk to chunk, in float32.
+Since K is known, each chunk of dW and db is complete after one visit: it is summed in float32
+registers and rounded once. Only dh is accumulated from chunk to chunk, in float32.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ def grad_hidden_kernel(
     grad_rows = tl.minimum(rows, N - 1).to(tl.int64)[:, None] * grad_stride
     inside = (columns < H)[None, :]
     mask = (rows < N)[:, None] & inside
-    # Short offsets from one long address: a long one per entry takes two registers.
+    # 32-bit offsets from one 64-bit address: a 64-bit address per entry takes two registers.
     out = out_ptr + first_row.to(tl.int64) * H + first_column
     out += tl.arange(0, BLOCK_M)[:, None] * H + tl.arange(0, BLOCK_N)[None, :]
     acc = tl.load(out, mask=mask, other=0.0)
@@ -258,7 +258,7 @@ def grad_head(
     row_blocks, counts = active_per_row(active.T)
     num_row_blocks, num_tiles = active.shape
     if out is not None:
-        # dW is scattered row by row anyway: `order` does not keep G and h from coming by TMA.
+        # dW is scattered row by row in any case: with an `order` TMA still loads G and h.
         gemm = Gemm.of("grad_head", grad, hidden, order=None)
         config = gemm.config
         launch(

@@ -2,7 +2,8 @@
 
     value_n = sum over active entries of c_v,    total_n = sum over active entries of e_v
 
-The pair kernel leaves one partial sum per row and tile; they are added in the order of the tiles.
+The pair kernel writes one partial sum per row and tile; `add_tiles_kernel` adds them, first tile to
+last.
 """
 
 from __future__ import annotations

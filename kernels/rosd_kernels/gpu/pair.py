@@ -1,6 +1,6 @@
 """Student's and teacher's log-probabilities of one tile, computed together.
 
-Two accumulators lie side by side in registers; where both sides share the head, each block of it is
+Registers hold an accumulator per side; where both sides share the head, each block of the head is
 loaded once for both. `loss.py` and `gradient.py` turn the result into sums and into G.
 """
 
@@ -250,9 +250,10 @@ def pair_kernel(
     BLOCK_H: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
 ):
-    """One part of one active pair of row block and tile; BLOCK_V is a tile.
+    """BLOCK_M rows of one active pair of row block and tile; BLOCK_V is a tile.
 
-    The grid has all pairs: what a loop over active ones keeps from turn to turn costs registers.
+    The grid covers all pairs, and programs without an active one return: a persistent loop would
+    cost registers for its state.
     """
     PARTS: tl.constexpr = ROW_BLOCK // BLOCK_M
     work = tl.program_id(0)
@@ -322,8 +323,10 @@ def pair_kernel(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """Student and teacher of one call, as the kernels take them: rows of any stride, but with their
-    elements side by side."""
+    """Student and teacher of one call, in the kernels' layout.
+
+    Rows may have any stride, but the elements of a row are adjacent.
+    """
 
     student_hidden: Tensor  # [N, H]
     teacher_hidden: Tensor  # [N, Ht]

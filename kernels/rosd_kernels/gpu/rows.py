@@ -5,8 +5,8 @@
     terms   value = sum c,  total = K = sum e               of math.py, p = exp(s - lse)
     grad    G = (e - p K) (1 - tanh^2)                      written over the student's logits
 
-One program per row makes one pass over it for each. With a vocabulary in shards the passes are
-launched one by one, as lse and K are then reduced across ranks in between.
+One program per row makes one pass over the row for each line. Where the vocabulary is sharded, each
+pass is a launch of its own, because lse and K are reduced across ranks in between.
 
 Legend: R rows, V vocabulary (of this rank).
 """
@@ -44,7 +44,7 @@ def load_logits(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    """Scaled logits of part of a row, and their slope; 0 beyond the vocabulary."""
+    """Scaled logits of a part of a row, and their slope; entries beyond the vocabulary read 0."""
     inside = columns < V
     logits = tl.load(logits_ptr + columns, mask=inside, other=0.0)
     if HAS_BIAS:
@@ -63,7 +63,7 @@ def stats_of_row(
     HAS_SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """(lse, entropy) of a row; sums are kept relative to the highest logit so far."""
+    """(lse, entropy) of a row; sums are relative to the highest logit so far."""
     high = -float("inf")
     total = 0.0
     weighted = 0.0
@@ -74,7 +74,7 @@ def stats_of_row(
         )
         inside = columns < V
         new_high = tl.maximum(high, tl.max(tl.where(inside, s, -float("inf"))))
-        if v == 0:  # spares -inf - -inf
+        if v == 0:  # avoids -inf - -inf
             high = new_high
         shrink = tl.exp(high - new_high)
         weighted = shrink * (weighted + (high - new_high) * total)
@@ -96,7 +96,7 @@ def sampled_logit(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    """Scaled logit at a column; 0 where that is -1."""
+    """Scaled logit at a column; 0 where the column is -1."""
     logit = tl.load(logits_ptr + column, mask=column >= 0, other=0.0)
     if HAS_BIAS:
         logit += tl.load(bias_ptr + column, mask=column >= 0, other=0.0).to(tl.float32)
@@ -304,7 +304,7 @@ def block_divergence(
     *,
     needs_gradient: bool,
 ) -> tuple[Tensor, RowStats, RowStats]:
-    """([R] divergence, statistics of either side): what "chunked" asks of a block of rows."""
+    """The elementwise work of "chunked": ([R] divergence, statistics of both sides)."""
     biases = (transforms[0].bias, transforms[1].bias)
     call = partial(rows, student, teacher, *biases, columns, options)
     whole = "all" if needs_gradient else "value"

@@ -1,9 +1,9 @@
-"""Which tiles count: `sparsity.select_tiles` in two kernels that read the statistics in place.
+"""Selection of tiles: `sparsity.select_tiles` in two kernels that read the statistics in place.
 
     entry(eps)  log max p or log max q of the tile > log eps, in some row of the block
     mass(tol)   log P or log Q of the tile > threshold of the row, in some row of the block
 
-The threshold is found by bisection, each step one pass over a row's T masses, which stay in cache.
+Bisection finds the threshold; each step is one pass over a row's T masses, which stay in cache.
 
 Legend: N tokens, T tiles of the vocabulary, B row blocks.
 """
@@ -28,7 +28,7 @@ FLAGS_BLOCK_T = 32
 
 @triton.jit
 def load_log_probs(student, teacher, student_lse, teacher_lse, mask):
-    """Logarithms, relative to the rows' lse [R], of what pointers [R, C] hold; -inf if masked."""
+    """Values at pointers [R, C] less the rows' lse [R], of both sides; -inf where masked."""
     s = tl.load(student, mask=mask, other=-float("inf")) - student_lse[:, None]
     t = tl.load(teacher, mask=mask, other=-float("inf")) - teacher_lse[:, None]
     return s, t
@@ -51,7 +51,7 @@ def mass_threshold_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Highest log mass found at which a row's tiles hold at most `tol` together, of p and of q.
+    """Highest threshold found such that a row's tiles at or below it hold at most `tol`.
 
     Bisection between log_least = log(tol/T), which cannot drop too much, and 0, the whole row.
     """

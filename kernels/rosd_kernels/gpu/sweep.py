@@ -1,9 +1,9 @@
-"""The sweep: statistics of all logits, tile by tile, without keeping one logit.
+"""The sweep: statistics of all logits, tile by tile, without storing a logit.
 
     s = softcap(h W^T + b) / temperature                  scaled logits, [M, V]
     lse = log sum exp s,  max,  min,  entropy of exp(s - lse)    over each tile's columns
 
-and apart from it the scaled logit of one column per row, that of the sampled token.
+and, in a kernel of its own, one scaled logit per row, that of the sampled token.
 
 Legend: M rows (of student and teacher, stacked where they share the head), V vocabulary, H hidden,
 T tiles of the vocabulary.
@@ -26,7 +26,7 @@ from rosd_kernels.tiles import TILE, num_tiles
 
 TILE_SIZE = tl.constexpr(TILE)
 LOG2_E = tl.constexpr(math.log2(math.e))
-NOTHING = tl.constexpr(-1e30)  # exp gives 0, and unlike -inf 0 * NOTHING is 0
+MASKED = tl.constexpr(-1e30)  # its exp is 0, and 0 * MASKED is 0, unlike 0 * -inf
 LN_2 = tl.constexpr(math.log(2))
 
 
@@ -56,7 +56,7 @@ def sweep_kernel(
     BLOCK_H: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Persistent: each program takes every num_programs-th block of the grouped order."""
+    """A persistent kernel: each program takes every num_programs-th block of `grouped`."""
     TILES: tl.constexpr = BLOCK_V // TILE_SIZE
     T = tl.cdiv(V, TILE_SIZE)
     plane = M.to(tl.int64) * T
@@ -91,9 +91,9 @@ def sweep_kernel(
         valid = tl.reshape(columns < V, (1, TILES, TILE_SIZE))
         tile = column * TILES + tl.arange(0, TILES)
         tile_min = tl.min(tl.where(valid, s, float("inf")), axis=2)
-        s = tl.where(valid, s, NOTHING)
+        s = tl.where(valid, s, MASKED)
         tile_max = tl.max(s, axis=2)
-        # In powers of 2, which is what the hardware has: one vector less than with exp.
+        # In powers of 2, the hardware's own: one vector of registers less than with exp.
         shifted = (s - tile_max[:, :, None]) * LOG2_E
         weight = tl.exp2(shifted)
         total, weighted = sum_both(weight, weight * shifted, 2)
@@ -125,7 +125,7 @@ def sampled_kernel(
     HAS_SOFTCAP: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """One program per row: h . W of its column. Within the sweep it would cost 60 registers."""
+    """h . W of a row's column, one program per row. In the sweep it would cost 60 registers."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.load(columns_ptr + row)
     vocab_row = head_rows(order_ptr, tl.maximum(column, 0), V, HAS_ORDER)
