@@ -6,11 +6,11 @@ raw logits; then
 
     logits = h W^T                                  2 GEMMs, stacked where the head is shared
     G      = e - p K, see divergences.py            in blocks of rows, see workspace.py
-    dh = c G W,  dW += G^T (c h),  db += G^T c      2 GEMMs
+    dh = a G W,  dW += G^T (a h),  db += G^T a      2 GEMMs
 
-with `c_n = weight_n / temperature`, applied where there are H columns and not V. That is 4 GEMM
+with `a_n = weight_n / temperature`, applied where there are H columns and not V. That is 4 GEMM
 sweeps over the head, the minimum for dense gradients. Where all inputs are bfloat16, a GPU
-multiplies them without conversion and sums in float32; G and c h are then rounded to bfloat16 too.
+multiplies them without conversion and sums in float32; G and a h are then rounded to bfloat16 too.
 
 With top-k, a row consists of k buckets and, with a tail, one more for the tail. The gradient of a
 token v of the tail is that of the tail's bucket times `p_v / sum of p over the tail`.
@@ -239,7 +239,7 @@ def _zero_gradients(inputs: SpanInputs, needed: Needed) -> Gradients:
 def _add_gradients(
     gradients: Gradients, chunk: SpanInputs, rows: slice, row_scale: Tensor, workspace: Workspace
 ) -> None:
-    """Add a chunk whose G is in the workspace; `row_scale` [R] is c of the docstring."""
+    """Add a chunk whose G is in the workspace; `row_scale` [R] is `a` of the module's docstring."""
     column = row_scale[:, None]
     if gradients.bias is not None:
         gradients.bias.addmv_(workspace.logits[: chunk.num_tokens].T, row_scale)
