@@ -1,4 +1,4 @@
-"""Random cases for span_divergence, and the comparison every numeric test makes."""
+"""Random cases for span_divergence, and the comparison that every numeric test makes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """Tensors of a call; `run` makes fresh leaves of them, so that cases are never modified."""
+    """The tensors of a call; `run` makes fresh leaves of them, so that it never modifies a case."""
 
     tensors: dict[str, Tensor]
 
@@ -36,7 +36,7 @@ class Case:
         factor: float = 1.0,
         **options: Any,
     ) -> Result:
-        """Loss, and the gradients of `factor * loss` for `needs`; dtype: converts all floats."""
+        """Return the output and the gradients of `factor * loss`; dtype: of all floats."""
         tensors = {name: x.detach() for name, x in self.tensors.items()}
         if dtype is not None:
             tensors = {n: x.to(dtype) if x.is_floating_point() else x for n, x in tensors.items()}
@@ -187,13 +187,13 @@ def agrees() -> Callable[..., None]:
 
 @pytest.fixture
 def without_native(monkeypatch):
-    """The installation that has no C++ extension."""
+    """Act like an installation without the C++ extension."""
     monkeypatch.setattr(native, "is_available", lambda: False)
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Small tensors: a second thread only waits."""
+    """Use one thread: on small tensors a second one only waits."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

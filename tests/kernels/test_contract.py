@@ -1,4 +1,4 @@
-"""A violation of the contract is a ValueError: the argument, what it got, what it wants."""
+"""A violation of the contract raises a ValueError: the argument, what it got, what it wants."""
 
 from __future__ import annotations
 
@@ -160,7 +160,7 @@ def test_devices_must_agree():
 
 
 def test_options_without_effect_are_accepted():
-    """Callers pass one set of options whatever the divergence."""
+    """Callers may pass the same options with any divergence."""
     want = span_divergence(**(arguments := good()), divergence="forward_kl")
     got = span_divergence(
         **arguments,

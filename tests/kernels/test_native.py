@@ -36,7 +36,7 @@ def normal(*shape: int, seed: int = 0, std: float = 1.0) -> Tensor:
 
 
 def logits(kind: str, rows: int, columns: int, seed: int) -> Tensor:
-    """[R, C] float64 whose values are float32 ones."""
+    """[R, C] float64 whose values float32 can represent."""
     found = normal(rows, columns, seed=seed, std=3.0)
     if kind == "huge":
         found = 80 * found.sign()
@@ -49,7 +49,7 @@ def logits(kind: str, rows: int, columns: int, seed: int) -> Tensor:
 
 
 def assert_close(name: str, got: Tensor, want: Tensor, tolerance: float) -> None:
-    """To `tolerance` of 1 and of the element's size; equal where infinite."""
+    """Absolute and relative error within `tolerance`; equal where infinite."""
     assert got.shape == want.shape, name
     if want.numel() == 0:
         return
@@ -112,7 +112,7 @@ def test_stats(kind, dtype, has_bias, softcap, temperature):
 
 
 def magnitude(scaled: Tensor) -> float:
-    """How much coarser than near 1 the logits, and so log-probabilities, are rounded."""
+    """Factor by which logits, and so log-probabilities, are rounded more coarsely than near 1."""
     sizes = scaled.abs().masked_fill(scaled == -torch.inf, 0.0)
     return max(1.0, sizes.max().item() / 30) if scaled.numel() else 1.0
 
@@ -170,7 +170,7 @@ def test_terms(kind, divergence, entry_clip, has_bias, softcap, temperature):
 @built
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_of_a_wider_matrix(dtype):
-    """Only the columns lie side by side, and what is beside them is left alone."""
+    """Only the elements of a row are adjacent; elements beyond the columns are not written."""
     wide = normal(2, 5, 40, seed=4).to(dtype)
     parts = wide[:, :, 3:20]
     want_found, _ = native.stats(parts[0].contiguous(), SCALED, None, 8)
@@ -206,7 +206,7 @@ def test_operators_check_what_they_get(arguments, message):
 @built
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits_on_any_number_of_threads(dtype):
-    """Also of several calls: each row is summed by one thread in a fixed order."""
+    """Repeated calls too give equal bits: one thread sums each row, in a fixed sequence."""
     student, teacher = normal(2, 64, 3001, seed=5, std=3.0).to(dtype)
     lse = lse_of(student, SCALED)
     options, columns = SpanOptions(softcap=8.0), torch.arange(64)
@@ -228,7 +228,7 @@ def test_same_bits_on_any_number_of_threads(dtype):
 @pytest.mark.parametrize("shape", [(1, 1, 1), (5, 7, 3), (3, 130, 9), (9, 1000, 17)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_public_function(make_case, agrees, monkeypatch, strategy, shape, dtype):
-    """With and without C++, on the same rounded inputs, and one of them far from the other."""
+    """With and without C++, on the same rounded inputs, with student and teacher far apart."""
     case = make_case(*shape, bias=True, weights=True, sampled=True, scale=3.0, dtype=dtype)
     for divergence in DIVERGENCES:
         options = {"strategy": strategy, "divergence": divergence, "importance_clip": 2.0}
@@ -290,7 +290,7 @@ def compiler_for(backend: str) -> Any:
 @built
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_operators(backend):
-    """In one graph, for any shape."""
+    """One graph serves any shape."""
     compiled = torch.compile(
         both_passes, backend=compiler_for(backend), fullgraph=True, dynamic=True
     )
@@ -385,7 +385,7 @@ def test_without_the_extension_it_works_and_says_so_once(tmp_path, library, reas
 
 
 def setup_arguments(monkeypatch, **environment: str) -> dict[str, Any]:
-    """What setup.py gives to `setup`."""
+    """The arguments that setup.py passes to `setup`."""
     found: list[dict[str, Any]] = []
     monkeypatch.setattr(setuptools, "setup", lambda **arguments: found.append(arguments))
     for name in ("ROSD_NO_CPP", "ROSD_CPU_CAPABILITY"):

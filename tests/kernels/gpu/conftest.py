@@ -1,4 +1,4 @@
-"""Random problems for the Triton kernels in the interpreter, and their float64 truth."""
+"""Random problems for the Triton kernels in the interpreter, and their results in float64."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class Problem:
 
     @property
     def transform(self) -> LogitTransform:
-        """What turns the student's raw logits into scaled ones."""
+        """The transform of the student's logits."""
         return LogitTransform(self.bs, self.options["softcap"], self.options["temperature"])
 
     @property
@@ -93,7 +93,7 @@ class Problem:
         )
 
     def gradients(self, G: Tensor, *, absolute: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """dh, dW, db of G in the vocabulary's order; absolute: with the sizes of W and h."""
+        """dh, dW, db for G in the vocabulary's order; absolute: with |W| and |h|."""
         V = self.Ws.shape[0]
         hidden, head = self.hs.double(), self.Ws.double()
         if absolute:
@@ -126,7 +126,7 @@ def entry_terms(
     entry_clip: float | None,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """c and e by the textbook."""
+    """c and e from the textbook formulas."""
     p, q = log_p.exp(), log_q.exp()
     if divergence == "forward_kl":
         c, e = q * (log_q - log_p), -q
@@ -208,7 +208,7 @@ def assert_close(
 
 
 def flags(N: int, V: int, *, share: float = 1.0, seed: int = 0) -> Tensor:
-    """[B, T] uint8, about `share` of them 1."""
+    """[B, T] uint8, of which about the fraction `share` is 1."""
     generator = torch.Generator().manual_seed(seed)
     shape = (num_row_blocks(N), num_tiles(V))
     return (torch.rand(shape, generator=generator) < share).to(torch.uint8)
@@ -236,7 +236,7 @@ def swap() -> Callable[..., Problem]:
 
 @pytest.fixture(autouse=True)
 def poisoned() -> Iterator[None]:
-    """torch.empty gives NaN, as it may on a device; torch refuses operations that may vary."""
+    """torch.empty returns NaN, as it may on a device; nondeterministic operations are refused."""
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True)

@@ -1,4 +1,4 @@
-"""Matrices whose last rows are more than 2^31 elements behind the first: 64-bit addresses.
+"""64-bit addresses: matrices whose last rows are more than 2^31 elements after the first.
 
 They are narrow views of one huge allocation, of which only the pages that are touched become
 resident.
@@ -26,7 +26,7 @@ STRIDE = 8_400_000  # 64 bytes times a whole number
 
 @pytest.fixture
 def memory(monkeypatch) -> Tensor:
-    """[ROWS, STRIDE] bf16 that nobody has written."""
+    """[ROWS, STRIDE] bf16, uninitialized."""
     assert (ROWS - 1) * STRIDE > 2**31
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     try:
@@ -70,7 +70,7 @@ def test_rows_far_apart(make_problem, make_flags, swap, close, memory, way):
     grad_logits(problem.pair, *lse, active, *rows, first_tile=0, out=G)
     close("G", G[:, :ROWS], truth.G, 1e-5, slack=1e-8)
 
-    # From the G that is there, so that its rounding is not in the way.
+    # Expected values from the kernel's own G, so that the rounding of G does not count.
     want_dh, want_dW, want_db = dense.gradients(G[:, :ROWS].double())
     dh, dW, db = torch.zeros(ROWS, WIDTH), places[4].fill_(math.nan), torch.empty(ROWS)
     grad_hidden(G, problem.Ws, problem.order, active, first_tile=0, out=dh)

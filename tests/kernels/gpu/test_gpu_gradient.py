@@ -18,7 +18,7 @@ NAN = math.nan
 
 
 def run(problem, active, truth):
-    """Everything the kernels give for the whole vocabulary, from poisoned buffers."""
+    """Run all kernels on the whole vocabulary, with poisoned buffers."""
     (N, H), V = problem.hs.shape, problem.Ws.shape[0]
     lse = truth.lse_s.float(), truth.lse_t.float()
     value, total = loss(problem.pair, *lse, active)
@@ -36,7 +36,7 @@ def run(problem, active, truth):
 def check(problem, active, close):
     truth = problem.truth(active)
     value, total, G, dh, dW, db = run(problem, active, truth)
-    # G is rounded once to bf16, each entry by up to 2^-8 of itself, so a sum by that of the sizes.
+    # Each entry of G is rounded once to bf16, by up to 2^-8 of itself; the errors of a sum add up.
     narrow = 2.0**-8 if G.dtype == BF16 else 0.0
     close("value", value, truth.value, 1e-5, slack=1e-7)
     close("total", total, truth.total, 1e-5, slack=1e-7)

@@ -44,7 +44,7 @@ OPTIONS = (
 
 @pytest.fixture(autouse=True)
 def triton_only(monkeypatch) -> None:
-    """The kernels are in use, and what would do their work otherwise is not there."""
+    """Select the kernels, and remove the code that would do their work otherwise."""
     monkeypatch.setenv("ROSD_KERNELS_BACKEND", "triton")
     monkeypatch.setattr("rosd_kernels.gemm_tiles.GemmTiles", None)
     monkeypatch.setattr("rosd_kernels.chunked._block_divergence", None)
@@ -90,7 +90,7 @@ def test_shapes(make_case, agrees, strategy, divergence, shape):
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_bf16(make_case, close, strategy, divergence):
-    """As in float64 but for roundings to bf16: of gradients and, in "tiled", of G."""
+    """Equal to float64 except for roundings to bf16 of gradients and, in "tiled", of G."""
     case = make_case(5, 300, 40, weights=True, dtype=BF16, scale=2.0)
     options = {"divergence": divergence, "temperature": 1.3}
     truth = case.run(dtype=torch.float64, strategy="reference", **options)
@@ -109,7 +109,7 @@ def test_bf16(make_case, close, strategy, divergence):
 
 
 def gradient_of_logits(case, **options) -> Tensor:
-    """[N, V] of the loss, in float64."""
+    """[N, V] gradient of the loss w.r.t. the student's logits, in float64."""
     logits = [
         case.tensors[f"{side}_hidden"].double() @ case.tensors["student_head"].double().T
         for side in ("student", "teacher")
@@ -245,7 +245,7 @@ def test_sparsity_reports_what_it_drops(rule, num_tokens, divergence):
     exact, _ = gradient_and_stats(student, teacher, torch.float64, "reference", divergence)
     order = VocabularyOrder(V, num_tokens=1)
     sparsity = entry(1e-2, order) if rule == "entry" else mass(1e-3, order)
-    order.mass = student.double().softmax(1).sum(0)  # as one call would have shown it
+    order.mass = student.double().softmax(1).sum(0)  # as one call would have observed it
     order.num_seen = num_tokens
     order.settle()
     assert order.permutation is not None
@@ -287,7 +287,7 @@ def gradient_and_stats(
 
 
 def test_order_is_learned_and_then_used(make_case, agrees):
-    """The call that learns and the one that uses the order give what the reference gives."""
+    """The call that learns the order and the one that uses it both agree with the reference."""
     case = make_case(5, 300, 16, bias=True, sampled=True)
     order = VocabularyOrder(300, num_tokens=6)
     truth = case.run(dtype=torch.float64, strategy="reference")

@@ -36,7 +36,7 @@ class Truth:
 
 
 class Rows:
-    """Raw logits [R, V] of both sides in rows that are wider than V, and the rest of a call."""
+    """A call: raw logits [R, V] of both sides, in rows that are wider than V, and its options."""
 
     def __init__(
         self, R: int, V: int, *, scale: float = 2.0, bias: bool = False, **options: Any
@@ -65,7 +65,7 @@ class Rows:
         return student, teacher
 
     def run(self, buffers: tuple[Tensor, Tensor], shard: slice = slice(None), **stage: Any):
-        """The kernel on a part of the vocabulary; its columns and what it returns."""
+        """Run the kernel on a part of the vocabulary."""
         columns = None if shard != slice(None) else self.columns
         biases = (None if bias is None else bias[shard].contiguous() for bias in self.biases)
         parts = (side[:, shard] for side in buffers)
@@ -108,7 +108,7 @@ class Rows:
 
 
 def check(case: Rows, close, *, tolerance: float = 2e-6, rounding: float = 0.0) -> None:
-    """Stage "all"; `rounding`: of large logits and their lse, which all else inherits."""
+    """Check stage "all"; `rounding`: of large logits and their lse, which the rest inherits."""
     truth, buffers = case.truth(), case.buffers
     stats, terms = case.run(buffers)
     for name, got, want in zip(
@@ -190,7 +190,7 @@ def test_stages_of_two_shards(close, divergence, options):
 
 
 class Group(Vocabulary):
-    """A group of one rank: what it computes is whole already."""
+    """A group of one rank, whose sums are complete already."""
 
     is_sharded = True
 

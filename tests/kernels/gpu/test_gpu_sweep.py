@@ -29,7 +29,7 @@ def expected(s: Tensor) -> Tensor:
 
 
 def check(problem, close, *, entropy_slack: float = 1e-6) -> None:
-    """Student's side; tokens that are sampled, and some that are another shard's."""
+    """Check the student's side, with sampled tokens of which some are another shard's."""
     s, _, _ = problem.logits()
     N, V = s.shape
     columns = torch.arange(N) * 37 % V
@@ -75,7 +75,7 @@ def test_options(make_problem, close, case):
 
 
 def test_several_row_blocks_in_groups(make_problem, close):
-    """More row blocks than the order of the work puts together, the last group being short."""
+    """More row blocks than one group holds, and a short last group."""
     check(make_problem(64 * 9 + 1, 130, 8), close)
 
 
