@@ -153,16 +153,16 @@ def _block_divergence_top_k(
     top, ids = student.topk(min(options.top_k, student.shape[1]), dim=-1)
     size = min(options.top_k, vocabulary.largest)
     candidates = vocabulary.gather(_widened(top, size))
-    of_teacher_too = vocabulary.gather(_widened(teacher.gather(-1, ids), size))
+    teacher_candidates = vocabulary.gather(_widened(teacher.gather(-1, ids), size))
     best = candidates.topk(options.top_k, dim=-1).indices
     is_kept = torch.zeros_like(candidates, dtype=torch.bool).scatter_(-1, best, True)
     of_shard = slice(vocabulary.rank * size, vocabulary.rank * size + top.shape[1])
-    is_own = is_kept[:, of_shard]
+    is_kept_here = is_kept[:, of_shard]
     for logits in (student, teacher):
-        logits.scatter_(-1, ids, logits.gather(-1, ids).masked_fill_(is_own, -math.inf))
+        logits.scatter_(-1, ids, logits.gather(-1, ids).masked_fill_(is_kept_here, -math.inf))
 
     log_p = candidates.gather(-1, best) - of_student.lse[:, None]
-    log_q = of_teacher_too.gather(-1, best) - of_teacher.lse[:, None]
+    log_q = teacher_candidates.gather(-1, best) - of_teacher.lse[:, None]
     tail = None
     if options.tail:
         tail = _log_mass(student, vocabulary)
@@ -183,7 +183,7 @@ def _block_divergence_top_k(
         else:  # -inf at the kept ids: exp gives p_v / tail in the tail, and 0 elsewhere
             student.sub_(tail).exp_().mul_(of_buckets[:, -1:])
         of_kept = torch.zeros_like(candidates).scatter_(-1, best, of_buckets[:, : options.top_k])
-        chosen = torch.where(is_own, of_kept[:, of_shard], student.gather(-1, ids))
+        chosen = torch.where(is_kept_here, of_kept[:, of_shard], student.gather(-1, ids))
         student.scatter_(-1, ids, chosen)
         if slope is not None:
             student.mul_(slope)

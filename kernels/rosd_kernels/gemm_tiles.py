@@ -36,7 +36,10 @@ class TileRange:
 
 
 class GemmTiles:
-    """A `tiled.Tiles`. permutation: [V] int64 or None, the head's row of each position."""
+    """Implements `tiled.Tiles` with library GEMMs.
+
+    permutation: [V] int64, the head's row of each position of the vocabulary; None: its own order.
+    """
 
     def __init__(
         self, inputs: SpanInputs, options: SpanOptions, permutation: Tensor | None

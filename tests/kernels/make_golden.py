@@ -1,7 +1,8 @@
-"""Write golden.json: small inputs and their exact results, computed in plain Python.
+"""Write golden.json: small inputs and their results, computed in plain Python.
 
 It uses neither torch nor rosd_kernels: the formulas are written independently, from the
-definitions, in float64 with exactly rounded sums (`fsum`). Run it as `python tests/kernels/make_golden.py`.
+definitions, in float64 with exactly rounded sums (`fsum`). Run it as
+`python tests/kernels/make_golden.py`.
 
 With `p` and `q` the probabilities of student and teacher over the vocabulary, or over the buckets
 of `top_k` (the student's k likeliest entries, and one for the rest of either side):

@@ -18,7 +18,10 @@ from rosd_kernels.workspace import MIB
 
 
 class TritonTiles:
-    """A `tiled.Tiles`. permutation: [V] int64 or None, the head's row of each position."""
+    """Implements `tiled.Tiles` with Triton kernels.
+
+    permutation: [V] int64, the head's row of each position of the vocabulary; None: its own order.
+    """
 
     def __init__(
         self, inputs: SpanInputs, options: SpanOptions, permutation: Tensor | None
