@@ -3,15 +3,15 @@
     python bench/loss.py                         # all shapes; rewrites the CSV and the picture
     python bench/loss.py --tokens 128 --repeats 2 --csv /tmp/loss.csv --picture /tmp/loss.png
 
-JSD, float32, gradients to student hidden states and head. The candidates run in turns in one
-process; medians are compared. Beside them stands the floor: the four GEMM sweeps over the head that
-a gradient needs, and nothing else. Peak memory is measured in a process of its own for each, beyond
-the inputs and the gradients.
+JSD, float32, gradients to student hidden states and head. The candidates alternate in one process,
+and their medians are compared, also with the floor: the four GEMM sweeps over the head that a
+gradient needs, and nothing else. Peak memory, beyond the inputs and the gradients, is measured in a
+separate process per candidate.
 
-Inputs for a vocabulary of 49152: SmolLM2-135M-Instruct samples answers, its states on them are the
-student's, and its states on the same tokens under a prompt that tells the right answer are the
-teacher's. For 151936, of which no model is at hand, states and head are made: each state is a
-mixture of eight rows of a random head, drawn by Zipf's law, so that the entropies are alike.
+Inputs for a vocabulary of 49152: SmolLM2-135M-Instruct samples answers. Its states on them are the
+student's; its states on the same tokens, under a prompt that reveals the right answer, are the
+teacher's. For a vocabulary of 151936 the states and the head are synthetic: each state is a mixture
+of eight rows of a random head, drawn by Zipf's law, so that the entropies are similar.
 """
 
 from __future__ import annotations
@@ -38,27 +38,27 @@ from rosd_kernels.testing.peers import eager_jsd, gemm_floor, liger_jsd, peaked_
 
 EPS = 2.0**-12
 BETA = 0.5
-LEARN_TOKENS = 1024  # that the vocabulary's order is learned from; none of them is timed
+LEARN_TOKENS = 1024  # tokens from which the order is learned; none of them is timed
 SHAPES = {"smollm2": (49152, 576), "made": (151936, 1024)}
 CANDIDATES = ("chunked", "tiled exact", "tiled entry", "tiled entry, ordered", "eager", "liger")
 CSV = RESULTS / "loss_cpu.csv"
 PICTURE = ROOT / "docs" / "loss_cpu.png"
 
-Run = Callable[[], Any]
+Step = Callable[[], Any]  # forward and backward
 
 
 @dataclass(frozen=True, slots=True)
 class Inputs:
-    """Student and teacher share the head."""
+    """Tensors of one shape; student and teacher share the head."""
 
     student: Tensor  # [N, H]
     teacher: Tensor  # [N, H]
     head: Tensor  # [V, H]
-    permutation_mass: Tensor  # [V] what a VocabularyOrder learned from other tokens
+    permutation_mass: Tensor  # [V] state of a VocabularyOrder that saw other tokens
 
     @classmethod
     def load(cls, file: Path, num_tokens: int) -> Inputs:
-        # Copies: a file that is mapped counts as resident memory only once it is read.
+        # Copied, because a mapped file counts as resident memory only after it was read.
         tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
         return cls(
             tensors["student"][:num_tokens].requires_grad_(),
@@ -101,11 +101,11 @@ def measure_all(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
 def measure(
     source: str, file: Path, num_tokens: int, args: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
-    """A CSV row for each candidate and for the floor."""
+    """Yield a CSV row per candidate, and one for the floor."""
     inputs = Inputs.load(file, num_tokens)
-    runs: dict[str, Run] = {name: candidate(name, inputs) for name in CANDIDATES}
-    runs["floor"] = gemm_floor(inputs.student, inputs.teacher, inputs.head)
-    timed = time_alternating(runs, repeats=args.repeats)
+    steps: dict[str, Step] = {name: candidate(name, inputs) for name in CANDIDATES}
+    steps["floor"] = gemm_floor(inputs.student, inputs.teacher, inputs.head)
+    timed = time_alternating(steps, repeats=args.repeats)
     shown = span_divergence(
         inputs.student.detach(),
         inputs.teacher,
@@ -144,8 +144,8 @@ def measure(
         yield row
 
 
-def candidate(name: str, inputs: Inputs) -> Run:
-    """Forward and backward; gives the active share where there is one."""
+def candidate(name: str, inputs: Inputs) -> Step:
+    """Return a function that runs forward and backward, and returns the active fraction or None."""
     if name in ("eager", "liger"):
         peer = eager_jsd if name == "eager" else liger_jsd
 
@@ -157,14 +157,14 @@ def candidate(name: str, inputs: Inputs) -> Run:
         def forward(inputs: Inputs) -> Any:
             return span_divergence(inputs.student, inputs.teacher, inputs.head, **options)
 
-    def run() -> float | None:
+    def step() -> float | None:
         inputs.student.grad = inputs.head.grad = None
         out = forward(inputs)
         loss = out if isinstance(out, Tensor) else out.loss
         loss.backward()
         return None if isinstance(out, Tensor) else out.stats.active_frac
 
-    return run
+    return step
 
 
 def ours(name: str, inputs: Inputs) -> dict[str, Any]:
@@ -180,14 +180,14 @@ def ours(name: str, inputs: Inputs) -> dict[str, Any]:
 
 
 def run_memory(name: str, file: Path, num_tokens: int) -> float:
-    """Peak MiB of one candidate, from a process of its own."""
+    """Peak MiB of one candidate, measured in a separate process."""
     command = [sys.executable, __file__, "--tokens", str(num_tokens), "--memory", name, str(file)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
 def peak_memory(args: argparse.Namespace) -> float:
-    """Peak resident memory of one run beyond what was there before and the gradients, in MiB."""
+    """Peak resident MiB of one step, beyond the memory before it and the gradients."""
     name, file = args.memory
     inputs = Inputs.load(Path(file), args.tokens[0])
     few = Inputs(inputs.student[:2], inputs.teacher[:2], inputs.head[:256], torch.ones(256))
@@ -197,17 +197,17 @@ def peak_memory(args: argparse.Namespace) -> float:
         few.head.detach().requires_grad_(),
         few.permutation_mass,
     )
-    candidate(name, leaves)()  # loads what is loaded once
-    run = candidate(name, inputs)
+    candidate(name, leaves)()  # for one-time loading
+    step = candidate(name, inputs)
     before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
-    run()
+    Path("/proc/self/clear_refs").write_text("5")  # resets the peak
+    step()
     gradients = 4 * (inputs.student.numel() + inputs.head.numel())
     return max(0.0, resident("VmHWM") - before - gradients) / 2**20
 
 
 def resident(field: str) -> int:
-    """VmRSS, or VmHWM (the peak), in bytes."""
+    """Read VmRSS, or VmHWM (the peak), in bytes."""
     for line in Path("/proc/self/status").read_text().splitlines():
         if line.startswith(field):
             return int(line.split()[1]) * 1024
@@ -215,7 +215,7 @@ def resident(field: str) -> int:
 
 
 def smollm2_states(num_tokens: int) -> dict[str, Tensor]:
-    """Student and teacher states of tokens that the model sampled; see above."""
+    """Student and teacher states of tokens that the model sampled; see the module's docstring."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from rosd_fast.engines.local.engine import LocalEngine
@@ -286,7 +286,7 @@ def with_mass(student: Tensor, teacher: Tensor, head: Tensor, num_tokens: int) -
 
 
 def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
-    """Time over that of eager, and peak memory, for each shape."""
+    """Draw time relative to eager, and peak memory, per shape."""
     from matplotlib.figure import Figure
 
     colours = {

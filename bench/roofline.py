@@ -1,14 +1,14 @@
-"""What the divergence can take on GPUs, on paper: FLOPs and bytes against the data sheets.
+"""Lower bounds for the divergence on GPUs: FLOPs and bytes against the data sheets.
 
     python bench/roofline.py               # rewrites bench/results/roofline.csv
     python bench/roofline.py --markdown    # and prints the two tables of docs/kernels.md
 
 Nothing here is measured. Each pass takes the larger of FLOPs / peak and bytes / bandwidth, and the
-passes follow each other: no program can be faster, real ones are slower (a good GEMM reaches 60 to
-80 percent of the peak). The bytes are those that this project's own block orders and chunks move to
-and from HBM, with what is shared by neighbouring blocks found in the L2 cache.
+passes run one after the other: no program can be faster, and real ones are slower (a good GEMM
+reaches 60 to 80 percent of the peak). The bytes are those that this project's own blocks and chunks
+move to and from HBM, where neighbouring blocks find shared data in the L2 cache.
 
-JSD with gradients to hidden states and head, bfloat16, student and teacher of one head.
+JSD with gradients to hidden states and head, bfloat16, student and teacher sharing one head.
 """
 
 from __future__ import annotations
@@ -29,9 +29,9 @@ MIB, GIB = 2**20, 2**30
 NARROW, WIDE = 2, 4  # bytes of bfloat16 and float32
 TOKENS = (2048, 4096, 8192, 16384, 32768, 65536)
 WORKSPACES_MIB = (256, 2048)
-F = 0.15  # active share of peaked distributions with an ordered vocabulary; see docs/kernels.md
+F = 0.15  # active fraction of peaked distributions with an ordered vocabulary; see docs/kernels.md
 GROUP_ROWS = 8 * 128  # rows that share a block of the head in L2 (configs.py)
-# Of [N, V] float32, live at the peak of the eager JSD: what bench/loss.py finds on a CPU.
+# Buffers of [N, V] float32 at the peak of the eager JSD, as bench/loss.py measures on a CPU.
 EAGER_BUFFERS = 12
 
 
@@ -47,7 +47,7 @@ GPUS = (Gpu("H100", 989e12, 3.35e12), Gpu("H200", 989e12, 4.8e12), Gpu("B200", 2
 
 
 class Head(NamedTuple):
-    """Of a model: V and H of its config.json."""
+    """A model's head: V and H from its config.json."""
 
     name: str
     V: int
@@ -84,7 +84,7 @@ class Forecast:
 
 
 def eager(N: int, head: Head) -> tuple[list[Pass], float]:
-    """Four GEMMs; each buffer is written and read once, at the least."""
+    """Four GEMMs; each buffer is written and read once, at least."""
     unit, weights, logits = 2.0 * N * head.V * head.H, head.V * head.H * NARROW, N * head.V
     gemm = Pass(unit, weights + logits * NARROW)
     elementwise = Pass(0, 2 * EAGER_BUFFERS * logits * WIDE)
@@ -92,7 +92,7 @@ def eager(N: int, head: Head) -> tuple[list[Pass], float]:
 
 
 def chunked(N: int, head: Head, workspace_mib: int) -> tuple[list[Pass], float]:
-    """Rows in chunks; dW, in float32, is read and written once for each of them."""
+    """Rows in chunks; dW, in float32, is read and written once per chunk."""
     V, H = head.V, head.H
     num_chunks = -(-N // max(1, int(workspace_mib * MIB) // (2 * V * WIDE)))
     rows, weights = N / num_chunks, V * H * NARROW
@@ -108,7 +108,7 @@ def chunked(N: int, head: Head, workspace_mib: int) -> tuple[list[Pass], float]:
 
 
 def tiled(N: int, head: Head, f: float, workspace_mib: int = 256) -> tuple[list[Pass], float]:
-    """The vocabulary in chunks; dh, in float32, is read and written once for each of them."""
+    """The vocabulary in chunks; dh, in float32, is read and written once per chunk."""
     V, H = head.V, head.H
     T = -(-V // TILE)
     unit, weights, states = 2.0 * N * V * H, V * H * NARROW, N * H * NARROW
@@ -163,7 +163,7 @@ def write_csv(path: Path, rows: Iterable[Forecast]) -> None:
 
 
 def table(rows: Iterable[Forecast], labels: tuple[str, ...]) -> str:
-    """In Markdown: a line for each value of `labels`, a column for each candidate."""
+    """A Markdown table: one line per value of `labels`, one column per candidate."""
     lines: dict[tuple[object, ...], list[str]] = {}
     names: list[str] = []
     for row in rows:

@@ -1,6 +1,6 @@
-// How a raw logit, a GEMM's output, becomes a finished one:
+// The transform from a raw logit, a GEMM's output, to a scaled one:
 //     s = softcap tanh((x + b) / softcap) / temperature
-// and how a row of them is read in vectors.
+// and vectorized reads of a row.
 
 #pragma once
 
@@ -14,17 +14,17 @@ namespace rosd {
 template <typename scalar_t>
 using Vec = at::vec::Vectorized<scalar_t>;
 
-// Entries whose sums stay in one vector before they are added to a double: with 1024 the rounding
-// of float sums does not grow with the vocabulary.
+// Number of entries that one vector sums before the sum is added to a double: with 1024 the
+// rounding of float sums does not grow with the vocabulary.
 constexpr int64_t kBlock = 1024;
 
 template <typename scalar_t>
-struct Form {
+struct LogitTransform {
   const scalar_t* bias;  // [C] or nullptr
   scalar_t softcap;      // 0: none
   scalar_t temperature;
 
-  // Loads up to `count` logits of a row at column `c` and finishes them. With a soft cap, `slope`
+  // Loads up to `count` logits of a row at column `c` and scales them. With a soft cap, `slope`
   // becomes ds/dx * temperature = 1 - tanh^2.
   template <bool SOFTCAP>
   Vec<scalar_t> load(const scalar_t* row, int64_t c, int64_t count, Vec<scalar_t>& slope) const {
@@ -41,9 +41,9 @@ struct Form {
   }
 };
 
-// The first `count` lanes of `x`, `other` in the rest.
+// The first `count` lanes of `x`, and those of `other` in the rest.
 template <typename scalar_t>
-Vec<scalar_t> head(const Vec<scalar_t>& x, int64_t count, const Vec<scalar_t>& other) {
+Vec<scalar_t> first_lanes(const Vec<scalar_t>& x, int64_t count, const Vec<scalar_t>& other) {
   return count == Vec<scalar_t>::size() ? x : Vec<scalar_t>::set(other, x, count);
 }
 

@@ -1,6 +1,6 @@
-// The CPU's elementwise passes over logits, as operators `torch.ops.rosd.*`. Rows are shared out
-// to OpenMP threads; a row is summed by one thread in a fixed order, so equal calls give equal bits
-// whatever the number of threads. GEMMs are torch's own; fakes and the drivers are in Python.
+// The CPU's elementwise passes over logits, as operators `torch.ops.rosd.*`. OpenMP threads divide
+// the rows; one thread sums a row in a fixed sequence, so equal calls give equal bits for any
+// number of threads. GEMMs are torch's own; fake implementations and callers are in Python.
 
 #include "stats.h"
 #include "terms.h"
@@ -19,7 +19,7 @@ namespace {
 
 using at::Tensor;
 
-// A thread's share of work is at least this many entries.
+// A thread gets at least this many entries.
 constexpr int64_t kGrain = 16384;
 
 int64_t rows_per_thread(int64_t columns) {
@@ -42,7 +42,7 @@ void check_vector(const char* name, const Tensor& tensor, int64_t size, at::Scal
 }
 
 template <typename scalar_t>
-Form<scalar_t> form_of(
+LogitTransform<scalar_t> transform_of(
     const char* name,
     const std::optional<Tensor>& bias,
     const Tensor& logits,
@@ -56,7 +56,7 @@ Form<scalar_t> form_of(
       static_cast<scalar_t>(softcap.value_or(0)), static_cast<scalar_t>(temperature)};
 }
 
-// Statistics of each tile of each row ([4, R, T]: lse, max, min, entropy), and the finished logit at
+// Statistics of each tile of each row ([4, R, T]: lse, max, min, entropy), and the scaled logit at
 // `columns` ([R]; 0 where it is -1, [0] without columns).
 std::tuple<Tensor, Tensor> stats(
     const Tensor& logits,
@@ -75,7 +75,7 @@ std::tuple<Tensor, Tensor> stats(
   Tensor result = at::empty({4, num_rows, num_tiles}, logits.options());
   Tensor sampled = at::empty({columns.has_value() ? num_rows : 0}, logits.options());
   AT_DISPATCH_FLOATING_TYPES(logits.scalar_type(), "rosd::stats", [&] {
-    const auto form = form_of<scalar_t>("bias", bias, logits, softcap, temperature);
+    const auto transform = transform_of<scalar_t>("bias", bias, logits, softcap, temperature);
     const scalar_t* in = logits.const_data_ptr<scalar_t>();
     const int64_t* column = columns.has_value() ? columns->const_data_ptr<int64_t>() : nullptr;
     scalar_t* out = result.data_ptr<scalar_t>();
@@ -87,8 +87,8 @@ std::tuple<Tensor, Tensor> stats(
         for (int64_t t = 0; t < num_tiles; ++t) {
           const int64_t begin = t * tile, end = std::min(begin + tile, num_columns);
           const TileStats found = softcap.has_value()
-              ? tile_stats<scalar_t, true>(row, form, begin, end)
-              : tile_stats<scalar_t, false>(row, form, begin, end);
+              ? tile_stats<scalar_t, true>(row, transform, begin, end)
+              : tile_stats<scalar_t, false>(row, transform, begin, end);
           scalar_t* at = out + r * num_tiles + t;
           at[0] = static_cast<scalar_t>(found.lse);
           at[plane] = static_cast<scalar_t>(found.max);
@@ -99,8 +99,8 @@ std::tuple<Tensor, Tensor> stats(
           Vec<scalar_t> unused;
           scalar_t lanes[Vec<scalar_t>::size()] = {0};
           if (column[r] >= 0 && column[r] < num_columns) {
-            (softcap.has_value() ? form.template load<true>(row, column[r], 1, unused)
-                                 : form.template load<false>(row, column[r], 1, unused))
+            (softcap.has_value() ? transform.template load<true>(row, column[r], 1, unused)
+                                 : transform.template load<false>(row, column[r], 1, unused))
                 .store(lanes);
           }
           picked[r] = lanes[0];
@@ -115,8 +115,8 @@ template <typename scalar_t, Divergence D, bool CLIP, bool SOFTCAP>
 void run_terms(
     const Tensor& student,
     const Tensor& teacher,
-    const Form<scalar_t>& student_form,
-    const Form<scalar_t>& teacher_form,
+    const LogitTransform<scalar_t>& student_transform,
+    const LogitTransform<scalar_t>& teacher_transform,
     const scalar_t* student_lse,
     const scalar_t* teacher_lse,
     const Options<scalar_t>& options,
@@ -128,7 +128,7 @@ void run_terms(
     for (int64_t r = first; r < last; ++r) {
       const RowTerms row = row_terms<scalar_t, D, CLIP, SOFTCAP>(
           of_student + r * student.stride(0), of_teacher + r * teacher.stride(0), num_columns,
-          student_form, teacher_form, student_lse[r], teacher_lse[r], options);
+          student_transform, teacher_transform, student_lse[r], teacher_lse[r], options);
       out[r] = static_cast<scalar_t>(row.value);
       out[num_rows + r] = static_cast<scalar_t>(row.total);
     }
@@ -161,9 +161,9 @@ Tensor terms_(
   Tensor result = at::empty({2, student.size(0)}, student.options());
   AT_DISPATCH_FLOATING_TYPES(student.scalar_type(), "rosd::terms_", [&] {
     const auto of_student =
-        form_of<scalar_t>("student_bias", student_bias, student, softcap, temperature);
+        transform_of<scalar_t>("student_bias", student_bias, student, softcap, temperature);
     const auto of_teacher =
-        form_of<scalar_t>("teacher_bias", teacher_bias, teacher, softcap, temperature);
+        transform_of<scalar_t>("teacher_bias", teacher_bias, teacher, softcap, temperature);
     const Options<scalar_t> options{
         static_cast<scalar_t>(beta), static_cast<scalar_t>(entry_clip.value_or(0))};
     const auto run = [&]<Divergence D, bool CLIP, bool SOFTCAP>() {

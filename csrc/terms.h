@@ -1,5 +1,5 @@
-// What the entries of a row add to its divergence, and to its gradient: the formulas and the care
-// for rounding are those of kernels/rosd_kernels/divergences.py.
+// What the entries of a row contribute to its divergence and its gradient. The formulas, and the
+// measures against rounding, are those of kernels/rosd_kernels/divergences.py.
 //
 //     log p = s - lse_s,  log q = z - lse_t,  c and e as in its table,  w = 1 - tanh^2
 //     value = sum_v c_v,  K = sum_v e_v,  and in place  student <- p w,  teacher <- e w,
@@ -25,7 +25,7 @@ struct RowTerms {
   double value, total;
 };
 
-// A smaller probability than e^-80 of the larger changes no digit; exp overflows float at 88.7.
+// A probability below e^-80 of the other one changes no digit; exp overflows float at 88.7.
 constexpr double kMaxLogRatio = 80;
 
 template <typename scalar_t, Divergence D, bool CLIP>
@@ -71,8 +71,8 @@ RowTerms row_terms(
     scalar_t* student,
     scalar_t* teacher,
     int64_t size,
-    const Form<scalar_t>& student_form,
-    const Form<scalar_t>& teacher_form,
+    const LogitTransform<scalar_t>& student_transform,
+    const LogitTransform<scalar_t>& teacher_transform,
     scalar_t student_lse,
     scalar_t teacher_lse,
     const Options<scalar_t>& options) {
@@ -85,12 +85,12 @@ RowTerms row_terms(
       const int64_t count = std::min<int64_t>(V::size(), stop - v);
       V slope, unused, p, c, e;
       const V log_q =
-          teacher_form.template load<SOFTCAP>(teacher, v, count, unused) - V(teacher_lse);
+          teacher_transform.template load<SOFTCAP>(teacher, v, count, unused) - V(teacher_lse);
       const V log_p =
-          student_form.template load<SOFTCAP>(student, v, count, slope) - V(student_lse);
+          student_transform.template load<SOFTCAP>(student, v, count, slope) - V(student_lse);
       entry_terms<scalar_t, D, CLIP>(log_p, log_q, options, p, c, e);
-      value = value + head(c, count, V(0));
-      total = total + head(e, count, V(0));
+      value = value + first_lanes(c, count, V(0));
+      total = total + first_lanes(e, count, V(0));
       if constexpr (SOFTCAP) {
         p = p * slope;
         e = e * slope;

@@ -1,4 +1,4 @@
-"""Token-level divergences between student and teacher, from hidden states, without holding logits.
+"""Token-level divergences between student and teacher, from hidden states, without full logits.
 
 `span_divergence` is the one entry point; see its docstring for shapes, options and errors.
 
@@ -7,21 +7,22 @@ Ht hidden width of the teacher, R rows (tokens) of a chunk or block.
 
     api.py          the public function
     records.py      inputs and options (each checked once), output
+    logits.py       from raw logits to scaled ones: bias, soft cap, temperature
     reference.py    strategy "reference": plain PyTorch, autograd does the gradient
     chunked.py      strategy "chunked": dense GEMMs through a bounded workspace (workspace.py)
-    tiled.py        strategy "tiled": tile by tile; the tiles that matter are chosen by sparsity.py,
-                    and order.py brings likely entries together
-    auto.py         which of the two
+    tiled.py        strategy "tiled": tile by tile (tiles.py); sparsity.py selects the tiles that
+                    matter, and order.py puts likely entries into the same tiles
+    auto.py         strategy "auto": the choice between these two
     vocabulary.py   heads that are sharded over a process group
-    rows.py         from statistics of tiles to those of rows
-    autograd.py     gradients that are made in forward
+    rows.py         statistics of rows from those of their tiles
+    autograd.py     gradients that are computed in forward
     divergences.py  the formulas, in plain PyTorch
 
     elementwise.py  passes over logits: in C++ (native.py, csrc/) or plain PyTorch (plain.py)
     gemm_tiles.py   the dense work of "tiled" with library GEMMs
     gpu/            Triton: the dense work of "tiled", the elementwise pass of "chunked"
-    backends.py     which of them a device gets
-    aot.py          compiles all of gpu/ without a GPU and checks the machine code
+    backends.py     the choice of an implementation per device
+    testing/        acceptance on a device, compilation of gpu/ without a GPU, baselines
 """
 
 from __future__ import annotations

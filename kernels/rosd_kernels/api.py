@@ -1,4 +1,4 @@
-"""The public function: checks its arguments, chooses a strategy, runs it."""
+"""The public function: it checks its arguments, chooses a strategy and runs it."""
 
 from __future__ import annotations
 
@@ -90,16 +90,16 @@ def span_divergence(
         tail: with `top_k`, True adds a bucket that holds the remaining mass of either side; False
             renormalizes both over the k ids.
         entry_clip: bounds what an entry contributes from above, `min(contribution_v, entry_clip)`;
-            an entry above the bound has no gradient. The tail's bucket is an entry as well. Below,
-            no bound is needed: a contribution is at least -1/e in the KLs and at least 0 in `jsd`.
-            A clipped KL may come out negative. None: no bound.
-        sparsity: "exact", all entries are computed; `entry(eps)` or `mass(tol)`, tiles of the
-            vocabulary that hold next to nothing are left out by "tiled", and `stats` says how much
-            they held (see sparsity.py). "chunked" and "reference" compute everything in any case.
+            an entry above the bound has no gradient. The tail's bucket is an entry as well. No
+            lower bound is needed: a contribution is at least -1/e in the KLs and at least 0 in
+            `jsd`. A clipped KL may be negative. None: no bound.
+        sparsity: "exact", all entries are computed; `entry(eps)` or `mass(tol)`, "tiled" skips
+            tiles of the vocabulary that hold almost no probability, and `stats` reports how much
+            they held (see sparsity.py). "chunked" and "reference" always compute everything.
         strategy: "chunked", dense GEMMs through a bounded workspace; "tiled", one tile of the
             vocabulary at a time, and with `sparsity` only those that matter, without `top_k`;
             "reference", plain PyTorch on whole [N, V] logits, for tests; "auto", see auto.py. They
-            agree up to rounding and what `sparsity` leaves out.
+            agree up to rounding and what `sparsity` skips.
         workspace_mib: bound on all logit-sized buffers together. One row ("chunked") or one tile
             ("tiled") is held in any case.
         vocab_group: a torch.distributed process group over which the vocabulary is sharded: heads
@@ -148,7 +148,7 @@ def span_divergence(
         token_ids=token_ids,
         rollout_logprobs=rollout_logprobs,
     )
-    # A tracer would unroll the loops over chunks, and collectives and memories are not for it.
+    # A tracer would unroll the loops over chunks; it cannot trace collectives or auto's memory.
     run: Any = torch.compiler.disable(_run) if torch.compiler.is_compiling() else _run
     return run(strategy, inputs, options, vocab_group)
 
@@ -156,7 +156,7 @@ def span_divergence(
 def _run(
     strategy: str, inputs: SpanInputs, options: SpanOptions, vocab_group: ProcessGroup | None
 ) -> SpanDivergenceOutput:
-    """What needs the whole vocabulary's size: the last checks, the choice, the strategy."""
+    """The last checks, which need the whole vocabulary's size, then the strategy."""
     if vocab_group is not None and strategy == "reference":
         raise ValueError(
             "vocab_group: got a group with strategy 'reference', which needs whole heads; want "
@@ -173,7 +173,7 @@ def _run(
             "want 'chunked' or 'auto'"
         )
     name = choose(inputs, options, vocabulary) if strategy == "auto" else strategy
-    # Autocast would turn the GEMMs, which are formed in float32 on purpose, into bfloat16 ones.
+    # Autocast would run in bfloat16 the GEMMs that are in float32 on purpose.
     with torch.autocast(device_type=inputs.student_hidden.device.type, enabled=False):
         output = STRATEGIES[name](inputs, options, vocabulary)
     if strategy == "auto":
@@ -190,7 +190,7 @@ def _check_order(inputs: SpanInputs, options: SpanOptions) -> None:
 
 
 def _check_ids(inputs: SpanInputs, options: SpanOptions, vocabulary: Vocabulary) -> None:
-    """What depends on the size of the whole vocabulary, or on several arguments."""
+    """The checks that depend on the whole vocabulary's size, or on several arguments."""
     if options.importance_clip is not None:
         for name in ("token_ids", "rollout_logprobs"):
             if getattr(inputs, name) is None:
@@ -200,7 +200,7 @@ def _check_ids(inputs: SpanInputs, options: SpanOptions, vocabulary: Vocabulary)
     if options.top_k is not None and options.top_k > vocabulary.size:
         raise ValueError(f"top_k: got {options.top_k}, want at most V = {vocabulary.size}")
     ids = inputs.token_ids
-    # Only where it costs no synchronization; a GPU's gather asserts by itself.
+    # Only on a CPU, where the check costs no synchronization.
     if ids is not None and ids.device.type == "cpu" and len(ids):
         low, high = int(ids.min()), int(ids.max())
         if low < 0 or high >= vocabulary.size:

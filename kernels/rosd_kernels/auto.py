@@ -1,11 +1,11 @@
 """Strategy "auto": the cheaper of "chunked" and "tiled".
 
-"chunked" costs 4 GEMM sweeps over the head, "tiled" 2 + 6f for an active share f, so "tiled" pays
-below f = 1/3: never when everything is to be computed (sparsity "exact"). Otherwise the last
-measured f of calls of this kind decides. It is read one call later, so that a GPU is not waited
-for; while "chunked" is in use, every 64th call measures anew. The choice therefore depends on the
-calls before, and results differ by what `sparsity` leaves out: name the strategy where runs must be
-repeatable to the bit.
+"chunked" costs 4 GEMM sweeps over the head and "tiled" 2 + 6f, where f is the active fraction. So
+"tiled" is cheaper below f = 1/3, and never with sparsity "exact". With another sparsity the last f
+that a call of the same kind measured decides. It is read one call later, when it is usually there;
+while "chunked" is in use, every 64th call measures again. The choice therefore depends on earlier
+calls, and results differ by what `sparsity` skips: name the strategy where runs must be repeatable
+to the bit.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ MEASURE_EVERY = 64  # calls of "chunked"
 
 @dataclass(slots=True)
 class Memory:
-    """Of calls of one kind."""
+    """What earlier calls of one kind showed."""
 
     stats: SpanDivergenceStats | None = None  # of the last call of "tiled"
     since: int = 0  # calls of "chunked" after it
@@ -31,7 +31,7 @@ _memories: dict[tuple[object, ...], Memory] = {}
 
 
 def choose(inputs: SpanInputs, options: SpanOptions, vocabulary: Vocabulary) -> str:
-    """The strategy for a call. With shards every rank comes to the same answer."""
+    """Return the strategy for a call; with shards, the same one on every rank."""
     if options.sparsity.rule == "exact" or options.top_k is not None:
         return "chunked"
     memory = _memories.get(_kind(inputs, options, vocabulary))
@@ -43,7 +43,7 @@ def choose(inputs: SpanInputs, options: SpanOptions, vocabulary: Vocabulary) -> 
 def remember(
     inputs: SpanInputs, options: SpanOptions, vocabulary: Vocabulary, stats: SpanDivergenceStats
 ) -> None:
-    """Learn from a call that `choose` was asked for."""
+    """Record the result of a call whose strategy `choose` returned."""
     if inputs.num_tokens == 0 or options.sparsity.rule == "exact":
         return
     memory = _memories.setdefault(_kind(inputs, options, vocabulary), Memory())

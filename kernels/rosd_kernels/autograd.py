@@ -1,8 +1,8 @@
-"""How a strategy that computes loss and gradients together meets autograd, and what it returns.
+"""Autograd glue for strategies that compute loss and gradients in one forward pass.
 
-The gradients are made in forward, while the logits are at hand; backward multiplies them by the
-gradient of the loss, in place where it can, and hands them over: a second copy of the head's
-gradient would be the largest tensor of all. What is not needed is not computed.
+Forward computes the gradients, while the logits are in memory. Backward multiplies them by the
+gradient of the loss, in place where possible, and returns them: a second copy of the head's
+gradient would be the largest tensor of all. Gradients that nobody needs are not computed.
 """
 
 from __future__ import annotations
@@ -14,8 +14,7 @@ import torch
 from torch import Tensor
 
 from rosd_kernels.records import SpanDivergenceOutput, SpanDivergenceStats, SpanInputs
-
-CAST_BYTES = 16 << 20  # part of a gradient that is converted at a time
+from rosd_kernels.workspace import CAST_BYTES
 
 Needed = tuple[bool, bool, bool]  # which gradients: hidden states, head, bias
 
@@ -39,7 +38,7 @@ class Gradients(NamedTuple):
 
 
 class Computed(NamedTuple):
-    """What a strategy has computed."""
+    """What a strategy computes in one pass."""
 
     loss: Tensor
     results: TokenResults
@@ -50,7 +49,7 @@ class Computed(NamedTuple):
 def differentiable(
     inputs: SpanInputs, compute: Callable[[Needed], Computed]
 ) -> SpanDivergenceOutput:
-    """Run `compute` and tie its loss to the student's tensors."""
+    """Run `compute` without autograd and connect its loss to the student's tensors."""
     # ctx.needs_input_grad would stay true under torch.no_grad.
     hidden, head, bias = (
         torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
@@ -63,7 +62,7 @@ def differentiable(
 
 
 class _Precomputed(torch.autograd.Function):
-    """The loss, with gradients that are there already."""
+    """The loss, with gradients that were computed in forward."""
 
     @staticmethod
     def forward(
@@ -85,13 +84,13 @@ class _Precomputed(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         if torch.is_grad_enabled():
             raise RuntimeError(
-                "span_divergence: no second derivative (create_graph=True) but with "
-                "strategy='reference'"
+                "span_divergence: create_graph=True is supported only with strategy='reference'"
             )
         if ctx.gradients is None:
             raise RuntimeError(
-                "span_divergence: a second backward through one loss, whose gradients went out "
-                "with the first; call span_divergence again, or use strategy='reference'"
+                "span_divergence: backward() was called twice on one loss, whose gradients were "
+                "released by the first call; call span_divergence again, or use "
+                "strategy='reference'"
             )
         gradients, ctx.gradients = ctx.gradients, None
         scaled = (
@@ -102,7 +101,7 @@ class _Precomputed(torch.autograd.Function):
 
 
 def _scale_(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
-    """`factor * gradient` rounded once to `dtype`: in place, or else without a second wide copy."""
+    """`factor * gradient`, rounded once to `dtype`: in place, or else part by part."""
     if gradient.dtype == dtype:
         return gradient.mul_(factor)
     result = gradient.new_empty(gradient.shape, dtype=dtype)

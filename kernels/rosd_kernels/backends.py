@@ -1,9 +1,9 @@
-"""Which implementation a device gets: Triton on CUDA, C++ or plain PyTorch elsewhere.
+"""The implementation that a device uses: Triton on CUDA, C++ or plain PyTorch elsewhere.
 
-Triton is asked for only where it can be used, as importing it takes a while. The environment
-variable ROSD_KERNELS_BACKEND=triton asks for it on any device: with TRITON_INTERPRET=1 the kernels
-then run on a CPU, slowly, which is how they are tested. ROSD_KERNELS_BACKEND=torch keeps to plain
-PyTorch and C++.
+Triton is imported only where it is used, as its import takes a while. The environment variable
+ROSD_KERNELS_BACKEND=triton selects it on any device: with TRITON_INTERPRET=1 the kernels then run
+on a CPU, slowly, which is how they are tested. ROSD_KERNELS_BACKEND=torch selects plain PyTorch and
+C++ on any device.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from rosd_kernels.records import SpanInputs, SpanOptions
 
 
 def uses_triton(like: Tensor, dtype: torch.dtype) -> bool:
-    """Whether tensors of `like`'s device, computed in `dtype`, go to the Triton kernels."""
+    """Whether the Triton kernels handle tensors on `like`'s device, computed in `dtype`."""
     wish = os.environ.get("ROSD_KERNELS_BACKEND", "auto")
     if wish not in ("auto", "torch", "triton"):
         raise ValueError(f"ROSD_KERNELS_BACKEND: got {wish!r}, want auto, torch or triton")
@@ -36,12 +36,12 @@ def has_triton() -> bool:
 
 
 def gpu_rows(like: Tensor, dtype: torch.dtype) -> Callable[..., Any] | None:
-    """The fused elementwise pass of "chunked", or None where it is not for this device."""
+    """The fused elementwise pass of "chunked", or None where the device does not use Triton."""
     if not uses_triton(like, dtype):
         return None
-    from rosd_kernels.gpu.rows import finish_block
+    from rosd_kernels.gpu.rows import block_divergence
 
-    return finish_block
+    return block_divergence
 
 
 def make_tiles(inputs: SpanInputs, options: SpanOptions, permutation: Tensor | None) -> Any:

@@ -1,22 +1,22 @@
 """Strategy "chunked": a bounded workspace, and the gradients in the same pass as the loss.
 
-The rows (tokens) are taken in chunks of R. Both logits of a chunk lie in one workspace, where they
-are turned in place into the loss and into `G`, the gradient of a row's divergence w.r.t. its raw
-logits; then
+The rows (tokens) are processed in chunks of R. One workspace holds both sides' logits of a chunk
+and turns them in place into the loss and into `G`, the gradient of a row's divergence w.r.t. its
+raw logits; then
 
     logits = h W^T                                  2 GEMMs, stacked where the head is shared
     G      = e - p K, see divergences.py            in blocks of rows, see workspace.py
-    dh = c G W,  dW += G^T (c h),  db += G^T c      2 GEMMs
+    dh = a G W,  dW += G^T (a h),  db += G^T a      2 GEMMs
 
-with `c_n = weight_n / temperature`, applied where there are H columns and not V. That is 4 GEMM
-sweeps over the head, the least that dense gradients take. Where all inputs are bfloat16, a GPU
-multiplies them as they are and sums in float32; G and c h are then rounded to bfloat16 as well.
+with `a_n = weight_n / temperature`, applied where there are H columns and not V. That is 4 GEMM
+sweeps over the head, the minimum for dense gradients. Where all inputs are bfloat16, a GPU
+multiplies them without conversion and sums in float32; G and a h are then rounded to bfloat16 too.
 
-With top-k, a row is its k buckets and one more of the tail, if there is a tail; a token v of the
-tail has the gradient of the tail's bucket times its share of it, `p_v / sum of p over the tail`.
+With top-k, a row consists of k buckets and, with a tail, one more for the tail. The gradient of a
+token v of the tail is that of the tail's bucket times `p_v / sum of p over the tail`.
 
 Where the vocabulary is sharded, normalizers, values, K and dh are summed over the ranks. Sums have
-a fixed order and there are no atomics: equal calls give equal bits.
+a fixed sequence and there are no atomics: equal calls give equal bits.
 """
 
 from __future__ import annotations
@@ -29,11 +29,9 @@ from torch import Tensor
 from rosd_kernels.autograd import Computed, Gradients, Needed, TokenResults, differentiable, ranges
 from rosd_kernels.backends import gpu_rows
 from rosd_kernels.divergences import entry_terms, known_total, row_value
-from rosd_kernels.elementwise import stats, terms_, uses_native
-from rosd_kernels.order import finish_
+from rosd_kernels.elementwise import stats, subtract_total, terms_, uses_native
+from rosd_kernels.logits import SCALED, LogitTransform, transform_
 from rosd_kernels.records import (
-    FINISHED,
-    Form,
     SpanDivergenceOutput,
     SpanDivergenceStats,
     SpanInputs,
@@ -63,17 +61,19 @@ def _compute(
     workspace = Workspace(plan, hidden.device)
     results = _empty_results(inputs)
     gradients = _zero_gradients(inputs, needed)
-    forms = inputs.forms(options)
+    transforms = inputs.transforms(options)
+    block_divergence = rows_kernel or (
+        _block_divergence if options.top_k is None else _block_divergence_top_k
+    )
     for start, stop in ranges(inputs.num_tokens, plan.rows):
         chunk = inputs.rows(start, stop)
         student, teacher = _project(chunk, workspace)
         for first, last in ranges(stop - start, plan.block):
             block = chunk.rows(first, last)
-            finish = rows_kernel or (_finish_block if options.top_k is None else _finish_top_k)
-            values, *sides = finish(
+            values, *sides = block_divergence(
                 student[first:last],
                 teacher[first:last],
-                forms,
+                transforms,
                 vocabulary.columns(block.token_ids),
                 options,
                 vocabulary,
@@ -111,69 +111,58 @@ def _project(chunk: SpanInputs, workspace: Workspace) -> tuple[Tensor, Tensor]:
     return student, teacher
 
 
-def _finish_block(
+def _block_divergence(
     student: Tensor,  # [R, V] raw logits in, G out
     teacher: Tensor,  # [R, V] raw logits in, overwritten
-    forms: tuple[Form, Form],
+    transforms: tuple[LogitTransform, LogitTransform],
     columns: Tensor | None,  # [R] of the sampled tokens
     options: SpanOptions,
     vocabulary: Vocabulary,
     *,
     needs_gradient: bool,
 ) -> tuple[Tensor, RowStats, RowStats]:
-    """([R] divergence, statistics of either side); all elementwise work of a block of rows."""
-    of_student = _whole_rows(student, forms[0], columns, vocabulary)
-    of_teacher = _whole_rows(teacher, forms[1], columns, vocabulary)
-    sums = terms_(student, teacher, *forms, of_student.lse, of_teacher.lse, options)
+    """All elementwise work of a block of rows: ([R] divergence, statistics of both sides)."""
+    of_student = _whole_rows(student, transforms[0], columns, vocabulary)
+    of_teacher = _whole_rows(teacher, transforms[1], columns, vocabulary)
+    sums = terms_(student, teacher, *transforms, of_student.lse, of_teacher.lse, options)
     value, total = vocabulary.sum_(sums)
     if needs_gradient:
         subtract_total(student, teacher, total, options)
     return value, of_student, of_teacher
 
 
-def subtract_total(p: Tensor, e: Tensor, total: Tensor, options: SpanOptions) -> None:
-    """`p <- e - K p` for the [R, C] results of `terms_` and the [R] total of whole rows."""
-    known = known_total(options)
-    if known is None:
-        torch.addcmul(e, p, total[:, None], value=-1, out=p)
-    else:
-        torch.sub(e, p, alpha=known, out=p)
-
-
-def _finish_top_k(
+def _block_divergence_top_k(
     student: Tensor,  # [R, V] raw logits in, G out
     teacher: Tensor,  # [R, V] raw logits in, overwritten
-    forms: tuple[Form, Form],
+    transforms: tuple[LogitTransform, LogitTransform],
     columns: Tensor | None,
     options: SpanOptions,
     vocabulary: Vocabulary,
     *,
     needs_gradient: bool,
 ) -> tuple[Tensor, RowStats, RowStats]:
-    """As `_finish_block`, over the student's k most likely entries and the bucket of the rest."""
+    """`_block_divergence` over the student's k most likely entries and the tail's bucket."""
     assert options.top_k is not None
-    for logits, form in ((student, forms[0]), (teacher, forms[1])):
-        finish_(logits, form.bias, form.softcap, form.temperature)
-    slope = None
-    if options.softcap is not None:
-        slope = (student * (options.temperature / options.softcap)).square_().neg_().add_(1)
-    of_student = _whole_rows(student, FINISHED, columns, vocabulary)
-    of_teacher = _whole_rows(teacher, FINISHED, columns, vocabulary)
+    for logits, transform in zip((student, teacher), transforms, strict=True):
+        transform_(logits, transform)
+    slope = transforms[0].slope(student)
+    of_student = _whole_rows(student, SCALED, columns, vocabulary)
+    of_teacher = _whole_rows(teacher, SCALED, columns, vocabulary)
 
-    # Of the candidates, k of every shard, the k best of all shards are kept.
-    own, ids = student.topk(min(options.top_k, student.shape[1]), dim=-1)
+    # Every shard offers k candidates, of which the k best of all shards are kept.
+    top, ids = student.topk(min(options.top_k, student.shape[1]), dim=-1)
     size = min(options.top_k, vocabulary.largest)
-    candidates = vocabulary.gather(_widened(own, size))
-    of_teacher_too = vocabulary.gather(_widened(teacher.gather(-1, ids), size))
+    candidates = vocabulary.gather(_widened(top, size))
+    teacher_candidates = vocabulary.gather(_widened(teacher.gather(-1, ids), size))
     best = candidates.topk(options.top_k, dim=-1).indices
     is_kept = torch.zeros_like(candidates, dtype=torch.bool).scatter_(-1, best, True)
-    place = slice(vocabulary.rank * size, vocabulary.rank * size + own.shape[1])
-    is_own = is_kept[:, place]
+    of_shard = slice(vocabulary.rank * size, vocabulary.rank * size + top.shape[1])
+    is_kept_here = is_kept[:, of_shard]
     for logits in (student, teacher):
-        logits.scatter_(-1, ids, logits.gather(-1, ids).masked_fill_(is_own, -math.inf))
+        logits.scatter_(-1, ids, logits.gather(-1, ids).masked_fill_(is_kept_here, -math.inf))
 
     log_p = candidates.gather(-1, best) - of_student.lse[:, None]
-    log_q = of_teacher_too.gather(-1, best) - of_teacher.lse[:, None]
+    log_q = teacher_candidates.gather(-1, best) - of_teacher.lse[:, None]
     tail = None
     if options.tail:
         tail = _log_mass(student, vocabulary)
@@ -191,10 +180,10 @@ def _finish_top_k(
         of_buckets = e - p * total  # [R, k] or, with the tail, [R, k + 1]
         if tail is None:
             student.zero_()
-        else:  # -inf at the kept ids: exp gives the shares of the tail's tokens, and 0 elsewhere
+        else:  # -inf at the kept ids: exp gives p_v / tail in the tail, and 0 elsewhere
             student.sub_(tail).exp_().mul_(of_buckets[:, -1:])
         of_kept = torch.zeros_like(candidates).scatter_(-1, best, of_buckets[:, : options.top_k])
-        chosen = torch.where(is_own, of_kept[:, place], student.gather(-1, ids))
+        chosen = torch.where(is_kept_here, of_kept[:, of_shard], student.gather(-1, ids))
         student.scatter_(-1, ids, chosen)
         if slope is not None:
             student.mul_(slope)
@@ -202,19 +191,19 @@ def _finish_top_k(
 
 
 def _whole_rows(
-    logits: Tensor, form: Form, columns: Tensor | None, vocabulary: Vocabulary
+    logits: Tensor, transform: LogitTransform, columns: Tensor | None, vocabulary: Vocabulary
 ) -> RowStats:
-    found, sampled = stats(logits, form, columns)
+    found, sampled = stats(logits, transform, columns)
     return row_stats(found[0], found[3], sampled, vocabulary)
 
 
 def _log_mass(logits: Tensor, vocabulary: Vocabulary) -> Tensor:
-    """[R, 1] log sum exp of finished logits, over all shards."""
-    return vocabulary.logsumexp(stats(logits, FINISHED)[0][0])
+    """[R, 1] log sum exp of scaled logits, over all shards."""
+    return vocabulary.logsumexp(stats(logits, SCALED)[0][0])
 
 
 def _widened(values: Tensor, size: int) -> Tensor:
-    """[R, k] filled up with -inf to [R, size]."""
+    """[R, k] values padded with -inf to [R, size]."""
     return torch.nn.functional.pad(values, (0, size - values.shape[1]), value=-math.inf)
 
 
@@ -236,7 +225,7 @@ def _store(
 
 
 def _zero_gradients(inputs: SpanInputs, needed: Needed) -> Gradients:
-    """In the compute dtype, as they are summed over chunks."""
+    """Zeros in the compute dtype, in which the chunks are summed."""
     return Gradients(
         *(
             tensor.new_zeros(tensor.shape, dtype=inputs.compute_dtype)
@@ -250,7 +239,7 @@ def _zero_gradients(inputs: SpanInputs, needed: Needed) -> Gradients:
 def _add_gradients(
     gradients: Gradients, chunk: SpanInputs, rows: slice, row_scale: Tensor, workspace: Workspace
 ) -> None:
-    """Add a chunk whose G lies in the workspace; `row_scale` [R] is c of the docstring."""
+    """Add a chunk whose G is in the workspace; `row_scale` [R] is `a` of the module's docstring."""
     column = row_scale[:, None]
     if gradients.bias is not None:
         gradients.bias.addmv_(workspace.logits[: chunk.num_tokens].T, row_scale)

@@ -1,4 +1,4 @@
-"""In-place arithmetic of the divergences in plain PyTorch: what an entry adds to the result.
+"""In-place arithmetic of the divergences in plain PyTorch: what each entry contributes.
 
 Let `c_v(p_v, q_v)` be what entry v contributes to the divergence D of a row, `entry_clip` applied,
 and `e_v = p_v dc_v/dp_v`, which is 0 where the entry is clipped. With
@@ -6,16 +6,17 @@ and `e_v = p_v dc_v/dp_v`, which is 0 where the entry is clipped. With
 
     G_u = dD/ds_u = e_u - p_u K,     K = sum_v e_v,
 
-for single entries and for buckets (top-k and tail) alike. Unclipped, with `m = b q + (1-b) p`:
+for single entries and for buckets (top-k and tail). Unclipped, with `m = b q + (1-b) p`:
 
     divergence   c_v                               e_v                dD/ds_v
     forward_kl   q log(q/p) + p - q                -q                 p - q
     reverse_kl   p log(p/q) - p + q                p log(p/q)         p (log(p/q) - KL(p, q))
     jsd          b q log(q/m) + (1-b) p log(p/m)   (1-b) p log(p/m)   (1-b) p (log(p/m) - KL(p, m))
 
-Three choices keep digits where teacher and student nearly agree, which is where self-distillation
-lives. `p - q` sums to zero over the vocabulary, but for the rounding of the two normalizers, whose
-error in `q log(q/p)` it takes out; it also makes every entry >= 0. `jsd` forms
+Three choices keep digits where teacher and student nearly agree, the usual case in
+self-distillation. `p - q` sums to zero over the vocabulary, except for the rounding of the two
+normalizers, and it cancels the error that this rounding causes in `q log(q/p)`; it also makes every
+entry >= 0. `jsd` forms
 `log(m/p) = log1p(b expm1(r))` from `r = log(q/p)`. And K of forward_kl is -1, not a rounded sum.
 
 With `entry_clip` the KLs are bounded as published, without `p - q`, and e of reverse_kl is
@@ -38,7 +39,7 @@ MAX_LOG_RATIO = 80.0
 
 
 def known_total(options: SpanOptions) -> float | None:
-    """K where it is the same for every row, None where it has to be summed."""
+    """Return K where it is the same for every row, None where it has to be summed."""
     is_known = options.divergence == "forward_kl" and options.entry_clip is None
     return -1.0 if is_known else None
 
@@ -46,9 +47,9 @@ def known_total(options: SpanOptions) -> float | None:
 def entry_terms(
     log_p: Tensor, log_q: Tensor, p: Tensor, q: Tensor, options: SpanOptions
 ) -> tuple[Tensor, Tensor]:
-    """(c, e) of [R, K] log-probabilities, whose exponentials are `p` and `q`.
+    """Return (c, e), [R, K] each, for log-probabilities whose exponentials are `p` and `q`.
 
-    They lie in the memory of `log_p` and `log_q`, which are overwritten; `p` and `q` stay.
+    The results overwrite the memory of `log_p` and `log_q`; `p` and `q` are kept.
     """
     divergence = {"forward_kl": _forward_kl, "reverse_kl": _reverse_kl, "jsd": _jsd}
     c, e = divergence[options.divergence](log_p, log_q, p, q, options)
@@ -59,7 +60,7 @@ def entry_terms(
 
 
 def row_value(c: Tensor, options: SpanOptions) -> Tensor:
-    """[R] sum of [R, K] contributions. A divergence is never negative; its rounded sum may be."""
+    """[R] sum of [R, K] contributions, without the negative values that only rounding causes."""
     value = c.sum(-1)
     return value if options.entry_clip is not None else value.clamp_(min=0)
 

@@ -1,11 +1,11 @@
-"""The dense work of strategy "tiled" by GEMMs of the library and elementwise passes (CPU).
+"""The dense work of strategy "tiled" with library GEMMs and elementwise passes (CPU).
 
-The vocabulary goes by in chunks of columns. Within a chunk each row block multiplies its runs of
-consecutive active tiles, so that the logits at hand are those of one run, [128, <= chunk]. A head
-that no GEMM can read as it is (another dtype, an order of the vocabulary) is copied chunk by chunk.
+The vocabulary is processed in chunks of columns. Within a chunk each row block multiplies one range
+of consecutive active tiles at a time, so that only logits of [128, <= chunk] are in memory. A head
+that no GEMM can read directly (another dtype, an order of the vocabulary) is copied per chunk.
 
-If both logits of all active tiles fit into half of the workspace they are kept from the loss to the
-gradient, which saves their second computation: 2 + 4f units instead of 2 + 6f.
+If both logits of all active tiles fit into half of the workspace, they are kept from the loss to
+the gradient instead of being computed twice: 2 + 4f units instead of 2 + 6f.
 """
 
 from __future__ import annotations
@@ -17,35 +17,39 @@ import torch
 from torch import Tensor
 
 from rosd_kernels.autograd import Gradients, Needed, ranges
-from rosd_kernels.chunked import subtract_total
-from rosd_kernels.elementwise import stats, terms_
-from rosd_kernels.records import Form, SpanInputs, SpanOptions
-from rosd_kernels.sparsity import Sparsity, Sweep, TileStats, select_tiles
+from rosd_kernels.elementwise import stats, subtract_total, terms_
+from rosd_kernels.records import SpanInputs, SpanOptions
+from rosd_kernels.sparsity import Sparsity, Sweep, TileStats, select_tiles, sweep_sides
 from rosd_kernels.tiles import ROW_BLOCK, TILE, num_tiles
 from rosd_kernels.workspace import MIB, is_gemm_ready
 
-CHUNK_TILES = 16  # 2048 columns: enough for a good GEMM, and logits that stay in the cache
+CHUNK_TILES = 16  # 2048 columns: enough for a good GEMM, few enough that logits stay in the cache
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Run:
+class TileRange:
     """Consecutive active tiles of a row block, within a chunk of the vocabulary."""
 
-    rows: slice
+    rows: slice  # tokens
     columns: slice  # positions in the vocabulary's order
-    local: slice  # the same from the chunk's first column
+    local: slice  # the same columns, counted from the chunk's first
 
 
 class GemmTiles:
-    """A `tiled.Tiles`. permutation: [V] int64 or None, the head's row of each position."""
+    """Implements `tiled.Tiles` with library GEMMs.
+
+    permutation: [V] int64, the head's row of each position of the vocabulary; None: its own order.
+    """
 
     def __init__(
         self, inputs: SpanInputs, options: SpanOptions, permutation: Tensor | None
     ) -> None:
         self.inputs, self.options, self.permutation = inputs, options, permutation
         self.dtype = inputs.compute_dtype
-        student, teacher = inputs.forms(options)
-        self.forms = self._ordered(student), self._ordered(teacher)
+        self.transforms = inputs.transforms(options)
+        if permutation is not None:
+            student, teacher = self.transforms
+            self.transforms = student.at(permutation), teacher.at(permutation)
         self.hidden = (
             inputs.student_hidden.detach().to(self.dtype),
             inputs.teacher_hidden.to(self.dtype),
@@ -54,7 +58,7 @@ class GemmTiles:
         self.needs_copy = [
             permutation is not None or not is_gemm_ready(head, self.dtype) for head in self.heads
         ]
-        # Both logits of a row block (twice that in a stacked sweep), and what is copied of heads.
+        # Both sides' logits of a row block (twice that in a stacked sweep), and copies of heads.
         copied = (h.shape[1] for h, copy in zip(self.heads, self.needs_copy, strict=True) if copy)
         column_bytes = (4 * ROW_BLOCK + sum(copied)) * self.dtype.itemsize
         self.budget = int(options.workspace_mib * MIB)
@@ -65,30 +69,21 @@ class GemmTiles:
         self.kept: dict[tuple[int, int], tuple[Tensor, Tensor]] | None = None
 
     def sweep(self, columns: Tensor | None) -> tuple[Sweep, Sweep]:
-        """Statistics of all tiles. One GEMM does both sides where the weights are shared."""
-        num_tokens = self.inputs.num_tokens
-        if self.inputs.is_stacked:
-            twice = None if columns is None else torch.cat([columns, columns])
-            found, sampled = self._sweep(torch.cat(self.hidden), 0, twice)
-            student, teacher = (
-                Sweep(TileStats(*found[:, rows]), None if sampled is None else sampled[rows])
-                for rows in (slice(0, num_tokens), slice(num_tokens, None))
-            )
-            return student, teacher
-        student, teacher = (self._sweep(self.hidden[side], side, columns) for side in (0, 1))
-        return Sweep(TileStats(*student[0]), student[1]), Sweep(TileStats(*teacher[0]), teacher[1])
+        """Statistics of all tiles of the student and of the teacher; see `tiled.Tiles`."""
+        is_stacked = self.inputs.is_stacked
+        return sweep_sides(self._sweep, self.hidden, columns, is_stacked=is_stacked)
 
     def _sweep(
         self, hidden: Tensor, side: int, columns: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """([4, M, T] statistics, [M] logit of the sampled tokens)."""
+        """Return ([4, M, T] statistics, [M] logits of the sampled tokens or None)."""
         num_rows = hidden.shape[0]
         found = hidden.new_empty(4, num_rows, num_tiles(self.inputs.vocab_size))
         sampled = None if columns is None else hidden.new_zeros(num_rows)
         for start, stop in ranges(self.inputs.vocab_size, self.width):
             head = self._head(side, slice(start, stop))
             tiles = slice(start // TILE, -(-stop // TILE))
-            form = _cut(self.forms[side], slice(start, stop))
+            transform = self.transforms[side].at(slice(start, stop))
             for first, last in ranges(num_rows, 4 * ROW_BLOCK):
                 rows = slice(first, last)
                 logits = self.logits[: (last - first) * (stop - start)].view(last - first, -1)
@@ -97,7 +92,7 @@ class GemmTiles:
                 if columns is not None:
                     inside = (columns[rows] >= start) & (columns[rows] < stop)
                     local = torch.where(inside, columns[rows] - start, -1)
-                found[:, rows, tiles], picked = stats(logits, form, local, TILE)
+                found[:, rows, tiles], picked = stats(logits, transform, local, TILE)
                 if sampled is not None and picked is not None:
                     sampled[rows] += picked
         return found, sampled
@@ -123,11 +118,11 @@ class GemmTiles:
         if any(needed) and num_bytes <= self.budget // 2:
             self.kept = {}
             self.workspace_bytes += num_bytes
-        for run, heads in self._runs(active):
-            student, teacher = self._logits(run, heads)
-            sums[:, run.rows] += self._terms(run, student, teacher, student_lse, teacher_lse)
+        for tiles, heads in self._tile_ranges(active):
+            student, teacher = self._logits(tiles, heads)
+            sums[:, tiles.rows] += self._terms(tiles, student, teacher, student_lse, teacher_lse)
             if self.kept is not None:
-                self.kept[run.rows.start, run.columns.start] = student, teacher
+                self.kept[tiles.rows.start, tiles.columns.start] = student, teacher
         return sums[0], sums[1]
 
     def gradients(
@@ -139,35 +134,35 @@ class GemmTiles:
         row_scale: Tensor,  # [N] weight / temperature
         needed: Needed,
     ) -> Gradients:
-        """What the active tiles give, in the compute dtype."""
+        """Gradients from the active tiles, in the compute dtype."""
         hidden, head, bias = (
             tensor.new_zeros(tensor.shape, dtype=self.dtype)
             if need and tensor is not None
             else None
             for tensor, need in zip(self.inputs.students, needed, strict=True)
         )
-        scaled = self.hidden[0] * row_scale[:, None] if head is not None else None
-        for run, heads in self._runs(active, is_student_only=self.kept is not None):
+        weighted = self.hidden[0] * row_scale[:, None] if head is not None else None
+        for tiles, heads in self._tile_ranges(active, is_student_only=self.kept is not None):
             if self.kept is None:
-                student, teacher = self._logits(run, heads)
-                self._terms(run, student, teacher, student_lse, teacher_lse)
+                student, teacher = self._logits(tiles, heads)
+                self._terms(tiles, student, teacher, student_lse, teacher_lse)
             else:
-                student, teacher = self.kept.pop((run.rows.start, run.columns.start))
-            subtract_total(student, teacher, total[run.rows], self.options)
+                student, teacher = self.kept.pop((tiles.rows.start, tiles.columns.start))
+            subtract_total(student, teacher, total[tiles.rows], self.options)
             if hidden is not None:
-                hidden[run.rows].addmm_(student, heads[0][run.local])
-            if head is not None and scaled is not None:
-                self._add(head, run.columns, student.T @ scaled[run.rows])
+                hidden[tiles.rows].addmm_(student, heads[0][tiles.local])
+            if head is not None and weighted is not None:
+                self._add(head, tiles.columns, student.T @ weighted[tiles.rows])
             if bias is not None:
-                self._add(bias, run.columns, student.T @ row_scale[run.rows])
+                self._add(bias, tiles.columns, student.T @ row_scale[tiles.rows])
         if hidden is not None:
             hidden.mul_(row_scale[:, None])
         return Gradients(hidden, head, bias)
 
-    def _runs(
+    def _tile_ranges(
         self, active: Tensor, *, is_student_only: bool = False
-    ) -> Iterator[tuple[Run, tuple[Tensor, Tensor | None]]]:
-        """Every run with the heads of its chunk, [C, H]: chunk by chunk, row block by row block."""
+    ) -> Iterator[tuple[TileRange, tuple[Tensor, Tensor | None]]]:
+        """Yield every range with its chunk's rows of both heads, [C, H], chunk after chunk."""
         flags = active.tolist()
         for start, stop in ranges(self.inputs.vocab_size, self.width):
             tiles = range(start // TILE, -(-stop // TILE))
@@ -185,22 +180,24 @@ class GemmTiles:
                 for first, last in _consecutive([tile for tile in tiles if row[tile]]):
                     columns = slice(first * TILE, min(last * TILE, self.inputs.vocab_size))
                     local = slice(columns.start - start, columns.stop - start)
-                    yield Run(rows=rows, columns=columns, local=local), (student, teacher)
+                    yield TileRange(rows=rows, columns=columns, local=local), (student, teacher)
 
-    def _logits(self, run: Run, heads: tuple[Tensor, Tensor | None]) -> tuple[Tensor, Tensor]:
-        """Raw logits of a run, of both sides: in the workspace, or in memory that is kept."""
-        num_rows = run.rows.stop - run.rows.start
-        size = 2 * num_rows * (run.columns.stop - run.columns.start)
+    def _logits(
+        self, tiles: TileRange, heads: tuple[Tensor, Tensor | None]
+    ) -> tuple[Tensor, Tensor]:
+        """Both sides' raw logits of a range, in the workspace or in memory that is kept."""
+        num_rows = tiles.rows.stop - tiles.rows.start
+        size = 2 * num_rows * (tiles.columns.stop - tiles.columns.start)
         memory = self.logits[:size] if self.kept is None else self.logits.new_empty(size)
         both = memory.view(2, num_rows, -1)
         for logits, hidden, head in zip(both, self.hidden, heads, strict=True):
             assert head is not None
-            torch.mm(hidden[run.rows], head[run.local].T, out=logits)
+            torch.mm(hidden[tiles.rows], head[tiles.local].T, out=logits)
         return both[0], both[1]
 
     def _terms(
         self,
-        run: Run,
+        tiles: TileRange,
         student: Tensor,
         teacher: Tensor,
         student_lse: Tensor,
@@ -210,39 +207,30 @@ class GemmTiles:
         return terms_(
             student,
             teacher,
-            _cut(self.forms[0], run.columns),
-            _cut(self.forms[1], run.columns),
-            student_lse[run.rows],
-            teacher_lse[run.rows],
+            self.transforms[0].at(tiles.columns),
+            self.transforms[1].at(tiles.columns),
+            student_lse[tiles.rows],
+            teacher_lse[tiles.rows],
             self.options,
         )
 
     def _head(self, side: int, columns: slice) -> Tensor:
-        """[C, H] rows of a head at positions `columns`, in the compute dtype; a copy if need be."""
+        """[C, H] rows of a head at positions `columns`, in the compute dtype, copied if needed."""
         head = self.heads[side]
         if self.permutation is not None:
             return head[self.permutation[columns]].to(self.dtype)
         return head[columns].to(self.dtype) if self.needs_copy[side] else head[columns]
 
     def _add(self, gradient: Tensor, columns: slice, part: Tensor) -> None:
-        """Add rows at positions `columns` to a gradient in the head's own order."""
+        """Add rows at positions `columns` to a gradient in the head's natural order."""
         if self.permutation is None:
             gradient[columns] += part
         else:
-            gradient.index_add_(0, self.permutation[columns], part)  # no index twice: no order
-
-    def _ordered(self, form: Form) -> Form:
-        if form.bias is None or self.permutation is None:
-            return form
-        return form._replace(bias=form.bias[self.permutation])
-
-
-def _cut(form: Form, columns: slice) -> Form:
-    return form if form.bias is None else form._replace(bias=form.bias[columns])
+            gradient.index_add_(0, self.permutation[columns], part)  # indices are unique: no race
 
 
 def _consecutive(tiles: list[int]) -> list[tuple[int, int]]:
-    """Half-open ranges of the consecutive numbers among rising ones."""
+    """Half-open ranges that cover rising numbers, one per run of consecutive ones."""
     found: list[tuple[int, int]] = []
     for tile in tiles:
         if found and found[-1][1] == tile:

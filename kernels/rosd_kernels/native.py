@@ -1,7 +1,7 @@
-"""The C++ operators `torch.ops.rosd.*` of csrc/: loading, fakes, and their Python face.
+"""The C++ operators `torch.ops.rosd.*` of csrc/: loading, fake implementations, Python wrappers.
 
-They are an optional part of the installation. Where they are missing the same is done in plain
-PyTorch, and one line says so.
+They are an optional part of the installation. Where they are missing, plain PyTorch does the same
+work, and a one-line warning says so.
 """
 
 from __future__ import annotations
@@ -13,16 +13,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from rosd_kernels.records import DIVERGENCES, Form, SpanOptions
+from rosd_kernels.logits import LogitTransform
+from rosd_kernels.records import DIVERGENCES, SpanOptions
 
-# From the newest vector instructions to none. A library is named after those it was built with.
+# From the newest vector instructions to none; a library is named after those it was built for.
 CAPABILITIES = ("AVX512", "AVX2", "DEFAULT")
 DTYPES = (torch.float32, torch.float64)
 
 
 @cache
 def is_available() -> bool:
-    """Load the operators once; warns, once, when there are none for this processor."""
+    """Load the operators once; warn, once, when none fit this processor."""
     library = find_library(Path(__file__).parent, torch.backends.cpu.get_cpu_capability())
     reason = "it was installed without its C++ extension"
     if library is not None:
@@ -42,7 +43,7 @@ def is_available() -> bool:
 
 
 def find_library(folder: Path, capability: str) -> Path | None:
-    """The library in `folder` for a processor of `capability`, the best if there are several."""
+    """The best library in `folder` that a processor of `capability` can load."""
     usable = CAPABILITIES[CAPABILITIES.index(capability) if capability in CAPABILITIES else -1 :]
     for name in usable:
         for suffix in (".so", ".pyd", ".dylib"):
@@ -52,7 +53,7 @@ def find_library(folder: Path, capability: str) -> Path | None:
 
 
 def register_fakes() -> None:
-    """Shapes and dtypes of the results, for torch.compile and export."""
+    """Register shapes and dtypes of the results, for torch.compile and export."""
 
     @torch.library.register_fake("rosd::stats")
     def _(logits, bias, columns, softcap, temperature, tile):
@@ -66,11 +67,11 @@ def register_fakes() -> None:
 
 
 def stats(
-    logits: Tensor, form: Form, columns: Tensor | None, tile: int
+    logits: Tensor, transform: LogitTransform, columns: Tensor | None, tile: int
 ) -> tuple[Tensor, Tensor | None]:
     """See elementwise.stats."""
     found, sampled = torch.ops.rosd.stats(
-        logits, form.bias, columns, form.softcap, form.temperature, tile
+        logits, transform.bias, columns, transform.softcap, transform.temperature, tile
     )
     return found, None if columns is None else sampled
 
@@ -78,8 +79,8 @@ def stats(
 def terms_(
     student: Tensor,
     teacher: Tensor,
-    student_form: Form,
-    teacher_form: Form,
+    student_transform: LogitTransform,
+    teacher_transform: LogitTransform,
     student_lse: Tensor,
     teacher_lse: Tensor,
     options: SpanOptions,
@@ -88,8 +89,8 @@ def terms_(
     result = torch.ops.rosd.terms_(
         student,
         teacher,
-        student_form.bias,
-        teacher_form.bias,
+        student_transform.bias,
+        teacher_transform.bias,
         student_lse,
         teacher_lse,
         DIVERGENCES.index(options.divergence),

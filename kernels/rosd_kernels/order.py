@@ -1,8 +1,8 @@
-"""The order in which the vocabulary is cut into tiles: likely entries together.
+"""The order in which the vocabulary is cut into tiles: likely entries share tiles.
 
-In natural order nearly every tile holds some likely entry. Ordered by mean probability, the mass
-of peaked distributions lies in few tiles, and `sparsity` has more to drop. The order is an index
-into the head's rows; no head is copied.
+In natural order nearly every tile holds some likely entry. Ordered by mean probability, a few tiles
+hold the mass of peaked distributions, and `sparsity` can drop more. The order is an index into the
+head's rows; no head is copied.
 """
 
 from __future__ import annotations
@@ -12,16 +12,18 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor
 
-COLUMNS_AT_ONCE = 4096  # logits of a part of the vocabulary at a time
-ROWS_AT_ONCE = 256  # tokens looked at in one call; more tell no more
+from rosd_kernels.logits import LogitTransform, transform_
+
+COLUMNS_AT_ONCE = 4096  # entries of the vocabulary whose logits are in memory
+ROWS_AT_ONCE = 256  # tokens per call; more of them add little
 
 
 class VocabularyOrder:
     """Entries of the vocabulary by falling mean probability, learned from the first tokens.
 
-    Give one to `entry` or `mass`, the same at every call. It looks on until it has seen
-    `num_tokens` tokens (of student and of teacher) and stays as it is from then on. With a sharded
-    vocabulary each rank has its own, of its shard.
+    Pass the same one to `entry` or `mass` at every call. It observes until it has seen
+    `num_tokens` tokens (student's and teacher's together) and is fixed from then on. With a sharded
+    vocabulary each rank has its own, for its shard.
 
     Args:
         vocab_size: V, the head's rows (of this rank's shard).
@@ -45,35 +47,36 @@ class VocabularyOrder:
         hidden: Tensor,  # [N, H]
         head: Tensor,  # [V, H]
         bias: Tensor | None,  # [V]
-        lse: Tensor,  # [N] log sum exp of the finished logits, of the whole vocabulary
+        lse: Tensor,  # [N] log sum exp of the scaled logits, of the whole vocabulary
         *,
         softcap: float | None,
         temperature: float,
     ) -> None:
-        """Add the probabilities of up to 256 tokens, evenly taken from `hidden`."""
+        """Add the probabilities of up to 256 tokens, evenly spaced in `hidden`."""
         if self.permutation is not None or hidden.shape[0] == 0:
             return
         rows = hidden[:: -(-hidden.shape[0] // ROWS_AT_ONCE)].to(lse.dtype)
         lse = lse[:: -(-hidden.shape[0] // ROWS_AT_ONCE), None]
         mass = self.mass = self.mass.to(hidden.device)
+        transform = LogitTransform(bias, softcap, temperature)
         for start in range(0, self.vocab_size, COLUMNS_AT_ONCE):
             columns = slice(start, min(start + COLUMNS_AT_ONCE, self.vocab_size))
             logits = rows @ head[columns].to(lse.dtype).T
-            finish_(logits, None if bias is None else bias[columns], softcap, temperature)
+            transform_(logits, transform.at(columns))
             mass[columns] += logits.sub_(lse).exp_().sum(0)
         self.num_seen += rows.shape[0]
 
     def settle(self) -> None:
-        """Fix the order once enough tokens were seen."""
+        """Fix the order once enough tokens have been seen."""
         if self.permutation is None and self.num_seen >= self.num_tokens:
             self.permutation = self.mass.argsort(descending=True, stable=True)
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What `load_state_dict` needs to go on from here."""
+        """The state that `load_state_dict` restores."""
         return {"mass": self.mass.cpu(), "num_seen": torch.tensor(self.num_seen)}
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over a state. Raises ValueError when it is of another vocabulary."""
+        """Restore a state. Raises ValueError where it belongs to another vocabulary."""
         if state["mass"].shape != (self.vocab_size,):
             raise ValueError(
                 f"mass: got shape {list(state['mass'].shape)}, want [V] = [{self.vocab_size}]"
@@ -81,16 +84,3 @@ class VocabularyOrder:
         self.mass, self.num_seen = state["mass"].double().clone(), int(state["num_seen"])
         self.permutation = None
         self.settle()
-
-
-def finish_(
-    logits: Tensor, bias: Tensor | None, softcap: float | None, temperature: float
-) -> Tensor:
-    """`softcap(logits + bias) / temperature` in place."""
-    if bias is not None:
-        logits.add_(bias)
-    if softcap is not None:
-        logits.div_(softcap).tanh_().mul_(softcap / temperature)
-    elif temperature != 1:
-        logits.div_(temperature)
-    return logits

@@ -1,8 +1,8 @@
 """The records that pass between the public function and a strategy.
 
 A strategy is a function `(SpanInputs, SpanOptions, Vocabulary) -> SpanDivergenceOutput`. The
-records check themselves, so a strategy may rely on everything said here; every violation is a
-`ValueError` that names the argument.
+records check themselves, so a strategy may rely on everything documented here; every violation is
+a `ValueError` that names the argument.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import torch
 from torch import Tensor
 
+from rosd_kernels.logits import LogitTransform
 from rosd_kernels.order import VocabularyOrder
 from rosd_kernels.sparsity import Sparsity
 from rosd_kernels.vocabulary import Vocabulary
@@ -60,20 +61,9 @@ class SpanOptions:
         _check_sparsity(self.sparsity)
 
 
-class Form(NamedTuple):
-    """How raw logits `x = h W^T` become finished ones: `softcap(x + bias) / temperature`."""
-
-    bias: Tensor | None  # [C], contiguous, in the logits' dtype
-    softcap: float | None
-    temperature: float
-
-
-FINISHED = Form(None, None, 1.0)  # nothing is left to do
-
-
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpanInputs:
-    """Validated tensors. `teacher_*`, `weights` and `rollout_logprobs` are detached already.
+    """Validated tensors; all but those of the student are detached.
 
     Use `of` to build one: it fills in the teacher's head and detaches what has no gradient.
     """
@@ -161,7 +151,7 @@ class SpanInputs:
             weights=weights,
             token_ids=token_ids,
             rollout_logprobs=rollout_logprobs,
-            head_is_shared=_same_memory(student_head, teacher_head),
+            head_is_shared=same_memory(student_head, teacher_head),
         )
 
     @property
@@ -170,31 +160,33 @@ class SpanInputs:
 
     @property
     def vocab_size(self) -> int:
-        """V: the heads' rows. With a vocabulary group, of this rank."""
+        """V, the number of rows of the heads; with a vocabulary group, of this rank's."""
         return self.student_head.shape[0]
 
     @property
     def students(self) -> tuple[Tensor, Tensor, Tensor | None]:
-        """What may have a gradient: hidden states, head, bias."""
+        """The tensors that may have a gradient: hidden states, head, bias."""
         return self.student_hidden, self.student_head, self.student_bias
 
     @property
     def is_stacked(self) -> bool:
-        """Student and teacher go through the same weights: one GEMM can do both."""
+        """Whether student and teacher share head and bias, so that one GEMM serves both."""
         same_bias = self.student_bias is self.teacher_bias or (
             self.student_bias is not None
             and self.teacher_bias is not None
-            and _same_memory(self.student_bias, self.teacher_bias)
+            and same_memory(self.student_bias, self.teacher_bias)
         )
         return self.head_is_shared and same_bias
 
-    def forms(self, options: SpanOptions) -> tuple[Form, Form]:
-        """Of the student's logits and of the teacher's."""
+    def transforms(self, options: SpanOptions) -> tuple[LogitTransform, LogitTransform]:
+        """The transforms of the student's and of the teacher's logits."""
         biases = (
             None if bias is None else bias.detach().to(self.compute_dtype).contiguous()
             for bias in (self.student_bias, self.teacher_bias)
         )
-        student, teacher = (Form(bias, options.softcap, options.temperature) for bias in biases)
+        student, teacher = (
+            LogitTransform(bias, options.softcap, options.temperature) for bias in biases
+        )
         return student, teacher
 
     @property
@@ -210,17 +202,17 @@ class SpanInputs:
         return torch.float64 if is_double else torch.float32
 
     def rows(self, start: int, stop: int) -> SpanInputs:
-        """The same inputs for tokens start..stop only (views)."""
+        """The inputs of tokens start..stop only, as views."""
         per_token = ("student_hidden", "teacher_hidden", "weights", "token_ids", "rollout_logprobs")
         tensors = {name: getattr(self, name) for name in per_token}
         cut = {name: x[start:stop] for name, x in tensors.items() if x is not None}
         return replace(self, **cut)
 
     def token_weights(self, student_logprob: Tensor | None, options: SpanOptions) -> Tensor:
-        """[N] weights in the compute dtype, with `importance_clip` times
-        `min(exp(lp - rollout_lp), importance_clip)`.
+        """Return the [N] weights in the compute dtype.
 
-        `student_logprob` [N] is lp, detached; it may be None without `importance_clip`.
+        With `importance_clip` they are multiplied by `min(exp(lp - rollout_lp), importance_clip)`,
+        where lp is `student_logprob` [N], detached; without, it may be None.
         """
         dtype = self.compute_dtype
         if self.weights is None:
@@ -240,22 +232,25 @@ class SpanDivergenceStats:
 
     strategy: str  # the strategy that ran; never "auto"
     workspace_bytes: int  # logit-sized buffers held at once; 0: unbounded (reference)
-    measured: Tensor | None = None  # [3] the three properties below; None: all was computed
+    measured: Tensor | None = None  # [3] the properties below; None: everything was computed
 
     @property
     def active_frac(self) -> float:
-        """Share of the (row block, vocabulary tile) pairs that were computed."""
+        """Fraction of the (row block, vocabulary tile) pairs that were computed."""
         return 1.0 if self.measured is None else float(self.measured[0])
 
     @property
     def dropped_mass_max(self) -> float:
-        """Largest probability mass, of student or teacher, that any token lost to sparsity."""
+        """Largest probability mass, student's or teacher's, that sparsity dropped for any token."""
         return 0.0 if self.measured is None else float(self.measured[1])
 
     @property
     def grad_error_bound(self) -> float:
-        """Bound for every token on what sparsity did to the gradient of its divergence w.r.t. its
-        logits, finished but for the temperature: `sum_v |G_v - exact G_v|`, rounding aside."""
+        """Upper bound, over all tokens, on the gradient error that sparsity caused.
+
+        The error of a token is `sum_v |G_v - exact G_v|`, rounding aside, where G is the gradient
+        of its divergence w.r.t. `softcap(h W^T + b)`, the logits before the temperature.
+        """
         return 0.0 if self.measured is None else float(self.measured[2])
 
 
@@ -355,6 +350,7 @@ def _check_devices(**tensors: Tensor | None) -> None:
             raise ValueError(f"{name}: is on {device}, want {wanted}, where student_hidden is")
 
 
-def _same_memory(a: Tensor, b: Tensor) -> bool:
+def same_memory(a: Tensor, b: Tensor) -> bool:
+    """Whether two tensors are the same elements in the same layout."""
     same_layout = a.shape == b.shape and a.stride() == b.stride() and a.dtype == b.dtype
     return same_layout and a.data_ptr() == b.data_ptr()

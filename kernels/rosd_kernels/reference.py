@@ -1,7 +1,8 @@
 """Strategy "reference": the definition in plain PyTorch, on whole [N, V] logits.
 
-The truth for tests, written to be read: autograd does the gradient, and float64 inputs are computed
-in float64. With log-probabilities `log_p` of the student and `log_q` of the teacher,
+The ground truth of the tests, written to be read: autograd computes the gradient, and float64
+inputs are computed in float64. With log-probabilities `log_p` of the student and `log_q` of the
+teacher,
 
     forward_kl   sum_v q_v (log q_v - log p_v)
     reverse_kl   sum_v p_v (log p_v - log q_v)
@@ -48,7 +49,7 @@ def run_reference(
     if options.entry_clip is not None:
         entries = entries.clamp(max=options.entry_clip)
     per_token = entries.sum(-1)
-    if options.entry_clip is None:  # a divergence is >= 0, its rounded sum need not be
+    if options.entry_clip is None:  # a divergence is never negative, but its rounded sum may be
         per_token = per_token - per_token.detach().clamp(max=0)
     loss = (inputs.token_weights(student_logprob, options) * per_token).sum()
     return SpanDivergenceOutput(
@@ -75,7 +76,7 @@ def log_probs(
 
 
 def describe(log_p: Tensor, token_ids: Tensor | None) -> tuple[Tensor | None, Tensor]:
-    """([N] log-prob of the token or None, [N] entropy) of [N, V] log-probabilities."""
+    """Return ([N] log-prob of the token or None, [N] entropy) for [N, V] log-probabilities."""
     entropy = -(log_p.exp() * log_p).sum(-1)
     if token_ids is None:
         return None, entropy
@@ -83,7 +84,7 @@ def describe(log_p: Tensor, token_ids: Tensor | None) -> tuple[Tensor | None, Te
 
 
 def restrict(log_p: Tensor, ids: Tensor, *, tail: bool) -> Tensor:
-    """Of [N, V] log-probs: [N, k+1] with the tail's last or, without tail, [N, k] renormalized."""
+    """Keep k of [N, V] log-probs: [N, k+1] with the tail's last, or [N, k] renormalized."""
     kept = log_p.gather(-1, ids)
     if not tail:
         return kept - kept.logsumexp(-1, keepdim=True)
@@ -92,7 +93,7 @@ def restrict(log_p: Tensor, ids: Tensor, *, tail: bool) -> Tensor:
 
 
 def contributions(log_p: Tensor, log_q: Tensor, options: SpanOptions) -> Tensor:
-    """What each entry adds to the divergence; shape of `log_p`."""
+    """What each entry contributes to the divergence; same shape as `log_p`."""
     if options.divergence == "forward_kl":
         return log_q.exp() * (log_q - log_p)
     if options.divergence == "reverse_kl":

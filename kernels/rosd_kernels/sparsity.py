@@ -1,8 +1,8 @@
-"""Which tiles of the vocabulary count: the rules, what they drop, and the bound on the error.
+"""The tiles of the vocabulary that are computed: the rules, their loss, a bound on the error.
 
-Peaked distributions hold nearly all mass in few tiles. After the sweep the mass of each tile is
-known exactly, `P = exp(lse_tile - lse)` of the student and `Q` of the teacher, so that a rule picks
-the active tiles of a row block, and what the others hold is known as well:
+Peaked distributions have nearly all their mass in few tiles. After the sweep the mass of each tile
+is known exactly, `P = exp(lse_tile - lse)` of the student and `Q` of the teacher. A rule selects a
+row block's active tiles, and the mass of the others is known as well:
 
     exact       all tiles
     entry(eps)  tiles in which some row of the block has an entry with p or q above eps
@@ -28,6 +28,7 @@ Legend: N tokens, T tiles, B row blocks.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
@@ -45,7 +46,7 @@ BISECTIONS = 20  # halvings of the threshold of `mass`, in log mass
 
 @dataclass(frozen=True, slots=True)
 class Sparsity:
-    """A rule of the table; made by `entry` and `mass`."""
+    """A rule of the table; `entry` and `mass` make one."""
 
     rule: Rule = "exact"
     bound: float = 0.0
@@ -55,7 +56,7 @@ class Sparsity:
 def entry(eps: float, order: VocabularyOrder | None = None) -> Sparsity:
     """Compute the tiles in which some entry has p or q above `eps`, in (0, 1).
 
-    2^-12 is what a bfloat16 gradient resolves. `order`: of the vocabulary, see VocabularyOrder.
+    2^-12 is the resolution of a bfloat16 gradient. `order`: of the vocabulary, see VocabularyOrder.
     """
     return Sparsity("entry", eps, order)
 
@@ -69,7 +70,7 @@ def mass(tol: float, order: VocabularyOrder | None = None) -> Sparsity:
 
 
 class TileStats(NamedTuple):
-    """Of the finished logits of one side, over the entries of each tile: [N, T] each."""
+    """Statistics of one side's scaled logits over the entries of each tile, [N, T] each."""
 
     lse: Tensor  # log sum exp
     max: Tensor
@@ -78,10 +79,40 @@ class TileStats(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """What a look at all tiles of one side tells."""
+    """What a pass over all tiles of one side returns."""
 
     stats: TileStats
-    sampled: Tensor | None  # [N] finished logit of the sampled token, 0 where it is another shard's
+    sampled: Tensor | None  # [N] scaled logit of the sampled token, 0 where it is another shard's
+
+
+# (hidden [M, H], side: 0 student or 1 teacher, columns [M] of the sampled tokens or None) ->
+# ([4, M, T] statistics, [M] logits of the sampled tokens or None)
+SweepSide = Callable[[Tensor, int, Tensor | None], tuple[Tensor, Tensor | None]]
+
+
+def sweep_sides(
+    sweep_side: SweepSide,
+    hidden: tuple[Tensor, Tensor],  # [N, H] of the student, [N, Ht] of the teacher
+    columns: Tensor | None,  # [N]
+    *,
+    is_stacked: bool,
+) -> tuple[Sweep, Sweep]:
+    """Sweep the student and the teacher, in one call on [2N, H] rows where `is_stacked`.
+
+    `is_stacked`: both sides have the same head, bias and dtype.
+    """
+    if is_stacked:
+        N = hidden[0].shape[0]
+        twice = None if columns is None else torch.cat([columns, columns])
+        stats, sampled = sweep_side(torch.cat(hidden), 0, twice)
+        found = [
+            (stats[:, rows], None if sampled is None else sampled[rows])
+            for rows in (slice(0, N), slice(N, None))
+        ]
+    else:
+        found = [sweep_side(hidden[side], side, columns) for side in (0, 1)]
+    student, teacher = (Sweep(TileStats(*stats), sampled) for stats, sampled in found)
+    return student, teacher
 
 
 def select_tiles(
@@ -105,7 +136,7 @@ def select_tiles(
 
 
 def _mass_threshold(log_p: Tensor, log_q: Tensor, tol: float) -> Tensor:
-    """[N] log mass: the tiles of a row at or below it hold at most `tol` of p and of q together.
+    """[N] log mass: a row's tiles at or below it together hold at most `tol` of p and of q.
 
     Bisection between log(tol/T), which cannot drop too much, and 0, the whole row.
     """

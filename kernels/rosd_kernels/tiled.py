@@ -1,15 +1,16 @@
-"""Strategy "tiled": no logits but those of one tile at a time, and only of tiles that matter.
+"""Strategy "tiled": logits of one tile at a time, and only of the tiles that matter.
 
     sweep     log sum exp, max, min and entropy of each tile of 128 entries    2 units
     select    lse of the rows; a row block's active tiles (sparsity.py)
     loss      value and K over the active tiles                                2f units
     gradient  G of the active tiles again, then dh = G W and dW = G^T h        4f units
 
-A unit is one sweep of the head's GEMM over all tokens, f the active share. The vocabulary is walked
-in chunks, not the tokens: when the last row block of a chunk is done, its rows of dW are complete.
+A unit is one sweep of the head's GEMM over all tokens, f the active fraction. The loop goes over
+chunks of the vocabulary, not of the tokens: after the last row block of a chunk, the chunk's rows
+of dW are complete.
 
 Where the vocabulary is sharded, each rank selects among its own tiles; normalizers, values, K and
-dh are summed over the ranks. Sums have a fixed order and there are no atomics.
+dh are summed over the ranks. Sums have a fixed sequence and there are no atomics.
 """
 
 from __future__ import annotations
@@ -37,12 +38,16 @@ from rosd_kernels.vocabulary import Vocabulary
 
 
 class Tiles(Protocol):
-    """The dense work, of one call of `span_divergence`, on one device."""
+    """The dense work of one call of `span_divergence` on one device."""
 
     workspace_bytes: int  # logit-sized buffers held at once
 
     def sweep(self, columns: Tensor | None) -> tuple[Sweep, Sweep]:
-        """Statistics of all tiles, student and teacher. columns: [N] of the sampled tokens."""
+        """Statistics of all tiles of the student and of the teacher.
+
+        `columns` [N]: positions of the sampled tokens. Sides that share head and bias are one GEMM
+        on stacked rows.
+        """
         ...
 
     def select(
@@ -71,14 +76,14 @@ class Tiles(Protocol):
         row_scale: Tensor,  # [N] weight / temperature
         needed: Needed,
     ) -> Gradients:
-        """What the active tiles give."""
+        """Gradients from the active tiles."""
         ...
 
 
 def run_tiled(
     inputs: SpanInputs, options: SpanOptions, vocabulary: Vocabulary
 ) -> SpanDivergenceOutput:
-    """Compute the divergence tile by tile; `options.sparsity` says which."""
+    """Compute the divergence tile by tile; `options.sparsity` says which tiles."""
     return differentiable(inputs, lambda needed: _compute(inputs, options, vocabulary, needed))
 
 
@@ -97,8 +102,8 @@ def _compute(
         for side in (student, teacher)
     )
     if sparsity.order is not None:
-        _teach(sparsity, inputs, options, of_student, of_teacher)
-    # A row's budget of dropped mass is shared out to the ranks.
+        _update_order(sparsity, inputs, options, of_student, of_teacher)
+    # The ranks share a row's budget of dropped mass equally.
     rule = replace(sparsity, bound=sparsity.bound / vocabulary.num_shards)
     rule = sparsity if sparsity.rule != "mass" else rule
     active = tiles.select(student.stats, teacher.stats, of_student.lse, of_teacher.lse, rule)
@@ -140,9 +145,9 @@ def _compute(
 
 
 class Dropped(NamedTuple):
-    """Of the inactive tiles of each row, [N] each."""
+    """What each row loses with its inactive tiles, [N] each."""
 
-    value: Tensor  # of the tiles as single entries
+    value: Tensor  # the divergence of the tiles as single entries
     student_mass: Tensor
     teacher_mass: Tensor
     e_bound: Tensor  # E_D: at least sum |e_v|
@@ -156,7 +161,7 @@ def dropped(
     active: Tensor,
     options: SpanOptions,
 ) -> Dropped:
-    """What the rows lose; the formulas are those of sparsity.py."""
+    """Compute what the rows lose; sparsity.py has the formulas."""
     log_p = student.lse - of_student.lse[:, None]
     log_q = teacher.lse - of_teacher.lse[:, None]
     num_tokens = log_p.shape[0]
@@ -178,23 +183,23 @@ def dropped(
 def _measure(
     active: Tensor, lost: Tensor, total: Tensor, options: SpanOptions, vocabulary: Vocabulary
 ) -> Tensor:
-    """[3] active share, largest dropped mass, bound on the gradient's error; see sparsity.py."""
+    """[3] active fraction, largest dropped mass, bound on the gradient error; see sparsity.py."""
     student_mass, teacher_mass, e_bound = lost
     if known_total(options) is None:
         bound = 2 * e_bound + student_mass * (total.abs() + e_bound)
     else:
         bound = e_bound + student_mass
-    share = torch.stack([active.sum(dtype=total.dtype), total.new_tensor(active.numel())])
-    share = vocabulary.sum_(share)
+    counts = torch.stack([active.sum(dtype=total.dtype), total.new_tensor(active.numel())])
+    num_active, num_pairs = vocabulary.sum_(counts)
     if total.shape[0] == 0:
         return total.new_tensor([1.0, 0.0, 0.0])
     return torch.stack(
-        [share[0] / share[1], torch.maximum(student_mass, teacher_mass).max(), bound.max()]
+        [num_active / num_pairs, torch.maximum(student_mass, teacher_mass).max(), bound.max()]
     )
 
 
 def _positions(columns: Tensor | None, permutation: Tensor | None) -> Tensor | None:
-    """Where the tokens are in the vocabulary's order."""
+    """Positions of the columns in the vocabulary's order."""
     if columns is None or permutation is None:
         return columns
     places = torch.empty_like(permutation)
@@ -202,24 +207,24 @@ def _positions(columns: Tensor | None, permutation: Tensor | None) -> Tensor | N
     return torch.where(columns >= 0, places[columns.clamp(min=0)], -1)
 
 
-def _teach(
+def _update_order(
     sparsity: Sparsity,
     inputs: SpanInputs,
     options: SpanOptions,
     of_student: RowStats,
     of_teacher: RowStats,
 ) -> None:
-    """Show the vocabulary's order what both sides hold likely."""
+    """Update the vocabulary order with student and teacher probabilities."""
     assert sparsity.order is not None
-    student, teacher = inputs.forms(options)
-    for hidden, head, form, side in (
+    student, teacher = inputs.transforms(options)
+    for hidden, head, transform, side in (
         (inputs.student_hidden, inputs.student_head, student, of_student),
         (inputs.teacher_hidden, inputs.teacher_head, teacher, of_teacher),
     ):
         sparsity.order.observe(
             hidden.detach(),
             head.detach(),
-            form.bias,
+            transform.bias,
             side.lse,
             softcap=options.softcap,
             temperature=options.temperature,

@@ -1,4 +1,4 @@
-"""The grain of sparsity: a row block and a tile of the vocabulary are computed, or not, as one."""
+"""The unit of sparsity: one row block and one tile of the vocabulary, computed or skipped."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ ROW_BLOCK = 128  # tokens of a row block
 
 
 def num_tiles(vocab_size: int) -> int:
-    """T: tiles that cover the vocabulary; the last may be short."""
+    """T, the number of tiles that cover the vocabulary; the last may be short."""
     return -(-vocab_size // TILE)
 
 
 def num_row_blocks(num_tokens: int) -> int:
-    """B: row blocks that cover the tokens; the last may be short."""
+    """B, the number of row blocks that cover the tokens; the last may be short."""
     return -(-num_tokens // ROW_BLOCK)

@@ -1,7 +1,7 @@
-"""The vocabulary over a process group: each rank's head holds some of its rows.
+"""A vocabulary that is sharded over a process group: each rank's head holds some of its rows.
 
-A row's sums over the vocabulary are finished here: on one rank they are whole already, and every
-method returns what it was given.
+The methods reduce a row's sums over the ranks. On one rank the sums are complete already, and every
+method returns its argument.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from torch import Tensor
 
 
 class Vocabulary:
-    """The entries of this rank, `offset <= id < offset + local_size` of `size`."""
+    """This rank's entries: the ids from `offset` to `offset + local_size`, out of `size`."""
 
     def __init__(self, local_size: int, group: Any = None, device: torch.device | None = None):
-        """`group`: ranks hold consecutive shards, in rank order. Raises ValueError if not a group.
+        """Exchange the sizes of the shards, which the ranks of `group` hold in rank order.
 
-        With a group this is a collective: all of its ranks call it.
+        With a group this is a collective: all of its ranks call it. Raises ValueError where
+        `group` is not a process group.
         """
         self.group = group
         self.local_size, self.size, self.largest = local_size, local_size, local_size
@@ -43,7 +44,7 @@ class Vocabulary:
         return self.group is not None
 
     def columns(self, ids: Tensor | None) -> Tensor | None:
-        """Ids of the whole vocabulary as rows of this rank's head; -1 where another has them."""
+        """Rows of this rank's head for ids of the whole vocabulary; -1 for another rank's ids."""
         if ids is None or not self.is_sharded:
             return ids
         local = ids - self.offset
@@ -69,7 +70,7 @@ class Vocabulary:
         return self.sum_((lse - largest).exp_()).log_().add_(largest)
 
     def gather(self, tensor: Tensor) -> Tensor:
-        """Tensors of one shape, side by side in the last dimension, in rank order."""
+        """Concatenate the ranks' tensors, all of one shape, in the last dimension."""
         if not self.is_sharded:
             return tensor
         parts = [torch.empty_like(tensor) for _ in range(self.num_shards)]

@@ -1,4 +1,4 @@
-"""The bounded memory of strategy "chunked", and the GEMMs that go through it."""
+"""The bounded memory of strategy "chunked", and the GEMMs that use it."""
 
 from __future__ import annotations
 
@@ -14,38 +14,39 @@ from rosd_kernels.records import SpanInputs, SpanOptions
 from rosd_kernels.vocabulary import Vocabulary
 
 MIB = 1 << 20
-# On a CPU, a GEMM of this many rows is as fast as a larger one: more memory would bring nothing.
+# On a CPU, a GEMM of this many rows is as fast as a larger one: more memory would gain nothing.
 CPU_CHUNK_ROWS = 128
-# Elementwise work on a CPU goes by blocks of this many elements (4 MiB in float32) and not by whole
-# chunks, so that its passes find the rows in the cache. Much smaller blocks would only add thread
-# synchronization.
+# Elementwise work on a CPU processes blocks of this many elements (4 MiB in float32) instead of
+# whole chunks, so that its later passes find the rows in the cache. Much smaller blocks would only
+# add thread synchronization.
 CPU_BLOCK_ELEMENTS = 1 << 20
-CAST_BYTES = 16 * MIB  # a converted tile of a head: long enough for a good GEMM
-# Where a GEMM of bfloat16 operands gives its float32 sums unrounded.
+# Part of a head or of its gradient that is converted at a time: long enough for a good GEMM.
+CAST_BYTES = 16 * MIB
+# Devices on which a GEMM of bfloat16 operands returns its float32 sums unrounded.
 NARROW_DEVICES = ("cuda",)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class WorkspacePlan:
-    """How many rows and which buffers fit the bound. Sizes are elements of `dtype`."""
+    """How many rows fit the bound, and which buffers they need."""
 
-    dtype: torch.dtype
+    dtype: torch.dtype  # of logits and sums
     gemm_dtype: torch.dtype  # of the GEMMs' operands: `dtype`, or bfloat16 where all inputs are
     vocab_size: int
-    rows: int  # rows of a chunk: both logits of it are held, [2 * rows, V]
+    rows: int  # rows of a chunk, whose logits of both sides are held: [2 * rows, V]
     block: int  # rows that are turned from logits into gradients at a time
-    cast_rows: int  # rows of a head converted at a time; 0: no head has to be converted
-    cast_width: int
-    num_bytes: int  # all of it
+    cast_rows: int  # rows of a head that are converted at a time; 0: no conversion is needed
+    cast_width: int  # columns of such a head
+    num_bytes: int  # all buffers together
 
     @classmethod
     def of(
         cls, inputs: SpanInputs, options: SpanOptions, vocabulary: Vocabulary, *, is_fused: bool
     ) -> WorkspacePlan:
-        """Fit `options.workspace_mib`, with at least one row.
+        """Return the largest plan within `options.workspace_mib`, with at least one row.
 
-        `is_fused`: the elementwise passes need no scratch memory. Shards of a vocabulary get the
-        same plan on every rank, that of the largest.
+        `is_fused`: the elementwise passes need no scratch memory. Where the vocabulary is sharded,
+        every rank gets the same plan, the one for the largest shard.
         """
         dtype, vocab_size = inputs.compute_dtype, vocabulary.largest
         budget = int(options.workspace_mib * MIB)
@@ -65,7 +66,7 @@ class WorkspacePlan:
         cast_bytes = cast_rows * cast_width * gemm_dtype.itemsize
         row_bytes = vocab_size * dtype.itemsize
         num_scratch = 0 if is_fused else NUM_SCRATCH + (options.softcap is not None)
-        if options.top_k is not None:  # the slope of the soft cap; some twenty buffers of k buckets
+        if options.top_k is not None:  # the soft cap's slope, and about 20 buffers of k buckets
             num_scratch += 1 + -(-options.top_k * 20 * dtype.itemsize // row_bytes)
 
         num_row_buffers = max(0, budget - cast_bytes) // row_bytes
@@ -76,15 +77,16 @@ class WorkspacePlan:
         rows = max(1, (num_row_buffers - num_scratch * block) // 2)
         if is_cpu:
             rows = min(rows, CPU_CHUNK_ROWS)
-        if vocabulary.is_sharded:  # every chunk and block is an exchange: the same on every rank,
-            # whatever the layout of its heads and with or without the C++ extension
+        if vocabulary.is_sharded:
+            # Ranks communicate per chunk and block, so all need the same sizes, whatever the layout
+            # of their heads and with or without the C++ extension.
             mine = torch.tensor([-rows, -block, -is_fused], device=inputs.student_hidden.device)
             fewest = vocabulary.max_(mine).tolist()
             rows, block, is_fused = -fewest[0], -fewest[1], fewest[2] != 0
         num_chunks = max(1, -(-inputs.num_tokens // rows))
-        rows = -(-inputs.num_tokens // num_chunks)  # chunks of one size: no thin GEMM at the end
+        rows = -(-inputs.num_tokens // num_chunks)  # chunks of equal size: no thin GEMM at the end
         if is_fused and (vocabulary.is_sharded or not is_cpu) and options.top_k is None:
-            block = rows  # one exchange with the other ranks, or one launch, per chunk
+            block = rows  # one collective, or one launch, per chunk
         block = min(block, rows)
         return cls(
             dtype=dtype,
@@ -99,7 +101,7 @@ class WorkspacePlan:
 
 
 class Workspace:
-    """The buffers of a plan; lives for one call."""
+    """The buffers of a plan, for one call."""
 
     def __init__(self, plan: WorkspacePlan, device: torch.device) -> None:
         self.plan = plan
@@ -108,24 +110,25 @@ class Workspace:
         self.cast = torch.empty(num_cast, dtype=plan.gemm_dtype, device=device)
 
     def operand(self, tensor: Tensor) -> Tensor:
-        """A matrix as the GEMMs want it."""
+        """A matrix in the dtype of the GEMMs' operands."""
         return tensor.to(self.plan.gemm_dtype)
 
     def grad_operand(self, num_rows: int) -> Tensor:
-        """G, [R, V], which lies where the student's logits were, as the GEMMs want it.
+        """G, [R, V], in the dtype of the GEMMs' operands.
 
-        A narrow copy takes the place of the teacher's logits, which are done with.
+        G is where the student's logits were. A narrow copy overwrites the teacher's logits, which
+        are no longer needed.
         """
         grad_logits = self.logits[:num_rows]
         if self.plan.gemm_dtype == self.plan.dtype:
             return grad_logits
-        place = self.logits[num_rows : 2 * num_rows].view(self.plan.gemm_dtype)
-        return place[:, : self.plan.vocab_size].copy_(grad_logits)
+        narrow = self.logits[num_rows : 2 * num_rows].view(self.plan.gemm_dtype)
+        return narrow[:, : self.plan.vocab_size].copy_(grad_logits)
 
     def tiles(self, head: Tensor) -> Iterator[tuple[slice, Tensor]]:
-        """(vocabulary range, rows of the head as the GEMMs want them), in order.
+        """Yield (vocabulary range, rows of the head in the GEMMs' dtype), in rising order.
 
-        One tile that is the head itself where a GEMM can read it as it is.
+        Where a GEMM can read the head without conversion, the head itself is the only tile.
         """
         vocab_size, width = head.shape
         if is_gemm_ready(head, self.plan.gemm_dtype):
@@ -160,5 +163,5 @@ def multiply(a: Tensor, b: Tensor, *, out: Tensor, add: bool = False) -> None:
 
 
 def is_gemm_ready(head: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a GEMM reads the head as it is: no conversion, no hidden [V, H] copy."""
+    """Whether a GEMM reads the head directly: no conversion, no hidden [V, H] copy."""
     return head.dtype == dtype and (head.is_contiguous() or head.T.is_contiguous())

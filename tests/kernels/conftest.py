@@ -1,7 +1,8 @@
-"""Random cases for span_divergence, and the comparison every numeric test makes."""
+"""Random cases for span_divergence, and the comparison that every numeric test makes."""
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,7 @@ class Result:
 
 @dataclass(frozen=True, kw_only=True)
 class Case:
-    """Tensors of a call; `run` makes fresh leaves of them, so that cases are never modified."""
+    """The tensors of a call; `run` makes fresh leaves of them, so that it never modifies a case."""
 
     tensors: dict[str, Tensor]
 
@@ -35,7 +36,7 @@ class Case:
         factor: float = 1.0,
         **options: Any,
     ) -> Result:
-        """Loss, and the gradients of `factor * loss` for `needs`; dtype: converts all floats."""
+        """Return the output and the gradients of `factor * loss`; dtype: of all floats."""
         tensors = {name: x.detach() for name, x in self.tensors.items()}
         if dtype is not None:
             tensors = {n: x.to(dtype) if x.is_floating_point() else x for n, x in tensors.items()}
@@ -138,6 +139,42 @@ def assert_close(name: str, got: Tensor, want: Tensor, tolerance: float, *, slac
     )
 
 
+def pairwise(choices: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
+    """A few combinations in which any two choices of two options meet (greedy)."""
+    indices = {name: range(len(values)) for name, values in choices.items()}
+    pairs = {
+        frozenset({(a, i), (b, j)})
+        for a, b in itertools.combinations(choices, 2)
+        for i in indices[a]
+        for j in indices[b]
+    }
+    picks = []
+    while pairs:
+        pick: dict[str, int] = dict(sorted(min(pairs, key=sorted)))
+        for name in choices:
+            if name not in pick:
+                pick[name] = max(
+                    indices[name],
+                    key=lambda i, name=name, pick=pick: sum(
+                        frozenset({(name, i), other}) in pairs for other in pick.items()
+                    ),
+                )
+        pairs -= {frozenset(pair) for pair in itertools.combinations(pick.items(), 2)}
+        picks.append({name: choices[name][i] for name, i in pick.items()})
+    return picks
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    line = "pairwise(name, choices, ids): parametrize with `pairwise(choices)` of tests/kernels"
+    config.addinivalue_line("markers", line)
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    for marker in metafunc.definition.iter_markers("pairwise"):
+        name, choices = marker.args
+        metafunc.parametrize(name, pairwise(choices), **marker.kwargs)
+
+
 @pytest.fixture(scope="session")
 def make_case() -> Callable[..., Case]:
     return make
@@ -150,13 +187,13 @@ def agrees() -> Callable[..., None]:
 
 @pytest.fixture
 def without_native(monkeypatch):
-    """The installation that has no C++ extension."""
+    """Act like an installation without the C++ extension."""
     monkeypatch.setattr(native, "is_available", lambda: False)
 
 
 @pytest.fixture(autouse=True)
 def one_thread():
-    """Small tensors: a second thread only waits."""
+    """Use one thread: on small tensors a second one only waits."""
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield

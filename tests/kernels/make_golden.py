@@ -1,7 +1,8 @@
-"""Writes golden.json: small inputs and what the method gives for them, in plain Python.
+"""Write golden.json: small inputs and their results, computed in plain Python.
 
-No torch and none of rosd_kernels: the formulas are written down once more, from the definitions,
-in float64 with exactly rounded sums (`fsum`). Run it as `python tests/kernels/make_golden.py`.
+It uses neither torch nor rosd_kernels: the formulas are written independently, from the
+definitions, in float64 with exactly rounded sums (`fsum`). Run it as
+`python tests/kernels/make_golden.py`.
 
 With `p` and `q` the probabilities of student and teacher over the vocabulary, or over the buckets
 of `top_k` (the student's k likeliest entries, and one for the rest of either side):
@@ -49,7 +50,7 @@ def kl(a: Vector, b: Vector) -> float:
 
 
 def divergence(p: Vector, q: Vector, name: str) -> tuple[float, Vector]:
-    """(D, dD/ds) of two distributions over entries or buckets."""
+    """Return (D, dD/ds) for two distributions over entries or buckets."""
     if name == "forward_kl":
         return kl(q, p), [a - b for a, b in zip(p, q, strict=True)]
     if name == "reverse_kl":
@@ -62,7 +63,7 @@ def divergence(p: Vector, q: Vector, name: str) -> tuple[float, Vector]:
 
 
 def token(s: Vector, z: Vector, name: str, top_k: int | None) -> tuple[float, Vector]:
-    """(D, dD/ds over the vocabulary) of a token's logits."""
+    """Return (D, dD/ds over the vocabulary) for a token's logits."""
     p, q = ([exp(x - log_sum_exp(logits)) for x in logits] for logits in (s, z))
     if top_k is None:
         return divergence(p, q, name)
@@ -79,7 +80,7 @@ def token(s: Vector, z: Vector, name: str, top_k: int | None) -> tuple[float, Ve
 
 
 def make_inputs() -> dict[str, Matrix | Vector]:
-    """Numbers of two decimals, so that every float64 of the file is the one that was used."""
+    """Numbers with two decimals, so that the file holds exactly the float64 that was used."""
     draw = random.Random(2605)
 
     def vector(size: int, spread: float) -> Vector:
@@ -138,7 +139,7 @@ def make() -> dict:
 
 
 def text() -> str:
-    """The file: a number keeps all its digits."""
+    """Write the file; a number keeps all its digits."""
     return json.dumps(make(), indent=1) + "\n"
 
 

@@ -1,4 +1,4 @@
-"""A violation of the contract is a ValueError: the argument, what it got, what it wants."""
+"""A violation of the contract raises a ValueError: the argument, what it got, what it wants."""
 
 from __future__ import annotations
 
@@ -125,7 +125,7 @@ def test_importance_clip_needs_sampled_tokens(missing):
     sampled = {"token_ids": torch.zeros(N, dtype=torch.int64), "rollout_logprobs": torch.zeros(N)}
     del sampled[missing]
     with pytest.raises(
-        ValueError, match=rf"^{missing}: got None, want shape \[N\] = \[4\] with is_"
+        ValueError, match=rf"^{missing}: got None, want shape \[N\] = \[4\] with importance_clip"
     ):
         span_divergence(**good(**sampled), importance_clip=2.0)
 
@@ -160,7 +160,7 @@ def test_devices_must_agree():
 
 
 def test_options_without_effect_are_accepted():
-    """Callers pass one set of options whatever the divergence."""
+    """Callers may pass the same options with any divergence."""
     want = span_divergence(**(arguments := good()), divergence="forward_kl")
     got = span_divergence(
         **arguments,

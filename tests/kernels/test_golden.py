@@ -26,7 +26,7 @@ LEGAL = [
 
 
 def numbers(value: Any) -> list[float]:
-    """All floats of a nested value, in order."""
+    """All floats of a nested value, first to last."""
     if isinstance(value, dict):
         value = list(value.values())
     if isinstance(value, list):
@@ -85,7 +85,7 @@ def test_gradient_of_the_logits(name):
 
 
 def test_the_file_is_what_its_maker_makes():
-    """But for the last digit of `exp` and `log`, which is the machine's."""
+    """The file is reproducible, except for the last digit of `exp` and `log`."""
     made = runpy.run_path(str(FOLDER / "make_golden.py"))["make"]()
     assert made["inputs"] == GOLDEN["inputs"]
     want, got = numbers(GOLDEN["cases"]), numbers(made["cases"])
@@ -99,7 +99,7 @@ def test_the_file_is_what_its_maker_makes():
 
 
 def test_its_gradients_are_those_of_its_values():
-    """Central differences of the maker's own values, so that no formula stands alone."""
+    """Central differences of make_golden's own values confirm its gradient formulas."""
     maker = runpy.run_path(str(FOLDER / "make_golden.py"))
     inputs, step = maker["make_inputs"](), 1e-5
     for case in GOLDEN["cases"]:

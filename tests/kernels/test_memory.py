@@ -1,4 +1,4 @@
-"""What the strategies allocate, counted by the allocator itself."""
+"""Memory that the strategies allocate, as the allocator itself reports it."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from rosd_kernels.tiles import ROW_BLOCK, TILE, num_tiles
 
 
 def allocations(call) -> list[int]:
-    """Bytes of every allocation (> 0) and release (< 0) of the call, from the allocator itself."""
+    """Bytes of every allocation (> 0) and release (< 0) of the call."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     with torch.profiler.profile(profile_memory=True, activities=activities) as profile:
         kept = call()
@@ -38,7 +38,7 @@ def peak_of(sizes: list[int]) -> int:
     ids=str,
 )
 def test_memory_stays_within_the_workspace(make_case, dtype, options):
-    """Peak of what is allocated = workspace + float32 gradients + less than one row of logits."""
+    """Peak memory = workspace + float32 gradients + less than one row of logits."""
     N, V, H, mib = 300, 2000, 8, 0.25
     case = make_case(N, V, H, weights=True, sampled=True, dtype=dtype)
     tensors = dict(case.tensors)
@@ -56,8 +56,11 @@ def test_memory_stays_within_the_workspace(make_case, dtype, options):
 @pytest.mark.parametrize("options", [{}, {"sparsity": entry(1e-3)}], ids=["exact", "entry"])
 @pytest.mark.parametrize("mib", [0.25, 8])
 def test_tiles_need_no_more_logits_for_more_tokens(make_case, dtype, options, mib):
-    """Peak = workspace + float32 gradients + what grows with N: not the logits but, a 128th of
-    them each, the statistics of tiles (8 planes; 16 with temporaries), and some [N, H]."""
+    """Peak memory = workspace + float32 gradients + what grows with N.
+
+    The latter are the statistics of tiles (8 planes, 16 with temporaries, each a 128th of the
+    logits) and some [N, H], but no logits.
+    """
     V, H = 2000, 8
     planes = 16 if options else 12
     for N in (150, 600, 2400):
@@ -76,7 +79,7 @@ def test_tiles_need_no_more_logits_for_more_tokens(make_case, dtype, options, mi
 
 @pytest.mark.parametrize("layout", ["bfloat16", "spread"])
 def test_no_converted_copy_of_a_head(make_case, layout):
-    """A head that a GEMM cannot read as it is goes through the workspace tile by tile."""
+    """A head that a GEMM cannot read directly is converted tile by tile in the workspace."""
     N, V, H = 4, 500, 400
     tensors = dict(make_case(N, V, H, teacher_width=H).tensors)
     tensors["student_hidden"].requires_grad_()

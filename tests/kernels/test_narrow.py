@@ -1,4 +1,4 @@
-"""bfloat16 GEMMs with float32 sums, which only GPUs have: here torch is taught them on the CPU."""
+"""bfloat16 GEMMs with float32 sums, which only GPUs have, emulated on the CPU."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TOLERANCE = 2.0**-8
 
 @pytest.fixture
 def narrow_gemms(monkeypatch):
-    """The calls that were made; unregistered afterwards."""
+    """Register the emulation for one test; return the calls that it receives."""
     calls = []
 
     def mm(a, b, out_dtype, *, out):

@@ -18,7 +18,8 @@ from torch import Tensor
 
 import rosd_kernels
 from rosd_kernels import native, plain, span_divergence
-from rosd_kernels.records import FINISHED, Form, SpanOptions
+from rosd_kernels.logits import SCALED, LogitTransform
+from rosd_kernels.records import SpanOptions
 
 ROOT = Path(__file__).parents[2]
 PACKAGE = Path(rosd_kernels.__file__).parent
@@ -35,7 +36,7 @@ def normal(*shape: int, seed: int = 0, std: float = 1.0) -> Tensor:
 
 
 def logits(kind: str, rows: int, columns: int, seed: int) -> Tensor:
-    """[R, C] float64 whose values are float32 ones."""
+    """[R, C] float64 whose values float32 can represent."""
     found = normal(rows, columns, seed=seed, std=3.0)
     if kind == "huge":
         found = 80 * found.sign()
@@ -48,7 +49,7 @@ def logits(kind: str, rows: int, columns: int, seed: int) -> Tensor:
 
 
 def assert_close(name: str, got: Tensor, want: Tensor, tolerance: float) -> None:
-    """To `tolerance` of 1 and of the element's size; equal where infinite."""
+    """Absolute and relative error within `tolerance`; equal where infinite."""
     assert got.shape == want.shape, name
     if want.numel() == 0:
         return
@@ -60,14 +61,16 @@ def assert_close(name: str, got: Tensor, want: Tensor, tolerance: float) -> None
     )
 
 
-def form(bias: Tensor | None, softcap: float | None, temperature: float, dtype: Any) -> Form:
-    return Form(None if bias is None else bias.to(dtype), softcap, temperature)
+def transform_of(
+    bias: Tensor | None, softcap: float | None, temperature: float, dtype: Any
+) -> LogitTransform:
+    return LogitTransform(None if bias is None else bias.to(dtype), softcap, temperature)
 
 
-def stats_by_definition(finished: Tensor, tile: int) -> Tensor:
+def stats_by_definition(scaled: Tensor, tile: int) -> Tensor:
     """[4, R, T] in float64."""
     found = []
-    for part in finished.split(tile, dim=1):
+    for part in scaled.split(tile, dim=1):
         log_share = torch.log_softmax(part, -1)
         terms = torch.where(log_share == -torch.inf, 0.0, log_share.exp() * log_share)
         lse = torch.logsumexp(part, -1)
@@ -75,52 +78,54 @@ def stats_by_definition(finished: Tensor, tile: int) -> Tensor:
     return torch.stack(found, dim=-1)
 
 
-FORMS = ((False, None, 1.0), (True, None, 0.7), (True, 4.0, 1.0), (False, 4.0, 1.3))
+TRANSFORMS = ((False, None, 1.0), (True, None, 0.7), (True, 4.0, 1.0), (False, 4.0, 1.3))
 
 
 @built
 @pytest.mark.parametrize("kind", ["normal", "huge", "one_hot", "masked"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("has_bias", "softcap", "temperature"), FORMS)
+@pytest.mark.parametrize(("has_bias", "softcap", "temperature"), TRANSFORMS)
 def test_stats(kind, dtype, has_bias, softcap, temperature):
     tolerance = 3e-6 if dtype == torch.float32 else 1e-13
     for (rows, columns), tile in itertools.product(SHAPES, TILES):
         raw = logits(kind, rows, columns, seed=1)
         bias = normal(columns, seed=2).float().double() if has_bias else None
         picks = torch.arange(rows) * 7 % (columns + 1) - 1  # -1: the token is another shard's
-        finished = raw if bias is None else raw + bias
-        finished = finished if softcap is None else softcap * torch.tanh(finished / softcap)
-        finished = finished / temperature
-        want = stats_by_definition(finished, tile)
-        sampled = finished.gather(1, picks.clamp(min=0)[:, None])[:, 0].masked_fill(picks < 0, 0)
-        of_form = form(bias, softcap, temperature, dtype)
-        bound = tolerance * magnitude(finished)
+        scaled = raw if bias is None else raw + bias
+        scaled = scaled if softcap is None else softcap * torch.tanh(scaled / softcap)
+        scaled = scaled / temperature
+        want = stats_by_definition(scaled, tile)
+        sampled = scaled.gather(1, picks.clamp(min=0)[:, None])[:, 0].masked_fill(picks < 0, 0)
+        transform = transform_of(bias, softcap, temperature, dtype)
+        bound = tolerance * magnitude(scaled)
         has_mass = want[0] > -torch.inf  # a tile whose entries are all masked has no entropy
         want[3] = torch.where(has_mass, want[3], 0.0)
         for module in (native, plain):
-            found, picked = module.stats(raw.to(dtype), of_form, picks, tile)
+            found, picked = module.stats(raw.to(dtype), transform, picks, tile)
             found[3] = torch.where(has_mass, found[3], 0.0)
             label = f"{module.__name__} {rows}x{columns} by {tile}"
             for name, got, wish in zip(("lse", "max", "min", "entropy"), found, want, strict=True):
                 assert_close(f"{name} {label}", got, wish, bound)
             assert picked is not None and found.dtype == picked.dtype == dtype
             assert_close(f"sampled {label}", picked, sampled, tolerance)
-            assert module.stats(raw.to(dtype), of_form, None, tile)[1] is None
+            assert module.stats(raw.to(dtype), transform, None, tile)[1] is None
 
 
-def magnitude(finished: Tensor) -> float:
-    """How much coarser than near 1 the logits, and so log-probabilities, are rounded."""
-    sizes = finished.abs().masked_fill(finished == -torch.inf, 0.0)
-    return max(1.0, sizes.max().item() / 30) if finished.numel() else 1.0
+def magnitude(scaled: Tensor) -> float:
+    """Factor by which logits, and so log-probabilities, are rounded more coarsely than near 1."""
+    sizes = scaled.abs().masked_fill(scaled == -torch.inf, 0.0)
+    return max(1.0, sizes.max().item() / 30) if scaled.numel() else 1.0
 
 
 def terms_of(module: Any, *arguments: Any) -> Tensor:
     return module.terms_(*arguments)
 
 
-def lse_of(raw: Tensor, of_form: Form) -> Tensor:
+def lse_of(raw: Tensor, transform: LogitTransform) -> Tensor:
     """[R], in the dtype of the logits."""
-    found, _ = plain.stats(raw.double(), of_form._replace(bias=_double(of_form.bias)), None, 10**6)
+    found, _ = plain.stats(
+        raw.double(), transform._replace(bias=_double(transform.bias)), None, 10**6
+    )
     return found[0, :, 0].to(raw.dtype)
 
 
@@ -132,7 +137,7 @@ def _double(tensor: Tensor | None) -> Tensor | None:
 @pytest.mark.parametrize("kind", ["normal", "huge", "one_hot", "same"])
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("entry_clip", [None, 0.01])
-@pytest.mark.parametrize(("has_bias", "softcap", "temperature"), FORMS)
+@pytest.mark.parametrize(("has_bias", "softcap", "temperature"), TRANSFORMS)
 def test_terms(kind, divergence, entry_clip, has_bias, softcap, temperature):
     options = SpanOptions(
         divergence=divergence,
@@ -145,16 +150,16 @@ def test_terms(kind, divergence, entry_clip, has_bias, softcap, temperature):
         student = logits(kind, rows, columns, seed=1).to(dtype)
         teacher = student.clone() if kind == "same" else logits(kind, rows, columns, 2).to(dtype)
         bias = normal(columns, seed=3).float().double() if has_bias else None
-        forms = [form(b, softcap, temperature, dtype) for b in (bias, bias)]
-        lses = [lse_of(raw, f) for raw, f in zip((student, teacher), forms, strict=True)]
+        transforms = [transform_of(b, softcap, temperature, dtype) for b in (bias, bias)]
+        lses = [lse_of(raw, f) for raw, f in zip((student, teacher), transforms, strict=True)]
         truth = student.clone().double(), teacher.clone().double()
-        doubles = [f._replace(bias=_double(f.bias)) for f in forms]
+        doubles = [f._replace(bias=_double(f.bias)) for f in transforms]
         want = terms_of(plain, *truth, *doubles, *map(_double, lses), options)
         tolerance = 1e-5 if dtype == torch.float32 else 1e-13
         tolerance *= magnitude(student.double() / temperature)
         for module in (native, plain):
             mine = student.clone(), teacher.clone()
-            got = terms_of(module, *mine, *forms, *lses, options)
+            got = terms_of(module, *mine, *transforms, *lses, options)
             label = f"{module.__name__} {dtype} {rows}x{columns}"
             assert got.dtype == dtype
             assert_close(f"value and K {label}", got, want, tolerance)
@@ -165,15 +170,15 @@ def test_terms(kind, divergence, entry_clip, has_bias, softcap, temperature):
 @built
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_rows_of_a_wider_matrix(dtype):
-    """Only the columns lie side by side, and what is beside them is left alone."""
+    """Only the elements of a row are adjacent; elements beyond the columns are not written."""
     wide = normal(2, 5, 40, seed=4).to(dtype)
     parts = wide[:, :, 3:20]
-    want_found, _ = native.stats(parts[0].contiguous(), FINISHED, None, 8)
-    assert torch.equal(native.stats(parts[0], FINISHED, None, 8)[0], want_found)
+    want_found, _ = native.stats(parts[0].contiguous(), SCALED, None, 8)
+    assert torch.equal(native.stats(parts[0], SCALED, None, 8)[0], want_found)
     options, lse = SpanOptions(), torch.full((5,), 4.0, dtype=dtype)
     alone, before = [part.contiguous() for part in parts], wide.clone()
-    want = terms_of(native, *alone, FINISHED, FINISHED, lse, lse, options)
-    got = native.terms_(parts[0], parts[1], FINISHED, FINISHED, lse, lse, options)
+    want = terms_of(native, *alone, SCALED, SCALED, lse, lse, options)
+    got = native.terms_(parts[0], parts[1], SCALED, SCALED, lse, lse, options)
     assert torch.equal(got, want)
     assert torch.equal(parts, torch.stack(alone))
     wide[:, :, 3:20] = before[:, :, 3:20]
@@ -201,18 +206,18 @@ def test_operators_check_what_they_get(arguments, message):
 @built
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_same_bits_on_any_number_of_threads(dtype):
-    """Also of several calls: each row is summed by one thread in a fixed order."""
+    """Repeated calls too give equal bits: one thread sums each row, in a fixed sequence."""
     student, teacher = normal(2, 64, 3001, seed=5, std=3.0).to(dtype)
-    lse = lse_of(student, FINISHED)
+    lse = lse_of(student, SCALED)
     options, columns = SpanOptions(softcap=8.0), torch.arange(64)
-    of_form = Form(None, 8.0, 1.0)
+    transform = LogitTransform(None, 8.0, 1.0)
     results = []
     for threads in (1, 2, 2, 1):
         torch.set_num_threads(threads)
         both = student.clone(), teacher.clone()
-        found, picked = native.stats(both[0], of_form, columns, 128)
+        found, picked = native.stats(both[0], transform, columns, 128)
         assert picked is not None
-        sums = terms_of(native, *both, of_form, of_form, lse, lse, options)
+        sums = terms_of(native, *both, transform, transform, lse, lse, options)
         results.append((found, picked, sums, *both))
     for result in results[1:]:
         assert all(torch.equal(got, want) for got, want in zip(result, results[0], strict=True))
@@ -223,7 +228,7 @@ def test_same_bits_on_any_number_of_threads(dtype):
 @pytest.mark.parametrize("shape", [(1, 1, 1), (5, 7, 3), (3, 130, 9), (9, 1000, 17)])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_public_function(make_case, agrees, monkeypatch, strategy, shape, dtype):
-    """With and without C++, on the same rounded inputs, and one of them far from the other."""
+    """With and without C++, on the same rounded inputs, with student and teacher far apart."""
     case = make_case(*shape, bias=True, weights=True, sampled=True, scale=3.0, dtype=dtype)
     for divergence in DIVERGENCES:
         options = {"strategy": strategy, "divergence": divergence, "importance_clip": 2.0}
@@ -242,7 +247,7 @@ def test_public_function(make_case, agrees, monkeypatch, strategy, shape, dtype)
 def operator_arguments(name: str) -> list[tuple[Any, ...]]:
     bias, columns = normal(130, seed=2).float(), torch.tensor([0, -1, 129, 5, 64])
     student, teacher = (logits("normal", 5, 130, seed).float() for seed in (0, 1))
-    lse = lse_of(student, FINISHED)
+    lse = lse_of(student, SCALED)
     if name == "stats":
         return [
             (student, None, None, None, 1.0, 130),
@@ -285,7 +290,7 @@ def compiler_for(backend: str) -> Any:
 @built
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_operators(backend):
-    """In one graph, for any shape."""
+    """One graph serves any shape."""
     compiled = torch.compile(
         both_passes, backend=compiler_for(backend), fullgraph=True, dynamic=True
     )
@@ -380,7 +385,7 @@ def test_without_the_extension_it_works_and_says_so_once(tmp_path, library, reas
 
 
 def setup_arguments(monkeypatch, **environment: str) -> dict[str, Any]:
-    """What setup.py gives to `setup`."""
+    """The arguments that setup.py passes to `setup`."""
     found: list[dict[str, Any]] = []
     monkeypatch.setattr(setuptools, "setup", lambda **arguments: found.append(arguments))
     for name in ("ROSD_NO_CPP", "ROSD_CPU_CAPABILITY"):

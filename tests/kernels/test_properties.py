@@ -1,4 +1,4 @@
-"""What holds for every student and teacher, whatever the strategy."""
+"""Properties that hold for every student and teacher, with every strategy."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_jsd_is_bounded(make_case, strategy, shape, seed, beta, scale):
 @quick
 @given(shape=shapes, seed=seeds, shift=st.floats(-30, 30))
 def test_shift_invariance(make_case, strategy, divergence, shape, seed, shift):
-    """A constant on all logits of either side changes nothing."""
+    """Adding a constant to all logits of one side changes nothing."""
     case = make_case(*shape, seed=seed, bias=True, teacher_width=3, sampled=True)
     moved = type(case)(tensors=dict(case.tensors))
     moved.tensors["student_bias"] = case.tensors["student_bias"] + shift
@@ -109,7 +109,7 @@ def test_swapping_sides_swaps_the_kls_and_merging_never_adds(
 @quick
 @given(shape=shapes, seed=seeds, cut=st.integers(0, 6))
 def test_tokens_do_not_see_each_other(make_case, strategy, shape, seed, cut):
-    """The loss of a batch is the sum over its parts, so micro-batches may be cut anywhere."""
+    """The loss of a batch is the sum over its parts, so micro-batches may be split anywhere."""
     case = make_case(*shape, seed=seed, weights=True)
     cut = min(cut, shape[0])
     whole = case.run(strategy=strategy)

@@ -1,4 +1,4 @@
-"""Tiles that are left out: what is reported is true, and the gradient stays within its bound."""
+"""Skipped tiles: the report is true, and the gradient error stays within its bound."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_report_is_true_and_the_gradient_within_its_bound(
 
     error = (got - exact).abs().sum(1).max().item()
     assert error <= out.stats.grad_error_bound + 1e-5 * (1 + exact.abs().sum(1).max().item())
-    if entry_clip is None:  # a merged tile tells less of the difference, never more
+    if entry_clip is None:  # merging a tile can only lower the divergence
         assert bool((out.per_token <= truth.per_token * (1 + 1e-5) + 1e-6).all())
     assert torch.allclose(out.student_entropy.double(), truth.student_entropy, atol=1e-4)
 
@@ -190,13 +190,13 @@ def test_auto_measures_once_and_then_takes_the_cheaper(monkeypatch):
 
     assert strategy(sharp, "exact") == "chunked"
     assert [strategy(sharp, entry(1e-3)) for _ in range(3)] == ["tiled"] * 3
-    assert strategy(flat, entry(1e-5)) == "tiled"  # another rule: nothing is known yet
+    assert strategy(flat, entry(1e-5)) == "tiled"  # another rule: nothing is measured yet
     assert {strategy(flat, entry(1e-5)) for _ in range(auto.MEASURE_EVERY)} == {"chunked"}
     assert strategy(flat, entry(1e-5)) == "tiled"
 
 
 def test_bound_of_a_dropped_teacher_that_is_far_off():
-    """reverse_kl: log(p/q) of a dropped entry may be huge, and the bound knows it."""
+    """reverse_kl: log(p/q) of a dropped entry may be huge, and the bound accounts for it."""
     student = torch.zeros(1, V)
     student[:, 0] = 15.0
     teacher = student.clone()

@@ -35,44 +35,19 @@ OPTION_CHOICES: dict[str, tuple[Any, ...]] = {
 CHOICES = TENSOR_CHOICES | OPTION_CHOICES
 
 
-def pairwise(choices: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
-    """Few combinations in which every two choices of two options meet (greedy)."""
-    indices = {name: range(len(values)) for name, values in choices.items()}
-    pairs = {
-        frozenset({(a, i), (b, j)})
-        for a, b in itertools.combinations(choices, 2)
-        for i in indices[a]
-        for j in indices[b]
-    }
-    picks = []
-    while pairs:
-        pick: dict[str, int] = dict(sorted(min(pairs, key=sorted)))
-        for name in choices:
-            if name not in pick:
-                pick[name] = max(
-                    indices[name],
-                    key=lambda i, name=name, pick=pick: sum(
-                        frozenset({(name, i), other}) in pairs for other in pick.items()
-                    ),
-                )
-        pairs -= {frozenset(pair) for pair in itertools.combinations(pick.items(), 2)}
-        picks.append({name: choices[name][i] for name, i in pick.items()})
-    return picks
-
-
 def is_legal(options: dict[str, Any], vocab_size: int) -> bool:
-    """Tiles have no top-k; all other options go together."""
+    """Whether the options can be combined: only "tiled" and top-k cannot."""
     return not (options["strategy"] == "tiled" and options.get("top_k", vocab_size) != vocab_size)
 
 
 def legal(*choices: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """Every strategy with every choice that it has."""
+    """Every strategy with every choice that it supports."""
     strategies = ("chunked", "tiled", "reference")
     return [(s, o) for s in strategies for o in choices if s != "tiled" or "top_k" not in o]
 
 
 def split(combination: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """(keywords of make_case, options of span_divergence)."""
+    """Return (keywords of make_case, options of span_divergence)."""
     options: dict[str, Any] = {}
     for name in OPTION_CHOICES:
         options |= combination[name]
@@ -80,11 +55,9 @@ def split(combination: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 @pytest.mark.parametrize("backend", ["native", "plain"])
-@pytest.mark.parametrize(
-    "combination", pairwise(CHOICES), ids=lambda c: c["divergence"]["divergence"]
-)
+@pytest.mark.pairwise("combination", CHOICES, ids=lambda c: c["divergence"]["divergence"])
 def test_every_pair_of_options(make_case, agrees, combination, backend, request):
-    """Each legal combination agrees; each other one is a ValueError that says what to do."""
+    """Legal combinations agree; the others raise a ValueError that says what to do."""
     if backend == "plain":
         request.getfixturevalue("without_native")
     tensors, options = split(combination)
@@ -369,7 +342,7 @@ def test_composes_with_other_losses(make_case):
 
 
 def test_backward_twice_is_refused(make_case):
-    """The gradients are handed over, not copied."""
+    """Backward returns the gradients without a copy."""
     tensors = dict(make_case(6, 11, 4).tensors)
     head = tensors["student_head"].requires_grad_()
     loss = span_divergence(**tensors).loss

@@ -1,7 +1,7 @@
 """`vocab_group`: shards of the vocabulary in several processes against the unsharded call.
 
 Run as a script, this file is one rank: `python test_vocab_group.py RANK NUM_RANKS FOLDER` runs all
-tasks on the tensors of `FOLDER/tensors.pt` and writes what it got to `FOLDER/rank{RANK}.pt`.
+tasks on the tensors of `FOLDER/tensors.pt` and writes its results to `FOLDER/rank{RANK}.pt`.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ GROUPS = {1: (0,), 2: (1, 2), 3: (0, 1, 2)}  # rank in the group is not the glob
 
 @dataclass(frozen=True, kw_only=True)
 class Task:
-    """A call, and what is special about it on the ranks."""
+    """A call, and how the ranks differ in it."""
 
     sizes: tuple[int, ...]
     make: dict[str, Any] = field(default_factory=dict)  # keywords of make_case
@@ -96,7 +96,7 @@ def tasks() -> dict[str, Task]:
         add(f"top_k tail {tail} clips", make=every, options=options | clips)
         add(f"top_k tail {tail} plain", make=every, options=options, plain=(0, 1, 2))
         add(f"top_k tail {tail} no tokens", make=every, options=options, num_tokens=0)
-    for spread in range(3):  # a rank that has less memory left for rows
+    for spread in range(3):  # one rank has less memory left for rows
         options = chunked | {"top_k": 7, "workspace_mib": 0.03}
         add(f"top_k spread {spread}", make=every, options=options, spread=spread)
         options = chunked | {"workspace_mib": 0.03}
@@ -113,7 +113,7 @@ def tasks() -> dict[str, Task]:
         options = tiled | {"divergence": divergence}
         for name, rule, is_exact in (
             ("entry", entry(1e-3), True),
-            ("mass", mass(0.02), False),  # its budget is shared out to the ranks
+            ("mass", mass(0.02), False),  # the ranks share its budget
         ):
             add(
                 f"{name} {divergence} drops",
@@ -140,7 +140,7 @@ def prepare(task: Task, make_case: Callable[..., Any]) -> dict[str, Tensor]:
 
 
 def run(tensors: dict[str, Tensor], options: dict[str, Any]) -> dict[str, Any]:
-    """Everything that a call gives: values, gradients and what was measured."""
+    """All results of a call: values, gradients and measurements."""
     leaves = {name: tensors[name].detach().requires_grad_() for name in STUDENTS if name in tensors}
     out = span_divergence(**tensors | leaves, **options)
     result: dict[str, Any] = {name: getattr(out, name) for name in VALUES}
@@ -155,7 +155,7 @@ def run(tensors: dict[str, Tensor], options: dict[str, Any]) -> dict[str, Any]:
 
 
 def shard(task: Task, tensors: dict[str, Tensor], rank: int) -> dict[str, Tensor]:
-    """What a rank of the task's group holds."""
+    """The tensors that a rank of the task's group holds."""
     start = sum(task.sizes[:rank])
     mine = dict(tensors)
     for name in SHARDED:
@@ -185,7 +185,7 @@ def run_shard(task: Task, tensors: dict[str, Tensor], group: Any) -> dict[str, A
 
 
 def refusals(group: Any, outside: Any) -> dict[str, str]:
-    """Calls that no rank may answer: the message of each."""
+    """Make the calls that every rank must refuse; return their error messages."""
     hidden, head = torch.ones(2, 3), torch.ones(4, 3)  # a vocabulary of 4 on each of 3 ranks
     found = {}
     for name, arguments in {
@@ -227,7 +227,7 @@ def main(rank: int, num_ranks: int, folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory, make_case) -> list[dict[str, Any]]:
-    """What each of three processes got for every task."""
+    """The results of each of three processes for every task."""
     folder = tmp_path_factory.mktemp("ranks")
     whole = {name: prepare(task, make_case) for name, task in tasks().items()}
     torch.save(whole, folder / "tensors.pt")
@@ -256,7 +256,7 @@ def ranks(tmp_path_factory, make_case) -> list[dict[str, Any]]:
 
 
 def assert_close(name: str, got: Tensor, want: Tensor, allowed: float = 0.0) -> None:
-    """Equal up to rounding: another order of float32 sums, one rounding of a narrow dtype."""
+    """Equal up to rounding: another sequence of float32 sums, one rounding of a narrow dtype."""
     assert got.shape == want.shape and got.dtype == want.dtype, f"{name}: {got.shape} {got.dtype}"
     if want.numel() == 0:
         return
@@ -296,7 +296,7 @@ def test_shards_give_what_the_whole_gives(ranks, make_case, name, request):
 
 @pytest.mark.parametrize("name", [name for name, task in tasks().items() if not task.is_exact])
 def test_mass_is_dropped_within_the_budget_of_the_row(ranks, make_case, name):
-    """The ranks drop other tiles than one would, so what is held to is the report."""
+    """The ranks drop other tiles than one rank would, so the test checks their report."""
     task = tasks()[name]
     tensors = {
         n: x.double() if x.is_floating_point() else x for n, x in prepare(task, make_case).items()
@@ -320,7 +320,7 @@ def test_mass_is_dropped_within_the_budget_of_the_row(ranks, make_case, name):
 
 
 def test_every_rank_refuses(ranks):
-    """What concerns the whole vocabulary is seen by all ranks, so that none waits for another."""
+    """All ranks see an error that concerns the whole vocabulary, so none waits for another."""
     for rank, result in enumerate(ranks):
         got = result["refusals"]
         assert got["token_ids"] == "token_ids: got id 12, want 0 <= id < V = 12", rank

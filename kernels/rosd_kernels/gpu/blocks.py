@@ -1,8 +1,9 @@
-"""Blocks that the GEMM kernels share: a projection on a tile of the vocabulary, and its order.
+"""Building blocks of the GEMM kernels: projection on a tile of the vocabulary, and its order.
 
-Loads come as tensor descriptors (TMA: the hardware pads what lies outside with zeros) or through
-pointers, where row indices are clamped instead of masked: the rows that this repeats are never
-written. `order` maps positions of the vocabulary to rows of the head, so the head is never copied.
+Operands are loaded through tensor descriptors (TMA: the hardware pads out-of-range elements with
+zeros) or through pointers, where row indices are clamped instead of masked: the repeated rows are
+never written. `order` maps positions of the vocabulary to rows of the head, so the head is never
+copied.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from rosd_kernels.gpu.modes import INTERPRET
 
 @triton.jit
 def dot(a, b, acc, CAST: tl.constexpr, PRECISION: tl.constexpr):
-    """acc + a @ b with a float32 accumulator; CAST: operands of different dtypes, as float32."""
+    """acc + a @ b with a float32 accumulator; CAST: the operands' dtypes differ, use float32."""
     if CAST or INTERPRET:
         a = a.to(tl.float32)
         b = b.to(tl.float32)
@@ -24,7 +25,7 @@ def dot(a, b, acc, CAST: tl.constexpr, PRECISION: tl.constexpr):
 
 @triton.jit
 def grouped(work, num_rows, num_columns, GROUP: tl.constexpr):
-    """(row, column) of a work item: GROUP rows share a column's data in L2 before it moves on."""
+    """(row, column) of a work item: GROUP rows in turn read one column, which stays in L2."""
     first = work // (GROUP * num_columns) * GROUP
     height = tl.minimum(num_rows - first, GROUP)
     rest = work % (GROUP * num_columns)
@@ -33,7 +34,7 @@ def grouped(work, num_rows, num_columns, GROUP: tl.constexpr):
 
 @triton.jit
 def head_rows(order_ptr, position, V, HAS_ORDER: tl.constexpr):
-    """Rows of the head (int64) at positions of the vocabulary, those beyond it clamped."""
+    """Rows of the head (int64) at positions of the vocabulary, clamped to its last one."""
     position = tl.minimum(position, V - 1)
     if HAS_ORDER:
         return tl.load(order_ptr + position)
@@ -86,6 +87,7 @@ def project(
 
 @triton.jit
 def add_bias(logits, bias_ptr, vocab_rows, HAS_BIAS: tl.constexpr):
+    """logits [BLOCK_M, BLOCK_V] plus the bias of their columns."""
     if HAS_BIAS:
         logits += tl.load(bias_ptr + vocab_rows).to(tl.float32)[None, :]
     return logits
@@ -98,7 +100,7 @@ def _add_both(a0, b0, a1, b1):
 
 @triton.jit
 def sum_both(a, b, AXIS: tl.constexpr):
-    """Sums along an axis, in one pass: apart, all of `a` stays in registers for both."""
+    """Sums of a and b along an axis in one pass; two passes would keep `a` and `b` in registers."""
     if INTERPRET:
         return tl.sum(a, axis=AXIS), tl.sum(b, axis=AXIS)
     else:

@@ -1,15 +1,15 @@
 """Block sizes of the GEMM kernels per architecture.
 
-Nothing is tuned at run time: a choice that depends on timings may differ between runs, and with it
-the order of sums. Every config here is compiled for its architecture by `rosd_kernels.testing.aot`,
-which refuses spills and too much shared memory.
+Nothing is tuned at run time: a choice that depends on timings may differ between runs, and so would
+the rounding of sums. `rosd_kernels.testing.aot` compiles every config for its architecture and
+refuses spills and too much shared memory.
 
     sweep, pair      [block_m rows] x [block_n vocabulary], reduced over block_k of the width
     grad_hidden      [block_m rows] x [block_n of the width], reduced over block_k of the vocabulary
     grad_head        [block_m vocabulary] x [block_n of the width], reduced over block_k rows
 
-A lean problem has rows of aligned, even length and, for sweep and pair, one head, no bias, soft cap
-or clip: as most models do. Its blocks may be larger than those that hold whatever is asked.
+A lean problem has rows of aligned, even length and, for sweep and pair, one head and no bias, soft
+cap or clip, as with most models. Its blocks may be larger than those that support all options.
 """
 
 from __future__ import annotations
@@ -28,12 +28,14 @@ LEAN_WIDTH = 64  # a multiple of each block_k along the width
 
 @dataclass(frozen=True, slots=True)
 class Config:
+    """Block sizes of the table above, and how a kernel is compiled."""
+
     block_m: int
     block_n: int
     block_k: int
     num_warps: int
     num_stages: int
-    max_registers: int | None = None  # None: as many as the assembler sees fit
+    max_registers: int | None = None  # per thread; None: the assembler decides
     group: int = 8  # row blocks that share a column in L2
 
     def __str__(self) -> str:
@@ -73,13 +75,14 @@ for _precision, (_pair, _other) in _FLOATS.items():
 
 
 def architecture(capability: int) -> int:
-    """The one of ARCHITECTURES whose configs suit a device.
+    """Return the member of ARCHITECTURES whose configs fit a device.
 
-    Only data-centre GPUs have the shared memory and tensor cores of 90 and 100: consumer GPUs, the
-    later ones (120) too, work like 80.
+    Only data-centre GPUs have the shared memory and tensor cores of 90 and 100. Consumer GPUs,
+    including the later ones (120), use the configs of 80.
     """
     return {9: 90, 10: 100, 11: 100}.get(capability // 10, 80)
 
 
 def select(kernel: Kernel, capability: int, precision: Precision, *, lean: bool) -> Config:
+    """Return the config of a kernel on a device."""
     return CONFIGS[kernel, architecture(capability), precision][0 if lean else 1]

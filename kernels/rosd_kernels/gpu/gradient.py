@@ -3,8 +3,8 @@
     G_nv  = row_scale_n (e_nv - p_nv K_n) (1 - tanh^2)     w.r.t. the raw logits, N x chunk
     dh   += G W        dW = G^T h        db = sum_n G      over active pairs of row block and tile
 
-Once K is known, each chunk of dW and db is complete after one visit: it is summed in float32
-registers and rounded once. Only dh is carried from chunk to chunk, in float32.
+Since K is known, each chunk of dW and db is complete after one visit: it is summed in float32
+registers and rounded once. Only dh is accumulated from chunk to chunk, in float32.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from rosd_kernels.gpu.active import active_per_row
 from rosd_kernels.gpu.blocks import dot, head_rows
-from rosd_kernels.gpu.launch import COMPILER_OPTIONS, Gemm, launch, rowwise
+from rosd_kernels.gpu.launch import COMPILER_OPTIONS, Gemm, launch
 from rosd_kernels.gpu.math import round_to
 from rosd_kernels.gpu.pair import Pair
 from rosd_kernels.tiles import ROW_BLOCK, TILE
@@ -57,7 +57,7 @@ def grad_hidden_kernel(
     grad_rows = tl.minimum(rows, N - 1).to(tl.int64)[:, None] * grad_stride
     inside = (columns < H)[None, :]
     mask = (rows < N)[:, None] & inside
-    # Short offsets from one long address: a long one per entry takes two registers.
+    # 32-bit offsets from one 64-bit address: a 64-bit address per entry takes two registers.
     out = out_ptr + first_row.to(tl.int64) * H + first_column
     out += tl.arange(0, BLOCK_M)[:, None] * H + tl.arange(0, BLOCK_N)[None, :]
     acc = tl.load(out, mask=mask, other=0.0)
@@ -166,58 +166,47 @@ def grad_bias_kernel(
     tl.store(out_ptr + vocab_rows, acc, mask=vocabulary < V)
 
 
-@torch.library.custom_op("rosd_gpu::grad_logits", mutates_args=("out",))
-def _grad_logits(
-    student_hidden: Tensor,
-    teacher_hidden: Tensor,
-    student_head: Tensor,
-    teacher_head: Tensor,
-    student_bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    order: Tensor | None,
-    student_lse: Tensor,
-    teacher_lse: Tensor,
-    active: Tensor,
-    total: Tensor,
-    row_scale: Tensor,
-    out: Tensor,
+def grad_dtype(hidden: Tensor, head: Tensor) -> torch.dtype:
+    """The dtype of G: bfloat16 where hidden states and head are, otherwise float32."""
+    both = hidden.dtype == head.dtype == torch.bfloat16
+    return torch.bfloat16 if both else torch.float32
+
+
+def grad_logits(
+    pair: Pair,
+    student_lse: Tensor,  # [N]
+    teacher_lse: Tensor,  # [N]
+    active: Tensor,  # [B, num_tiles] uint8: the chunk's, from first_tile on
+    total: Tensor,  # [N]
+    row_scale: Tensor,  # [N]
+    *,
     first_tile: int,
-    divergence: str,
-    beta: float,
-    temperature: float,
-    softcap: float | None,
-    entry_clip: float | None,
+    out: Tensor,  # [N, num_tiles * TILE] in grad_dtype
 ) -> None:
-    if student_hidden.shape[0] == 0:
+    """Write G of the chunk's active tiles into `out`, 0 beyond the vocabulary."""
+    if pair.student_hidden.shape[0] == 0:
         return
-    pair = Pair(
-        student_hidden=student_hidden,
-        teacher_hidden=teacher_hidden,
-        student_head=student_head,
-        teacher_head=teacher_head,
-        student_bias=student_bias,
-        teacher_bias=teacher_bias,
-        order=order,
-        student_lse=student_lse,
-        teacher_lse=teacher_lse,
-        divergence=divergence,
-        beta=beta,
-        temperature=temperature,
-        softcap=softcap,
-        entry_clip=entry_clip,
+    pair.launch(
+        active,
+        student_lse,
+        teacher_lse,
+        first_tile=first_tile,
+        out=out,
+        total=total.float().contiguous(),
+        row_scale=row_scale.float().contiguous(),
     )
-    pair.launch(active, first_tile=first_tile, out=out, total=total, row_scale=row_scale)
 
 
-@torch.library.custom_op("rosd_gpu::grad_hidden", mutates_args=("out",))
-def _grad_hidden(
-    grad: Tensor,
-    head: Tensor,
-    order: Tensor | None,
-    active: Tensor,
+def grad_hidden(
+    grad: Tensor,  # G [N, num_tiles * TILE]
+    head: Tensor,  # [V, H], elements of a row side by side
+    order: Tensor | None,  # [V] int64
+    active: Tensor,  # [B, num_tiles] uint8: the chunk's, from first_tile on
+    *,
     first_tile: int,
-    out: Tensor,
+    out: Tensor,  # [N, H] float32
 ) -> None:
+    """Add G W of the chunk's active tiles to `out`."""
     N, (V, H) = grad.shape[0], head.shape
     if N == 0:
         return
@@ -253,22 +242,23 @@ def _grad_hidden(
     )
 
 
-@torch.library.custom_op("rosd_gpu::grad_head", mutates_args=("out", "out_bias"))
-def _grad_head(
-    grad: Tensor,
-    hidden: Tensor,
-    active: Tensor,
-    order: Tensor | None,
+def grad_head(
+    grad: Tensor,  # G [N, num_tiles * TILE]
+    hidden: Tensor,  # [N, H], elements of a row side by side
+    order: Tensor | None,  # [V] int64
+    active: Tensor,  # [B, num_tiles] uint8: the chunk's, from first_tile on
+    *,
     first_tile: int,
-    out: Tensor | None,
-    out_bias: Tensor | None,
+    out: Tensor | None,  # dW [V, H] in the head's dtype
+    out_bias: Tensor | None,  # db [V] float32
     vocab_size: int,
 ) -> None:
+    """Write the chunk's rows of dW and db, zeros for tiles that no row block computes."""
     N, H = hidden.shape
     row_blocks, counts = active_per_row(active.T)
     num_row_blocks, num_tiles = active.shape
     if out is not None:
-        # dW is scattered row by row anyway: `order` does not keep G and h from coming by TMA.
+        # dW is scattered row by row in any case: with an `order` TMA still loads G and h.
         gemm = Gemm.of("grad_head", grad, hidden, order=None)
         config = gemm.config
         launch(
@@ -319,95 +309,3 @@ def _grad_head(
             TILE=TILE,
             **COMPILER_OPTIONS,
         )
-
-
-@_grad_logits.register_fake
-@_grad_hidden.register_fake
-@_grad_head.register_fake
-def _(*_):
-    return None
-
-
-def grad_dtype(hidden: Tensor, head: Tensor) -> torch.dtype:
-    """Dtype of G: bfloat16 where hidden and head are, otherwise float32."""
-    both = hidden.dtype == head.dtype == torch.bfloat16
-    return torch.bfloat16 if both else torch.float32
-
-
-def grad_logits(
-    student_hidden: Tensor,  # [N, H]
-    teacher_hidden: Tensor,  # [N, Ht]
-    student_head: Tensor,  # [V, H]
-    teacher_head: Tensor,  # [V, Ht]
-    student_bias: Tensor | None,  # [V]
-    teacher_bias: Tensor | None,  # [V]
-    order: Tensor | None,  # [V] int64
-    student_lse: Tensor,  # [N]
-    teacher_lse: Tensor,  # [N]
-    active: Tensor,  # [B, T] uint8
-    total: Tensor,  # [N]
-    row_scale: Tensor,  # [N]
-    *,
-    first_tile: int,
-    num_tiles: int,
-    out: Tensor,  # [N, num_tiles * TILE] in grad_dtype
-    divergence: str,
-    beta: float,
-    temperature: float,
-    softcap: float | None,
-    entry_clip: float | None,
-) -> None:
-    """Write G of the chunk's active tiles into `out`, 0 beyond the vocabulary."""
-    _grad_logits(
-        rowwise(student_hidden),
-        rowwise(teacher_hidden),
-        rowwise(student_head),
-        rowwise(teacher_head),
-        student_bias,
-        teacher_bias,
-        order,
-        student_lse.float().contiguous(),
-        teacher_lse.float().contiguous(),
-        active[:, first_tile : first_tile + num_tiles],
-        total.float().contiguous(),
-        row_scale.float().contiguous(),
-        out,
-        first_tile,
-        divergence,
-        beta,
-        temperature,
-        softcap,
-        entry_clip,
-    )
-
-
-def grad_hidden(
-    grad: Tensor,  # G [N, num_tiles * TILE]
-    head: Tensor,  # [V, H]
-    order: Tensor | None,  # [V] int64
-    active: Tensor,  # [B, T] uint8
-    *,
-    first_tile: int,
-    num_tiles: int,
-    out: Tensor,  # [N, H] float32
-) -> None:
-    """Add G W of the chunk's active tiles to `out`."""
-    chunk = active[:, first_tile : first_tile + num_tiles]
-    _grad_hidden(grad, rowwise(head), order, chunk, first_tile, out)
-
-
-def grad_head(
-    grad: Tensor,  # G [N, num_tiles * TILE]
-    hidden: Tensor,  # [N, H]
-    active: Tensor,  # [B, T] uint8
-    order: Tensor | None,  # [V] int64
-    *,
-    first_tile: int,
-    num_tiles: int,
-    out: Tensor | None,  # dW [V, H] in the head's dtype
-    out_bias: Tensor | None,  # db [V] float32
-    vocab_size: int,
-) -> None:
-    """Write the chunk's rows of dW and db, zeros for tiles that no row block computes."""
-    chunk = active[:, first_tile : first_tile + num_tiles]
-    _grad_head(grad, rowwise(hidden), chunk, order, first_tile, out, out_bias, vocab_size)

@@ -1,4 +1,4 @@
-"""What the launchers share: a GEMM's config, how its operands are loaded, the launch itself."""
+"""Shared by the launchers: a GEMM's config, the loading of its operands, the launch itself."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from rosd_kernels.gpu.configs import LEAN_WIDTH, Config, Kernel, Precision, select
 from rosd_kernels.gpu.modes import INTERPRETED
 
-# Few, so that programs of the interpreter take several turns of their persistent loop.
+# Few, so that programs in the interpreter loop several times, as they do on a device.
 INTERPRETED_PROGRAMS = 3
 INTERPRETED_CAPABILITY = 90
 TMA_CAPABILITY = 90
-TMA_ALIGNMENT = 16  # bytes, of the base and of the row stride
+TMA_ALIGNMENT = 16  # bytes; of the base address and of the row stride
 DOT_PRECISIONS: dict[str, Precision] = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
 # Triton 3.10 turns fusion into FMAs off by default.
 COMPILER_OPTIONS = {"enable_fp_fusion": True}
@@ -26,20 +26,20 @@ NARROW = (torch.bfloat16, torch.float16)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Gemm:
-    """How to multiply: operands are cast to float32 where their dtypes differ."""
+    """How a kernel multiplies its operands."""
 
     config: Config
-    precision: str  # of tl.dot; says nothing for 16-bit operands
-    cast: bool
-    use_tma: bool
+    precision: str  # of tl.dot; ignored for 16-bit operands
+    cast: bool  # the operands' dtypes differ: both are cast to float32
+    use_tma: bool  # operands are loaded through tensor descriptors
 
     @classmethod
     def of(
         cls, kernel: Kernel, *operands: Tensor, order: Tensor | None, extras: bool = False
     ) -> Gemm:
-        """How to multiply these.
+        """Choose for these operands on their device.
 
-        order: the head's rows are taken through an index, which TMA cannot do.
+        order: an index into the head's rows, which TMA cannot follow.
         extras: the kernel does more than a lean one, see configs.py.
         """
         a = operands[0]
@@ -69,6 +69,7 @@ class Gemm:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], config: Config, **arguments: Any) -> None:
+    """Launch a kernel with the compile options of its config."""
     kernel[grid](
         **arguments,
         num_warps=config.num_warps,
@@ -79,7 +80,7 @@ def launch(kernel: Any, grid: tuple[int, ...], config: Config, **arguments: Any)
 
 
 def rowwise(tensor: Tensor) -> Tensor:
-    """The kernels take any row stride, but want the elements of a row side by side."""
+    """The tensor, copied unless the elements of each row are adjacent; row strides are free."""
     return tensor if tensor.stride(-1) == 1 or tensor.shape[-1] <= 1 else tensor.contiguous()
 
 
@@ -94,7 +95,7 @@ def capability(device: torch.device) -> int:
 
 
 def num_programs(device: torch.device, per_processor: int = 1) -> int:
-    """Programs of a persistent grid."""
+    """Number of programs of a persistent grid."""
     if INTERPRETED or device.type != "cuda":
         return INTERPRETED_PROGRAMS
     return torch.cuda.get_device_properties(device).multi_processor_count * per_processor

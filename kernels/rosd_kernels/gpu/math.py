@@ -1,11 +1,11 @@
 """Elementwise arithmetic of the kernels, accurate where the hardware's approximations are not.
 
 Triton has no tanh, expm1 and log1p that also run in its interpreter, and the hardware's logarithm
-is accurate to 2^-22 absolute only, which near 1 leaves no digits. All functions here keep a
-relative error of a few 2^-24.
+has an absolute error of 2^-22, which leaves no digits near 1. All functions here keep a relative
+error of a few 2^-24.
 
-`entry_terms` is what one vocabulary entry adds to the divergence (`value`, >= 0 but for clipped
-KLs) and to the gradient (`e`, constant factors included), with r = log q - log p:
+`entry_terms` returns what one vocabulary entry contributes to the divergence (`value`, >= 0 except
+for clipped KLs) and to the gradient (`e`, constant factors included), with r = log q - log p:
 
     forward_kl   value = q r + p - q                               e = -q
     reverse_kl   value = -p r - p + q                              e = -p r    (+ p where clipping)
@@ -13,9 +13,10 @@ KLs) and to the gradient (`e`, constant factors included), with r = log q - log 
 
     m = b q + (1-b) p;  gradient of the row w.r.t. its logits: e - p K,  K = sum of e
 
-`p - q` sums to zero, so it changes nothing but the rounding: each entry's value is then a Bregman
-divergence, of second order in r, and so are its errors in the log-normalizers. In jsd that holds
-already. With `clip` the KLs are taken without it, and an entry above `clip` counts `clip`, e = 0.
+`p - q` sums to zero, so it changes only the rounding: each entry's value is then a Bregman
+divergence, of second order in r, and so is the effect of errors in the log-normalizers. For jsd
+that holds without it. With `clip` the KLs omit it, and an entry above `clip` has the value `clip`
+and e = 0.
 """
 
 from __future__ import annotations
@@ -45,6 +46,7 @@ def expm1(x):
 
 @triton.jit
 def tanh(x):
+    """tanh(x), from expm1(2 |x|)."""
     z = expm1(tl.minimum(2.0 * tl.abs(x), 40.0))
     y = z / (z + 2.0)
     return tl.where(x < 0.0, -y, y)
@@ -86,8 +88,8 @@ def bregman_gamma(r):
 
 
 @triton.jit
-def finish_logits(logits, softcap, inv_temperature, HAS_SOFTCAP: tl.constexpr):
-    """(finished logits, their derivative w.r.t. the raw ones times temperature)."""
+def transform_logits(logits, softcap, inv_temperature, HAS_SOFTCAP: tl.constexpr):
+    """(scaled logits, their derivative w.r.t. the raw ones times temperature)."""
     if HAS_SOFTCAP:
         bounded = tanh(logits / softcap)
         return bounded * (softcap * inv_temperature), 1.0 - bounded * bounded
@@ -100,7 +102,7 @@ def log1p(y):
     """(log(1 + y), (1 + y) log(1 + y) - y) for y > -1.
 
     With 1 + y = 2^k (1 + a), 1 + a from 2/3 to 4/3: log(1 + y) = k log 2 + 2 atanh(a / (2 + a)).
-    No branch, unlike the logarithm of CUDA's library: a branch per entry spills a block's others.
+    There is no branch, unlike in CUDA's library: a branch per entry spills a block's other entries.
     """
     z = 1.0 + y
     bits = z.to(tl.int32, bitcast=True)
@@ -136,7 +138,7 @@ def jsd_terms(r, p, q, beta):
 
 @triton.jit
 def entry_terms(log_p, log_q, p, q, beta, clip, DIVERGENCE: tl.constexpr, HAS_CLIP: tl.constexpr):
-    """(value, e) of the docstring; entries that do not exist have p = q = 0 and count nothing."""
+    """(value, e) of the module's docstring; both are 0 for padding, where p = q = 0."""
     r = log_q - log_p
     if DIVERGENCE == "forward_kl":
         e = -q
@@ -159,8 +161,8 @@ def entry_terms(log_p, log_q, p, q, beta, clip, DIVERGENCE: tl.constexpr, HAS_CL
 
 
 @triton.jit
-def in_order(x):
-    """x; the compiler computes nothing across this that depends on it, nor changes the order."""
+def compiler_fence(x):
+    """x, behind which the compiler moves no computation that depends on it."""
     return tl.inline_asm_elementwise(
         "mov.b32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
     )
@@ -182,7 +184,7 @@ def pair_entry(
 ):
     """(value, e - p total) from both sides' logits, still to be multiplied by `scale`."""
     if not INTERPRET:
-        student = in_order(student)
+        student = compiler_fence(student)
     log_p = student * scale - student_lse
     log_q = teacher * scale - teacher_lse
     p = tl.where(valid, tl.exp(log_p), 0.0)
@@ -190,11 +192,11 @@ def pair_entry(
     value, e = entry_terms(log_p, log_q, p, q, beta, clip, DIVERGENCE, HAS_CLIP)
     e -= p * total
     if not INTERPRET:
-        value, e = in_order(value), in_order(e)
+        value, e = compiler_fence(value), compiler_fence(e)
     return value, e
 
 
-# A function that is mapped takes no constants, hence one for each of their combinations.
+# map_elementwise passes no constexprs, hence one function for each of their combinations.
 @triton.jit
 def forward_kl_entry(s, t, lse_s, lse_t, total, valid, scale, beta, clip):
     return pair_entry(s, t, lse_s, lse_t, total, valid, scale, beta, clip, "forward_kl", False)
@@ -239,11 +241,11 @@ def pair_entries(
     DIVERGENCE: tl.constexpr,
     HAS_CLIP: tl.constexpr,
 ):
-    """`pair_entry` of blocks, entry after entry.
+    """`pair_entry` on blocks, one entry at a time.
 
-    Formulas on blocks keep a register per entry for each of their steps; of the 64 entries that a
-    thread has of each side, that is more than there are. The interpreter, which has no registers,
-    cannot map.
+    A formula on whole blocks keeps a register per entry for each of its steps, and a thread holds
+    64 entries per side: more than it has registers for. The interpreter, which has no registers and
+    no map_elementwise, evaluates whole blocks.
     """
     if INTERPRET:
         return pair_entry(s, t, lse_s, lse_t, total, valid, scale, beta, clip, DIVERGENCE, HAS_CLIP)
@@ -273,7 +275,7 @@ def pair_entries(
 
 @triton.jit
 def tanh_each(x):
-    """`tanh` of a block, entry after entry like `pair_entries`."""
+    """`tanh` of a block, one entry at a time like `pair_entries`."""
     if INTERPRET:
         return tanh(x)
     else:
@@ -282,7 +284,7 @@ def tanh_each(x):
 
 @triton.jit
 def round_to(x, dtype: tl.constexpr):
-    """x in `dtype`, to nearest even. The interpreter's own conversion to bf16 cuts off."""
+    """x in `dtype`, rounded to nearest even; the interpreter's own conversion to bf16 truncates."""
     if INTERPRET and dtype == tl.bfloat16:
         bits = x.to(tl.uint32, bitcast=True)
         bits = (bits + 0x7FFF + ((bits >> 16) & 1)) & 0xFFFF0000

@@ -1,4 +1,4 @@
-"""Is Triton's interpreter in use? It holds bf16 as bit patterns, which two helpers work around."""
+"""Whether Triton's interpreter is in use, whose handling of bf16 two helpers work around."""
 
 from __future__ import annotations
 
@@ -6,4 +6,4 @@ import triton
 import triton.language as tl
 
 INTERPRETED = bool(triton.knobs.runtime.interpret)
-INTERPRET = tl.constexpr(INTERPRETED)  # as kernels may read it
+INTERPRET = tl.constexpr(INTERPRETED)  # the same, readable in kernels

@@ -1,6 +1,6 @@
 """Student's and teacher's log-probabilities of one tile, computed together.
 
-Two accumulators lie side by side in registers; where both sides share the head, each block of it is
+Registers hold an accumulator per side; where both sides share the head, each block of the head is
 loaded once for both. `loss.py` and `gradient.py` turn the result into sums and into G.
 """
 
@@ -14,8 +14,10 @@ from torch import Tensor
 
 from rosd_kernels.gpu.active import active_pairs
 from rosd_kernels.gpu.blocks import add_bias, dot, head_rows, project, sum_both
-from rosd_kernels.gpu.launch import Gemm, launch
+from rosd_kernels.gpu.launch import Gemm, launch, rowwise
 from rosd_kernels.gpu.math import pair_entries, round_to, tanh_each
+from rosd_kernels.logits import LogitTransform
+from rosd_kernels.records import SpanInputs, SpanOptions, same_memory
 from rosd_kernels.tiles import ROW_BLOCK
 
 
@@ -40,7 +42,10 @@ def project_both(
     CAST: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """`project` of both sides on one head."""
+    """`project` of both sides on one head.
+
+    A loop of its own, because each block of the head is loaded once for both accumulators.
+    """
     student = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     teacher = tl.zeros((BLOCK_M, BLOCK_V), tl.float32)
     if USE_TMA:
@@ -245,9 +250,10 @@ def pair_kernel(
     BLOCK_H: tl.constexpr,
     ROW_BLOCK: tl.constexpr,
 ):
-    """One part of one active pair of row block and tile; BLOCK_V is a tile.
+    """BLOCK_M rows of one active pair of row block and tile; BLOCK_V is a tile.
 
-    The grid has all pairs: what a loop over active ones keeps from turn to turn costs registers.
+    The grid covers all pairs, and programs without an active one return: a persistent loop would
+    cost registers for its state.
     """
     PARTS: tl.constexpr = ROW_BLOCK // BLOCK_M
     work = tl.program_id(0)
@@ -317,81 +323,114 @@ def pair_kernel(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Pair:
-    """Both sides' tensors and the options of the entry terms."""
+    """Student and teacher of one call, in the kernels' layout.
+
+    Rows may have any stride, but the elements of a row are adjacent.
+    """
 
     student_hidden: Tensor  # [N, H]
     teacher_hidden: Tensor  # [N, Ht]
     student_head: Tensor  # [V, H]
-    teacher_head: Tensor  # [V, Ht]
-    student_bias: Tensor | None  # [V]
-    teacher_bias: Tensor | None  # [V]
-    order: Tensor | None  # [V] int64
-    student_lse: Tensor  # [N]
-    teacher_lse: Tensor  # [N]
-    divergence: str
-    beta: float
-    temperature: float
-    softcap: float | None
-    entry_clip: float | None
+    teacher_head: Tensor  # [V, Ht]; the student's own tensor is read once for both
+    student_bias: Tensor | None  # [V], contiguous
+    teacher_bias: Tensor | None  # [V], contiguous
+    order: Tensor | None  # [V] int64: the head's row of each position of the vocabulary
+    options: SpanOptions
+
+    @classmethod
+    def of(cls, inputs: SpanInputs, options: SpanOptions, order: Tensor | None) -> Pair:
+        """The tensors of `inputs`, detached and copied where the kernels need another layout."""
+        student_head = rowwise(inputs.student_head.detach())
+        student_bias, teacher_bias = (
+            None if bias is None else bias.detach().contiguous()
+            for bias in (inputs.student_bias, inputs.teacher_bias)
+        )
+        return cls(
+            student_hidden=rowwise(inputs.student_hidden.detach()),
+            teacher_hidden=rowwise(inputs.teacher_hidden),
+            student_head=student_head,
+            teacher_head=student_head if inputs.head_is_shared else rowwise(inputs.teacher_head),
+            student_bias=student_bias,
+            teacher_bias=teacher_bias,
+            order=order,
+            options=options,
+        )
+
+    @property
+    def hidden(self) -> tuple[Tensor, Tensor]:
+        """[N, H] of the student, [N, Ht] of the teacher."""
+        return self.student_hidden, self.teacher_hidden
+
+    @property
+    def heads(self) -> tuple[Tensor, Tensor]:
+        """[V, H] of the student, [V, Ht] of the teacher."""
+        return self.student_head, self.teacher_head
+
+    @property
+    def transforms(self) -> tuple[LogitTransform, LogitTransform]:
+        """The transforms of both sides' logits, with biases in their own dtype."""
+        softcap, temperature = self.options.softcap, self.options.temperature
+        return (
+            LogitTransform(self.student_bias, softcap, temperature),
+            LogitTransform(self.teacher_bias, softcap, temperature),
+        )
 
     def launch(
         self,
         active: Tensor,  # [B, num_tiles], of the tiles from first_tile on
+        student_lse: Tensor,  # [N]
+        teacher_lse: Tensor,  # [N]
         *,
         first_tile: int,
         out: Tensor,
-        total: Tensor | None = None,  # [N]: writes G instead of partial sums
-        row_scale: Tensor | None = None,  # [N]
+        total: Tensor | None = None,  # [N] float32: writes G instead of partial sums
+        row_scale: Tensor | None = None,  # [N] float32
     ) -> None:
-        hidden = (self.student_hidden, self.teacher_hidden)
-        heads = (self.student_head, self.teacher_head)
-        # Interchangeable for the kernel, which then reads the head once.
-        shared = (
-            heads[0].data_ptr() == heads[1].data_ptr() and heads[0].stride() == heads[1].stride()
-        )
-        options = (self.student_bias, self.teacher_bias, self.softcap, self.entry_clip)
-        extras = not shared or any(option is not None for option in options)
-        gemm = Gemm.of("pair", *hidden, *heads, order=self.order, extras=extras)
+        """Run `pair_kernel`, which says what `out` is. There must be a token, N >= 1."""
+        options, shared = self.options, same_memory(*self.heads)
+        more = (self.student_bias, self.teacher_bias, options.softcap, options.entry_clip)
+        extras = not shared or any(option is not None for option in more)
+        gemm = Gemm.of("pair", *self.hidden, *self.heads, order=self.order, extras=extras)
         config = gemm.config
         pairs, num_pairs = active_pairs(active, config.group)
-        (V, H), Ht = heads[0].shape, heads[1].shape[1]
+        (V, H), Ht = self.student_head.shape, self.teacher_head.shape[1]
         launch(
             pair_kernel,
             (active.numel() * ROW_BLOCK // config.block_m,),
             config,
-            student_hidden=gemm.operand(hidden[0], config.block_m, config.block_k),
-            teacher_hidden=gemm.operand(hidden[1], config.block_m, config.block_k),
-            student_head=gemm.operand(heads[0], config.block_n, config.block_k),
-            teacher_head=gemm.operand(heads[1], config.block_n, config.block_k),
+            student_hidden=gemm.operand(self.student_hidden, config.block_m, config.block_k),
+            teacher_hidden=gemm.operand(self.teacher_hidden, config.block_m, config.block_k),
+            student_head=gemm.operand(self.student_head, config.block_n, config.block_k),
+            teacher_head=gemm.operand(self.teacher_head, config.block_n, config.block_k),
             student_bias_ptr=self.student_bias,
             teacher_bias_ptr=self.teacher_bias,
             order_ptr=self.order,
-            student_lse_ptr=self.student_lse,
-            teacher_lse_ptr=self.teacher_lse,
+            student_lse_ptr=student_lse.float().contiguous(),
+            teacher_lse_ptr=teacher_lse.float().contiguous(),
             pairs_ptr=pairs,
             num_pairs_ptr=num_pairs,
             total_ptr=total,
             row_scale_ptr=row_scale,
             out_ptr=out,
             out_stride=out.stride(0),
-            N=hidden[0].shape[0],
+            N=self.student_hidden.shape[0],
             V=V,
             H=H,
             Ht=Ht,
             first_tile=first_tile,
             num_tiles=active.shape[1],
-            student_stride=hidden[0].stride(0),
-            teacher_stride=hidden[1].stride(0),
-            student_head_stride=heads[0].stride(0),
-            teacher_head_stride=heads[1].stride(0),
-            beta=self.beta,
-            clip=self.entry_clip or 0.0,
-            softcap=self.softcap or 1.0,
-            inv_temperature=1.0 / self.temperature,
+            student_stride=self.student_hidden.stride(0),
+            teacher_stride=self.teacher_hidden.stride(0),
+            student_head_stride=self.student_head.stride(0),
+            teacher_head_stride=self.teacher_head.stride(0),
+            beta=options.beta,
+            clip=options.entry_clip or 0.0,
+            softcap=options.softcap or 1.0,
+            inv_temperature=1.0 / options.temperature,
             WRITE_GRADIENT=total is not None,
-            DIVERGENCE=self.divergence,
-            HAS_CLIP=self.entry_clip is not None,
-            HAS_SOFTCAP=self.softcap is not None,
+            DIVERGENCE=options.divergence,
+            HAS_CLIP=options.entry_clip is not None,
+            HAS_SOFTCAP=options.softcap is not None,
             HAS_STUDENT_BIAS=self.student_bias is not None,
             HAS_TEACHER_BIAS=self.teacher_bias is not None,
             HAS_ORDER=self.order is not None,

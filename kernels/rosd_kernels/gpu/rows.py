@@ -5,8 +5,8 @@
     terms   value = sum c,  total = K = sum e               of math.py, p = exp(s - lse)
     grad    G = (e - p K) (1 - tanh^2)                      written over the student's logits
 
-One program per row makes one pass over it for each. With a vocabulary in shards the passes are
-launched one by one, as lse and K are then reduced across ranks in between.
+One program per row makes one pass over the row for each line. Where the vocabulary is sharded, each
+pass is a launch of its own, because lse and K are reduced across ranks in between.
 
 Legend: R rows, V vocabulary (of this rank).
 """
@@ -22,8 +22,9 @@ import triton.language as tl
 from torch import Tensor
 
 from rosd_kernels.gpu.launch import COMPILER_OPTIONS
-from rosd_kernels.gpu.math import entry_terms, finish_logits
-from rosd_kernels.records import Form, SpanOptions
+from rosd_kernels.gpu.math import entry_terms, transform_logits
+from rosd_kernels.logits import LogitTransform
+from rosd_kernels.records import SpanOptions
 from rosd_kernels.rows import RowStats, row_stats
 from rosd_kernels.vocabulary import Vocabulary
 
@@ -43,12 +44,12 @@ def load_logits(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    """Finished logits of part of a row, and their slope; 0 beyond the vocabulary."""
+    """Scaled logits of a part of a row, and their slope; entries beyond the vocabulary read 0."""
     inside = columns < V
     logits = tl.load(logits_ptr + columns, mask=inside, other=0.0)
     if HAS_BIAS:
         logits += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
-    return finish_logits(logits, softcap, inv_temperature, HAS_SOFTCAP)
+    return transform_logits(logits, softcap, inv_temperature, HAS_SOFTCAP)
 
 
 @triton.jit
@@ -62,7 +63,7 @@ def stats_of_row(
     HAS_SOFTCAP: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
-    """(lse, entropy) of a row; sums are kept relative to the highest logit so far."""
+    """(lse, entropy) of a row; sums are relative to the highest logit so far."""
     high = -float("inf")
     total = 0.0
     weighted = 0.0
@@ -73,7 +74,7 @@ def stats_of_row(
         )
         inside = columns < V
         new_high = tl.maximum(high, tl.max(tl.where(inside, s, -float("inf"))))
-        if v == 0:  # spares -inf - -inf
+        if v == 0:  # avoids -inf - -inf
             high = new_high
         shrink = tl.exp(high - new_high)
         weighted = shrink * (weighted + (high - new_high) * total)
@@ -95,11 +96,11 @@ def sampled_logit(
     HAS_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
 ):
-    """Finished logit at a column; 0 where that is -1."""
+    """Scaled logit at a column; 0 where the column is -1."""
     logit = tl.load(logits_ptr + column, mask=column >= 0, other=0.0)
     if HAS_BIAS:
         logit += tl.load(bias_ptr + column, mask=column >= 0, other=0.0).to(tl.float32)
-    s, _ = finish_logits(logit, softcap, inv_temperature, HAS_SOFTCAP)
+    s, _ = transform_logits(logit, softcap, inv_temperature, HAS_SOFTCAP)
     return s
 
 
@@ -133,6 +134,7 @@ def rows_kernel(
     HAS_COLUMNS: tl.constexpr,
     BLOCK_V: tl.constexpr,
 ):
+    """One row: the passes that STATS, TERMS and GRAD ask for, one after the other."""
     row = tl.program_id(0).to(tl.int64)
     student = student_ptr + row * student_stride
     teacher = teacher_ptr + row * teacher_stride
@@ -233,24 +235,30 @@ def rows_kernel(
         tl.store(terms_ptr + R + row, total)
 
 
-@torch.library.custom_op("rosd_gpu::rows", mutates_args=("student",))
-def _rows(
-    student: Tensor,
-    teacher: Tensor,
-    student_bias: Tensor | None,
-    teacher_bias: Tensor | None,
-    columns: Tensor | None,
-    lse: Tensor | None,
-    total: Tensor | None,
-    divergence: str,
-    beta: float,
-    temperature: float,
-    softcap: float | None,
-    entry_clip: float | None,
-    stage: str,
-) -> tuple[Tensor, Tensor]:
-    stats, terms = _outputs(student)
+def rows(
+    student: Tensor,  # [R, V] float32 raw logits; G after "all" and "grad"
+    teacher: Tensor,  # [R, V] float32 raw logits
+    student_bias: Tensor | None,  # [V]
+    teacher_bias: Tensor | None,  # [V]
+    columns: Tensor | None,  # [R] int64, -1: none
+    options: SpanOptions,
+    *,
+    stage: Stage = "all",
+    lse: Tensor | None = None,  # [2, R]: for "terms" and "grad"
+    total: Tensor | None = None,  # [R]: for "grad"
+) -> tuple[Tensor | None, Tensor | None]:
+    """Return (stats [2, 3, R]: side; lse, entropy, sampled, terms [2, R]: value, total).
+
+    "all" and "value" return both, "stats" and "terms" one of them and None, "grad" none. "all" and
+    "grad" write G, without a row scale, over `student`; the other stages leave the logits alone.
+    """
+    has_stats, has_terms = stage in ("all", "value", "stats"), stage in ("all", "value", "terms")
+    assert student.dtype == teacher.dtype == torch.float32
+    assert student.stride(1) == teacher.stride(1) == 1
+    assert has_stats or lse is not None
+    assert stage != "grad" or total is not None
     R, V = student.shape
+    stats, terms = student.new_empty(2, 3, R), student.new_empty(2, R)
     if R:
         rows_kernel[(R,)](
             student,
@@ -260,22 +268,22 @@ def _rows(
             columns,
             stats,
             terms,
-            lse,
-            total,
+            None if lse is None else lse.contiguous(),
+            None if total is None else total.contiguous(),
             R,
             V,
             student.stride(0),
             teacher.stride(0),
-            beta,
-            entry_clip or 0.0,
-            softcap or 1.0,
-            1.0 / temperature,
-            STATS=stage in ("all", "value", "stats"),
-            TERMS=stage in ("all", "value", "terms"),
+            options.beta,
+            options.entry_clip or 0.0,
+            options.softcap or 1.0,
+            1.0 / options.temperature,
+            STATS=has_stats,
+            TERMS=has_terms,
             GRAD=stage in ("all", "grad"),
-            DIVERGENCE=divergence,
-            HAS_CLIP=entry_clip is not None,
-            HAS_SOFTCAP=softcap is not None,
+            DIVERGENCE=options.divergence,
+            HAS_CLIP=options.entry_clip is not None,
+            HAS_SOFTCAP=options.softcap is not None,
             HAS_STUDENT_BIAS=student_bias is not None,
             HAS_TEACHER_BIAS=teacher_bias is not None,
             HAS_COLUMNS=columns is not None,
@@ -283,87 +291,22 @@ def _rows(
             num_warps=NUM_WARPS,
             **COMPILER_OPTIONS,
         )
-    return stats, terms
-
-
-@_rows.register_fake
-def _(student, *_):
-    return _outputs(student)
-
-
-def _outputs(student: Tensor) -> tuple[Tensor, Tensor]:
-    R = student.shape[0]
-    return student.new_empty(2, 3, R), student.new_empty(2, R)
-
-
-def rows(
-    student: Tensor,  # [R, V] float32 raw logits; G after "all" and "grad"
-    teacher: Tensor,  # [R, V] float32 raw logits
-    student_bias: Tensor | None,  # [V]
-    teacher_bias: Tensor | None,  # [V]
-    columns: Tensor | None = None,  # [R] int64, -1: none
-    *,
-    divergence: str,
-    beta: float,
-    temperature: float,
-    softcap: float | None,
-    entry_clip: float | None,
-    stage: Stage = "all",
-    lse: Tensor | None = None,  # [2, R]: for "terms" and "grad"
-    total: Tensor | None = None,  # [R]: for "grad"
-) -> tuple[Tensor | None, Tensor | None]:
-    """(stats [2, 3, R]: side; lse, entropy, sampled, or None; terms [2, R]: value, total, or None).
-
-    "all" and "value" (which leaves the logits alone) give both, "stats" and "terms" one of them,
-    and "grad" none. "all" and "grad" write G, without a row scale, over `student`.
-    """
-    assert student.dtype == teacher.dtype == torch.float32
-    assert student.stride(1) == teacher.stride(1) == 1
-    assert stage in ("all", "value", "stats") or lse is not None
-    assert stage != "grad" or total is not None
-    stats, terms = _rows(
-        student,
-        teacher,
-        student_bias,
-        teacher_bias,
-        columns,
-        None if lse is None else lse.contiguous(),
-        None if total is None else total.contiguous(),
-        divergence,
-        beta,
-        temperature,
-        softcap,
-        entry_clip,
-        stage,
-    )
-    has_stats, has_terms = stage in ("all", "value", "stats"), stage in ("all", "value", "terms")
     return stats if has_stats else None, terms if has_terms else None
 
 
-def finish_block(
+def block_divergence(
     student: Tensor,  # [R, V] raw logits in, G out
     teacher: Tensor,  # [R, V] raw logits
-    forms: tuple[Form, Form],
+    transforms: tuple[LogitTransform, LogitTransform],
     columns: Tensor | None,  # [R] of the sampled tokens
     options: SpanOptions,
     vocabulary: Vocabulary,
     *,
     needs_gradient: bool,
 ) -> tuple[Tensor, RowStats, RowStats]:
-    """([R] divergence, statistics of either side): what "chunked" asks of a block of rows."""
-    call = partial(
-        rows,
-        student,
-        teacher,
-        forms[0].bias,
-        forms[1].bias,
-        columns,
-        divergence=options.divergence,
-        beta=options.beta,
-        temperature=options.temperature,
-        softcap=options.softcap,
-        entry_clip=options.entry_clip,
-    )
+    """The elementwise work of "chunked": ([R] divergence, statistics of both sides)."""
+    biases = (transforms[0].bias, transforms[1].bias)
+    call = partial(rows, student, teacher, *biases, columns, options)
     whole = "all" if needs_gradient else "value"
     stats, terms = call(stage="stats" if vocabulary.is_sharded else whole)
     assert stats is not None

@@ -1,9 +1,9 @@
-"""Which tiles count: `sparsity.select_tiles` in two kernels that read the statistics in place.
+"""Selection of tiles: `sparsity.select_tiles` in two kernels that read the statistics in place.
 
     entry(eps)  log max p or log max q of the tile > log eps, in some row of the block
     mass(tol)   log P or log Q of the tile > threshold of the row, in some row of the block
 
-The threshold is found by bisection, each step one pass over a row's T masses, which stay in cache.
+Bisection finds the threshold; each step is one pass over a row's T masses, which stay in cache.
 
 Legend: N tokens, T tiles of the vocabulary, B row blocks.
 """
@@ -27,8 +27,8 @@ FLAGS_BLOCK_T = 32
 
 
 @triton.jit
-def load_shares(student, teacher, student_lse, teacher_lse, mask):
-    """Logarithms, relative to the rows' lse [R], of what pointers [R, C] hold; -inf if masked."""
+def load_log_probs(student, teacher, student_lse, teacher_lse, mask):
+    """Values at pointers [R, C] less the rows' lse [R], of both sides; -inf where masked."""
     s = tl.load(student, mask=mask, other=-float("inf")) - student_lse[:, None]
     t = tl.load(teacher, mask=mask, other=-float("inf")) - teacher_lse[:, None]
     return s, t
@@ -51,7 +51,7 @@ def mass_threshold_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_T: tl.constexpr,
 ):
-    """Highest log mass found at which a row's tiles hold at most `tol` together, of p and of q.
+    """Highest threshold found such that a row's tiles at or below it hold at most `tol`.
 
     Bisection between log_least = log(tol/T), which cannot drop too much, and 0, the whole row.
     """
@@ -69,7 +69,7 @@ def mass_threshold_kernel(
         teacher_mass = tl.zeros((BLOCK_N,), tl.float32)
         for t in range(0, T, BLOCK_T):
             tiles = t + tl.arange(0, BLOCK_T)[None, :]
-            log_p, log_q = load_shares(
+            log_p, log_q = load_log_probs(
                 student + tiles,
                 teacher + tiles,
                 student_lse,
@@ -107,7 +107,7 @@ def flags_kernel(
     rows = row_block * ROW_BLOCK + tl.arange(0, ROW_BLOCK)
     tiles = tl.program_id(1) * BLOCK_T + tl.arange(0, BLOCK_T)
     inside = rows < N
-    s, t = load_shares(
+    s, t = load_log_probs(
         student_ptr + rows[:, None] * student_stride + tiles[None, :],
         teacher_ptr + rows[:, None] * teacher_stride + tiles[None, :],
         tl.load(student_lse_ptr + rows, mask=inside, other=0.0),
@@ -121,30 +121,33 @@ def flags_kernel(
     tl.store(active_ptr + row_block * T + tiles, active.to(tl.uint8), mask=tiles < T)
 
 
-@torch.library.custom_op("rosd_gpu::select", mutates_args=())
-def _select(
-    student: Tensor,
-    teacher: Tensor,
-    student_lse: Tensor,
-    teacher_lse: Tensor,
-    rule: str,
-    bound: float,
+def select(
+    student: TileStats,  # [N, T] each
+    teacher: TileStats,  # [N, T] each
+    student_lse: Tensor,  # [N] of whole rows
+    teacher_lse: Tensor,  # [N]
+    rule: Sparsity,
 ) -> Tensor:
-    active = _flags_like(student)
-    N, T = student.shape
+    """[B, T] uint8: 1 where a row block computes a tile, as `sparsity.select_tiles` defines it."""
+    N, T = student.lse.shape
+    active = student.lse.new_empty(num_row_blocks(N), T, dtype=torch.uint8)
+    if rule.rule == "exact":
+        return active.fill_(1)
     if N == 0:
         return active
-    tensors = (student, teacher, student_lse, teacher_lse)
-    sizes = (N, T, student.stride(0), teacher.stride(0))
+    sides = (student.max, teacher.max) if rule.rule == "entry" else (student.lse, teacher.lse)
+    tables = tuple(map(rowwise, sides))
+    tensors = (*tables, student_lse.float().contiguous(), teacher_lse.float().contiguous())
+    sizes = (N, T, tables[0].stride(0), tables[1].stride(0))
     thresholds = None
-    if rule == "mass":
-        thresholds = student_lse.new_empty(N)
+    if rule.rule == "mass":
+        thresholds = tensors[2].new_empty(N)
         mass_threshold_kernel[(-(-N // BLOCK_N),)](
             *tensors,
             thresholds,
             *sizes,
-            bound,
-            math.log(bound / T),
+            rule.bound,
+            math.log(rule.bound / T),
             BISECTIONS=BISECTIONS,
             BLOCK_N=BLOCK_N,
             BLOCK_T=BLOCK_T,
@@ -155,41 +158,10 @@ def _select(
         thresholds,
         active,
         *sizes,
-        math.log(bound),
+        math.log(rule.bound),
         BY_ROW=thresholds is not None,
         ROW_BLOCK=ROW_BLOCK,
         BLOCK_T=FLAGS_BLOCK_T,
         **COMPILER_OPTIONS,
     )
     return active
-
-
-@_select.register_fake
-def _(student, *_):
-    return _flags_like(student)
-
-
-def _flags_like(stats: Tensor) -> Tensor:
-    N, T = stats.shape
-    return stats.new_empty(num_row_blocks(N), T, dtype=torch.uint8)
-
-
-def select(
-    student: TileStats,  # [N, T] each
-    teacher: TileStats,  # [N, T] each
-    student_lse: Tensor,  # [N] of whole rows
-    teacher_lse: Tensor,  # [N]
-    rule: Sparsity,
-) -> Tensor:
-    """[B, T] uint8: 1 where a row block computes a tile, as `sparsity.select_tiles` has it."""
-    if rule.rule == "exact":
-        return _flags_like(student.lse).fill_(1)
-    sides = (student.max, teacher.max) if rule.rule == "entry" else (student.lse, teacher.lse)
-    return _select(
-        rowwise(sides[0]),
-        rowwise(sides[1]),
-        student_lse.float().contiguous(),
-        teacher_lse.float().contiguous(),
-        rule.rule,
-        rule.bound,
-    )

@@ -1,9 +1,9 @@
-"""The sweep: statistics of all logits, tile by tile, without keeping one logit.
+"""The sweep: statistics of all logits, tile by tile, without storing a logit.
 
-    s = softcap(h W^T + b) / temperature                  finished logits, [M, V]
+    s = softcap(h W^T + b) / temperature                  scaled logits, [M, V]
     lse = log sum exp s,  max,  min,  entropy of exp(s - lse)    over each tile's columns
 
-and apart from it the finished logit of one column per row, that of the sampled token.
+and, in a kernel of its own, one scaled logit per row, that of the sampled token.
 
 Legend: M rows (of student and teacher, stacked where they share the head), V vocabulary, H hidden,
 T tiles of the vocabulary.
@@ -20,12 +20,13 @@ from torch import Tensor
 
 from rosd_kernels.gpu.blocks import add_bias, grouped, head_rows, project, sum_both
 from rosd_kernels.gpu.launch import COMPILER_OPTIONS, Gemm, launch, num_programs, rowwise
-from rosd_kernels.gpu.math import finish_logits
+from rosd_kernels.gpu.math import transform_logits
+from rosd_kernels.logits import LogitTransform
 from rosd_kernels.tiles import TILE, num_tiles
 
 TILE_SIZE = tl.constexpr(TILE)
 LOG2_E = tl.constexpr(math.log2(math.e))
-NOTHING = tl.constexpr(-1e30)  # exp gives 0, and unlike -inf 0 * NOTHING is 0
+MASKED = tl.constexpr(-1e30)  # its exp is 0, and 0 * MASKED is 0, unlike 0 * -inf
 LN_2 = tl.constexpr(math.log(2))
 
 
@@ -55,7 +56,7 @@ def sweep_kernel(
     BLOCK_H: tl.constexpr,
     GROUP: tl.constexpr,
 ):
-    """Persistent: each program takes every num_programs-th block of the grouped order."""
+    """A persistent kernel: each program takes every num_programs-th block of `grouped`."""
     TILES: tl.constexpr = BLOCK_V // TILE_SIZE
     T = tl.cdiv(V, TILE_SIZE)
     plane = M.to(tl.int64) * T
@@ -85,14 +86,14 @@ def sweep_kernel(
             PRECISION,
         )
         logits = add_bias(logits, bias_ptr, vocab_rows, HAS_BIAS)
-        s, _ = finish_logits(logits, softcap, inv_temperature, HAS_SOFTCAP)
+        s, _ = transform_logits(logits, softcap, inv_temperature, HAS_SOFTCAP)
         s = tl.reshape(s, (BLOCK_M, TILES, TILE_SIZE))
         valid = tl.reshape(columns < V, (1, TILES, TILE_SIZE))
         tile = column * TILES + tl.arange(0, TILES)
         tile_min = tl.min(tl.where(valid, s, float("inf")), axis=2)
-        s = tl.where(valid, s, NOTHING)
+        s = tl.where(valid, s, MASKED)
         tile_max = tl.max(s, axis=2)
-        # In powers of 2, which is what the hardware has: one vector less than with exp.
+        # In powers of 2, the hardware's own: one vector of registers less than with exp.
         shifted = (s - tile_max[:, :, None]) * LOG2_E
         weight = tl.exp2(shifted)
         total, weighted = sum_both(weight, weight * shifted, 2)
@@ -124,7 +125,7 @@ def sampled_kernel(
     HAS_SOFTCAP: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
-    """One program per row: h . W of its column. Within the sweep it would cost 60 registers."""
+    """h . W of a row's column, one program per row. In the sweep it would cost 60 registers."""
     row = tl.program_id(0).to(tl.int64)
     column = tl.load(columns_ptr + row)
     vocab_row = head_rows(order_ptr, tl.maximum(column, 0), V, HAS_ORDER)
@@ -138,21 +139,33 @@ def sampled_kernel(
     logit = tl.sum(acc)
     if HAS_BIAS:
         logit += tl.load(bias_ptr + vocab_row).to(tl.float32)
-    s, _ = finish_logits(logit, softcap, inv_temperature, HAS_SOFTCAP)
+    s, _ = transform_logits(logit, softcap, inv_temperature, HAS_SOFTCAP)
     tl.store(sampled_ptr + row, tl.where(column >= 0, s, 0.0))
 
 
-@torch.library.custom_op("rosd_gpu::sweep", mutates_args=())
-def _sweep(
-    hidden: Tensor,
-    head: Tensor,
-    bias: Tensor | None,
-    order: Tensor | None,
-    softcap: float | None,
-    temperature: float,
-) -> Tensor:
-    stats = _stats_like(hidden, head)
+def sweep(
+    hidden: Tensor,  # [M, H]
+    head: Tensor,  # [V, H]
+    transform: LogitTransform,
+    order: Tensor | None,  # [V] int64: head row of each position
+    columns: Tensor | None,  # [M] int64: positions in that order, -1: none
+) -> tuple[Tensor, Tensor | None]:
+    """Return (stats, sampled), both float32.
+
+    stats [4, M, T]: lse, max, min and entropy of each row and tile. sampled [M]: the scaled logit
+    at `columns` (0 where that is -1), or None.
+    """
+    hidden, head = rowwise(hidden), rowwise(head)
+    stats = _sweep(hidden, head, transform, order)
+    if columns is None:
+        return stats, None
+    return stats, _sampled(hidden, head, transform, order, columns)
+
+
+def _sweep(hidden: Tensor, head: Tensor, transform: LogitTransform, order: Tensor | None) -> Tensor:
+    bias, softcap, temperature = transform
     M, (V, H) = hidden.shape[0], head.shape
+    stats = hidden.new_empty(4, M, num_tiles(V), dtype=torch.float32)
     if M == 0:
         return stats
     extras = bias is not None or softcap is not None
@@ -190,25 +203,14 @@ def _sweep(
     return stats
 
 
-@_sweep.register_fake
-def _(hidden, head, bias, order, softcap, temperature):
-    return _stats_like(hidden, head)
-
-
-def _stats_like(hidden: Tensor, head: Tensor) -> Tensor:
-    return hidden.new_empty(4, hidden.shape[0], num_tiles(head.shape[0]), dtype=torch.float32)
-
-
-@torch.library.custom_op("rosd_gpu::sampled", mutates_args=())
 def _sampled(
     hidden: Tensor,
     head: Tensor,
-    bias: Tensor | None,
+    transform: LogitTransform,
     order: Tensor | None,
     columns: Tensor,
-    softcap: float | None,
-    temperature: float,
 ) -> Tensor:
+    bias, softcap, temperature = transform
     sampled = hidden.new_empty(hidden.shape[0], dtype=torch.float32)
     if hidden.shape[0]:
         sampled_kernel[(hidden.shape[0],)](
@@ -230,30 +232,3 @@ def _sampled(
             **COMPILER_OPTIONS,
         )
     return sampled
-
-
-@_sampled.register_fake
-def _(hidden, head, bias, order, columns, softcap, temperature):
-    return hidden.new_empty(hidden.shape[0], dtype=torch.float32)
-
-
-def sweep(
-    hidden: Tensor,  # [M, H]
-    head: Tensor,  # [V, H]
-    bias: Tensor | None,  # [V]
-    order: Tensor | None,  # [V] int64: head row of each position
-    columns: Tensor | None,  # [M] int64: positions in that order, -1: none
-    *,
-    softcap: float | None,
-    temperature: float,
-) -> tuple[Tensor, Tensor | None]:
-    """(stats, sampled), float32.
-
-    stats [4, M, T]: lse, max, min and entropy of each row and tile. sampled [M]: the finished logit
-    at `columns` (0 where that is -1), or None.
-    """
-    hidden, head = rowwise(hidden), rowwise(head)
-    stats = _sweep(hidden, head, bias, order, softcap, temperature)
-    if columns is None:
-        return stats, None
-    return stats, _sampled(hidden, head, bias, order, columns, softcap, temperature)

@@ -2,76 +2,49 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from rosd_kernels.autograd import Gradients, Needed
 from rosd_kernels.gpu.gradient import grad_dtype, grad_head, grad_hidden, grad_logits
 from rosd_kernels.gpu.loss import loss
+from rosd_kernels.gpu.pair import Pair
 from rosd_kernels.gpu.select import select
 from rosd_kernels.gpu.sweep import sweep
 from rosd_kernels.records import SpanInputs, SpanOptions
-from rosd_kernels.sparsity import Sparsity, TileStats
-from rosd_kernels.tiled import Sweep
+from rosd_kernels.sparsity import Sparsity, Sweep, TileStats, sweep_sides
 from rosd_kernels.tiles import TILE, num_tiles
 from rosd_kernels.workspace import MIB
 
 
 class TritonTiles:
-    """A `tiled.Tiles`. permutation: [V] int64 or None, the head's row of each position."""
+    """Implements `tiled.Tiles` with Triton kernels.
+
+    permutation: [V] int64, the head's row of each position of the vocabulary; None: its own order.
+    """
 
     def __init__(
         self, inputs: SpanInputs, options: SpanOptions, permutation: Tensor | None
     ) -> None:
-        self.inputs = inputs
-        self.order = permutation
-        self.finish: dict[str, Any] = {
-            "softcap": options.softcap,
-            "temperature": options.temperature,
-        }
-        self.terms: dict[str, Any] = self.finish | {
-            "divergence": options.divergence,
-            "beta": options.beta,
-            "entry_clip": options.entry_clip,
-        }
-        self.hidden = (inputs.student_hidden.detach(), inputs.teacher_hidden)
-        self.heads = (inputs.student_head.detach(), inputs.teacher_head)
-        if inputs.head_is_shared:
-            self.heads = (self.heads[0], self.heads[0])
-        # The kernels take rows of any stride, but a bias only as a whole.
-        self.biases = tuple(
-            None if bias is None else bias.detach().contiguous()
-            for bias in (inputs.student_bias, inputs.teacher_bias)
-        )
-        self.grad_dtype = grad_dtype(*(side[0] for side in (self.hidden, self.heads)))
-        self.chunk_tiles = self._chunk_tiles(int(options.workspace_mib * MIB))
-        num_tokens = inputs.num_tokens
-        self.workspace_bytes = num_tokens * self.chunk_tiles * TILE * self.grad_dtype.itemsize
+        self.pair = Pair.of(inputs, options, permutation)
+        same_dtype = inputs.student_hidden.dtype == inputs.teacher_hidden.dtype
+        self.is_stacked = inputs.is_stacked and same_dtype
+        self.grad_dtype = grad_dtype(self.pair.student_hidden, self.pair.student_head)
+        # Tiles whose G fits the budget, at least one.
+        row_bytes = TILE * self.grad_dtype.itemsize
+        fitting = int(options.workspace_mib * MIB) // (max(inputs.num_tokens, 1) * row_bytes)
+        self.chunk_tiles = min(max(1, fitting), num_tiles(inputs.vocab_size))
+        self.workspace_bytes = inputs.num_tokens * self.chunk_tiles * row_bytes
 
     def sweep(self, columns: Tensor | None) -> tuple[Sweep, Sweep]:
-        """Statistics of all tiles, student and teacher; columns: [N] of the sampled tokens.
-
-        Sides that share head and bias are one GEMM on stacked rows.
-        """
-        if self.inputs.is_stacked and self.hidden[0].dtype == self.hidden[1].dtype:
-            N = self.inputs.num_tokens
-            twice = None if columns is None else torch.cat([columns, columns])
-            stats, sampled = self._sweep(torch.cat(self.hidden), 0, twice)
-            student, teacher = (
-                Sweep(TileStats(*stats[:, rows]), None if sampled is None else sampled[rows])
-                for rows in (slice(0, N), slice(N, None))
-            )
-            return student, teacher
-        student, teacher = (self._sweep(self.hidden[side], side, columns) for side in (0, 1))
-        return Sweep(TileStats(*student[0]), student[1]), Sweep(TileStats(*teacher[0]), teacher[1])
+        """Statistics of all tiles of the student and of the teacher; see `tiled.Tiles`."""
+        return sweep_sides(self._sweep, self.pair.hidden, columns, is_stacked=self.is_stacked)
 
     def _sweep(
         self, hidden: Tensor, side: int, columns: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        head, bias = self.heads[side], self.biases[side]
-        return sweep(hidden, head, bias, self.order, columns, **self.finish)
+        pair = self.pair
+        return sweep(hidden, pair.heads[side], pair.transforms[side], pair.order, columns)
 
     def select(
         self,
@@ -88,16 +61,7 @@ class TritonTiles:
         self, active: Tensor, student_lse: Tensor, teacher_lse: Tensor, needed: Needed
     ) -> tuple[Tensor, Tensor]:
         """([N] sum of c, [N] sum of e) over the active tiles of each row."""
-        value, total = loss(
-            *self.hidden,
-            *self.heads,
-            *self.biases,
-            self.order,
-            student_lse,
-            teacher_lse,
-            active,
-            **self.terms,
-        )
+        value, total = loss(self.pair, student_lse, teacher_lse, active)
         return value, total
 
     def gradients(
@@ -111,42 +75,23 @@ class TritonTiles:
     ) -> Gradients:
         """dh [N, H] and db [V] in float32, dW [V, H] in the head's dtype.
 
-        The vocabulary is walked in chunks of as many tiles as the workspace holds G of.
+        The vocabulary is processed in chunks of as many tiles as the workspace holds G of.
         """
-        hidden, head = self.hidden[0], self.heads[0]
+        hidden, head, order = self.pair.student_hidden, self.pair.student_head, self.pair.order
         (N, H), V = hidden.shape, head.shape[0]
         needs_hidden, needs_head, needs_bias = needed
         dh = hidden.new_zeros(N, H, dtype=torch.float32) if needs_hidden else None
         dW = torch.empty_like(head, memory_format=torch.contiguous_format) if needs_head else None
         db = head.new_empty(V, dtype=torch.float32) if needs_bias else None
         workspace = hidden.new_empty(N, self.chunk_tiles * TILE, dtype=self.grad_dtype)
-        tiles = num_tiles(V)
-        for first in range(0, tiles, self.chunk_tiles):
-            chunk = {"first_tile": first, "num_tiles": min(self.chunk_tiles, tiles - first)}
-            grad = workspace[:, : chunk["num_tiles"] * TILE]
-            grad_logits(
-                *self.hidden,
-                *self.heads,
-                *self.biases,
-                self.order,
-                student_lse,
-                teacher_lse,
-                active,
-                total,
-                row_scale,
-                out=grad,
-                **chunk,
-                **self.terms,
-            )
+        rows = (total, row_scale)
+        for first in range(0, active.shape[1], self.chunk_tiles):
+            chunk = active[:, first : first + self.chunk_tiles]
+            G = workspace[:, : chunk.shape[1] * TILE]
+            grad_logits(self.pair, student_lse, teacher_lse, chunk, *rows, first_tile=first, out=G)
             if dh is not None:
-                grad_hidden(grad, head, self.order, active, out=dh, **chunk)
+                grad_hidden(G, head, order, chunk, first_tile=first, out=dh)
             if dW is not None or db is not None:
-                grad_head(
-                    grad, hidden, active, self.order, out=dW, out_bias=db, vocab_size=V, **chunk
-                )
+                out = {"out": dW, "out_bias": db}
+                grad_head(G, hidden, order, chunk, first_tile=first, vocab_size=V, **out)
         return Gradients(dh, dW, db)
-
-    def _chunk_tiles(self, budget_bytes: int) -> int:
-        """Tiles whose G fits the budget, at least one."""
-        tile_bytes = max(self.inputs.num_tokens, 1) * TILE * self.grad_dtype.itemsize
-        return min(max(1, budget_bytes // tile_bytes), num_tiles(self.inputs.vocab_size))

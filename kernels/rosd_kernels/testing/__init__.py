@@ -1,1 +1,1 @@
-"""Proof of the kernels: acceptance on a device, ahead-of-time compilation, and baselines."""
+"""Checks of the kernels: acceptance on a device, ahead-of-time compilation, and baselines."""

@@ -1,13 +1,13 @@
-"""Is `span_divergence` right on this device, and what does it take? For a GPU seen the first time.
+"""Acceptance of `span_divergence` on a device: correctness, time and memory. For a new GPU.
 
     for check in checks(torch.device("cuda")): ...         against float64, on the device
     for timing in timings(torch.device("cuda"), SIZE): ... against eager PyTorch and Liger
 
-`rosd-fast doctor --gpu` prints both. What is checked is what the tests check in Triton's
+`rosd-fast doctor --gpu` prints both. The checks are those that the tests make in Triton's
 interpreter: every strategy, divergence and option against the reference in float64 on the same
-rounded inputs; that equal calls give equal bits while fresh memory is full of NaN; logits of +-80,
-equal student and teacher, no token at all, shapes that no block divides; and that what `sparsity`
-changes stays below the bound it reports.
+rounded inputs; equal bits from equal calls while fresh memory is full of NaN; logits of +-80, equal
+student and teacher, no tokens, shapes that no block divides; and an error from `sparsity` below the
+bound that it reports.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ EPS = 2.0**-12
 
 
 class Shape(NamedTuple):
-    """Of a problem."""
+    """The sizes of a problem."""
 
     N: int  # tokens
     V: int  # vocabulary
@@ -46,12 +46,12 @@ class Shape(NamedTuple):
 SHAPES = (
     Shape(300, 5003, 250),
     Shape(257, 8192, 512),
-)  # one that no block divides, one that all do
+)  # one that no block divides, one that all blocks divide
 SMALL = (Shape(1, 7, 3), Shape(0, 300, 64))
 SIZE = Shape(4096, 151936, 2560)  # the head of Qwen3-4B
-# Loss, and gradients by their largest element. Of bfloat16, G is rounded, and the result.
+# (loss, gradients relative to their largest element). With bfloat16, G and the result are rounded.
 TOLERANCES = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (1e-4, 1e-2)}
-SLACK = 1e-6  # float32's rounding of log-probabilities, where values are next to nothing
+SLACK = 1e-6  # float32's rounding of log-probabilities, for values near zero
 
 
 class Check(NamedTuple):
@@ -63,10 +63,10 @@ class Check(NamedTuple):
 
 
 class Timing(NamedTuple):
-    """Forward and backward of one candidate."""
+    """Time and memory of one candidate's forward and backward."""
 
     name: str
-    median_s: float | None  # None: did not run
+    median_s: float | None  # None: it did not run
     peak_bytes: int | None  # beyond inputs and gradients; None: not measured on a CPU
     text: str
 
@@ -94,7 +94,7 @@ class Case:
 
 
 def cases(shapes: tuple[Shape, ...] = SHAPES, small: tuple[Shape, ...] = SMALL) -> Iterator[Case]:
-    """All calls that are checked."""
+    """Yield all calls that are checked."""
     for strategy in FAST:
         for dtype in TOLERANCES:
             for divergence in DIVERGENCES:
@@ -126,7 +126,7 @@ def cases(shapes: tuple[Shape, ...] = SHAPES, small: tuple[Shape, ...] = SMALL) 
 def checks(
     device: torch.device, shapes: tuple[Shape, ...] = SHAPES, small: tuple[Shape, ...] = SMALL
 ) -> Iterator[Check]:
-    """Whether results are right, one line for each case."""
+    """Check every case; yield one line per case."""
     with full_float32():
         for case in cases(shapes, small):
             yield check(case, device)
@@ -136,14 +136,14 @@ def checks(
 
 
 def check(case: Case, device: torch.device) -> Check:
-    """A fast strategy against the reference in float64, and against itself."""
+    """Compare a fast strategy with the reference in float64, and with a second call of itself."""
     tensors = make_tensors(case, device)
     options = make_options(case)
     wide = {n: x.double() if x.is_floating_point() else x for n, x in tensors.items()}
-    truth, wanted = run(wide, {**options, "strategy": "reference"})
+    truth, wanted = forward_backward(wide, {**options, "strategy": "reference"})
     with poisoned_memory():
-        got, gradients = run(tensors, options)
-        again, gradients_again = run(tensors, options)
+        got, gradients = forward_backward(tensors, options)
+        again, gradients_again = forward_backward(tensors, options)
     pairs = [(got.loss, again.loss), (got.per_token, again.per_token)]
     pairs += list(zip(gradients.values(), gradients_again.values(), strict=True))
     repeats = all(torch.equal(a, b) for a, b in pairs)
@@ -152,13 +152,13 @@ def check(case: Case, device: torch.device) -> Check:
     slack = SLACK
     if case.kind == "extreme":  # where logits are rounded to 1e-5
         loss_tolerance, tolerance, slack = 2 * loss_tolerance, 2 * tolerance, MAX_LOG_RATIO * SLACK
-    excess = {"loss": share(got.loss, truth.loss, loss_tolerance, slack)}
+    excess = {"loss": error_ratio(got.loss, truth.loss, loss_tolerance, slack)}
     for name in ("per_token", "student_logprob", "teacher_logprob", "student_entropy"):
         a, b = getattr(got, name), getattr(truth, name)
         if b is not None:
-            excess[name] = share(a, b, loss_tolerance, slack)
+            excess[name] = error_ratio(a, b, loss_tolerance, slack)
     for name, gradient in gradients.items():
-        excess[name] = share(gradient, wanted[name], tolerance, 10 * SLACK)
+        excess[name] = error_ratio(gradient, wanted[name], tolerance, 10 * SLACK)
     if case.kind == "same" and not 0 <= float(got.loss.detach()) < SLACK:
         excess["loss"] = float("inf")
     worst = max(excess, key=lambda name: excess[name])
@@ -171,7 +171,10 @@ def check(case: Case, device: torch.device) -> Check:
 def check_sparsity(
     device: torch.device, divergence: str, name: str, rule: Any, shape: Shape
 ) -> Check:
-    """The identity as head: hidden states are logits, whose gradient the bound is about."""
+    """Compare the gradient error with its bound.
+
+    The head is the identity, so hidden states are logits, whose gradient the bound concerns.
+    """
     generator = torch.Generator().manual_seed(0)
     student = torch.randn(shape.N, shape.V, generator=generator)
     student[:, : shape.V // 4] += 9
@@ -203,7 +206,7 @@ def timings(
     dtype: torch.dtype = torch.bfloat16,
     repeats: int = 10,
 ) -> Iterator[Timing]:
-    """JSD with gradients to hidden states and head, one candidate after the other."""
+    """Time JSD with gradients to hidden states and head, one candidate after the other."""
     generator = torch.Generator(device=device).manual_seed(0)
     states = peaked_states(*size, generator)
     student, teacher, head = (x.to(dtype) for x in states)
@@ -239,7 +242,7 @@ def timings(
 
 
 def measure(name: str, step: Callable[[], Any], device: torch.device, repeats: int) -> Timing:
-    """Median time of a step, and its peak memory; a candidate that cannot run says why."""
+    """Median time and peak memory of a step; the reason, where a candidate cannot run."""
     is_cuda = device.type == "cuda"
     seconds: list[float] = []
     peak, text = None, ""
@@ -255,7 +258,7 @@ def measure(name: str, step: Callable[[], Any], device: torch.device, repeats: i
             if is_cuda:
                 torch.cuda.synchronize(device)
             seconds.append(time.perf_counter() - start)
-        if is_cuda:  # the gradients of the first step were there, and count in `before`
+        if is_cuda:  # the first step's gradients already exist and are part of `before`
             peak = max(0, torch.cuda.max_memory_allocated(device) - before)
     except torch.OutOfMemoryError:
         return Timing(name, None, None, "out of memory")
@@ -265,13 +268,13 @@ def measure(name: str, step: Callable[[], Any], device: torch.device, repeats: i
 
 
 def make_tensors(case: Case, device: torch.device) -> dict[str, Tensor]:
-    """The arguments that are tensors, the same on every device."""
+    """The tensor arguments of a case, with equal values on every device."""
     (N, V, H), generator = case.shape, torch.Generator().manual_seed(0)
 
     def normal(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    if case.kind == "extreme":  # each state has one column of the head's to itself: logits +-80
+    if case.kind == "extreme":  # one nonzero entry per row of the head: logits +-80
         student_hidden = normal(N, H).sign()
         head = torch.zeros(V, H)
         head[torch.arange(V), torch.arange(V) % H] = MAX_LOG_RATIO
@@ -300,13 +303,14 @@ def make_tensors(case: Case, device: torch.device) -> dict[str, Tensor]:
 
 
 def make_options(case: Case) -> dict[str, Any]:
+    """The other arguments of a case."""
     options: dict[str, Any] = {"strategy": case.strategy, "divergence": case.divergence}
     if case.everything:
         options |= {"beta": 0.3, "temperature": 1.3, "softcap": 20.0, "importance_clip": 2.0}
     return options | dict(case.options)
 
 
-def run(
+def forward_backward(
     tensors: Mapping[str, Tensor], options: Mapping[str, Any]
 ) -> tuple[SpanDivergenceOutput, dict[str, Tensor]]:
     """The output, and the gradients of its loss."""
@@ -316,8 +320,8 @@ def run(
     return out, dict(zip(leaves, gradients, strict=True))
 
 
-def share(got: Tensor, want: Tensor, tolerance: float, slack: float) -> float:
-    """Largest error as a share of what is allowed: `tolerance` of the largest, and `slack`."""
+def error_ratio(got: Tensor, want: Tensor, tolerance: float, slack: float) -> float:
+    """Largest error over the allowed one, which is `tolerance * max |want| + slack`."""
     if want.numel() == 0:
         return 0.0
     got, want = got.detach(), want.detach()
@@ -328,7 +332,7 @@ def share(got: Tensor, want: Tensor, tolerance: float, slack: float) -> float:
 
 @contextmanager
 def full_float32() -> Iterator[None]:
-    """GEMMs of float32 in float32: no TF32."""
+    """Run float32 GEMMs in float32, without TF32."""
     before = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:
@@ -339,7 +343,7 @@ def full_float32() -> Iterator[None]:
 
 @contextmanager
 def poisoned_memory() -> Iterator[None]:
-    """Fresh memory is full of NaN, so that reading it before it is written shows."""
+    """Fill fresh memory with NaN, so that a read before the first write shows."""
     before = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
     memory: Any = torch.utils.deterministic

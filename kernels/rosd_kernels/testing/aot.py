@@ -2,17 +2,18 @@
 
     python -m rosd_kernels.testing.aot [--check] [--quick] [--csv FILE] [--markdown]
 
-What the launchers would compile on such a device (`gpu/signatures.py`) becomes machine code here,
-and that code tells: registers, spills, shared memory, tensor cores, loads by TMA, occupancy.
+`signatures.py` records what the launchers would compile on such a device. This module compiles it
+and reads registers, spills, shared memory, tensor-core and TMA instructions and occupancy from the
+machine code. The columns of the table:
 
-    spills   instructions that load or store local memory: what did not fit into registers
-    shared   KiB of a block
+    spills   instructions that load or store local memory, where registers do not suffice
+    shared   KiB per block
     mma      tensor-core instructions: HMMA (80), HGMMA (90), UTC*MMA (100)
-    tma      UTMALDG: loads of a block by one instruction
-    wide     IMAD.WIDE: 32 x 32 -> 64-bit products, that is 64-bit addresses
-    blocks   that fit a multiprocessor at once
+    tma      UTMALDG instructions, each of which loads a block
+    wide     IMAD.WIDE instructions: 32 x 32 -> 64-bit products, for 64-bit addresses
+    blocks   blocks that fit a multiprocessor at once
 
-Exit status: 0, 1 where `--check` finds a rule broken, 2 for a wrong call.
+Exit status: 0 on success, 1 where `--check` finds a broken rule, 2 for a wrong call.
 """
 
 from __future__ import annotations
@@ -40,13 +41,13 @@ if TYPE_CHECKING:
 
 WORKERS = 2
 TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTC*MMA"}
-# Of a multiprocessor (CUDA's programming guide, "Technical Specifications per Compute Capability").
+# Per multiprocessor (CUDA's programming guide, "Technical Specifications per Compute Capability").
 REGISTERS = 64 * 1024
 WARPS = 64
 BLOCKS = 32
 SHARED_KIB = {80: 164, 90: 228, 100: 228}
 TENSOR_MEMORY_COLUMNS = 512
-BLOCK_RESERVE_BYTES = 1024  # of shared memory, which every block costs besides its own
+BLOCK_RESERVE_BYTES = 1024  # of shared memory, which every block costs on top of its own
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,7 +61,7 @@ class Record:
     config: str  # blocks, warps, stages
     is_gemm: bool
     use_tma: bool
-    registers: int  # of a thread
+    registers: int  # per thread
     spills: int
     stack_bytes: int
     shared_bytes: int
@@ -84,7 +85,7 @@ class Record:
 
 
 def violations(record: Record) -> list[str]:
-    """What the gate has against a kernel, one line each."""
+    """The rules that a kernel breaks, one line each."""
     r = record
     place = f"{r.kernel}, sm_{r.arch}, {r.precision}, {r.variant}, {r.config}"
     found = []
@@ -112,8 +113,8 @@ def violations(record: Record) -> list[str]:
 def blocks_per_processor(
     arch: int, *, registers: int, num_warps: int, shared_bytes: int, tensor_columns: int = 0
 ) -> int:
-    """Blocks of num_warps warps that fit a multiprocessor; registers are those of a thread."""
-    # Registers are handed out to warps in units of 256, from four equal parts of the file.
+    """Number of blocks of num_warps warps that fit a multiprocessor; registers are per thread."""
+    # Registers are allocated to warps in units of 256, from four equal parts of the file.
     warp_registers = -(-max(registers, 1) * 32 // 256) * 256
     warps = min(WARPS, REGISTERS // 4 // warp_registers * 4)
     limits = [
@@ -127,7 +128,7 @@ def blocks_per_processor(
 
 
 def compile_job(job: Job) -> Record:
-    """Compile and read the machine code; runs in a worker process."""
+    """Compile a job and read its machine code; runs in a worker process."""
     import triton
     from triton.compiler import ASTSource
 
@@ -186,12 +187,12 @@ def read_cubin(cubin: bytes) -> tuple[dict[str, int], str]:
 
 
 def count(code: str, instruction: str) -> int:
-    """How often a SASS instruction, a regular expression for its head, occurs."""
+    """Count a SASS instruction, given as a regular expression for its beginning."""
     return len(re.findall(rf"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?{instruction}\b", code, re.M))
 
 
 def short_strides(ttir: str) -> int:
-    """Uses of a kernel's 32-bit row strides other than widening them to 64 bits."""
+    """Count the uses of a kernel's 32-bit row strides other than widening them to 64 bits."""
     head, _, body = ttir[ttir.index("tt.func public") :].partition("\n")
     strides = re.findall(r"%(\w*stride): i32", head)
     uses = (
@@ -201,7 +202,7 @@ def short_strides(ttir: str) -> int:
 
 
 def all_jobs(quick: bool) -> list[Job]:
-    """`quick`: each kernel once for 90, in bf16, and the sweep for all architectures."""
+    """All compilations; `quick`: each kernel once for 90, in bf16, and the sweep for every one."""
     from rosd_kernels.testing import signatures
 
     if not quick:
@@ -215,7 +216,7 @@ def all_jobs(quick: bool) -> list[Job]:
 
 
 def table(records: Iterable[Record], *, markdown: bool) -> str:
-    """Aligned columns, or a table in Markdown."""
+    """The records as aligned columns or as a Markdown table."""
     head = "kernel,arch,precision,variant,config,registers,spills,shared,mma,tma,wide,blocks"
     lines = [[str(word) for word in head.split(",")]]
     for r in records:

@@ -1,6 +1,6 @@
-"""What `span_divergence` is compared with, and states to compare on.
+"""Baselines for `span_divergence`, and states to compare on.
 
-The peers run on any device; Liger's needs the package liger-kernel.
+They run on any device; Liger's needs the package liger-kernel.
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from torch import Tensor
 
 
 def eager_jsd(student: Tensor, teacher: Tensor, head: Tensor, *, beta: float) -> Tensor:
-    """The JSD as one writes it with full logits, summed over the tokens.
+    """The textbook JSD with full logits, summed over the tokens.
 
-    student, teacher: [N, H]. head: [V, H], of both. Gradients reach `student` and `head`.
+    student, teacher: [N, H]. head: [V, H], shared by both. Gradients reach `student` and `head`.
     """
     log_p = (student @ head.T).float().log_softmax(-1)
     with torch.no_grad():
@@ -27,7 +27,7 @@ def eager_jsd(student: Tensor, teacher: Tensor, head: Tensor, *, beta: float) ->
 
 
 def liger_jsd(student: Tensor, teacher: Tensor, head: Tensor, *, beta: float) -> Tensor:
-    """Liger's chunked JSD; arguments as for `eager_jsd`. A mean over the tokens, not a sum."""
+    """Liger's chunked JSD, a mean over the tokens, not a sum; arguments as for `eager_jsd`."""
     from liger_kernel.chunked_loss import LigerFusedLinearJSDLoss
 
     loss = LigerFusedLinearJSDLoss(
@@ -40,10 +40,10 @@ def liger_jsd(student: Tensor, teacher: Tensor, head: Tensor, *, beta: float) ->
 def gemm_floor(
     student: Tensor, teacher: Tensor, head: Tensor, *, chunk_rows: int = 128
 ) -> Callable[[], None]:
-    """The four sweeps that dense gradients take, and nothing else: both logits, dh and dW.
+    """Return a function that does the four GEMM sweeps of dense gradients and nothing else.
 
-    The tokens go by in chunks, through one buffer of [chunk_rows, V] that is there already, as are
-    those of the gradients.
+    The sweeps are both logits, dh and dW, in chunks of tokens. The buffers, one of [chunk_rows, V]
+    and the gradients, are allocated here.
     """
     student, head = student.detach(), head.detach()
     logits = student.new_zeros(min(chunk_rows, student.shape[0]), head.shape[0])
@@ -64,8 +64,10 @@ def gemm_floor(
 def peaked_states(
     num_tokens: int, vocab_size: int, width: int, generator: torch.Generator
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """(student [N, H], teacher [N, H], head [V, H]) in float32 whose logits are peaked like a
-    language model's: each state is a mixture of eight rows of a random head, drawn by Zipf's law.
+    """Return (student [N, H], teacher [N, H], head [V, H]), float32, with peaked logits.
+
+    Like a language model's they have little entropy: each state is a mixture of eight rows of a
+    random head, drawn by Zipf's law.
     """
     device = generator.device
     head = torch.randn(vocab_size, width, generator=generator, device=device)

@@ -1,8 +1,8 @@
-"""What the launchers would have compiled on a GPU: recorded on a CPU, nothing runs.
+"""Record on a CPU what the launchers would compile on a GPU; nothing runs.
 
-The product's own code is called with CPU tensors while Triton believes that a device of some
-architecture is active. Its hook ahead of a compilation then sees the signature, constants and
-alignments just as they are specialised on such a device, notes them and refuses to compile.
+The package's own code is called with CPU tensors while Triton believes that a device of some
+architecture is active. Triton's pre-compilation hook then sees the signature, constants and
+alignments as they are specialised on such a device, records them and refuses to compile.
 """
 
 from __future__ import annotations
@@ -33,15 +33,15 @@ OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Variant:
-    """A problem whose kernels differ from those of other problems."""
+    """A problem whose kernels differ from those of the other variants."""
 
     name: str
     hidden: torch.dtype = torch.bfloat16
     head: torch.dtype = torch.bfloat16
     divergence: Divergence = "jsd"
-    V: int = 2176  # like that of most models a multiple of 16
+    V: int = 2176  # a multiple of 16, as with most models
     H: int = 512
-    everything: bool = False  # biases, soft cap, clip, a teacher with a head of its own
+    everything: bool = False  # biases, soft cap, clip, a teacher with its own head
     ordered: bool = False
 
 
@@ -96,7 +96,7 @@ class Job:
 
     @property
     def blocks(self) -> str:
-        """Like `str(Config)`, for the kernels that have none too."""
+        """Like `str(Config)`, also for kernels without a Config."""
         constants = self.named
         names = [name for name in constants if name.startswith("BLOCK_")]
         warps, stages = self.options["num_warps"], self.options["num_stages"]
@@ -104,7 +104,7 @@ class Job:
 
 
 def jobs(arch: int, precisions: Iterable[Precision] = tuple(VARIANTS)) -> list[Job]:
-    """All different compilations for an architecture."""
+    """All distinct compilations for an architecture."""
     found: dict[str, Job] = {}
     for precision in precisions:
         for variant in VARIANTS[precision]:
@@ -115,7 +115,7 @@ def jobs(arch: int, precisions: Iterable[Precision] = tuple(VARIANTS)) -> list[J
 
 
 def record(arch: int, precision: Precision, variant: Variant) -> list[Job]:
-    """The compilations that one step of "tiled", and of "chunked", asks for."""
+    """The compilations that one step of "tiled" and one of "chunked" request."""
     assert not triton.knobs.runtime.interpret, "the interpreter compiles nothing"
     found: list[Job] = []
 
@@ -151,13 +151,13 @@ def record(arch: int, precision: Precision, variant: Variant) -> list[Job]:
 
 
 class _Device:
-    """The little of a Triton driver that is asked before a compilation."""
+    """The part of a Triton driver that is used before a compilation."""
 
     def __init__(self, arch: int) -> None:
         self.arch = arch
 
     def get_current_device(self) -> int:
-        return self.arch  # Triton caches what it knows of a device under this number
+        return self.arch  # the key of Triton's cache of devices
 
     def get_current_stream(self, device: int) -> int:
         return 0
@@ -180,7 +180,7 @@ def _pretend(arch: int, precision: Precision) -> Iterator[None]:
 
 
 def _step(variant: Variant) -> None:
-    """Everything that is launched for a problem of the variant."""
+    """Launch everything that a problem of the variant launches."""
     V, H, everything = variant.V, variant.H, variant.everything
     Ht = H + 128 if everything else H
     bias = torch.zeros(V, dtype=variant.head) if everything else None
@@ -210,13 +210,13 @@ def _step(variant: Variant) -> None:
     tiles.loss(active, lse, lse, needed)
     tiles.gradients(active, lse, lse, lse, lse, needed)
     if variant.head == torch.bfloat16 and not variant.ordered:  # logits are float32 in any case
-        _rows(torch.zeros(2, N, V), inputs.forms(options)[0].bias, inputs.token_ids, options)
+        _rows(torch.zeros(2, N, V), inputs.transforms(options)[0].bias, inputs.token_ids, options)
 
 
 def _rows(
     logits: Tensor, bias: Tensor | None, columns: Tensor | None, options: SpanOptions
 ) -> None:
-    """The one pass of a whole vocabulary, and the passes of a shard."""
+    """Launch the single pass of a whole vocabulary, and the passes of a shard."""
     statistics = torch.zeros(2, N)
     stages = ("all", "value", "stats", "terms", "grad")
     for stage in stages if options.divergence == "jsd" else stages[:1]:
@@ -226,11 +226,7 @@ def _rows(
             bias,
             bias,
             columns,
-            divergence=options.divergence,
-            beta=options.beta,
-            temperature=options.temperature,
-            softcap=options.softcap,
-            entry_clip=options.entry_clip,
+            options,
             stage=stage,
             lse=None if has_stats else statistics,
             total=statistics[0] if stage == "grad" else None,

@@ -1,16 +1,21 @@
-"""Random problems for the Triton kernels in the interpreter, and their float64 truth."""
+"""Random problems for the Triton kernels in the interpreter, and their results in float64."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from rosd_kernels.logits import LogitTransform
+from rosd_kernels.records import SpanOptions
 from rosd_kernels.tiles import ROW_BLOCK, TILE, num_row_blocks, num_tiles
+
+if TYPE_CHECKING:
+    from rosd_kernels.gpu.pair import Pair
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,21 +32,30 @@ class Problem:
     options: dict[str, Any]
 
     @property
-    def tensors(self) -> tuple[Tensor | None, ...]:
-        return self.hs, self.ht, self.Ws, self.Wt, self.bs, self.bt, self.order
+    def transform(self) -> LogitTransform:
+        """The transform of the student's logits."""
+        return LogitTransform(self.bs, self.options["softcap"], self.options["temperature"])
 
     @property
-    def finish(self) -> dict[str, Any]:
-        return {name: self.options[name] for name in ("softcap", "temperature")}
+    def pair(self) -> Pair:
+        """Both sides as the launchers take them."""
+        from rosd_kernels.gpu.pair import Pair
 
-    @property
-    def terms(self) -> dict[str, Any]:
-        return self.options
+        return Pair(
+            student_hidden=self.hs,
+            teacher_hidden=self.ht,
+            student_head=self.Ws,
+            teacher_head=self.Wt,
+            student_bias=self.bs,
+            teacher_bias=self.bt,
+            order=self.order,
+            options=SpanOptions(**self.options),
+        )
 
     def logits(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Finished logits in the vocabulary's order, float64: student, teacher, student's slope."""
+        """Scaled logits in the vocabulary's order, float64: student, teacher, student's slope."""
         slope = torch.ones(self.hs.shape[0], self.Ws.shape[0], dtype=torch.float64)
-        finished = []
+        scaled = []
         for hidden, head, bias in ((self.ht, self.Wt, self.bt), (self.hs, self.Ws, self.bs)):
             s = hidden.double() @ head.double().T
             if bias is not None:
@@ -51,8 +65,8 @@ class Problem:
             if (cap := self.options["softcap"]) is not None:
                 slope = 1 - torch.tanh(s / cap) ** 2
                 s = cap * torch.tanh(s / cap)
-            finished.append(s / self.options["temperature"])
-        return finished[1], finished[0], slope
+            scaled.append(s / self.options["temperature"])
+        return scaled[1], scaled[0], slope
 
     def truth(self, active: Tensor) -> Truth:
         """Value, K and G over active tiles; gradients of `sum(row_scale * value)` but for 1/T."""
@@ -79,7 +93,7 @@ class Problem:
         )
 
     def gradients(self, G: Tensor, *, absolute: bool = False) -> tuple[Tensor, Tensor, Tensor]:
-        """dh, dW, db of G in the vocabulary's order; absolute: with the sizes of W and h."""
+        """dh, dW, db for G in the vocabulary's order; absolute: with |W| and |h|."""
         V = self.Ws.shape[0]
         hidden, head = self.hs.double(), self.Ws.double()
         if absolute:
@@ -112,7 +126,7 @@ def entry_terms(
     entry_clip: float | None,
     **_: Any,
 ) -> tuple[Tensor, Tensor]:
-    """c and e by the textbook."""
+    """c and e from the textbook formulas."""
     p, q = log_p.exp(), log_q.exp()
     if divergence == "forward_kl":
         c, e = q * (log_q - log_p), -q
@@ -194,7 +208,7 @@ def assert_close(
 
 
 def flags(N: int, V: int, *, share: float = 1.0, seed: int = 0) -> Tensor:
-    """[B, T] uint8, about `share` of them 1."""
+    """[B, T] uint8, of which about the fraction `share` is 1."""
     generator = torch.Generator().manual_seed(seed)
     shape = (num_row_blocks(N), num_tiles(V))
     return (torch.rand(shape, generator=generator) < share).to(torch.uint8)
@@ -222,7 +236,7 @@ def swap() -> Callable[..., Problem]:
 
 @pytest.fixture(autouse=True)
 def poisoned() -> Iterator[None]:
-    """torch.empty gives NaN, as it may on a device; torch refuses operations that may vary."""
+    """torch.empty returns NaN, as it may on a device; nondeterministic operations are refused."""
     fill = torch.utils.deterministic.fill_uninitialized_memory
     torch.utils.deterministic.fill_uninitialized_memory = True
     torch.use_deterministic_algorithms(True)

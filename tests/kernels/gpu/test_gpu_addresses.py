@@ -1,4 +1,4 @@
-"""Matrices whose last rows are more than 2^31 elements behind the first: 64-bit addresses.
+"""64-bit addresses: matrices whose last rows are more than 2^31 elements after the first.
 
 They are narrow views of one huge allocation, of which only the pages that are touched become
 resident.
@@ -26,7 +26,7 @@ STRIDE = 8_400_000  # 64 bytes times a whole number
 
 @pytest.fixture
 def memory(monkeypatch) -> Tensor:
-    """[ROWS, STRIDE] bf16 that nobody has written."""
+    """[ROWS, STRIDE] bf16, uninitialized."""
     assert (ROWS - 1) * STRIDE > 2**31
     monkeypatch.setattr(torch.utils.deterministic, "fill_uninitialized_memory", False)
     try:
@@ -54,7 +54,7 @@ def test_rows_far_apart(make_problem, make_flags, swap, close, memory, way):
     assert problem.hs.stride() == problem.Ws.stride() == (STRIDE, 1)
 
     columns = torch.arange(ROWS).flip(0)
-    stats, sampled = sweep(problem.hs, problem.Ws, None, problem.order, columns, **problem.finish)
+    stats, sampled = sweep(problem.hs, problem.Ws, problem.transform, problem.order, columns)
     s, _, _ = dense.logits()
     lse = torch.stack([tile.logsumexp(1) for tile in s.split(TILE, dim=1)], dim=1)
     close("lse", stats[0], lse, 1e-6, slack=1e-6)
@@ -62,20 +62,20 @@ def test_rows_far_apart(make_problem, make_flags, swap, close, memory, way):
 
     active = make_flags(ROWS, ROWS)
     truth = dense.truth(active)
-    sides = (*problem.tensors, truth.lse_s.float(), truth.lse_t.float(), active)
-    value, _ = loss(*sides, **problem.terms)
+    lse = truth.lse_s.float(), truth.lse_t.float()
+    value, _ = loss(problem.pair, *lse, active)
     close("value", value, truth.value, 1e-5, slack=1e-7)
-    chunk = {"first_tile": 0, "num_tiles": num_tiles(ROWS)}
-    G = memory[:, 512 : 512 + chunk["num_tiles"] * TILE]
-    grad_logits(*sides, truth.total.float(), truth.scale.float(), out=G, **chunk, **problem.terms)
+    G = memory[:, 512 : 512 + num_tiles(ROWS) * TILE]
+    rows = truth.total.float(), truth.scale.float()
+    grad_logits(problem.pair, *lse, active, *rows, first_tile=0, out=G)
     close("G", G[:, :ROWS], truth.G, 1e-5, slack=1e-8)
 
-    # From the G that is there, so that its rounding is not in the way.
+    # Expected values from the kernel's own G, so that the rounding of G does not count.
     want_dh, want_dW, want_db = dense.gradients(G[:, :ROWS].double())
     dh, dW, db = torch.zeros(ROWS, WIDTH), places[4].fill_(math.nan), torch.empty(ROWS)
-    grad_hidden(G, problem.Ws, problem.order, active, out=dh, **chunk)
+    grad_hidden(G, problem.Ws, problem.order, active, first_tile=0, out=dh)
     head = {"out": dW, "out_bias": db, "vocab_size": ROWS}
-    grad_head(G, problem.hs, active, problem.order, **head, **chunk)
+    grad_head(G, problem.hs, problem.order, active, first_tile=0, **head)
     close("dh", dh, want_dh, 1e-5)
     close("dW", dW, want_dW, 1e-5)
     close("db", db, want_db, 1e-5)

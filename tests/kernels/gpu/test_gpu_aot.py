@@ -1,4 +1,4 @@
-"""The compile gate: that it passes what we ship is one run of its; that it can fail, the rules."""
+"""The compile gate: a quick run passes the shipped kernels, and every rule can be broken."""
 
 from __future__ import annotations
 

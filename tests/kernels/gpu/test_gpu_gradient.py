@@ -17,27 +17,26 @@ BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 NAN = math.nan
 
 
-def run(problem, active, truth, *, first_tile=0, tiles=None):
-    """Everything the kernels give for a chunk, from poisoned buffers."""
+def run(problem, active, truth):
+    """Run all kernels on the whole vocabulary, with poisoned buffers."""
     (N, H), V = problem.hs.shape, problem.Ws.shape[0]
-    tiles = num_tiles(V) if tiles is None else tiles
     lse = truth.lse_s.float(), truth.lse_t.float()
-    chunk = {"first_tile": first_tile, "num_tiles": tiles}
-    value, total = loss(*problem.tensors, *lse, active, **problem.terms)
-    G = torch.full((N, tiles * TILE), NAN, dtype=grad_dtype(problem.hs, problem.Ws))
-    row = (truth.total.float(), truth.scale.float())
-    grad_logits(*problem.tensors, *lse, active, *row, out=G, **chunk, **problem.terms)
+    value, total = loss(problem.pair, *lse, active)
+    G = torch.full((N, num_tiles(V) * TILE), NAN, dtype=grad_dtype(problem.hs, problem.Ws))
+    rows = (truth.total.float(), truth.scale.float())
+    grad_logits(problem.pair, *lse, active, *rows, first_tile=0, out=G)
     dh = torch.zeros(N, H)
-    grad_hidden(G, problem.Ws, problem.order, active, out=dh, **chunk)
+    grad_hidden(G, problem.Ws, problem.order, active, first_tile=0, out=dh)
     dW, db = torch.full_like(problem.Ws, NAN), torch.full((V,), NAN)
-    grad_head(G, problem.hs, active, problem.order, out=dW, out_bias=db, vocab_size=V, **chunk)
+    out = {"out": dW, "out_bias": db, "vocab_size": V}
+    grad_head(G, problem.hs, problem.order, active, first_tile=0, **out)
     return value, total, G, dh, dW, db
 
 
 def check(problem, active, close):
     truth = problem.truth(active)
     value, total, G, dh, dW, db = run(problem, active, truth)
-    # G is rounded once to bf16, each entry by up to 2^-8 of itself, so a sum by that of the sizes.
+    # Each entry of G is rounded once to bf16, by up to 2^-8 of itself; the errors of a sum add up.
     narrow = 2.0**-8 if G.dtype == BF16 else 0.0
     close("value", value, truth.value, 1e-5, slack=1e-7)
     close("total", total, truth.total, 1e-5, slack=1e-7)

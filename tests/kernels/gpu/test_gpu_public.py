@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
-import random
 from typing import Any
 
 import pytest
@@ -44,37 +42,16 @@ OPTIONS = (
 )
 
 
-def pairwise(choices: dict[str, tuple[Any, ...]]) -> list[dict[str, Any]]:
-    """Combinations in which every two choices of two options meet, the best of random ones."""
-
-    def pairs(row: tuple[int, ...]) -> set[Any]:
-        return set(itertools.combinations(enumerate(row), 2))
-
-    sizes = [len(values) for values in choices.values()]
-    missing = {
-        ((a, i), (b, j))
-        for a, b in itertools.combinations(range(len(sizes)), 2)
-        for i, j in itertools.product(range(sizes[a]), range(sizes[b]))
-    }
-    generator, found = random.Random(0), []
-    while missing:
-        rows = [tuple(map(generator.randrange, sizes)) for _ in range(100)]
-        best = max(rows, key=lambda row: len(pairs(row) & missing))
-        missing -= pairs(best)
-        found.append(dict(zip(choices, best, strict=True)))
-    return [{name: choices[name][i] for name, i in row.items()} for row in found]
-
-
 @pytest.fixture(autouse=True)
 def triton_only(monkeypatch) -> None:
-    """The kernels are in use, and what would do their work otherwise is not there."""
+    """Select the kernels, and remove the code that would do their work otherwise."""
     monkeypatch.setenv("ROSD_KERNELS_BACKEND", "triton")
     monkeypatch.setattr("rosd_kernels.gemm_tiles.GemmTiles", None)
-    monkeypatch.setattr("rosd_kernels.chunked._finish_block", None)
+    monkeypatch.setattr("rosd_kernels.chunked._block_divergence", None)
 
 
-@pytest.mark.parametrize(
-    "choice", pairwise(CHOICES), ids=lambda c: f"{c['strategy']} {c['divergence']['divergence']}"
+@pytest.mark.pairwise(
+    "choice", CHOICES, ids=lambda c: f"{c['strategy']} {c['divergence']['divergence']}"
 )
 def test_every_pair_of_options(make_case, agrees, choice):
     dtype = BF16 if choice["dtype"] == "narrow hidden" else choice["dtype"]
@@ -113,7 +90,7 @@ def test_shapes(make_case, agrees, strategy, divergence, shape):
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("strategy", STRATEGIES)
 def test_bf16(make_case, close, strategy, divergence):
-    """As in float64 but for roundings to bf16: of gradients and, in "tiled", of G."""
+    """Equal to float64 except for roundings to bf16 of gradients and, in "tiled", of G."""
     case = make_case(5, 300, 40, weights=True, dtype=BF16, scale=2.0)
     options = {"divergence": divergence, "temperature": 1.3}
     truth = case.run(dtype=torch.float64, strategy="reference", **options)
@@ -132,7 +109,7 @@ def test_bf16(make_case, close, strategy, divergence):
 
 
 def gradient_of_logits(case, **options) -> Tensor:
-    """[N, V] of the loss, in float64."""
+    """[N, V] gradient of the loss w.r.t. the student's logits, in float64."""
     logits = [
         case.tensors[f"{side}_hidden"].double() @ case.tensors["student_head"].double().T
         for side in ("student", "teacher")
@@ -268,7 +245,7 @@ def test_sparsity_reports_what_it_drops(rule, num_tokens, divergence):
     exact, _ = gradient_and_stats(student, teacher, torch.float64, "reference", divergence)
     order = VocabularyOrder(V, num_tokens=1)
     sparsity = entry(1e-2, order) if rule == "entry" else mass(1e-3, order)
-    order.mass = student.double().softmax(1).sum(0)  # as one call would have shown it
+    order.mass = student.double().softmax(1).sum(0)  # as one call would have observed it
     order.num_seen = num_tokens
     order.settle()
     assert order.permutation is not None
@@ -310,7 +287,7 @@ def gradient_and_stats(
 
 
 def test_order_is_learned_and_then_used(make_case, agrees):
-    """The call that learns and the one that uses the order give what the reference gives."""
+    """The call that learns the order and the one that uses it both agree with the reference."""
     case = make_case(5, 300, 16, bias=True, sampled=True)
     order = VocabularyOrder(300, num_tokens=6)
     truth = case.run(dtype=torch.float64, strategy="reference")

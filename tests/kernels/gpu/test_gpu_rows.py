@@ -12,8 +12,9 @@ from torch import Tensor
 
 pytest.importorskip("triton")
 
-from rosd_kernels.gpu.rows import BLOCK_V, finish_block, rows
-from rosd_kernels.records import Form, SpanOptions
+from rosd_kernels.gpu.rows import BLOCK_V, block_divergence, rows
+from rosd_kernels.logits import LogitTransform
+from rosd_kernels.records import SpanOptions
 from rosd_kernels.vocabulary import Vocabulary
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
@@ -35,7 +36,7 @@ class Truth:
 
 
 class Rows:
-    """Raw logits [R, V] of both sides in rows that are wider than V, and the rest of a call."""
+    """A call: raw logits [R, V] of both sides, in rows that are wider than V, and its options."""
 
     def __init__(
         self, R: int, V: int, *, scale: float = 2.0, bias: bool = False, **options: Any
@@ -56,20 +57,19 @@ class Rows:
         return student, teacher
 
     @property
-    def forms(self) -> tuple[Form, Form]:
+    def transforms(self) -> tuple[LogitTransform, LogitTransform]:
         student, teacher = (
-            Form(bias, self.options.softcap, self.options.temperature) for bias in self.biases
+            LogitTransform(bias, self.options.softcap, self.options.temperature)
+            for bias in self.biases
         )
         return student, teacher
 
     def run(self, buffers: tuple[Tensor, Tensor], shard: slice = slice(None), **stage: Any):
-        """The operator on a part of the vocabulary; its columns and what it returns."""
+        """Run the kernel on a part of the vocabulary."""
         columns = None if shard != slice(None) else self.columns
         biases = (None if bias is None else bias[shard].contiguous() for bias in self.biases)
         parts = (side[:, shard] for side in buffers)
-        names = ("divergence", "beta", "temperature", "softcap", "entry_clip")
-        options = {name: getattr(self.options, name) for name in names}
-        return rows(*parts, *biases, columns, **options, **stage)
+        return rows(*parts, *biases, columns, self.options, **stage)
 
     def truth(self) -> Truth:
         options = self.options
@@ -108,7 +108,7 @@ class Rows:
 
 
 def check(case: Rows, close, *, tolerance: float = 2e-6, rounding: float = 0.0) -> None:
-    """Stage "all"; `rounding`: of large logits and their lse, which all else inherits."""
+    """Check stage "all"; `rounding`: of large logits and their lse, which the rest inherits."""
     truth, buffers = case.truth(), case.buffers
     stats, terms = case.run(buffers)
     for name, got, want in zip(
@@ -190,7 +190,7 @@ def test_stages_of_two_shards(close, divergence, options):
 
 
 class Group(Vocabulary):
-    """A group of one rank: what it computes is whole already."""
+    """A group of one rank, whose sums are complete already."""
 
     is_sharded = True
 
@@ -204,12 +204,12 @@ class Group(Vocabulary):
 @pytest.mark.parametrize("needs_gradient", [True, False])
 @pytest.mark.parametrize("kind", [Vocabulary, Group], ids=["whole", "sharded"])
 @pytest.mark.parametrize("has_columns", [True, False])
-def test_finish_block(close, needs_gradient, kind, has_columns):
+def test_block_divergence(close, needs_gradient, kind, has_columns):
     case = Rows(4, 300, divergence="reverse_kl", bias=True, temperature=1.3)
     truth, buffers = case.truth(), case.buffers
-    value, *sides = finish_block(
+    value, *sides = block_divergence(
         *buffers,
-        case.forms,
+        case.transforms,
         case.columns if has_columns else None,
         case.options,
         kind(300),
@@ -241,10 +241,3 @@ def test_equal_calls_give_equal_bits():
     first, second = ((buffers, case.run(buffers)) for buffers in (case.buffers, case.buffers))
     assert torch.equal(first[0][0], second[0][0])
     assert all(map(torch.equal, first[1], second[1]))
-
-
-def test_operator_is_registered_as_it_behaves():
-    case = Rows(2, 9, bias=True)
-    tensors = (*case.logits.clone(), *case.biases, case.columns, None, None)
-    options = ("jsd", 0.5, 1.0, None, None, "all")
-    torch.library.opcheck(torch.ops.rosd_gpu.rows.default, (*tensors, *options))

@@ -1,4 +1,4 @@
-"""The acceptance run, small and on the CPU: it passes what is right and fails what is not."""
+"""The acceptance run, small and on the CPU: it passes right results and fails wrong ones."""
 
 from __future__ import annotations
 
