@@ -2,39 +2,15 @@
 
 from __future__ import annotations
 
-import ast
-from collections.abc import Iterator
 from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 import rosd_kernels
+from tests.import_graph import graph
 
 PACKAGE = Path(rosd_kernels.__file__).parent
-
-
-def imports(node: ast.AST) -> Iterator[str]:
-    """Names that a module imports, inside functions too, but not those for type checkers."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
-            continue
-        if isinstance(child, ast.Import):
-            yield from (name.name for name in child.names)
-        elif isinstance(child, ast.ImportFrom) and child.module:
-            yield child.module
-            yield from (f"{child.module}.{name.name}" for name in child.names)
-        yield from imports(child)
-
-
-def graph(package: Path) -> dict[str, set[str]]:
-    """The modules that each module of `package` imports."""
-    files = {
-        ".".join(file.relative_to(package.parent).with_suffix("").parts): file
-        for file in package.rglob("*.py")
-    }
-    found = {name: set(imports(ast.parse(file.read_text()))) for name, file in files.items()}
-    return {name: names & files.keys() for name, names in found.items()}
 
 
 def test_no_import_circles():
