@@ -12,7 +12,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
-.PHONY: help install train test slow sglang lint format types docs bench clean
+.PHONY: help install train test check slow sglang lint format types docs bench clean
 .DEFAULT_GOAL := help
 
 help:  ## list the targets
@@ -38,6 +38,14 @@ train: $(STAMP)  ## train the embedded default; options: make train ARGS="--step
 test: $(STAMP)  ## run the tests; options: make test ARGS="-k cli"
 	@$(BIN)/python -m pytest -q -n auto --maxprocesses 8 $(ARGS)
 	@echo "left out: tests that take minutes (make slow) and those of a real SGLang (make sglang)"
+
+# Pure parts, records, reports, documentation and import rules: the tests that take seconds.
+QUICK := tests/config tests/data tests/text tests/verify tests/rollout tests/reflection tests/batch tests/methods \
+	tests/report tests/docs tests/test_files.py tests/test_imports.py tests/kernels/test_imports.py \
+	tests/kernels/test_reference.py tests/kernels/test_docs.py
+
+check: lint types  ## lint, format, spelling, types, import rules and the quick tests, in under 90 s
+	@$(BIN)/python -m pytest -q -n auto --maxprocesses 8 $(QUICK)
 
 slow: $(STAMP)  ## run the tests that take minutes
 	@$(BIN)/python -m pytest -q -m slow $(ARGS)
