@@ -11,9 +11,14 @@ from typing import Any
 
 import pytest
 
+from rosd_fast.config.load import apply_args, load_preset
 from rosd_fast.data import rows
 from rosd_fast.data.problems import load_problems
 from rosd_fast.errors import UserError
+from rosd_fast.methods import METHODS
+from rosd_fast.report import read_rollouts, rollouts_path
+from rosd_fast.report.metrics import read_metrics
+from rosd_fast.train import train
 from rosd_fast.types import Group, Rollout
 from rosd_fast.verify import VERIFIERS, verify_all
 
@@ -79,6 +84,26 @@ def test_a_data_set_can_name_the_new_verifier(tmp_path: Path) -> None:
 def test_an_answer_that_nothing_can_match_is_refused(tmp_path: Path) -> None:
     with pytest.raises(UserError, match="yes or no"):
         load_problems(write_row(tmp_path / "data.jsonl", answer="perhaps"))
+
+
+def test_the_new_method_trains_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sibling = run(blocks("A method")[0])["Sibling"]
+    monkeypatch.setitem(METHODS, "sibling", sibling)
+    options = {
+        "method": "sibling",
+        "steps": 1,
+        "out": str(tmp_path),
+        "name": "run",
+        "sample.problems_per_step": 4,
+        "data.dev": None,
+        "data.dev_ood": None,
+    }
+    folder = train(apply_args(load_preset("quickstart"), options))
+    row = read_metrics(folder / "metrics.jsonl")[-1]
+    rollouts = [r for r in read_rollouts(rollouts_path(folder, 1)) if r["span"] is not None]
+    assert row["sibling/num_samples"] == len(rollouts) > 0
+    assert row["loss/num_distilled_tokens"] == sum(len(r["completion_ids"]) for r in rollouts)
+    assert row["loss/divergence"] > 0
 
 
 def test_converted_rows_load(tmp_path: Path) -> None:
