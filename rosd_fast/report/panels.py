@@ -5,19 +5,21 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from rosd_fast.report.series import domains, series, stage_times
-from rosd_fast.report.style import (
+from rosd_fast.report.colours import (
     BLUE,
     CYCLE,
     FAINT,
     GREEN,
+    GREY,
     INK,
     MUTED,
     ORANGE,
     PURPLE,
-    SKY,
     VERMILLION,
-    YELLOW,
+)
+from rosd_fast.report.series import domains, series, stage_times
+from rosd_fast.report.stages import stage_colours
+from rosd_fast.report.style import (
     Rows,
     finish,
     line,
@@ -30,20 +32,6 @@ from rosd_fast.report.style import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-STAGE_COLOURS = {
-    "sample": BLUE,
-    "verify": PURPLE,
-    "reflect": ORANGE,
-    "locate": YELLOW,
-    "build": INK,
-    "probe": "#A8A8A8",
-    "teacher": "#7A5230",
-    "learn": GREEN,
-    "sync": MUTED,
-    "evaluate": SKY,
-    "checkpoint": VERMILLION,
-}
-
 
 def accuracy(ax: Axes, rows: Rows, *, samples: int | None = None) -> None:
     """Development accuracy in and out of domain, and that of the training rollouts behind it."""
@@ -54,7 +42,7 @@ def accuracy(ax: Axes, rows: Rows, *, samples: int | None = None) -> None:
     name_ends(ax, dev, BLUE, beside=ood)
     line(ax, ood, VERMILLION, "out of domain", width=2.4, marker="s", markers=True)
     name_ends(ax, ood, VERMILLION, beside=dev)
-    trend(ax, training, "#A8A8A8", "training rollouts", width=1.2)
+    trend(ax, training, GREY, "training rollouts", width=1.2)
     kind = "accuracy" if samples is None else f"accuracy (mean@{samples})"
     finish(ax, rows, "Accuracy on the development sets", kind)
     percent(ax, [*training.values, *dev.values, *ood.values], least_range=0.3)
@@ -173,12 +161,13 @@ def time_per_step(ax: Axes, rows: Rows) -> None:
     times = stage_times(rows)
     per_bar = max(times.num_steps, default=1)
     large, small = _large_stages(times.totals)
+    colours = stage_colours(times.totals)
     bottom, widths = [0.0] * len(times.steps), [0.86 * count for count in times.num_steps]
-    for label, stages in [*((stage, [stage]) for stage in large), ("other", small)]:
+    layers = [*((stage, colours[stage], [stage]) for stage in large), ("other", FAINT, small)]
+    for label, colour, stages in layers:
         heights = [sum(times.seconds[s][i] for s in stages) for i in range(len(bottom))]
         if not any(heights):
             continue
-        colour = STAGE_COLOURS.get(label, FAINT)
         ax.bar(times.steps, heights, widths, bottom=bottom, color=colour, label=label)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     title = f"Time per step, mean of {per_bar} steps" if per_bar > 1 else "Time per step"
@@ -190,9 +179,8 @@ def time_shares(ax: Axes, rows: Rows) -> None:
     totals = stage_times(rows).totals
     whole = sum(totals.values())
     stages = list(totals)[::-1]  # the first stage on top
-    bars = ax.barh(
-        stages, [totals[s] for s in stages], 0.7, color=[STAGE_COLOURS[s] for s in stages]
-    )
+    colours = stage_colours(totals)
+    bars = ax.barh(stages, [totals[s] for s in stages], 0.7, color=[colours[s] for s in stages])
     labels = [f"{_duration(totals[s])} · {_share(totals[s] / whole)}" for s in stages]
     ax.bar_label(bars, labels, padding=4, color=INK, fontsize=8.5)
     if stages:
@@ -212,7 +200,7 @@ def throughput(ax: Axes, rows: Rows) -> None:
 def cache(ax: Axes, rows: Rows) -> None:
     """What the servers' caches saved, beside what they could have."""
     shareable = series(rows, "rollout/shareable_frac")
-    trend(ax, shareable, "#A8A8A8", "could be cached", width=1.2)
+    trend(ax, shareable, GREY, "could be cached", width=1.2)
     trend(ax, series(rows, "rollout/cached_frac"), BLUE, "was cached")
     finish(ax, rows, "Prompt tokens served from the cache", "share of prompt tokens")
     percent(ax)

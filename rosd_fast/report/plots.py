@@ -15,9 +15,10 @@ from matplotlib.figure import Figure
 
 from rosd_fast.files import write_atomic
 from rosd_fast.report import panels
+from rosd_fast.report.colours import MUTED
 from rosd_fast.report.metrics import FILE_NAME, read_metrics
 from rosd_fast.report.series import domains, series
-from rosd_fast.report.style import MUTED, RAW_ALPHA, Rows, plain
+from rosd_fast.report.style import RAW_ALPHA, Rows, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -22,11 +22,13 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from rosd_fast.report.stages import STEP_TIME, Stage, stage_name
+
 REFRESHES_PER_S = 4
 RATES = {
-    "sample": "rollout",
-    "learn": "learn",
-}  # stages whose tokens/s are metrics, and their names
+    Stage.SAMPLE: "perf/rollout_tokens_per_s",
+    Stage.LEARN: "perf/learn_tokens_per_s",
+}  # stages whose tokens per second are metrics
 RECENT_STEPS = 20  # the time left is reckoned from these
 
 
@@ -35,16 +37,19 @@ class StageClock:
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self._now = now
-        self._seconds: defaultdict[str, float] = defaultdict(float)
-        self._tokens: defaultdict[str, int] = defaultdict(int)
-        self._open: list[str] = []
+        self._seconds: defaultdict[Stage, float] = defaultdict(float)
+        self._tokens: defaultdict[Stage | None, int] = defaultdict(int)
+        self._open: list[Stage] = []
         self._mark = self._start = now()
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Count the time of the `with` block as the stage's."""
+    def stage(self, stage: Stage) -> Iterator[None]:
+        """Count the time of the `with` block as the stage's.
+
+        The value of a Stage is as good as the Stage; any other string raises ValueError.
+        """
         self._settle()
-        self._open.append(name)
+        self._open.append(Stage(stage))
         try:
             yield
         finally:
@@ -52,9 +57,9 @@ class StageClock:
             self._open.pop()
 
     @property
-    def current(self) -> str:
-        """The stage that runs, "" between stages."""
-        return next(reversed(self._open), "")
+    def current(self) -> Stage | None:
+        """The stage that runs; None between stages."""
+        return next(reversed(self._open), None)  # never an index: the bar's thread asks, too
 
     def tokens(self, count: int) -> None:
         """Count tokens as sampled, or learned from, in the current stage."""
@@ -65,10 +70,12 @@ class StageClock:
         asks from a thread of its own.
         """
         stage, mark = self.current, self._mark
+        if stage is None:
+            return 0.0
         seconds = self._seconds.get(stage, 0.0) + self._now() - mark
         return self._tokens.get(stage, 0) / seconds if seconds > 0 else 0.0
 
-    def pop(self) -> dict[str, float]:
+    def pop(self) -> dict[Stage, float]:
         """Seconds by stage since the last call, in the order of their first run; starts anew."""
         self._settle()
         seconds = dict(self._seconds)
@@ -85,17 +92,17 @@ class StageClock:
         self._settle()
         step_s, tokens = self._mark - self._start, dict(self._tokens)
         seconds = self.pop()
-        found = {f"time/{stage}_s": value for stage, value in seconds.items()}
-        found["time/step_s"] = step_s
-        for stage, name in RATES.items():
+        found = {stage.metric: value for stage, value in seconds.items()}
+        found[STEP_TIME] = step_s
+        for stage, rate in RATES.items():
             if tokens.get(stage) and seconds.get(stage):
-                found[f"perf/{name}_tokens_per_s"] = tokens[stage] / seconds[stage]
+                found[rate] = tokens[stage] / seconds[stage]
         return found
 
     def _settle(self) -> None:
         """Give the time since the last mark to the current stage."""
         now = self._now()
-        if self._open:
+        if self.current is not None:
             self._seconds[self.current] += now - self._mark
         self._mark = now
 
@@ -115,10 +122,10 @@ class Progress:
         self._summary = self._split = ""
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def stage(self, stage: Stage) -> Iterator[None]:
         """Show that a stage runs, and take its time."""
         self._write_late_notes()
-        with self.clock.stage(name):
+        with self.clock.stage(stage):
             yield
 
     def tokens(self, count: int) -> None:
@@ -131,9 +138,9 @@ class Progress:
         self._durations.append(now - self._last_done)
         self._last_done = now
         self.step = step
-        for name, value in metrics.items():
-            if name.startswith("time/") and name != "time/step_s":
-                self._stage_totals[name.removeprefix("time/").removesuffix("_s")] += value
+        for metric, value in metrics.items():
+            if (name := stage_name(metric)) is not None:
+                self._stage_totals[name] += value
         self._summary = describe_metrics(metrics)
         self._split = describe_shares(self._stage_totals)
         self._write_late_notes()
@@ -156,7 +163,7 @@ class Progress:
 
     def _show_step(self, metrics: Mapping[str, float]) -> None:
         parts = [f"step {self.step}/{self.total_steps}", self._summary]
-        parts += _figure(metrics, "time/step_s", "{:.1f} s")
+        parts += _figure(metrics, STEP_TIME, "{:.1f} s")
         if (left := self.remaining_s()) is not None:
             parts.append(f"ETA {format_s(left)}")
         self._write("  ".join([*parts, self._split]).rstrip())
@@ -173,7 +180,7 @@ class Hidden:
     """Takes what a stage reports and shows none of it: for work beside another stage."""
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def stage(self, stage: Stage) -> Iterator[None]:
         yield
 
     def tokens(self, count: int) -> None:

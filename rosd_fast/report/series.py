@@ -3,27 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 from rosd_fast.report.metrics import EVAL_TOTALS
-
-STAGES = (
-    "sample",
-    "verify",
-    "reflect",
-    "locate",
-    "build",
-    "probe",
-    "teacher",
-    "learn",
-    "sync",
-    "evaluate",
-    "checkpoint",
-)
-"""The stages of a step, in the order they run; metrics `time/{stage}_s`."""
+from rosd_fast.report.stages import in_order, stage_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,22 +75,25 @@ class StageTimes:
 
 
 def stage_times(rows: Sequence[Mapping[str, Any]], *, max_bars: int = 120) -> StageTimes:
-    """The time of each stage that takes any, stages in the order they run.
+    """The time of each stage that takes any, in the order in which the stages run.
 
-    The work of a step may be spread over several rows, which are added up. Runs of more than
-    `max_bars` steps have neighbouring steps averaged into one bar.
+    The work of a step may be spread over several rows, which are added up. Stages of another
+    version come last. In runs of more than `max_bars` steps a bar is the mean of several.
     """
-    by_step: dict[int, dict[str, float]] = {}
+    by_step: defaultdict[int, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
     for row in rows:
-        own = by_step.setdefault(row["step"], dict.fromkeys(STAGES, 0.0))
-        for stage in STAGES:
-            value = row.get(f"time/{stage}_s", 0.0)
-            own[stage] += value if math.isfinite(value) else 0.0
+        for metric, value in row.items():
+            stage = stage_name(metric)
+            if stage is not None and math.isfinite(value):
+                by_step[row["step"]][stage] += value
     steps = [step for step in sorted(by_step) if any(by_step[step].values())]
     per_bar = max(1, math.ceil(len(steps) / max_bars))
     bars = [steps[i : i + per_bar] for i in range(0, len(steps), per_bar)]
-    totals = {stage: sum(by_step[step][stage] for step in steps) for stage in STAGES}
-    shown = [stage for stage in STAGES if totals[stage] > 0]
+    totals = {
+        stage: sum(by_step[step][stage] for step in steps)
+        for stage in in_order(name for times in by_step.values() for name in times)
+    }
+    shown = [stage for stage, total in totals.items() if total > 0]
     return StageTimes(
         steps=tuple((bar[0] + bar[-1]) / 2 for bar in bars),
         num_steps=tuple(len(bar) for bar in bars),

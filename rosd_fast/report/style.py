@@ -1,7 +1,7 @@
-"""How every panel looks: colours, lines, axes.
+"""The look of every panel: lines, axes, legends.
 
-Colours are Okabe and Ito's, told apart with any colour vision. matplotlib's object interface only:
-no pyplot and no global state, so that a training process can draw too.
+Only matplotlib's object interface is used, neither pyplot nor global state, so that a training
+process can draw too.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
+from rosd_fast.report.colours import FAINT, INK, MUTED
 from rosd_fast.report.series import Series, smoothing_window
 
 if TYPE_CHECKING:
@@ -21,10 +22,6 @@ if TYPE_CHECKING:
 
 Rows = Sequence[Mapping[str, Any]]
 
-BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-SKY, PURPLE, YELLOW = "#56B4E9", "#CC79A7", "#F0E442"
-INK, MUTED, FAINT = "#222222", "#5F5F5F", "#C8C8C8"
-CYCLE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, INK, MUTED)
 MARKERS_UP_TO = 40  # values; with more, markers run into each other
 RAW_ALPHA = 0.35  # of values that stand behind their moving median
 LEGEND_COLUMNS = 5

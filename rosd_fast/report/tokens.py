@@ -16,8 +16,8 @@ from typing import Any
 
 from rosd_fast.errors import UserError
 from rosd_fast.files import write_atomic
+from rosd_fast.report.colours import BLUE, GREEN, VERMILLION
 from rosd_fast.report.rollouts import read_rollouts
-from rosd_fast.report.style import BLUE, GREEN, VERMILLION
 
 Row = Mapping[str, Any]
 
