@@ -18,7 +18,6 @@ from pathlib import Path
 
 from torch import Tensor
 
-from rosd_fast.batch.samples import write_skipped
 from rosd_fast.config import Config, uses_teacher_weights
 from rosd_fast.config.load import config_hash, to_toml
 from rosd_fast.engines.base import RolloutEngine
@@ -33,6 +32,7 @@ from rosd_fast.model.load import LoadedModel
 from rosd_fast.report import draw_plots, render_tokens_html, summarize
 from rosd_fast.report.metrics import MetricsLog
 from rosd_fast.report.progress import Progress, progress
+from rosd_fast.report.rollouts import write_skipped
 from rosd_fast.rollout.sample import problem_prompt
 from rosd_fast.run_lock import RunLock
 from rosd_fast.stop import StopRequest

@@ -28,6 +28,12 @@ FILE_NAME = "metrics.jsonl"
 EVAL_TOTALS = ("accuracy", "truncated_frac", "tokens_mean")
 """The names after `eval/{split}/` that are not domains."""
 
+RENAMED = {
+    "loss/is_weight_mean": "loss/importance_weight_mean",
+    "loss/is_clipped_frac": "loss/importance_clipped_frac",
+}
+"""Metrics of earlier versions, and their names now."""
+
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
     """The rows in order: "step" is an int, every other value a float (NaN where the file has null).
@@ -70,12 +76,14 @@ def _parse_row(line: bytes) -> dict[str, Any]:
     if not isinstance(row, dict) or type(row.get("step")) is not int:
         raise ValueError('no object with an integer "step"')
     for name, value in row.items():
-        if name == "step":
-            continue
         if value is not None and type(value) not in (int, float):
             raise ValueError(f"{name} is not a number")
-        row[name] = math.nan if value is None else float(value)
-    return row
+    metrics = {
+        RENAMED.get(name, name): math.nan if value is None else float(value)
+        for name, value in row.items()
+        if name != "step"
+    }
+    return {"step": row["step"], **metrics}
 
 
 class MetricsLog:

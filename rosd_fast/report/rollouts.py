@@ -6,15 +6,24 @@ import codecs
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from rosd_fast.errors import UserError
 from rosd_fast.files import write_atomic
 
 if TYPE_CHECKING:
-    from rosd_fast.types import ErrorSpan, Group, Problem, Reflection, Rollout, Verdict
-
+    from rosd_fast.text.token_bytes import TokenBytes
+    from rosd_fast.types import (
+        DistillSample,
+        ErrorSpan,
+        Group,
+        Problem,
+        Reflection,
+        Rollout,
+        Verdict,
+    )
 
 FIELDS = (
     "step",
@@ -35,12 +44,6 @@ FIELDS = (
 """What each row has; those of a writer with `token_bytes` have "tokens", too."""
 
 
-class TokenBytesLike(Protocol):
-    """What is asked of `rosd_fast.reflection.locate.TokenBytes`: the bytes of each sampled id."""
-
-    def of(self, ids: Sequence[int], /) -> list[bytes]: ...
-
-
 def rollouts_path(run: str | Path, step: int) -> Path:
     """Where the rollouts of a step are written: `RUN/rollouts/step_000010.jsonl`."""
     return Path(run) / "rollouts" / f"step_{step:06d}.jsonl"
@@ -55,7 +58,7 @@ def write_rollouts(
     reflections: Mapping[str, Reflection],
     spans: Mapping[str, ErrorSpan],
     per_token: Mapping[str, Sequence[float]],
-    token_bytes: TokenBytesLike | None = None,
+    token_bytes: TokenBytes | None = None,
     kept: Iterable[Group] | None = None,
 ) -> Path:
     """Write one line for each rollout of `groups`; the file appears whole or not at all.
@@ -110,6 +113,16 @@ def read_rollouts(path: str | Path) -> list[dict[str, Any]]:
     except OSError as error:
         raise UserError(f"cannot be read: {error.strerror}", where=str(path)) from None
     return rows
+
+
+def write_skipped(run: Path, step: int, samples: Sequence[DistillSample]) -> Path:
+    """Write the samples of a skipped step to `RUN/skipped/step_*.jsonl`, one JSON object per line.
+
+    Returns the path. The samples are what was trained on when the loss stopped being finite.
+    """
+    path = run / "skipped" / f"step_{step:06d}.jsonl"
+    data = "".join(f"{json.dumps(asdict(sample))}\n" for sample in samples)
+    return write_atomic(path, data.encode())
 
 
 def token_texts(pieces: Sequence[bytes]) -> list[str]:

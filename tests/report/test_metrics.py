@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from rosd_fast.errors import UserError
 from rosd_fast.report.metrics import MetricsLog, read_metrics, rollout_metrics
+from rosd_fast.report.series import series
 from rosd_fast.types import Group, Problem, Rollout, Verdict
 
 ROWS = [(0, {"eval/dev/accuracy": 0.5}), (1, {"loss/divergence": 0.25}), (2, {"loss/lr": 1e-5})]
@@ -45,6 +46,19 @@ def test_values_that_are_not_finite_are_null_in_the_file_and_nan_when_read(tmp_p
     assert row["step"] == 1
     assert row["d"] == 1.0
     assert all(math.isnan(row[name]) for name in "abc")
+
+
+def test_metrics_of_an_earlier_version_are_read_by_their_names_of_today(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    old = b'{"step": 1, "loss/is_weight_mean": 0.75, "loss/is_clipped_frac": null}\n'
+    path.write_bytes(old)
+    with MetricsLog(path) as log:  # a resumed run goes on with the new names
+        log.write(2, {"loss/importance_weight_mean": 0.5, "loss/importance_clipped_frac": 0.0})
+    rows = read_metrics(path)
+    assert series(rows, "loss/importance_weight_mean").values == (0.75, 0.5)
+    assert math.isnan(rows[0]["loss/importance_clipped_frac"])
+    assert rows[0].keys() == rows[1].keys()
+    assert path.read_bytes().startswith(old)  # the file itself stays as it is
 
 
 def test_a_metric_cannot_hide_the_step(tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from PIL import Image
 
 from rosd_fast.errors import UserError
 from rosd_fast.report import draw_plots, panels
-from rosd_fast.report.metrics import MetricsLog
+from rosd_fast.report.metrics import MetricsLog, read_metrics
 from rosd_fast.report.plots import _eval_samples, _figure, _png
 from rosd_fast.report.series import domains, series, smoothing_window, stage_times
 from rosd_fast.report.stages import Stage
@@ -100,6 +100,12 @@ def test_nothing_finite_and_hostile_names(tmp_path: Path) -> None:
         log.write(1, dict.fromkeys([*make_row(1), "eval/dev/accuracy"], math.nan))
         log.write(2, {"eval/dev/$\\frac{": 0.5, "eval/dev/_hidden": 0.6, "eval/dev/化学": 0.7})
     assert len(draw_plots(run)) == len(NAMES) + 1
+
+
+def test_the_importance_weight_of_an_old_run_is_drawn(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss/is_weight_mean": 1.5}\n')
+    ax = draw(panels.importance_weight, read_metrics(tmp_path / "metrics.jsonl"))
+    assert [tuple(line.get_ydata()) for line in ax.lines] == [(1.5,)]
 
 
 def test_no_run_is_the_users_mistake(tmp_path: Path) -> None:

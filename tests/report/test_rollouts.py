@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,19 +12,22 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from rosd_fast.errors import UserError
 from rosd_fast.report import read_rollouts, rollouts_path, write_rollouts
-from rosd_fast.report.rollouts import token_texts
+from rosd_fast.report.rollouts import token_texts, write_skipped
 from rosd_fast.text.token_bytes import TokenBytes
-from rosd_fast.types import ErrorSpan, Group, Problem, Reflection, Rollout, Verdict
+from rosd_fast.types import DistillSample, ErrorSpan, Group, Problem, Reflection, Rollout, Verdict
 
 
-class Bytes:
-    """Token ids that are bytes."""
-
-    def of(self, ids: Sequence[int], /) -> list[bytes]:
-        return [bytes([i]) for i in ids]
+def byte_tokens() -> TokenBytes:
+    """A tokenizer with one token per byte, whose id is the byte."""
+    names = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    backend = Tokenizer(models.BPE(vocab=names, merges=[], byte_fallback=True))
+    backend.decoder = decoders.ByteFallback()
+    return TokenBytes(PreTrainedTokenizerFast(tokenizer_object=backend))
 
 
 def make_group(problem_id: str, texts: list[str], *, prompt: str = "1 + 1 = ?") -> Group:
@@ -75,7 +77,7 @@ def make_step() -> dict[str, Any]:
 
 
 def test_one_line_a_rollout_with_all_of_it(tmp_path: Path) -> None:
-    path = write_rollouts(rollouts_path(tmp_path, 4), **make_step(), token_bytes=Bytes())
+    path = write_rollouts(rollouts_path(tmp_path, 4), **make_step(), token_bytes=byte_tokens())
     assert path == tmp_path / "rollouts" / "step_000004.jsonl"
     right, wrong, dropped = read_rollouts(path)
     assert wrong == {
@@ -157,6 +159,29 @@ def test_damage_is_named_with_its_line(tmp_path: Path) -> None:
         read_rollouts(path)
     with pytest.raises(UserError, match="cannot be read"):
         read_rollouts(tmp_path / "none.jsonl")
+
+
+def test_the_samples_of_a_skipped_step_can_be_read_back(tmp_path: Path) -> None:
+    samples = [
+        DistillSample(
+            rollout_id=f"p1/{i}",
+            student_prompt_ids=(1, 2),
+            teacher_prompt_ids=(1, 3, 2),
+            completion_ids=(4, 5, 6),
+            logprobs=(-0.5, -math.inf, -0.25),
+            start=1,
+            end=3,
+            reflection_cut=False,
+        )
+        for i in range(2)
+    ]
+    path = write_skipped(tmp_path, 12, samples)
+    assert path == tmp_path / "skipped" / "step_000012.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    lists = {k for k, value in asdict(samples[0]).items() if isinstance(value, tuple)}
+    assert samples == [
+        DistillSample(**{k: tuple(v) if k in lists else v for k, v in row.items()}) for row in rows
+    ]
 
 
 @given(st.text(max_size=12), st.lists(st.integers(0, 48), max_size=6))
