@@ -1,4 +1,4 @@
-"""What a run leaves to look at: pictures, rollouts, a page of tokens, and a summary."""
+"""Reports on a run: plots, rollouts, the token page and the summary."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """Import `draw_plots` at its first use: only pictures need matplotlib."""
+    """Import `draw_plots` on first use, as only plots need matplotlib."""
     if name != "draw_plots":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     from rosd_fast.report.plots import draw_plots

@@ -1,4 +1,4 @@
-"""The colours of pictures and pages: Okabe and Ito's palette, distinct for any colour vision."""
+"""The colours of plots and pages: the Okabe-Ito palette, which is safe for colour blindness."""
 
 from __future__ import annotations
 

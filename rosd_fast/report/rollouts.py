@@ -1,4 +1,4 @@
-"""`rollouts/step_*.jsonl`: what happened to each rollout of a step, one JSON object a line."""
+"""`rollouts/step_*.jsonl`: the rollouts of a step with all results, one JSON object per line."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ FIELDS = (
     "span",
     "divergence",
 )
-"""What each row has; those of a writer with `token_bytes` have "tokens", too."""
+"""The fields of each row; a row written with `token_bytes` also has "tokens"."""
 
 
 def rollouts_path(run: str | Path, step: int) -> Path:
-    """Where the rollouts of a step are written: `RUN/rollouts/step_000010.jsonl`."""
+    """Return the path of the rollouts of a step: `RUN/rollouts/step_000010.jsonl`."""
     return Path(run) / "rollouts" / f"step_{step:06d}.jsonl"
 
 
@@ -61,13 +61,14 @@ def write_rollouts(
     token_bytes: TokenBytes | None = None,
     kept: Iterable[Group] | None = None,
 ) -> Path:
-    """Write one line for each rollout of `groups`; the file appears whole or not at all.
+    """Write one line per rollout, atomically, and return the path.
 
-    `groups` are all groups of the step, dropped ones too; the mappings go by rollout id, and all
-    but `verdicts` may lack a rollout. `per_token` has the divergence in nats of each distilled
-    token. `token_bytes` adds the text of each token (`tokens`), which the token page needs. `kept`
-    are the groups that were selected; without it, a group none of whose rollouts was reflected on
-    counts as dropped.
+    The mappings are by rollout id; all but `verdicts` may lack a rollout.
+
+    groups: all groups of the step, including dropped ones.
+    per_token: the divergence of each distilled token in nats.
+    token_bytes: adds the text of each token ("tokens"), which the token page needs.
+    kept: the groups that were selected; None: those with a reflection.
     """
     kept_ids = None if kept is None else {group.problem.id for group in kept}
     lines = []
@@ -90,13 +91,13 @@ def write_rollouts(
                 "divergence": _divergence(per_token.get(rollout.id), spans.get(rollout.id)),
             }
             lines.append(json.dumps(row, ensure_ascii=False, allow_nan=False))
-    # A lone surrogate in a user's prompt becomes \ud800, which is how JSON writes it.
+    # A lone surrogate in a prompt of the user becomes \ud800, as JSON writes it.
     data = "".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace")
     return write_atomic(Path(path), data)
 
 
 def read_rollouts(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a rollout file. Raises UserError, with the line, for a missing or damaged one."""
+    """Return the rows of a rollout file. Raises UserError if the file is missing or damaged."""
     path = Path(path)
     rows = []
     try:
@@ -118,7 +119,7 @@ def read_rollouts(path: str | Path) -> list[dict[str, Any]]:
 def write_skipped(run: Path, step: int, samples: Sequence[DistillSample]) -> Path:
     """Write the samples of a skipped step to `RUN/skipped/step_*.jsonl`, one JSON object per line.
 
-    Returns the path. The samples are what was trained on when the loss stopped being finite.
+    Returns the path. These are the samples whose loss or gradient was not finite.
     """
     path = run / "skipped" / f"step_{step:06d}.jsonl"
     data = "".join(f"{json.dumps(asdict(sample))}\n" for sample in samples)
@@ -126,10 +127,10 @@ def write_skipped(run: Path, step: int, samples: Sequence[DistillSample]) -> Pat
 
 
 def token_texts(pieces: Sequence[bytes]) -> list[str]:
-    """The text of each token; together they are the text of all bytes.
+    """Return the text of each token; joined, the texts decode all bytes.
 
-    A character whose bytes are spread over several tokens is given to the token with its last byte,
-    so that the others have "". Bytes that are no UTF-8 become U+FFFD.
+    A character that spans several tokens belongs to the token with its last byte. Bytes that are
+    not UTF-8 become U+FFFD.
     """
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     texts = [decoder.decode(piece) for piece in pieces]
@@ -190,7 +191,7 @@ def _span_row(span: ErrorSpan | None, texts: list[str] | None) -> dict[str, Any]
 def _divergence(
     values: Sequence[float] | None, span: ErrorSpan | None
 ) -> list[float | None] | None:
-    """One number a distilled token, to six digits; what is not finite is null."""
+    """Return the divergence of each distilled token to six digits, None where it is not finite."""
     if values is None:
         return None
     assert span is not None and len(values) == span.end - span.start, (

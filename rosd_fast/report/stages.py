@@ -1,4 +1,4 @@
-"""The stages of a step: their names in metrics, in pictures and on the terminal."""
+"""The stages of a step: their metrics, labels and colours."""
 
 from __future__ import annotations
 
@@ -22,16 +22,16 @@ from rosd_fast.report.colours import (
 )
 
 STEP_TIME = "time/step_s"
-"""The metric with the seconds of the whole step, time between stages included."""
+"""The metric of the whole step in seconds, including the time between stages."""
 
 SPARE_COLOURS = ("#882255", "#44AA99", "#999933", "#332288")
-"""Colours of stages that only another version of rosd-fast has."""
+"""Colours of stages that this version does not know."""
 
 
 class Stage(StrEnum):
-    """A stage of a step, in the order in which the stages run.
+    """The stages of a step, in the order in which they run.
 
-    The value is the label in pictures and on the terminal, and the name in the metric.
+    The value is the label in plots and on the terminal.
     """
 
     SAMPLE = "sample", BLUE
@@ -56,15 +56,15 @@ class Stage(StrEnum):
 
     @property
     def metric(self) -> str:
-        """The metric with the seconds of the stage."""
+        """The name of the metric that holds the seconds of the stage."""
         return f"time/{self.value}_s"
 
 
 def stage_name(metric: str) -> str | None:
-    """Return the stage whose seconds `metric` has, and None for any other metric.
+    """Return the name of the stage that `metric` times, or None if it times no stage.
 
-    A stage that this version does not know is returned by its name: metrics of another version must
-    not lose time.
+    The name may be one that this version does not know, as a run of another version may have other
+    stages.
     """
     if metric == STEP_TIME or not (metric.startswith("time/") and metric.endswith("_s")):
         return None
@@ -72,13 +72,13 @@ def stage_name(metric: str) -> str | None:
 
 
 def in_order(names: Iterable[str]) -> list[str]:
-    """The names without duplicates: stages in the order in which they run, then unknown ones."""
+    """Return the distinct names: known stages in the order in which they run, then the others."""
     found = set(names)
     return [*(stage for stage in Stage if stage in found), *sorted(found.difference(Stage))]
 
 
 def stage_colours(names: Iterable[str]) -> dict[str, str]:
-    """The colour of each name: that of its stage, or a spare one where no stage has the name."""
+    """Return the colour of each stage; an unknown stage gets a spare colour."""
     known = {stage.value: stage.colour for stage in Stage}
     spare = cycle(SPARE_COLOURS)
     return {name: known[name] if name in known else next(spare) for name in names}

@@ -1,4 +1,4 @@
-"""The stage clock, and what is shown on a terminal and elsewhere."""
+"""The stage clock, and the display on a terminal and elsewhere."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ METRICS = {
 
 
 class Ticks:
-    """A clock that is moved by hand."""
+    """A clock that the test moves."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -46,7 +46,7 @@ def make_console(terminal: bool) -> tuple[Console, io.StringIO]:
     return Console(file=out, force_terminal=terminal, width=160, color_system=None), out
 
 
-def test_the_clock_gives_each_stage_its_own_time() -> None:
+def test_the_clock_times_nested_stages_separately() -> None:
     ticks = Ticks()
     clock = StageClock(ticks)
     with clock.stage(Stage.SAMPLE):
@@ -78,7 +78,7 @@ def test_the_clock_counts_a_stage_that_raises() -> None:
     assert clock.pop() == {"learn": 1.0}
 
 
-def test_the_clocks_metrics_start_anew() -> None:
+def test_metrics_reset_the_clock() -> None:
     ticks = Ticks()
     clock = StageClock(ticks)
     with clock.stage(Stage.SAMPLE):
@@ -101,7 +101,7 @@ def test_the_clocks_metrics_start_anew() -> None:
     assert clock.tokens_per_s() == 0.0
 
 
-def test_a_stage_may_be_given_by_its_value_and_must_exist() -> None:
+def test_a_stage_may_be_given_as_its_value_and_must_exist() -> None:
     clock = StageClock(Ticks())
     with clock.stage("sync"):  # type: ignore[arg-type]
         assert clock.current is Stage.SYNC
@@ -111,12 +111,12 @@ def test_a_stage_may_be_given_by_its_value_and_must_exist() -> None:
 
 
 def test_progress_needs_no_matplotlib() -> None:
-    """It is imported where nothing is drawn, as in the processes of other ranks."""
+    """Modules that draw nothing import it, too."""
     code = "import sys, rosd_fast.report.progress as _; assert 'matplotlib' not in sys.modules"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
-def test_plain_output_is_one_line_a_step() -> None:
+def test_plain_output_is_one_line_per_step() -> None:
     console, out = make_console(terminal=False)
     with progress(40, 3, console=console) as shown:
         assert type(shown) is Progress
@@ -133,7 +133,7 @@ def test_plain_output_is_one_line_a_step() -> None:
     assert "\x1b" not in out.getvalue()
 
 
-def test_the_bar_shows_step_figures_and_stage() -> None:
+def test_the_bar_shows_the_step_its_metrics_and_the_stage() -> None:
     console, out = make_console(terminal=True)
     with progress(40, 1, plain=False, console=console) as shown:
         assert type(shown) is BarProgress
@@ -151,7 +151,7 @@ def test_the_bar_shows_step_figures_and_stage() -> None:
     assert "stopping after this step" in text
 
 
-def test_a_note_from_within_a_write_comes_later(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_note_during_another_write_is_written_later(monkeypatch: pytest.MonkeyPatch) -> None:
     console, out = make_console(terminal=False)
     with progress(2, 1, console=console) as shown:
         with monkeypatch.context() as patch:
@@ -186,7 +186,7 @@ def test_time_left() -> None:
     assert shown.remaining_s() == 0
 
 
-def test_metrics_that_are_missing_or_not_finite_are_left_out() -> None:
+def test_missing_and_non_finite_metrics_are_left_out() -> None:
     assert describe_metrics({}) == ""
     metrics = {"rollout/accuracy": 0.0, "loss/divergence": math.nan}
     assert describe_metrics(metrics) == "accuracy 0.0%"

@@ -1,4 +1,4 @@
-"""rollouts/step_*.jsonl has everything of each rollout, whatever was sampled."""
+"""rollouts/step_*.jsonl has all results of each rollout, whatever its text."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from rosd_fast.types import DistillSample, ErrorSpan, Group, Problem, Reflection
 
 
 def byte_tokens() -> TokenBytes:
-    """A tokenizer with one token per byte, whose id is the byte."""
+    """Return the bytes of a tokenizer with one token per byte, whose id is the byte."""
     names = {f"<0x{byte:02X}>": byte for byte in range(256)}
     backend = Tokenizer(models.BPE(vocab=names, merges=[], byte_fallback=True))
     backend.decoder = decoders.ByteFallback()
@@ -49,7 +49,7 @@ def make_group(problem_id: str, texts: list[str], *, prompt: str = "1 + 1 = ?") 
 
 
 def make_step() -> dict[str, Any]:
-    """A kept group with a correct and a wrong rollout, and a dropped one."""
+    """Return a kept group with a correct and a wrong rollout, and a dropped group."""
     groups = [make_group("p1", ["it is 2", "it is é 3"]), make_group("p2", ["what?"])]
     verdicts = {
         "p1/0": Verdict(rollout_id="p1/0", score=1.0, success=True, answer="2"),
@@ -76,7 +76,7 @@ def make_step() -> dict[str, Any]:
     }
 
 
-def test_one_line_a_rollout_with_all_of_it(tmp_path: Path) -> None:
+def test_each_rollout_is_one_line_with_all_results(tmp_path: Path) -> None:
     path = write_rollouts(rollouts_path(tmp_path, 4), **make_step(), token_bytes=byte_tokens())
     assert path == tmp_path / "rollouts" / "step_000004.jsonl"
     right, wrong, dropped = read_rollouts(path)
@@ -130,7 +130,7 @@ def test_without_token_bytes_there_are_no_token_texts(tmp_path: Path) -> None:
     assert row["span"]["text"] is None
 
 
-def test_a_line_is_a_line_whatever_the_text(tmp_path: Path) -> None:
+def test_a_rollout_is_one_line_whatever_its_text(tmp_path: Path) -> None:
     text = 'a\nb\u2028c\x85"\\ \ud800'  # line ends of Unicode, and half a surrogate pair
     step = make_step()
     step["groups"] = [make_group("p1", ["x", "y"], prompt=text)]
@@ -148,7 +148,7 @@ def test_divergences_must_fit_the_span(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_damage_is_named_with_its_line(tmp_path: Path) -> None:
+def test_damage_is_reported_with_its_line(tmp_path: Path) -> None:
     path = write_rollouts(tmp_path / "a.jsonl", **make_step())
     lines = path.read_text().splitlines()
     path.write_text(f"{lines[0]}\n{lines[1][:50]}\n")
@@ -185,7 +185,7 @@ def test_the_samples_of_a_skipped_step_can_be_read_back(tmp_path: Path) -> None:
 
 
 @given(st.text(max_size=12), st.lists(st.integers(0, 48), max_size=6))
-def test_token_texts_add_up_wherever_tokens_are_cut(text: str, cuts: list[int]) -> None:
+def test_token_texts_join_to_the_text_at_any_boundaries(text: str, cuts: list[int]) -> None:
     data = text.encode("utf-8", "replace")
     edges = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
     pieces = [data[low:high] for low, high in pairwise(edges)]
@@ -194,7 +194,7 @@ def test_token_texts_add_up_wherever_tokens_are_cut(text: str, cuts: list[int]) 
     assert "".join(texts) == data.decode()
 
 
-def test_token_texts_of_broken_bytes() -> None:
+def test_token_texts_of_invalid_utf8() -> None:
     assert token_texts([b"a\xe2\x82", b"\xac", b"\xff", b"b\xe2"]) == [
         "a",
         "€",
