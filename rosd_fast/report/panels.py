@@ -122,7 +122,7 @@ def distilled_tokens(ax: Axes, rows: Rows) -> None:
         "Distilled tokens per step",
         "tokens",
         from_zero=True,
-        note="the loss is their mean",
+        note="the loss is the mean over them",
     )
 
 
