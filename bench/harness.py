@@ -1,4 +1,4 @@
-"""What all benchmarks share: alternating timing, the environment, and a CSV row for each run."""
+"""Shared parts of all benchmarks: alternating timing, the environment, and CSV records."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True, slots=True)
 class Timing:
-    """Wall-clock seconds of repeated runs of one candidate."""
+    """The wall-clock seconds of repeated runs of one candidate."""
 
     seconds: tuple[float, ...]
 
@@ -42,7 +42,7 @@ def time_alternating(
 ) -> dict[str, tuple[Timing, list[T]]]:
     """Run the candidates in turn, `repeats` times each, and return their times and results by name.
 
-    In turn, so that a machine that slows down or is shared slows all of them down alike.
+    A machine that slows down, or is shared, then slows down all candidates equally.
     """
     times: dict[str, list[float]] = {name: [] for name in candidates}
     results: dict[str, list[T]] = {name: [] for name in candidates}
@@ -58,7 +58,7 @@ def time_alternating(
 
 
 def environment() -> dict[str, str]:
-    """Machine, versions, commit and date, as CSV columns."""
+    """Return the machine, versions, commit and date as CSV columns."""
     return {
         "date": datetime.date.today().isoformat(),
         "machine": machine(),
@@ -73,7 +73,7 @@ def environment() -> dict[str, str]:
 
 
 def machine() -> str:
-    """The processor's name, or the architecture where there is no /proc/cpuinfo."""
+    """Return the name of the processor, or the architecture if there is no /proc/cpuinfo."""
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
             if line.startswith("model name"):
@@ -84,7 +84,7 @@ def machine() -> str:
 
 
 def version(package: str) -> str:
-    """The installed version of `package`, "" when there is none."""
+    """Return the installed version of `package`, "" if it is not installed."""
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
@@ -92,7 +92,7 @@ def version(package: str) -> str:
 
 
 def git_commit() -> str:
-    """The short commit, "+" behind it when tracked files were changed; "" outside a clone."""
+    """Return the short commit, with a "+" if tracked files are modified; "" outside a clone."""
 
     def git(*arguments: str) -> str:
         command = ["git", "-C", str(ROOT), *arguments]
@@ -107,9 +107,11 @@ def git_commit() -> str:
 
 
 def record(path: Path, rows: Iterable[Mapping[str, object]]) -> Iterator[dict[str, Any]]:
-    """Write a CSV file anew, a row as soon as it comes, behind the columns of `environment`; yields
-    what is written."""
-    shared = environment()  # first: without the file, tracked files have changed
+    """Replace a CSV file with `rows`, and yield each row as it is written.
+
+    Each row begins with the columns of `environment`. Rows written before a failure stay.
+    """
+    shared = environment()  # before the file is deleted, which would be a modified tracked file
     path.unlink(missing_ok=True)
     for row in rows:
         whole = {**shared, **row}
@@ -118,14 +120,14 @@ def record(path: Path, rows: Iterable[Mapping[str, object]]) -> Iterator[dict[st
 
 
 def append_row(path: Path, row: Mapping[str, object]) -> None:
-    """Add `row` to a CSV file, with a header when the file is new.
+    """Append `row` to a CSV file, with a header if the file is new.
 
-    Raises ValueError when the file has other columns: with new columns begins a new file.
+    Raises ValueError if the file has other columns.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     header = path.read_text().splitlines()[:1] if path.exists() else []
     if header and next(csv.reader(header)) != list(row):
-        raise ValueError(f"{path} has other columns than this benchmark writes; move it away first")
+        raise ValueError(f"{path} has other columns than this benchmark; move the file first")
     with path.open("a", newline="") as file:
         writer = csv.DictWriter(file, fieldnames=list(row))
         if not header:

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from rosd_fast.errors import UserError
 from rosd_fast.report.metrics import EVAL_TOTALS
+from rosd_fast.report.stages import Stage
 from rosd_fast.rollout.sample import collect_groups
 from rosd_fast.text.prompts import render_prompt
 from rosd_fast.types import GenerationRequest, SamplingParams
@@ -32,7 +33,7 @@ async def evaluate_splits(
 ) -> dict[str, float]:
     """Return the metrics of the development splits, always with the same draws."""
     config, metrics = inputs.config, {}
-    with progress.stage("evaluate"):
+    with progress.stage(Stage.EVALUATE):
         for split, problems in inputs.dev_splits.items():
             metrics |= await evaluate(
                 engine,

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from rosd_fast.report.stages import Stage
 from rosd_fast.rollout.sample import sample_groups, sampling_params, stream_groups
 from rosd_fast.rollout.select import select_groups
 from rosd_fast.verify import verify_all
@@ -59,11 +60,11 @@ async def _behind_barrier(
 ) -> Sampled:
     config, method = inputs.config, inputs.method
     problems = inputs.stream.batch(step)
-    with progress.stage("sample"):
+    with progress.stage(Stage.SAMPLE):
         groups = await sample_groups(
             engines.student, problems, on_tokens=progress.tokens, **_options(inputs, step)
         )
-    with progress.stage("verify"):
+    with progress.stage(Stage.VERIFY):
         verdicts = verify_all(groups, threshold=config.select.threshold)
         selection = select_groups(groups, verdicts, config.select)
     with progress.stage(method.annotate_stage):
@@ -84,7 +85,7 @@ async def _streamed(
         annotations.update(await inputs.method.annotate(step, kept, verdicts, engines, progress))
 
     try:
-        with progress.stage("sample"):
+        with progress.stage(Stage.SAMPLE):
             async with asyncio.TaskGroup() as tasks:
                 async for group in stream_groups(
                     engines.student, problems, on_tokens=progress.tokens, **_options(inputs, step)

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rosd_fast.batch.samples import write_skipped
 from rosd_fast.config import Config
 from rosd_fast.config.load import config_hash, to_toml
 from rosd_fast.engines.lifecycle import Engines, open_engines
@@ -35,6 +34,7 @@ from rosd_fast.report import (
 )
 from rosd_fast.report.metrics import MetricsLog
 from rosd_fast.report.progress import Progress, progress
+from rosd_fast.report.rollouts import write_skipped
 from rosd_fast.rollout.sample import problem_prompt
 from rosd_fast.run_lock import RunLock
 from rosd_fast.stop import StopRequest

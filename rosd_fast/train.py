@@ -23,6 +23,7 @@ from rosd_fast.evaluate import evaluate_splits
 from rosd_fast.pipeline import Sampled, sample_and_annotate
 from rosd_fast.report.metrics import rollout_metrics
 from rosd_fast.report.progress import Hidden
+from rosd_fast.report.stages import Stage
 from rosd_fast.run import Run, open_run
 from rosd_fast.trainer.learner import StepResult, TrainingDiverged
 from rosd_fast.trainer.ranks import run_worker
@@ -68,7 +69,7 @@ async def run_steps(run: Run) -> None:
                 # The row before the checkpoint: killed in between, a resumed run repeats the step.
                 run.finish_step(step, metrics)
                 if last or is_due(step, config.checkpoint.every):
-                    with progress.stage("checkpoint"):
+                    with progress.stage(Stage.CHECKPOINT):
                         run.save(step, metrics)
                 if last:
                     break
@@ -90,7 +91,7 @@ async def train_on(run: Run, engines: Engines, step: int, sampled: Sampled) -> d
     config, progress, method = run.config, run.progress, run.inputs.method
     verdicts, selection = sampled.verdicts, sampled.selection
     training = method.build(selection.kept, verdicts, sampled.annotations, progress)
-    with progress.stage("build"):
+    with progress.stage(Stage.BUILD):
         batches = pack(
             training.samples,
             max_tokens=config.pack.max_tokens,
@@ -103,10 +104,10 @@ async def train_on(run: Run, engines: Engines, step: int, sampled: Sampled) -> d
         progress.note(f"step {step}: nothing to train on ({selection.describe()})")
     teacher_states = None
     if engines.teacher_server is not None:
-        with progress.stage("teacher"):
+        with progress.stage(Stage.TEACHER):
             teacher_states = await engines.teacher_server.states(batches)
     await engines.student.release_memory()
-    with progress.stage("learn"):
+    with progress.stage(Stage.LEARN):
         try:
             learned = await update(run, batches, teacher_states)
         except TrainingDiverged:
@@ -116,7 +117,7 @@ async def train_on(run: Run, engines: Engines, step: int, sampled: Sampled) -> d
     if learned.metrics["loss/skipped"]:
         progress.note(f"step {step} is skipped: its loss or gradient is not finite")
         run.write_skipped(step, training.samples)
-    with progress.stage("sync"):
+    with progress.stage(Stage.SYNC):
         await run.sync_weights(engines, step)
     run.write_rollouts(step, sampled, training, learned.per_token)
     return {

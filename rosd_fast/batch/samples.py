@@ -6,14 +6,10 @@ the reflection. The completion ids follow both as they were sampled, never encod
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rosd_fast.errors import UserError
-from rosd_fast.files import write_atomic
 from rosd_fast.text.prompts import (
     cut_middle,
     fill_template,
@@ -114,10 +110,3 @@ def _rollouts(groups: Sequence[Group]) -> Iterator[tuple[Problem, Rollout]]:
     for group in groups:
         for rollout in group.rollouts:
             yield group.problem, rollout
-
-
-def write_skipped(run: Path, step: int, samples: Sequence[DistillSample]) -> Path:
-    """The samples of a step that was skipped, a JSON line each, into RUN/skipped/."""
-    lines = (json.dumps(asdict(sample)) for sample in samples)
-    path = run / "skipped" / f"step_{step:06d}.jsonl"
-    return write_atomic(path, "".join(f"{line}\n" for line in lines).encode())

@@ -31,6 +31,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from rosd_fast.report.stages import Stage
+
 if TYPE_CHECKING:
     from rosd_fast.config import Config
     from rosd_fast.engines.lifecycle import Engines
@@ -62,7 +64,7 @@ class Method(ABC):
     token_bytes: the bytes that each sampled token stands for.
     """
 
-    annotate_stage: str = "reflect"  # the stage that the time of `annotate` is counted under
+    annotate_stage: Stage = Stage.REFLECT  # the stage that the time of `annotate` is counted under
 
     def __init__(self, config: Config, model: LoadedModel, token_bytes: TokenBytes) -> None:
         self.config = config

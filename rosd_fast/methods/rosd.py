@@ -27,6 +27,7 @@ from rosd_fast.reflection.reflect import (
     reflection_metrics,
     template_name,
 )
+from rosd_fast.report.stages import Stage
 from rosd_fast.rollout.sample import sampling_params
 from rosd_fast.text.prompts import fill_template, placeholders, render_prompt
 
@@ -90,7 +91,7 @@ class Rosd(Method):
         progress: Progress | Hidden,
     ) -> TrainingSet:
         """Locate each quote in the sampled tokens, and put both prompts before them."""
-        with progress.stage("locate"):
+        with progress.stage(Stage.LOCATE):
             located = locate_errors(
                 groups,
                 verdicts,
@@ -98,7 +99,7 @@ class Rosd(Method):
                 token_bytes=self.token_bytes,
                 config=self.config.span,
             )
-        with progress.stage("build"):
+        with progress.stage(Stage.BUILD):
             samples = build_samples(
                 groups,
                 annotations,
@@ -130,7 +131,7 @@ class Rosd(Method):
         if options.probe_every == 0 or step % options.probe_every:
             return {}
         assert engines.teacher is not None
-        with progress.stage("probe"):
+        with progress.stage(Stage.PROBE):
             helped = await teacher_helps(
                 engines.teacher,
                 wrong_samples(training.samples, verdicts, options.probe_problems),

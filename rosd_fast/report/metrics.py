@@ -1,9 +1,9 @@
-"""`metrics.jsonl`: one JSON object a line, {"step": 3, "loss/divergence": 0.21, ...}.
+"""`metrics.jsonl`: one JSON object per line, {"step": 3, "loss/divergence": 0.21, ...}.
 
-A step may have several rows (training, evaluation); no row is ever changed. JSON has no NaN, so a
-value that is not finite is written as null and read back as NaN. A line is written in one go and
-ends in a newline, so a killed process leaves at most one broken line, the last, which readers skip
-and the next writer removes.
+A step may have several rows (training, evaluation); rows are never modified. JSON has no NaN, so a
+non-finite value is written as null and read back as NaN. Each line is written at once and ends in a
+newline, so a killed process leaves at most one broken line, the last one. Readers skip a broken
+last line, and the next writer removes it.
 """
 
 from __future__ import annotations
@@ -26,14 +26,20 @@ if TYPE_CHECKING:
 FILE_NAME = "metrics.jsonl"
 
 EVAL_TOTALS = ("accuracy", "truncated_frac", "tokens_mean")
-"""The names after `eval/{split}/` that are not domains."""
+"""Metrics `eval/{split}/{name}` whose name is not a domain."""
+
+RENAMED = {
+    "loss/is_weight_mean": "loss/importance_weight_mean",
+    "loss/is_clipped_frac": "loss/importance_clipped_frac",
+}
+"""Metric names of earlier versions -> current names."""
 
 
 def read_metrics(path: str | Path) -> list[dict[str, Any]]:
-    """The rows in order: "step" is an int, every other value a float (NaN where the file has null).
+    """Return the rows in order: "step" is an int, every other value a float (NaN for null).
 
-    A half-written last line is left out. Raises UserError, with the line number, when the file is
-    missing or when any other line is not a row.
+    Names of earlier versions are translated (`RENAMED`). A half-written last line is skipped.
+    Raises UserError if the file is missing, and with the line number if another line is not a row.
     """
     path = Path(path)
     try:
@@ -48,13 +54,13 @@ def read_metrics(path: str | Path) -> list[dict[str, Any]]:
 
 
 def _complete_rows(data: bytes, path: Path) -> list[tuple[bytes, dict[str, Any]]]:
-    """Each complete line (without its newline) and its row."""
+    """Return each complete line, without its newline, with its row."""
     lines = [(i, line) for i, line in enumerate(data.split(b"\n"), start=1) if line.strip()]
     rows = []
     for number, line in lines:
         try:
             rows.append((line, _parse_row(line)))
-        except ValueError as error:  # of JSON, of UTF-8 or of _parse_row
+        except ValueError as error:  # from JSON, UTF-8 or _parse_row
             if number == lines[-1][0]:
                 break
             raise UserError(
@@ -70,16 +76,18 @@ def _parse_row(line: bytes) -> dict[str, Any]:
     if not isinstance(row, dict) or type(row.get("step")) is not int:
         raise ValueError('no object with an integer "step"')
     for name, value in row.items():
-        if name == "step":
-            continue
         if value is not None and type(value) not in (int, float):
             raise ValueError(f"{name} is not a number")
-        row[name] = math.nan if value is None else float(value)
-    return row
+    metrics = {
+        RENAMED.get(name, name): math.nan if value is None else float(value)
+        for name, value in row.items()
+        if name != "step"
+    }
+    return {"step": row["step"], **metrics}
 
 
 class MetricsLog:
-    """The writer of one `metrics.jsonl`; opening it mends what a killed process left.
+    """The writer of a `metrics.jsonl`; opening it removes the broken line of a killed process.
 
     >>> with MetricsLog(run / "metrics.jsonl") as log:
     ...     log.write(1, {"loss/divergence": 0.21, "rollout/accuracy": 0.5})
@@ -93,9 +101,9 @@ class MetricsLog:
         self._file = self.path.open("ab")
 
     def write(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Append a row, and hand it to the operating system before returning.
+        """Append a row and flush it to the operating system.
 
-        Raises ValueError for a metric named "step", and TypeError for a value that is no number.
+        Raises ValueError for a metric named "step", and TypeError for a value that is not a number.
         """
         if "step" in metrics:
             raise ValueError('a metric cannot be named "step": the row has one')
@@ -108,7 +116,7 @@ class MetricsLog:
         self._file.flush()
 
     def truncate_after(self, step: int) -> None:
-        """Drop the rows of later steps, and a half-written last line. All or nothing."""
+        """Drop the rows of later steps and a half-written last line, atomically."""
         self._file.close()
         self._keep_rows(lambda row: row["step"] <= step)
         self._file = self.path.open("ab")
@@ -143,11 +151,13 @@ def rollout_metrics(
     selection: Selection,
     version: int,
 ) -> dict[str, float]:
-    """The `rollout/*` metrics of a step, over all sampled rollouts, kept or dropped.
+    """Return the `rollout/*` metrics of a step, over all sampled rollouts, kept or dropped.
 
-    `verdicts` is by rollout id and has one for each rollout. `version`: of the weights that learn
-    from them; `policy_lag_mean` is by how much those that sampled are older. Raises ValueError when
-    there is no rollout.
+    verdicts: the verdict of every rollout, by rollout id.
+    version: the version of the weights that are trained; `policy_lag_mean` is the mean number of
+        versions by which the sampling weights are older.
+
+    Raises ValueError if there is no rollout.
     """
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     if not rollouts:

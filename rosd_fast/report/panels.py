@@ -1,23 +1,25 @@
-"""The panels that the pictures are made of, each a function (axes, rows) that draws one thing."""
+"""The panels of the plots: each is a function (axes, rows) that draws one thing."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from rosd_fast.report.series import domains, series, stage_times
-from rosd_fast.report.style import (
+from rosd_fast.report.colours import (
     BLUE,
     CYCLE,
     FAINT,
     GREEN,
+    GREY,
     INK,
     MUTED,
     ORANGE,
     PURPLE,
-    SKY,
     VERMILLION,
-    YELLOW,
+)
+from rosd_fast.report.series import domains, series, stage_times
+from rosd_fast.report.stages import stage_colours
+from rosd_fast.report.style import (
     Rows,
     finish,
     line,
@@ -30,23 +32,9 @@ from rosd_fast.report.style import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-STAGE_COLOURS = {
-    "sample": BLUE,
-    "verify": PURPLE,
-    "reflect": ORANGE,
-    "locate": YELLOW,
-    "build": INK,
-    "probe": "#A8A8A8",
-    "teacher": "#7A5230",
-    "learn": GREEN,
-    "sync": MUTED,
-    "evaluate": SKY,
-    "checkpoint": VERMILLION,
-}
-
 
 def accuracy(ax: Axes, rows: Rows, *, samples: int | None = None) -> None:
-    """Development accuracy in and out of domain, and that of the training rollouts behind it."""
+    """Draw accuracy on the development sets, and behind it that of the training rollouts."""
     training = series(rows, "rollout/accuracy")
     dev = series(rows, "eval/dev/accuracy").finite()
     ood = series(rows, "eval/ood/accuracy").finite()
@@ -54,14 +42,14 @@ def accuracy(ax: Axes, rows: Rows, *, samples: int | None = None) -> None:
     name_ends(ax, dev, BLUE, beside=ood)
     line(ax, ood, VERMILLION, "out of domain", width=2.4, marker="s", markers=True)
     name_ends(ax, ood, VERMILLION, beside=dev)
-    trend(ax, training, "#A8A8A8", "training rollouts", width=1.2)
+    trend(ax, training, GREY, "training rollouts", width=1.2)
     kind = "accuracy" if samples is None else f"accuracy (mean@{samples})"
     finish(ax, rows, "Accuracy on the development sets", kind)
     percent(ax, [*training.values, *dev.values, *ood.values], least_range=0.3)
 
 
 def domain_accuracy(ax: Axes, rows: Rows, *, split: str, title: str) -> None:
-    """Accuracy of each domain of one split."""
+    """Draw the accuracy per domain of one split."""
     values: list[float] = []
     for i, domain in enumerate(domains(rows, split)):
         shown = series(rows, f"eval/{split}/{domain}").finite()
@@ -74,7 +62,7 @@ def domain_accuracy(ax: Axes, rows: Rows, *, split: str, title: str) -> None:
 
 
 def divergence(ax: Axes, rows: Rows) -> None:
-    """The loss."""
+    """Draw the loss, which is the divergence from the teacher."""
     trend(ax, series(rows, "loss/divergence"), BLUE)
     finish(
         ax,
@@ -87,7 +75,7 @@ def divergence(ax: Axes, rows: Rows) -> None:
 
 
 def grad_norm(ax: Axes, rows: Rows) -> None:
-    """Global gradient norm before clipping."""
+    """Draw the global gradient norm before clipping."""
     trend(ax, series(rows, "loss/grad_norm"), VERMILLION)
     finish(
         ax, rows, "Gradient norm", "L2 norm", log=True, note="of all parameters, before clipping"
@@ -95,14 +83,14 @@ def grad_norm(ax: Axes, rows: Rows) -> None:
 
 
 def entropies(ax: Axes, rows: Rows) -> None:
-    """Entropy of student and teacher at the distilled tokens."""
+    """Draw the entropy of student and teacher at distilled tokens."""
     trend(ax, series(rows, "loss/student_entropy"), BLUE, "student")
     trend(ax, series(rows, "loss/teacher_entropy"), ORANGE, "teacher")
     finish(ax, rows, "Entropy at distilled tokens", "nats / token")
 
 
 def importance_weight(ax: Axes, rows: Rows) -> None:
-    """How far the trained model has moved from the one that sampled."""
+    """Draw how far the trained weights have moved from those that sampled."""
     trend(ax, series(rows, "loss/importance_weight_mean"), GREEN)
     finish(
         ax,
@@ -111,13 +99,13 @@ def importance_weight(ax: Axes, rows: Rows) -> None:
         "mean weight",
         note="probability of the sampled token, student / rollout engine",
     )
-    if ax.lines:  # nearly always 1: rounding must not look like a signal
+    if ax.lines:  # nearly always 1: rounding errors must not look like a signal
         low, high = ax.get_ylim()
         ax.set_ylim(min(low, 0.99), max(high, 1.01))
 
 
 def distilled(ax: Axes, rows: Rows) -> None:
-    """Which share of the rollouts gives a signal."""
+    """Draw the share of rollouts that give a training signal."""
     trend(ax, series(rows, "rollout/distilled_frac"), BLUE, "rollouts distilled")
     trend(ax, series(rows, "rollout/groups_kept_frac"), GREEN, "groups kept")
     trend(ax, series(rows, "rollout/accuracy"), ORANGE, "rollouts correct")
@@ -126,7 +114,7 @@ def distilled(ax: Axes, rows: Rows) -> None:
 
 
 def distilled_tokens(ax: Axes, rows: Rows) -> None:
-    """The size of the optimizer's batch."""
+    """Draw the number of tokens per optimizer step."""
     trend(ax, series(rows, "loss/num_distilled_tokens"), BLUE)
     finish(
         ax,
@@ -134,31 +122,31 @@ def distilled_tokens(ax: Axes, rows: Rows) -> None:
         "Distilled tokens per step",
         "tokens",
         from_zero=True,
-        note="over which the loss is averaged",
+        note="the loss is the mean over them",
     )
 
 
 def span_start(ax: Axes, rows: Rows) -> None:
-    """Where in the rollout the located error begins."""
+    """Draw where in the rollout the located error begins."""
     trend(ax, series(rows, "reflect/span_start_frac"), BLUE)
     finish(
         ax,
         rows,
         "Where the located error begins",
         "position in the rollout",
-        note="mean over quotes found; 0%: first token, 100%: end",
+        note="mean over located quotes; 0%: first token, 100%: end",
     )
     percent(ax)
 
 
 def span_length(ax: Axes, rows: Rows) -> None:
-    """How long the distilled spans are."""
+    """Draw the length of distilled spans."""
     trend(ax, series(rows, "reflect/span_tokens"), GREEN)
     finish(ax, rows, "Span length", "tokens", from_zero=True, note="mean over distilled rollouts")
 
 
 def reflection_quality(ax: Axes, rows: Rows) -> None:
-    """Whether reflections keep their format, and quotes are words of the rollout."""
+    """Draw the share of reflections that are well formed, and of quotes found in the rollout."""
     trend(ax, series(rows, "reflect/well_formed_frac"), BLUE, "well formed")
     trend(ax, series(rows, "reflect/found_frac"), GREEN, "quote found")
     trend(ax, series(rows, "reflect/ambiguous_frac"), ORANGE, "ambiguous")
@@ -169,16 +157,17 @@ def reflection_quality(ax: Axes, rows: Rows) -> None:
 
 
 def time_per_step(ax: Axes, rows: Rows) -> None:
-    """Seconds a step, stacked by stage."""
+    """Draw the seconds per step, stacked by stage."""
     times = stage_times(rows)
     per_bar = max(times.num_steps, default=1)
     large, small = _large_stages(times.totals)
+    colours = stage_colours(times.totals)
     bottom, widths = [0.0] * len(times.steps), [0.86 * count for count in times.num_steps]
-    for label, stages in [*((stage, [stage]) for stage in large), ("other", small)]:
+    layers = [*((stage, colours[stage], [stage]) for stage in large), ("other", FAINT, small)]
+    for label, colour, stages in layers:
         heights = [sum(times.seconds[s][i] for s in stages) for i in range(len(bottom))]
         if not any(heights):
             continue
-        colour = STAGE_COLOURS.get(label, FAINT)
         ax.bar(times.steps, heights, widths, bottom=bottom, color=colour, label=label)
         bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
     title = f"Time per step, mean of {per_bar} steps" if per_bar > 1 else "Time per step"
@@ -186,47 +175,46 @@ def time_per_step(ax: Axes, rows: Rows) -> None:
 
 
 def time_shares(ax: Axes, rows: Rows) -> None:
-    """Time of the whole run by stage."""
+    """Draw the time of the whole run by stage."""
     totals = stage_times(rows).totals
     whole = sum(totals.values())
-    stages = list(totals)[::-1]  # the first stage on top
-    bars = ax.barh(
-        stages, [totals[s] for s in stages], 0.7, color=[STAGE_COLOURS[s] for s in stages]
-    )
+    stages = list(totals)[::-1]  # the first stage at the top
+    colours = stage_colours(totals)
+    bars = ax.barh(stages, [totals[s] for s in stages], 0.7, color=[colours[s] for s in stages])
     labels = [f"{_duration(totals[s])} · {_share(totals[s] / whole)}" for s in stages]
     ax.bar_label(bars, labels, padding=4, color=INK, fontsize=8.5)
     if stages:
         ax.set_xlim(0, 1.3 * max(totals.values()))  # room for the labels
-    finish(ax, rows, "Time of the whole run", "", steps=False, note=f"{_duration(whole)} in all")
+    finish(ax, rows, "Time of the whole run", "", steps=False, note=f"{_duration(whole)} in total")
     ax.set_xlabel("seconds", color=MUTED, fontsize=9)
     ax.grid(visible=False, axis="y")
 
 
 def throughput(ax: Axes, rows: Rows) -> None:
-    """Tokens a second of sampling and of learning."""
+    """Draw the tokens per second of sampling and of learning."""
     trend(ax, series(rows, "perf/rollout_tokens_per_s"), BLUE, "sampled")
     trend(ax, series(rows, "perf/learn_tokens_per_s"), GREEN, "learned from")
     finish(ax, rows, "Throughput", "tokens / s", from_zero=True)
 
 
 def cache(ax: Axes, rows: Rows) -> None:
-    """What the servers' caches saved, beside what they could have."""
+    """Draw the share of prompt tokens served from the KV cache, and the share that could be."""
     shareable = series(rows, "rollout/shareable_frac")
-    trend(ax, shareable, "#A8A8A8", "could be cached", width=1.2)
+    trend(ax, shareable, GREY, "could be cached", width=1.2)
     trend(ax, series(rows, "rollout/cached_frac"), BLUE, "was cached")
-    finish(ax, rows, "Prompt tokens served from the cache", "share of prompt tokens")
+    finish(ax, rows, "Prompt tokens served from the KV cache", "share of prompt tokens")
     percent(ax)
 
 
 def logprob_gap(ax: Axes, rows: Rows) -> None:
-    """How far the engine's log-probabilities are from the trainer's."""
+    """Draw the gap between the log-probabilities of the engine and of the trainer."""
     trend(ax, series(rows, "loss/logprob_gap_max"), ORANGE, "largest")
     trend(ax, series(rows, "loss/logprob_gap_mean"), BLUE, "mean")
-    finish(ax, rows, "Log-probability: engine against trainer", "nats", log=True)
+    finish(ax, rows, "Log-probability gap, engine to trainer", "nats", log=True)
 
 
 def _large_stages(totals: Mapping[str, float]) -> tuple[list[str], list[str]]:
-    """Stages with at least 2% of the time, and the rest, which would be invisible."""
+    """Return the stages with at least 2% of the time, and the others, too small to see."""
     whole = sum(totals.values())
     large = [stage for stage, total in totals.items() if total >= 0.02 * whole]
     return large, [stage for stage in totals if stage not in large]

@@ -1,4 +1,4 @@
-"""A run's pictures, from its metrics: `RUN/plots/*.png`."""
+"""The plots of a run, drawn from its metrics: `RUN/plots/*.png`."""
 
 from __future__ import annotations
 
@@ -15,9 +15,10 @@ from matplotlib.figure import Figure
 
 from rosd_fast.files import write_atomic
 from rosd_fast.report import panels
+from rosd_fast.report.colours import MUTED
 from rosd_fast.report.metrics import FILE_NAME, read_metrics
 from rosd_fast.report.series import domains, series
-from rosd_fast.report.style import MUTED, RAW_ALPHA, Rows, plain
+from rosd_fast.report.style import RAW_ALPHA, Rows, plain
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -28,11 +29,10 @@ DPI = 130
 
 
 def draw_plots(run: str | Path) -> list[Path]:
-    """Draw all pictures of a run folder, and return their paths.
+    """Draw all plots of a run folder and return their paths.
 
-    A panel whose metrics the run lacks says "no data". The picture by domain is left out for a run
-    without domains, that of the engine for one without servers. Raises UserError when there is no
-    `metrics.jsonl`, or when it is damaged.
+    A panel without metrics says "no data". The plot by domain needs domains, and the plot of the
+    engine needs servers. Raises UserError if `metrics.jsonl` is missing or damaged.
     """
     run = Path(run)
     rows = read_metrics(run / FILE_NAME)
@@ -64,7 +64,7 @@ def draw_plots(run: str | Path) -> list[Path]:
 
 
 def _figure(grid: list[list[Panel]], rows: Rows, run_name: str) -> Figure:
-    """The panels in a grid, under a line that names the run."""
+    """Return a figure of the panels in a grid, with the name of the run at the top."""
     num_rows, num_columns = len(grid), len(grid[0])
     scale = 1.3 if num_rows == num_columns == 1 else 1.0
     size = (PANEL_SIZE[0] * num_columns * scale, PANEL_SIZE[1] * num_rows * scale + 0.35)
@@ -79,7 +79,7 @@ def _figure(grid: list[list[Panel]], rows: Rows, run_name: str) -> Figure:
 
 
 def _caption(figure: Figure, rows: Rows, run_name: str) -> str:
-    """The run's name, how far it is, and what faint lines are, where there are any."""
+    """Return the name of the run, its last step, and what faint lines are if there are any."""
     parts = [plain(run_name, 60)]
     if rows:
         parts.append(f"step {max(row['step'] for row in rows)}")
@@ -92,14 +92,14 @@ def _caption(figure: Figure, rows: Rows, run_name: str) -> str:
 def _png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing")  # a name in a script the font lacks
-        # Without the version of matplotlib the same metrics give the same bytes.
+        warnings.filterwarnings("ignore", "Glyph .* missing")  # a script that the font lacks
+        # Without the version of matplotlib, equal metrics give equal bytes.
         FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
     return buffer.getvalue()
 
 
 def _eval_samples(run: Path) -> int | None:
-    """k of mean@k, from the run's config.toml; None when it does not say."""
+    """Return the k of mean@k from config.toml, or None if the file does not say."""
     try:
         config: dict[str, Any] = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))
     except (OSError, ValueError):

@@ -1,11 +1,11 @@
-"""What a run shows while it works: a bar on a terminal, one line a step elsewhere.
+"""The display of a running run: a bar on a terminal, one line per step elsewhere.
 
     with progress(total_steps=40, first_step=1) as shown:
         with shown.stage("sample"):
             ...
         shown.step_done(1, metrics)
 
-The same stages feed the clock that the `time/` metrics come from.
+The clock of the same stages gives the `time/` metrics.
 """
 
 from __future__ import annotations
@@ -22,29 +22,34 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from rosd_fast.report.stages import STEP_TIME, Stage, stage_name
+
 REFRESHES_PER_S = 4
 RATES = {
-    "sample": "rollout",
-    "learn": "learn",
-}  # stages whose tokens/s are metrics, and their names
-RECENT_STEPS = 20  # the time left is reckoned from these
+    Stage.SAMPLE: "perf/rollout_tokens_per_s",
+    Stage.LEARN: "perf/learn_tokens_per_s",
+}  # stages whose tokens per second are metrics
+RECENT_STEPS = 20  # the time left is estimated from these
 
 
 class StageClock:
-    """Seconds spent in each stage. A stage inside of another one stops the outer one's time."""
+    """Seconds spent in each stage. While an inner stage runs, the clock of the outer one stops."""
 
     def __init__(self, now: Callable[[], float] = time.perf_counter) -> None:
         self._now = now
-        self._seconds: defaultdict[str, float] = defaultdict(float)
-        self._tokens: defaultdict[str, int] = defaultdict(int)
-        self._open: list[str] = []
+        self._seconds: defaultdict[Stage, float] = defaultdict(float)
+        self._tokens: defaultdict[Stage | None, int] = defaultdict(int)
+        self._open: list[Stage] = []
         self._mark = self._start = now()
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Count the time of the `with` block as the stage's."""
+    def stage(self, stage: Stage) -> Iterator[None]:
+        """Count the time of the `with` block for `stage`.
+
+        The value of a Stage may be given in its place; any other string raises ValueError.
+        """
         self._settle()
-        self._open.append(name)
+        self._open.append(Stage(stage))
         try:
             yield
         finally:
@@ -52,24 +57,27 @@ class StageClock:
             self._open.pop()
 
     @property
-    def current(self) -> str:
-        """The stage that runs, "" between stages."""
-        return next(reversed(self._open), "")
+    def current(self) -> Stage | None:
+        """The stage that runs; None between stages."""
+        return next(reversed(self._open), None)  # safe in the thread of the bar, too
 
     def tokens(self, count: int) -> None:
-        """Count tokens as sampled, or learned from, in the current stage."""
+        """Add tokens sampled or trained on in the current stage."""
         self._tokens[self.current] += count
 
     def tokens_per_s(self) -> float:
-        """Tokens of the current stage over its seconds so far; changes nothing, as the bar
-        asks from a thread of its own.
+        """Return the tokens of the current stage over its seconds so far.
+
+        Changes nothing, as the bar calls it from its own thread.
         """
         stage, mark = self.current, self._mark
+        if stage is None:
+            return 0.0
         seconds = self._seconds.get(stage, 0.0) + self._now() - mark
         return self._tokens.get(stage, 0) / seconds if seconds > 0 else 0.0
 
-    def pop(self) -> dict[str, float]:
-        """Seconds by stage since the last call, in the order of their first run; starts anew."""
+    def pop(self) -> dict[Stage, float]:
+        """Return the seconds by stage since the last call, and reset the clock."""
         self._settle()
         seconds = dict(self._seconds)
         self._seconds.clear()
@@ -78,36 +86,38 @@ class StageClock:
         return seconds
 
     def metrics(self) -> dict[str, float]:
-        """`pop` as metrics: time/{stage}_s, time/step_s (all of it, between stages too), and
-        perf/rollout_tokens_per_s and perf/learn_tokens_per_s where "sample" and "learn" counted
-        tokens.
+        """Return the metrics of the time since the last call, and reset the clock.
+
+        time/{stage}_s: seconds of each stage that ran.
+        time/step_s: seconds in total, including the time between stages.
+        perf/{rollout,learn}_tokens_per_s: where the stages sample and learn counted tokens.
         """
         self._settle()
         step_s, tokens = self._mark - self._start, dict(self._tokens)
         seconds = self.pop()
-        found = {f"time/{stage}_s": value for stage, value in seconds.items()}
-        found["time/step_s"] = step_s
-        for stage, name in RATES.items():
+        found = {stage.metric: value for stage, value in seconds.items()}
+        found[STEP_TIME] = step_s
+        for stage, rate in RATES.items():
             if tokens.get(stage) and seconds.get(stage):
-                found[f"perf/{name}_tokens_per_s"] = tokens[stage] / seconds[stage]
+                found[rate] = tokens[stage] / seconds[stage]
         return found
 
     def _settle(self) -> None:
-        """Give the time since the last mark to the current stage."""
+        """Add the time since the last mark to the current stage."""
         now = self._now()
-        if self._open:
+        if self.current is not None:
             self._seconds[self.current] += now - self._mark
         self._mark = now
 
 
 class Progress:
-    """Plain lines, one a step; the bar builds on it."""
+    """Plain output: one line per step. The base class of the bar."""
 
     def __init__(self, total_steps: int, first_step: int, console: Console) -> None:
         self.clock = StageClock()
         self.console = console
         self.total_steps = total_steps
-        self.step = first_step - 1  # the last one that is done
+        self.step = first_step - 1  # the last step done
         self._durations: deque[float] = deque(maxlen=RECENT_STEPS)
         self._last_done = time.perf_counter()
         self._stage_totals: defaultdict[str, float] = defaultdict(float)
@@ -115,48 +125,48 @@ class Progress:
         self._summary = self._split = ""
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
-        """Show that a stage runs, and take its time."""
+    def stage(self, stage: Stage) -> Iterator[None]:
+        """Show that a stage runs, and time it."""
         self._write_late_notes()
-        with self.clock.stage(name):
+        with self.clock.stage(stage):
             yield
 
     def tokens(self, count: int) -> None:
-        """Count further tokens of the current stage."""
+        """Add tokens to the current stage."""
         self.clock.tokens(count)
 
     def step_done(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Show a step's metrics."""
+        """Show the metrics of a step."""
         now = time.perf_counter()
         self._durations.append(now - self._last_done)
         self._last_done = now
         self.step = step
-        for name, value in metrics.items():
-            if name.startswith("time/") and name != "time/step_s":
-                self._stage_totals[name.removeprefix("time/").removesuffix("_s")] += value
+        for metric, value in metrics.items():
+            if (name := stage_name(metric)) is not None:
+                self._stage_totals[name] += value
         self._summary = describe_metrics(metrics)
         self._split = describe_shares(self._stage_totals)
         self._write_late_notes()
         self._show_step(metrics)
 
     def note(self, text: str) -> None:
-        """Write a line of its own. May be called from a signal handler."""
+        """Write a separate line. May be called from a signal handler."""
         try:
             self._write(text)
-        except RuntimeError:  # the handler came in the middle of another write
+        except RuntimeError:  # the handler interrupted another write
             self._late_notes.append(text)
 
     def remaining_s(self) -> float | None:
-        """Seconds until the last step is done, None: no step is done yet."""
+        """Return the estimated seconds until the last step is done, None before the first one."""
         if not self._durations:
             return None
         mean = sum(self._durations) / len(self._durations)
-        gone = time.perf_counter() - self._last_done
-        return max(0.0, mean * (self.total_steps - self.step) - gone)
+        elapsed = time.perf_counter() - self._last_done
+        return max(0.0, mean * (self.total_steps - self.step) - elapsed)
 
     def _show_step(self, metrics: Mapping[str, float]) -> None:
         parts = [f"step {self.step}/{self.total_steps}", self._summary]
-        parts += _figure(metrics, "time/step_s", "{:.1f} s")
+        parts += _figure(metrics, STEP_TIME, "{:.1f} s")
         if (left := self.remaining_s()) is not None:
             parts.append(f"ETA {format_s(left)}")
         self._write("  ".join([*parts, self._split]).rstrip())
@@ -170,19 +180,20 @@ class Progress:
 
 
 class Hidden:
-    """Takes what a stage reports and shows none of it: for work beside another stage."""
+    """A display that shows nothing: for work that runs at the same time as another stage."""
 
     @contextmanager
-    def stage(self, name: str) -> Iterator[None]:
+    def stage(self, stage: Stage) -> Iterator[None]:
         yield
 
     def tokens(self, count: int) -> None:
-        """Not counted: the tokens per second would be another stage's."""
+        """Ignore the tokens, as the tokens per second are those of the other stage."""
 
 
 class BarProgress(Progress):
-    """Two live lines at the bottom of a terminal: the bar with the last step's figures, and where
-    the time goes.
+    """Two live lines at the bottom of a terminal.
+
+    The first has the bar and the figures of the last step, the second the time by stage.
     """
 
     def __rich__(self) -> RenderableType:
@@ -202,7 +213,7 @@ class BarProgress(Progress):
         return Group(bar, stage)
 
     def _show_step(self, metrics: Mapping[str, float]) -> None:
-        """The live lines show it; an evaluation is kept as a line above them."""
+        """Write an evaluation as a line above the live lines, which show everything else."""
         if any(name.startswith("eval/") for name in metrics):
             self._write(f"step {self.step}: {self._summary}")
 
@@ -211,9 +222,9 @@ class BarProgress(Progress):
 def progress(
     total_steps: int, first_step: int, plain: bool | None = None, console: Console | None = None
 ) -> Iterator[Progress]:
-    """The display of steps `first_step` to `total_steps`.
+    """Open the display of steps `first_step` to `total_steps`.
 
-    plain: lines in place of a bar; None: wherever the output is no terminal.
+    plain: whether to write lines in place of a bar; None: unless the output is a terminal.
     """
     console = console or Console()
     if plain is None:
@@ -227,7 +238,7 @@ def progress(
 
 
 def describe_metrics(metrics: Mapping[str, float]) -> str:
-    """accuracy 41.2%  loss 0.0213  1,234 tokens/s  dev 47.3%  ood 20.1%"""
+    """Return a line such as `accuracy 41.2%  loss 0.0213  1,234 tokens/s  dev 47.3%  ood 20.1%`."""
     parts = _figure(metrics, "rollout/accuracy", "accuracy {:.1%}")
     parts += _figure(metrics, "loss/divergence", "loss {:.4g}")
     parts += _figure(metrics, "perf/rollout_tokens_per_s", "{:,.0f} tokens/s")
@@ -237,7 +248,7 @@ def describe_metrics(metrics: Mapping[str, float]) -> str:
 
 
 def describe_shares(seconds: Mapping[str, float]) -> str:
-    """sample 62%, reflect 20%, learn 18%: largest first, without those under 1%."""
+    """Return `sample 62%, reflect 20%, learn 18%`: largest first, without stages under 1%."""
     total = sum(seconds.values())
     shares = sorted(seconds.items(), key=lambda item: -item[1])
     return ", ".join(
@@ -246,13 +257,13 @@ def describe_shares(seconds: Mapping[str, float]) -> str:
 
 
 def _figure(metrics: Mapping[str, float], name: str, form: str) -> list[str]:
-    """[the metric in words], [] where there is none or it is not finite."""
+    """Return [the formatted metric], or [] if the metric is missing or not finite."""
     value = metrics.get(name)
     return [form.format(value)] if value is not None and math.isfinite(value) else []
 
 
 def format_s(seconds: float) -> str:
-    """0:05, 12:34, 1:02:03"""
+    """Return a duration as `0:05`, `12:34` or `1:02:03`."""
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02d}:{rest:02d}" if hours else f"{minutes}:{rest:02d}"

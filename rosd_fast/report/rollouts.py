@@ -1,4 +1,4 @@
-"""`rollouts/step_*.jsonl`: what happened to each rollout of a step, one JSON object a line."""
+"""`rollouts/step_*.jsonl`: the rollouts of a step with all results, one JSON object per line."""
 
 from __future__ import annotations
 
@@ -6,15 +6,24 @@ import codecs
 import json
 import math
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 from rosd_fast.errors import UserError
 from rosd_fast.files import write_atomic
 
 if TYPE_CHECKING:
-    from rosd_fast.types import ErrorSpan, Group, Problem, Reflection, Rollout, Verdict
-
+    from rosd_fast.text.token_bytes import TokenBytes
+    from rosd_fast.types import (
+        DistillSample,
+        ErrorSpan,
+        Group,
+        Problem,
+        Reflection,
+        Rollout,
+        Verdict,
+    )
 
 FIELDS = (
     "step",
@@ -32,17 +41,11 @@ FIELDS = (
     "span",
     "divergence",
 )
-"""What each row has; those of a writer with `token_bytes` have "tokens", too."""
-
-
-class TokenBytesLike(Protocol):
-    """What is asked of `rosd_fast.reflection.locate.TokenBytes`: the bytes of each sampled id."""
-
-    def of(self, ids: Sequence[int], /) -> list[bytes]: ...
+"""The fields of each row; a row written with `token_bytes` also has "tokens"."""
 
 
 def rollouts_path(run: str | Path, step: int) -> Path:
-    """Where the rollouts of a step are written: `RUN/rollouts/step_000010.jsonl`."""
+    """Return the path of the rollouts of a step: `RUN/rollouts/step_000010.jsonl`."""
     return Path(run) / "rollouts" / f"step_{step:06d}.jsonl"
 
 
@@ -55,16 +58,17 @@ def write_rollouts(
     reflections: Mapping[str, Reflection],
     spans: Mapping[str, ErrorSpan],
     per_token: Mapping[str, Sequence[float]],
-    token_bytes: TokenBytesLike | None = None,
+    token_bytes: TokenBytes | None = None,
     kept: Iterable[Group] | None = None,
 ) -> Path:
-    """Write one line for each rollout of `groups`; the file appears whole or not at all.
+    """Write one line per rollout, atomically, and return the path.
 
-    `groups` are all groups of the step, dropped ones too; the mappings go by rollout id, and all
-    but `verdicts` may lack a rollout. `per_token` has the divergence in nats of each distilled
-    token. `token_bytes` adds the text of each token (`tokens`), which the token page needs. `kept`
-    are the groups that were selected; without it, a group none of whose rollouts was reflected on
-    counts as dropped.
+    The mappings are by rollout id; all but `verdicts` may lack a rollout.
+
+    groups: all groups of the step, including dropped ones.
+    per_token: the divergence of each distilled token in nats.
+    token_bytes: adds the text of each token ("tokens"), which the token page needs.
+    kept: the groups that were selected; None: those with a reflection.
     """
     kept_ids = None if kept is None else {group.problem.id for group in kept}
     lines = []
@@ -87,13 +91,13 @@ def write_rollouts(
                 "divergence": _divergence(per_token.get(rollout.id), spans.get(rollout.id)),
             }
             lines.append(json.dumps(row, ensure_ascii=False, allow_nan=False))
-    # A lone surrogate in a user's prompt becomes \ud800, which is how JSON writes it.
+    # A lone surrogate in a prompt of the user becomes \ud800, as JSON writes it.
     data = "".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace")
     return write_atomic(Path(path), data)
 
 
 def read_rollouts(path: str | Path) -> list[dict[str, Any]]:
-    """The rows of a rollout file. Raises UserError, with the line, for a missing or damaged one."""
+    """Return the rows of a rollout file. Raises UserError if the file is missing or damaged."""
     path = Path(path)
     rows = []
     try:
@@ -112,11 +116,21 @@ def read_rollouts(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def token_texts(pieces: Sequence[bytes]) -> list[str]:
-    """The text of each token; together they are the text of all bytes.
+def write_skipped(run: Path, step: int, samples: Sequence[DistillSample]) -> Path:
+    """Write the samples of a skipped step to `RUN/skipped/step_*.jsonl`, one JSON object per line.
 
-    A character whose bytes are spread over several tokens is given to the token with its last byte,
-    so that the others have "". Bytes that are no UTF-8 become U+FFFD.
+    Returns the path. These are the samples whose loss or gradient was not finite.
+    """
+    path = run / "skipped" / f"step_{step:06d}.jsonl"
+    data = "".join(f"{json.dumps(asdict(sample))}\n" for sample in samples)
+    return write_atomic(path, data.encode())
+
+
+def token_texts(pieces: Sequence[bytes]) -> list[str]:
+    """Return the text of each token; joined, the texts decode all bytes.
+
+    A character that spans several tokens belongs to the token with its last byte. Bytes that are
+    not UTF-8 become U+FFFD.
     """
     decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
     texts = [decoder.decode(piece) for piece in pieces]
@@ -177,7 +191,7 @@ def _span_row(span: ErrorSpan | None, texts: list[str] | None) -> dict[str, Any]
 def _divergence(
     values: Sequence[float] | None, span: ErrorSpan | None
 ) -> list[float | None] | None:
-    """One number a distilled token, to six digits; what is not finite is null."""
+    """Return the divergence of each distilled token to six digits, None where it is not finite."""
     if values is None:
         return None
     assert span is not None and len(values) == span.end - span.start, (

@@ -1,51 +1,38 @@
-"""Metrics rows as series: one metric's steps and values, smoothed or gathered in bins."""
+"""Series of metrics: the steps and values of one metric, smoothed or averaged in bins."""
 
 from __future__ import annotations
 
 import math
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 from rosd_fast.report.metrics import EVAL_TOTALS
-
-STAGES = (
-    "sample",
-    "verify",
-    "reflect",
-    "locate",
-    "build",
-    "probe",
-    "teacher",
-    "learn",
-    "sync",
-    "evaluate",
-    "checkpoint",
-)
-"""The stages of a step, in the order they run; metrics `time/{stage}_s`."""
+from rosd_fast.report.stages import in_order, stage_name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Series:
-    """One metric over the steps that have it. Steps rise; a value may be NaN."""
+    """One metric over the steps that have it. Steps increase; values may be NaN."""
 
     steps: tuple[int, ...]
     values: tuple[float, ...]  # [len(steps)]
 
     def __bool__(self) -> bool:
-        """Whether there is a finite value to show."""
+        """Return whether any value is finite."""
         return any(map(math.isfinite, self.values))
 
     def finite(self) -> Series:
-        """Without the values that are not finite."""
+        """Return the series without its non-finite values."""
         pairs = [(s, v) for s, v in zip(self.steps, self.values, strict=True) if math.isfinite(v)]
         return Series(steps=tuple(s for s, _ in pairs), values=tuple(v for _, v in pairs))
 
     def smoothed(self, window: int) -> Series:
-        """The centred median of `window` values, of fewer at the ends; NaNs are left out of it.
+        """Return the centred moving median of `window` values, fewer at the ends, skipping NaNs.
 
-        A median, as the mean would draw a single spike as a box.
+        A moving mean would turn a single spike into a box.
         """
         half = window // 2
         values = []
@@ -56,54 +43,57 @@ class Series:
 
 
 def series(rows: Sequence[Mapping[str, Any]], name: str) -> Series:
-    """The metric `name`; where a step has it twice (a resumed run), the later row counts."""
+    """Return the metric `name`; if a step has it twice (a resumed run), the later row counts."""
     by_step = {row["step"]: float(row[name]) for row in rows if name in row}
     steps = sorted(by_step)
     return Series(steps=tuple(steps), values=tuple(by_step[step] for step in steps))
 
 
 def domains(rows: Sequence[Mapping[str, Any]], split: str) -> list[str]:
-    """The domains that a split was evaluated on, by name."""
+    """Return the domains that a split was evaluated on, sorted."""
     prefix = f"eval/{split}/"
     names = {name.removeprefix(prefix) for row in rows for name in row if name.startswith(prefix)}
     return sorted(names.difference(EVAL_TOTALS))
 
 
 def smoothing_window(num_values: int) -> int:
-    """Odd number of values to smooth over: 1 (none) for short series, growing with the length."""
+    """Return the odd window to smooth over: 1 (no smoothing) for a short series, then growing."""
     return 1 if num_values < 20 else 2 * (num_values // 30) + 3
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StageTimes:
-    """Seconds a step of each stage, in bars that each stand for one step or the mean of some."""
+    """Seconds per step of each stage. A bar is one step, or the mean of several."""
 
-    steps: tuple[float, ...]  # [num bars], the middle of each bar
-    num_steps: tuple[int, ...]  # [num bars], steps that a bar is the mean of
+    steps: tuple[float, ...]  # [num bars], the centre of each bar
+    num_steps: tuple[int, ...]  # [num bars], the number of steps per bar
     seconds: dict[str, tuple[float, ...]]  # stage -> [num bars]
-    totals: dict[str, float]  # stage -> seconds of the whole run
+    totals: dict[str, float]  # stage -> seconds over the whole run
 
     def __bool__(self) -> bool:
         return any(total > 0 for total in self.totals.values())
 
 
 def stage_times(rows: Sequence[Mapping[str, Any]], *, max_bars: int = 120) -> StageTimes:
-    """The time of each stage that takes any, stages in the order they run.
+    """Return the time of each stage that takes any, in the order in which the stages run.
 
-    The work of a step may be spread over several rows, which are added up. Runs of more than
-    `max_bars` steps have neighbouring steps averaged into one bar.
+    Several rows of one step are added up. Stages that this version does not know come last. In a
+    run of more than `max_bars` steps, neighbouring steps are averaged into one bar.
     """
-    by_step: dict[int, dict[str, float]] = {}
+    by_step: defaultdict[int, defaultdict[str, float]] = defaultdict(lambda: defaultdict(float))
     for row in rows:
-        own = by_step.setdefault(row["step"], dict.fromkeys(STAGES, 0.0))
-        for stage in STAGES:
-            value = row.get(f"time/{stage}_s", 0.0)
-            own[stage] += value if math.isfinite(value) else 0.0
+        for metric, value in row.items():
+            stage = stage_name(metric)
+            if stage is not None and math.isfinite(value):
+                by_step[row["step"]][stage] += value
     steps = [step for step in sorted(by_step) if any(by_step[step].values())]
     per_bar = max(1, math.ceil(len(steps) / max_bars))
     bars = [steps[i : i + per_bar] for i in range(0, len(steps), per_bar)]
-    totals = {stage: sum(by_step[step][stage] for step in steps) for stage in STAGES}
-    shown = [stage for stage in STAGES if totals[stage] > 0]
+    totals = {
+        stage: sum(by_step[step][stage] for step in steps)
+        for stage in in_order(name for times in by_step.values() for name in times)
+    }
+    shown = [stage for stage, total in totals.items() if total > 0]
     return StageTimes(
         steps=tuple((bar[0] + bar[-1]) / 2 for bar in bars),
         num_steps=tuple(len(bar) for bar in bars),

@@ -1,7 +1,7 @@
-"""How every panel looks: colours, lines, axes.
+"""The look of every panel: lines, axes, legends.
 
-Colours are Okabe and Ito's, told apart with any colour vision. matplotlib's object interface only:
-no pyplot and no global state, so that a training process can draw too.
+Only matplotlib's object interface is used, neither pyplot nor global state, so that a training
+process can draw too.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import numpy as np
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
+from rosd_fast.report.colours import FAINT, INK, MUTED
 from rosd_fast.report.series import Series, smoothing_window
 
 if TYPE_CHECKING:
@@ -21,12 +22,8 @@ if TYPE_CHECKING:
 
 Rows = Sequence[Mapping[str, Any]]
 
-BLUE, ORANGE, GREEN, VERMILLION = "#0072B2", "#E69F00", "#009E73", "#D55E00"
-SKY, PURPLE, YELLOW = "#56B4E9", "#CC79A7", "#F0E442"
-INK, MUTED, FAINT = "#222222", "#5F5F5F", "#C8C8C8"
-CYCLE = (BLUE, VERMILLION, GREEN, PURPLE, ORANGE, SKY, INK, MUTED)
-MARKERS_UP_TO = 40  # values; with more, markers run into each other
-RAW_ALPHA = 0.35  # of values that stand behind their moving median
+MARKERS_UP_TO = 40  # values; more markers would overlap
+RAW_ALPHA = 0.35  # of values drawn behind their moving median
 LEGEND_COLUMNS = 5
 
 
@@ -40,7 +37,7 @@ def line(
     marker: str = "o",
     markers: bool | None = None,
 ) -> None:
-    """One series, if it has a value. `markers` None: where they do not run into each other."""
+    """Draw a series that has a value. `markers` None draws markers unless they would overlap."""
     if not shown:
         return
     if markers is None:
@@ -64,7 +61,7 @@ def line(
 def trend(
     ax: Axes, shown: Series, colour: str, label: str | None = None, *, width: float = 1.8
 ) -> None:
-    """The values; in long series faint, with their moving median in front."""
+    """Draw a series; the values of a long one are faint, behind their moving median."""
     window = smoothing_window(len(shown.steps))
     if window > 1 and shown:
         ax.plot(shown.steps, shown.values, color=colour, linewidth=0.9, alpha=RAW_ALPHA)
@@ -73,7 +70,7 @@ def trend(
 
 
 def name_ends(ax: Axes, shown: Series, colour: str, *, beside: Series) -> None:
-    """Write the first and the last value at their points, away from those of `beside`."""
+    """Write the first and the last value next to their points, clear of those of `beside`."""
     last = len(shown.steps) - 1
     for i in sorted({0, last}) if shown else []:
         side, shift = ("left", -4) if i == 0 else ("right", 4)
@@ -89,7 +86,7 @@ def name_ends(ax: Axes, shown: Series, colour: str, *, beside: Series) -> None:
             fontsize=9.5,
             fontweight="bold",
             zorder=4,
-            path_effects=[withStroke(linewidth=3, foreground="white")],  # readable across lines
+            path_effects=[withStroke(linewidth=3, foreground="white")],  # readable on top of lines
         )
 
 
@@ -104,10 +101,12 @@ def finish(
     from_zero: bool = False,
     log: bool = False,
 ) -> None:
-    """Title, labels, ticks, grid and legend, the same in every panel.
+    """Add the title, labels, ticks, grid and legend, the same in every panel.
 
-    note: stands under the title where there is no legend. steps: x is the step. from_zero: y starts
-    at 0. log: y is logarithmic where the values span far.
+    note: text under the title of a panel without a legend.
+    steps: whether x is the step.
+    from_zero: whether y starts at 0.
+    log: whether y is logarithmic when the values span a wide range.
     """
     ax.spines[["top", "right"]].set_visible(False)
     ax.spines[["left", "bottom"]].set_color(FAINT)
@@ -130,7 +129,7 @@ def finish(
 
 
 def _heading(ax: Axes, title: str, note: str) -> None:
-    """Title, and between it and the axes the legend or the note, where neither hides data."""
+    """Add the title, and the legend or the note between title and axes, clear of the data."""
     handles, labels = ax.get_legend_handles_labels()
     num_lines = max(1, math.ceil(len(labels) / LEGEND_COLUMNS))
     pad = 9 + 15 * num_lines
@@ -156,7 +155,7 @@ def _heading(ax: Axes, title: str, note: str) -> None:
 
 
 def percent(ax: Axes, values: Sequence[float] = (), *, least_range: float = 1.0) -> None:
-    """A percent axis round `values`, at least `least_range` long; from 0 to 100% without values."""
+    """Make y a percent axis around `values`, at least `least_range` wide; 0 to 100% by default."""
     if not ax.lines:
         return
     ax.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
@@ -168,9 +167,9 @@ def percent(ax: Axes, values: Sequence[float] = (), *, least_range: float = 1.0)
 
 
 def plain(text: str, limit: int = 24) -> str:
-    """A name from the user's data as matplotlib shows it verbatim, shortened to `limit` characters.
+    """Return a name from the user's data that matplotlib shows verbatim, cut to `limit` characters.
 
-    "$" begins a formula for it, and a leading "_" keeps a line out of the legend.
+    In matplotlib "$" starts a formula, and a leading "_" keeps a line out of the legend.
     """
     short = text if len(text) <= limit else f"{text[: limit - 1]}…"
     return short.replace("$", r"\$") if not short.startswith("_") else plain(f" {short}", limit + 1)
@@ -185,7 +184,7 @@ def _step_axis(ax: Axes, steps: Sequence[int]) -> None:
 
 
 def _log_if_wide(ax: Axes) -> None:
-    """Logarithmic where values span more than a factor 50: a spike must not flatten the rest."""
+    """Make y logarithmic if values span over a factor of 50: a spike must not flatten the rest."""
     drawn = [float(v) for shown in ax.lines for v in np.asarray(shown.get_ydata(), dtype=float)]
     values = [value for value in drawn if math.isfinite(value)]
     if values and min(values) > 0 and max(values) > 50 * min(values):

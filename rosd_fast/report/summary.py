@@ -1,4 +1,4 @@
-"""What a run came to: accuracy before and after, and where its files are."""
+"""The summary of a run: accuracy before and after, and where its files are."""
 
 from __future__ import annotations
 
@@ -19,23 +19,23 @@ SPLITS = {"dev": "in domain (dev)", "ood": "out of domain (ood)"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Change:
-    """The accuracy of a split, or of one of its domains, in the first and last evaluation."""
+    """The accuracy of a split or of one of its domains, in the first and the last evaluation."""
 
     split: str
     domain: str | None  # None: the whole split
     first_step: int
     last_step: int
     before: float  # in [0, 1]
-    after: float | None  # None: evaluated only once
+    after: float | None  # in [0, 1]; None: evaluated only once
 
     @property
     def points(self) -> float | None:
-        """The rise in percentage points."""
+        """The change in percentage points; None after a single evaluation."""
         return None if self.after is None else 100 * (self.after - self.before)
 
 
 def before_after(rows: Sequence[Mapping[str, Any]]) -> list[Change]:
-    """The changes in accuracy that metrics rows tell of: each split, then its domains by name."""
+    """Return the changes in accuracy: each split, followed by its domains in order of name."""
     changes = []
     for split in SPLITS:
         for domain in [None, *domains(rows, split)]:
@@ -57,9 +57,9 @@ def before_after(rows: Sequence[Mapping[str, Any]]) -> list[Change]:
 
 
 def before_after_table(run: str | Path) -> Table:
-    """Accuracy before and after, in percent, by split and domain; the change in points.
+    """Return a table of accuracy before and after, by split and domain, with the change in points.
 
-    Raises UserError when the run folder has no `metrics.jsonl`, or a damaged one.
+    Raises UserError if `metrics.jsonl` is missing or damaged.
     """
     changes = before_after(read_metrics(Path(run) / FILE_NAME))
     table = Table(title="Accuracy", title_justify="left", title_style="bold")
@@ -73,7 +73,7 @@ def before_after_table(run: str | Path) -> Table:
     for i, change in enumerate(changes):
         if i and change.domain is None:
             table.add_section()
-        # Text, as a domain's name could look like markup.
+        # Text, as the name of a domain may look like markup.
         label = Text(SPLITS[change.split], "bold") if change.domain is None else Text(change.domain)
         label.pad_left(0 if change.domain is None else 2)
         cells = [label, Text(f"{change.before:.1%}")]
@@ -86,9 +86,9 @@ def before_after_table(run: str | Path) -> Table:
 
 
 def summarize(run: str | Path, console: Console | None = None) -> None:
-    """Print the table, and the paths of what the run left; only of what is there.
+    """Print the table of accuracy and the paths of the files that exist.
 
-    Raises UserError as `before_after_table` does.
+    Raises UserError if `metrics.jsonl` is missing or damaged.
     """
     run = Path(run)
     console = console or Console()
@@ -100,7 +100,7 @@ def summarize(run: str | Path, console: Console | None = None) -> None:
 
 
 def _outputs(run: Path) -> list[tuple[str, Path]]:
-    """The run's files by what they are."""
+    """Return the label and path of each output that exists."""
     checkpoints = sorted((run / "checkpoints").glob("step_*"), key=_step_of)
     found = [
         ("config", run / "config.toml"),

@@ -1,7 +1,7 @@
-"""A page that shows which tokens of a step's rollouts were corrected, how strongly, and why.
+"""The token page: which tokens of the rollouts of a step were distilled, how strongly, and why.
 
-One HTML file without scripts or anything fetched. Everything a model or a data set wrote is
-escaped.
+The page is one HTML file without scripts and without external resources. All text from models and
+data sets is escaped.
 """
 
 from __future__ import annotations
@@ -16,22 +16,21 @@ from typing import Any
 
 from rosd_fast.errors import UserError
 from rosd_fast.files import write_atomic
+from rosd_fast.report.colours import BLUE, GREEN, VERMILLION
 from rosd_fast.report.rollouts import read_rollouts
-from rosd_fast.report.style import BLUE, GREEN, VERMILLION
 
 Row = Mapping[str, Any]
 
-END = "⟨end⟩"  # stands for a last token without text, as the stop token is
+END = "⟨end⟩"  # shown for a last token without text, such as the stop token
 CONTROL = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"} | {127: 0x2421}
-"""Control characters to their visible pictures: browsers drop or alter them."""
+"""Control characters -> visible symbols, as browsers drop or alter control characters."""
 
 
 def render_tokens_html(run: str | Path, step: int, *, max_rollouts: int = 128) -> Path:
-    """Write `RUN/rollouts/step_*.html` from the step's .jsonl, and return its path.
+    """Write `RUN/rollouts/step_*.html` from the .jsonl of the step, and return its path.
 
-    Shows at most `max_rollouts` rollouts, those of groups that were kept first. Rollouts written
-    without token texts show their completion without colours. Raises UserError when the step has no
-    readable rollouts.
+    At most `max_rollouts` rollouts are shown, those of kept groups first. Rollouts without token
+    texts are shown without colours. Raises UserError if the step has no readable rollouts.
     """
     source = _source(Path(run), step)
     rows = read_rollouts(source)
@@ -49,9 +48,9 @@ def _source(run: Path, step: int) -> Path:
             found[int(digits)] = path
     if step in found:
         return found[step]
-    fix = "It has none at all."
+    fix = "It has no rollouts of any step."
     if found:
-        fix = f"It has {len(found)}, from step {min(found)} to step {max(found)}."
+        fix = f"The first step with rollouts is {min(found)}, the last is {max(found)}."
     raise UserError(f"there are no rollouts of step {step}", where=str(folder), fix=fix)
 
 
@@ -72,7 +71,7 @@ def _page(rows: list[dict[str, Any]], *, step: int, run_name: str, total: int) -
     if values:
         legend = (
             f'<p class="key">Divergence of distilled tokens: 0 <span class="ramp"></span> '
-            f"{top:.2g} nats and more (square-root scale). <u>Underlined</u>: the quote of the "
+            f"{top:.2g} nats or more (square-root scale). <u>Underlined</u>: the quote of the "
             "reflection. Grey: not distilled.</p>"
         )
     title = _text(f"{run_name}, step {step}")
@@ -88,7 +87,7 @@ def _page(rows: list[dict[str, Any]], *, step: int, run_name: str, total: int) -
 
 
 def _scale_top(values: list[float]) -> float:
-    """The divergence of the full colour: the 98th percentile, so that no outlier hides the rest."""
+    """Return the divergence of the full colour: the 98th percentile, robust against outliers."""
     if not values:
         return 1.0
     return max(values[math.ceil(0.98 * len(values)) - 1], 1e-6)
@@ -101,7 +100,7 @@ def _group(rows: list[dict[str, Any]], top: float) -> str:
         f"<section><h2>{_text(problem['id'])} "
         f'<span class="tag">{_text(problem["domain"])}</span>{note}</h2>\n'
         f'<div class="text problem">{_text(problem["prompt"])}</div>\n'
-        f"<p>Right answer: <code>{_text(problem['answer'])}</code></p>\n"
+        f"<p>Correct answer: <code>{_text(problem['answer'])}</code></p>\n"
         + "\n".join(_rollout(row, top) for row in rows)
         + "\n</section>"
     )
@@ -115,7 +114,7 @@ def _rollout(row: Row, top: float) -> str:
         found,
         f"score {row['score']:g}",
         f"{len(row['completion_ids'])} tokens",
-        "cut at the limit" if row["finish_reason"] == "length" else "",
+        "truncated at the limit" if row["finish_reason"] == "length" else "",
         _span_note(row["span"]),
     ]
     return (
@@ -129,7 +128,7 @@ def _span_note(span: Row | None) -> str:
     if span is None:
         return "not distilled"
     if span["source"] == "full":
-        return "distilled whole"
+        return "distilled: all tokens"
     return f"distilled: tokens {span['start']} to {span['end'] - 1}"
 
 
@@ -139,21 +138,21 @@ def _reflection(row: Row) -> str:
         return ""
     lines = []
     if reflection["quote"] is not None:
-        lines.append(f"<p><b>Goes wrong at</b> <q>{_text(reflection['quote'])}</q></p>")
+        lines.append(f"<p><b>Error</b> <q>{_text(reflection['quote'])}</q></p>")
     if reflection["explanation"] is not None:
-        lines.append(f"<p><b>Idea</b> {_text(reflection['explanation'])}</p>")
+        lines.append(f"<p><b>Explanation</b> {_text(reflection['explanation'])}</p>")
     if not reflection["well_formed"]:
-        lines.append("<p><b>The reflection does not keep its format.</b></p>")
+        lines.append("<p><b>The reflection is malformed.</b></p>")
     if not lines or not reflection["well_formed"]:
         lines.append(f'<div class="text raw">{_text(reflection["text"])}</div>')
     shown = reflection["demonstration_id"]
     if shown is not None:
-        lines.append(f'<p class="facts">Shown beside it: {_text(shown)}</p>')
+        lines.append(f'<p class="facts">Demonstration: {_text(shown)}</p>')
     return f'<div class="reflection">{"".join(lines)}</div>'
 
 
 def _completion(row: Row, top: float) -> str:
-    """The completion: an element for each distilled token, the rest plain, the quote underlined."""
+    """Return the completion as HTML: one element per distilled token, the quote underlined."""
     tokens, span = row.get("tokens"), row["span"]
     if tokens is None:
         return _text(row["completion"])
@@ -167,14 +166,14 @@ def _completion(row: Row, top: float) -> str:
         pieces = _split(token, position, quote)
         position += len(token)
         if not pieces and i + 1 < len(tokens):
-            continue  # part of a character that a later token completes: coloured with that one
+            continue  # part of a character, which is coloured with its last token
         html = "".join(f"<u>{_text(t)}</u>" if quoted else _text(t) for t, quoted in pieces)
         if carried:
             parts.append(_token(html or END, carried, top))
         elif html:
             parts.append(f"<span>{html}</span>")
         carried = []
-    # Undistilled neighbours become one element: most of a long page.
+    # Merge neighbours that were not distilled, which are most of a long page.
     return "".join(parts).replace("</span><span>", "").replace("</u><u>", "")
 
 
@@ -183,16 +182,16 @@ def _token(html: str, values: Iterable[float | None], top: float) -> str:
     if not known:
         return f'<i title="no divergence">{html}</i>'
     value = max(known)
-    # The square root, as divergences are skewed: most are near 0.
+    # The square root, as most divergences are near 0.
     strength = math.sqrt(min(max(value, 0.0) / top, 1.0))
     return f'<i style="--d:{strength:.2f}" title="{value:.4g} nats">{html}</i>'
 
 
 def _quote_range(tokens: list[str], reflection: Row | None, start: int) -> range:
-    """The characters of the quote in the completion; empty when it is not there.
+    """Return the characters of the quote in the completion; empty if it does not occur.
 
-    The occurrence at or after the span's first token counts, else the first. Spaces and line breaks
-    of the quote match any others.
+    The first occurrence at or after the start of the span counts, or else the first of all.
+    Whitespace in the quote matches any whitespace.
     """
     words = (reflection["quote"] or "").split() if reflection else []
     if not words:
@@ -204,7 +203,7 @@ def _quote_range(tokens: list[str], reflection: Row | None, start: int) -> range
 
 
 def _split(token: str, position: int, quote: range) -> list[tuple[str, bool]]:
-    """A token that begins at character `position`, cut where the quote begins or ends within it."""
+    """Split a token, which begins at character `position`, where the quote begins or ends."""
     cuts = {0, len(token)} | {
         min(max(p - position, 0), len(token)) for p in (quote.start, quote.stop)
     }

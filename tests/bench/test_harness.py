@@ -1,4 +1,4 @@
-"""The benchmarks' common parts."""
+"""The shared parts of the benchmarks."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import pytest
 from bench import harness
 
 
-def test_candidates_take_turns() -> None:
+def test_candidates_run_in_turn() -> None:
     calls: list[str] = []
 
     def run(name: str) -> int:
@@ -30,7 +30,7 @@ def test_candidates_take_turns() -> None:
     assert harness.Timing((1.0, 4.0, 2.0)).spread_frac == 1.5
 
 
-def test_rows_are_appended_under_one_header(tmp_path: Path) -> None:
+def test_rows_share_one_header(tmp_path: Path) -> None:
     path = tmp_path / "results" / "speed.csv"
     harness.append_row(path, {"machine": "a, b", "ratio": 2.5})
     harness.append_row(path, {"machine": "c", "ratio": 3})
@@ -42,7 +42,7 @@ def test_rows_are_appended_under_one_header(tmp_path: Path) -> None:
     assert len(path.read_text().splitlines()) == 3
 
 
-def test_a_record_begins_anew_and_keeps_what_came_before_a_failure(tmp_path: Path) -> None:
+def test_a_record_replaces_the_file_and_keeps_rows_written_before_a_failure(tmp_path: Path) -> None:
     path = tmp_path / "speed.csv"
     harness.append_row(path, {"other": "columns"})
 
@@ -62,7 +62,7 @@ def test_a_record_begins_anew_and_keeps_what_came_before_a_failure(tmp_path: Pat
     assert rows[0]["machine"] == first["machine"]
 
 
-def test_the_environment_is_named_without_git(
+def test_the_environment_is_recorded_without_git(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setenv("PATH", str(tmp_path))

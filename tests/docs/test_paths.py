@@ -12,7 +12,10 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").g
 FOLDERS = "rosd_fast|kernels|csrc|tests|bench|scripts|docs"
 NAMED = re.compile(rf"`((?:{FOLDERS})/[\w./-]*)`")
 LINK = re.compile(r"\]\((?!https?:|mailto:|#)([^)#\s]+)(?:#[^)\s]*)?\)")
-EXAMPLES = {"rosd_fast/verify/yes_no.py", "rosd_fast/methods/sibling.py"}  # what docs/extend.md has the reader write
+EXAMPLES = {
+    "rosd_fast/verify/yes_no.py",
+    "rosd_fast/methods/sibling.py",
+}  # what docs/extend.md has the reader write
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)

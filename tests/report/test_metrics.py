@@ -1,4 +1,4 @@
-"""metrics.jsonl survives kill -9 at any byte, and rollout metrics count what they say."""
+"""metrics.jsonl survives kill -9 at any byte, and rollout metrics are exact."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from rosd_fast.errors import UserError
 from rosd_fast.report.metrics import MetricsLog, read_metrics, rollout_metrics
+from rosd_fast.report.series import series
 from rosd_fast.types import Group, Problem, Rollout, Verdict
 
 ROWS = [(0, {"eval/dev/accuracy": 0.5}), (1, {"loss/divergence": 0.25}), (2, {"loss/lr": 1e-5})]
@@ -26,17 +27,17 @@ def write_rows(path: Path) -> bytes:
     return path.read_bytes()
 
 
-def test_one_object_a_line_readable_at_once(tmp_path: Path) -> None:
+def test_each_line_is_one_object_and_readable_at_once(tmp_path: Path) -> None:
     path = tmp_path / "run" / "metrics.jsonl"
     log = MetricsLog(path)
     log.write(1, {"loss/divergence": 0.25, "rollout/num_rollouts": 8})
-    # Not closed: the line must be there all the same.
+    # The line must be in the file before it is closed.
     assert path.read_text() == '{"step": 1, "loss/divergence": 0.25, "rollout/num_rollouts": 8.0}\n'
     log.close()
     log.close()
 
 
-def test_values_that_are_not_finite_are_null_in_the_file_and_nan_when_read(tmp_path: Path) -> None:
+def test_non_finite_values_are_null_in_the_file_and_nan_when_read(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     with MetricsLog(path) as log:
         log.write(1, {"a": math.nan, "b": math.inf, "c": -math.inf, "d": 1.0})
@@ -47,16 +48,29 @@ def test_values_that_are_not_finite_are_null_in_the_file_and_nan_when_read(tmp_p
     assert all(math.isnan(row[name]) for name in "abc")
 
 
-def test_a_metric_cannot_hide_the_step(tmp_path: Path) -> None:
+def test_metrics_of_an_earlier_version_are_read_under_their_current_names(tmp_path: Path) -> None:
+    path = tmp_path / "metrics.jsonl"
+    old = b'{"step": 1, "loss/is_weight_mean": 0.75, "loss/is_clipped_frac": null}\n'
+    path.write_bytes(old)
+    with MetricsLog(path) as log:  # a resumed run writes the new names
+        log.write(2, {"loss/importance_weight_mean": 0.5, "loss/importance_clipped_frac": 0.0})
+    rows = read_metrics(path)
+    assert series(rows, "loss/importance_weight_mean").values == (0.75, 0.5)
+    assert math.isnan(rows[0]["loss/importance_clipped_frac"])
+    assert rows[0].keys() == rows[1].keys()
+    assert path.read_bytes().startswith(old)  # the file is not rewritten
+
+
+def test_a_metric_cannot_replace_the_step(tmp_path: Path) -> None:
     with MetricsLog(tmp_path / "m.jsonl") as log, pytest.raises(ValueError, match="step"):
         log.write(1, {"step": 2.0})
     assert (tmp_path / "m.jsonl").read_bytes() == b""
 
 
-@settings(deadline=None)  # it waits for the disk
+@settings(deadline=None)  # the test waits for the disk
 @given(st.data())
 def test_killed_at_any_byte(data: st.DataObject) -> None:
-    """Whole lines survive, the rest is dropped, and what is written next stands on its own line."""
+    """Whole lines survive, the rest is dropped, and the next row starts on a new line."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "metrics.jsonl"
         whole = write_rows(path)
@@ -97,17 +111,19 @@ def test_truncate_of_a_new_file_keeps_it_empty(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     "line", ["{broken", "[1, 2]", '{"a": 1.0}', '{"step": 1.5}', '{"step": 1, "a": "x"}']
 )
-def test_a_damaged_line_in_the_middle_is_named(tmp_path: Path, line: str) -> None:
+def test_a_damaged_line_in_the_middle_is_reported_with_its_number(
+    tmp_path: Path, line: str
+) -> None:
     path = tmp_path / "metrics.jsonl"
     path.write_text(f'{{"step": 1}}\n{line}\n{{"step": 3}}\n')
     with pytest.raises(UserError, match=r"metrics\.jsonl:2"):
         read_metrics(path)
     with pytest.raises(UserError, match=r"metrics\.jsonl:2"):
         MetricsLog(path)
-    assert line in path.read_text()  # nothing was thrown away
+    assert line in path.read_text()  # nothing was deleted
 
 
-def test_a_missing_file_is_the_users_mistake(tmp_path: Path) -> None:
+def test_a_missing_file_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"there is no metrics\.jsonl"):
         read_metrics(tmp_path / "metrics.jsonl")
 

@@ -1,4 +1,4 @@
-"""The pictures: there, of a sensible size, with something drawn, and no panel that lies."""
+"""All plots are drawn at a sensible size, and each panel shows the right values."""
 
 from __future__ import annotations
 
@@ -9,14 +9,16 @@ from typing import Any
 
 import numpy as np
 import pytest
+from matplotlib.colors import to_hex
 from matplotlib.figure import Figure
 from PIL import Image
 
 from rosd_fast.errors import UserError
 from rosd_fast.report import draw_plots, panels
-from rosd_fast.report.metrics import MetricsLog
+from rosd_fast.report.metrics import MetricsLog, read_metrics
 from rosd_fast.report.plots import _eval_samples, _figure, _png
-from rosd_fast.report.series import STAGES, domains, series, smoothing_window, stage_times
+from rosd_fast.report.series import domains, series, smoothing_window, stage_times
+from rosd_fast.report.stages import Stage
 
 NAMES = {"overview", "accuracy", "loss", "distilled", "spans", "time"}
 LOSSES = ("divergence", "grad_norm", "student_entropy", "teacher_entropy", "importance_weight_mean")
@@ -45,13 +47,13 @@ def make_run(run: Path, num_steps: int) -> Path:
 
 def decode(path: Path) -> np.ndarray:
     with Image.open(path) as image:
-        image.verify()  # checksums of every chunk
+        image.verify()  # checks the checksum of every chunk
     with Image.open(path) as image:
         assert image.format == "PNG"
         return np.asarray(image.convert("RGB"))
 
 
-def test_all_pictures_of_a_run(tmp_path: Path) -> None:
+def test_all_plots_of_a_run(tmp_path: Path) -> None:
     paths = draw_plots(make_run(tmp_path, 30))
     assert {path.stem for path in paths} == NAMES | {"domains"}
     assert sorted(paths) == sorted((tmp_path / "plots").iterdir())
@@ -60,10 +62,10 @@ def test_all_pictures_of_a_run(tmp_path: Path) -> None:
         height, width, _ = pixels.shape
         assert 700 <= width <= 2400, path
         assert 400 <= height <= 1200, path
-        assert 0.01 < (pixels.min(axis=-1) < 250).mean() < 0.6, path  # neither blank nor a blot
+        assert 0.01 < (pixels.min(axis=-1) < 250).mean() < 0.6, path  # neither blank nor filled
 
 
-def test_a_run_with_servers_has_a_picture_of_them(tmp_path: Path) -> None:
+def test_a_run_with_servers_has_a_plot_of_the_engine(tmp_path: Path) -> None:
     with MetricsLog(tmp_path / "metrics.jsonl") as log:
         for step in range(1, 4):
             own = {"rollout/cached_frac": 0.5, "rollout/shareable_frac": 0.6}
@@ -75,32 +77,24 @@ def test_a_run_with_servers_has_a_picture_of_them(tmp_path: Path) -> None:
         decode(path)
 
 
-def test_every_stage_has_a_colour(tmp_path: Path) -> None:
-    assert set(panels.STAGE_COLOURS) == set(STAGES)
-    with MetricsLog(tmp_path / "metrics.jsonl") as log:
-        log.write(1, make_row(1) | {f"time/{stage}_s": 1.0 for stage in STAGES})
-    for path in draw_plots(tmp_path):
-        decode(path)
-
-
-def test_same_metrics_same_bytes() -> None:
+def test_equal_metrics_give_equal_bytes() -> None:
     rows = [{"step": step, **make_row(step)} for step in range(1, 30)]
     first, second = (_png(_figure([[panels.divergence]], rows, "run")) for _ in range(2))
     assert first == second
 
 
 @pytest.mark.parametrize("num_steps", [0, 1])
-def test_hardly_any_steps(tmp_path: Path, num_steps: int) -> None:
+def test_runs_of_one_step_or_none(tmp_path: Path, num_steps: int) -> None:
     for path in draw_plots(make_run(tmp_path, num_steps)):
         decode(path)
 
 
-def test_a_run_without_any_row(tmp_path: Path) -> None:
+def test_a_run_without_rows(tmp_path: Path) -> None:
     MetricsLog(tmp_path / "metrics.jsonl").close()
     assert {path.stem for path in draw_plots(tmp_path)} == NAMES
 
 
-def test_nothing_finite_and_hostile_names(tmp_path: Path) -> None:
+def test_non_finite_values_and_hostile_names(tmp_path: Path) -> None:
     run = tmp_path / "a $\\frac{ run"
     with MetricsLog(run / "metrics.jsonl") as log:
         log.write(1, dict.fromkeys([*make_row(1), "eval/dev/accuracy"], math.nan))
@@ -108,7 +102,13 @@ def test_nothing_finite_and_hostile_names(tmp_path: Path) -> None:
     assert len(draw_plots(run)) == len(NAMES) + 1
 
 
-def test_no_run_is_the_users_mistake(tmp_path: Path) -> None:
+def test_the_importance_weight_of_an_old_run_is_drawn(tmp_path: Path) -> None:
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "loss/is_weight_mean": 1.5}\n')
+    ax = draw(panels.importance_weight, read_metrics(tmp_path / "metrics.jsonl"))
+    assert [tuple(line.get_ydata()) for line in ax.lines] == [(1.5,)]
+
+
+def test_a_missing_run_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"metrics\.jsonl"):
         draw_plots(tmp_path)
     assert list(tmp_path.iterdir()) == []
@@ -143,10 +143,10 @@ def test_a_panel_without_its_metrics_says_so(name: str) -> None:
 
 
 @pytest.mark.parametrize("name", ["reflection_quality", "distilled", "time_per_step", "entropies"])
-def test_a_legend_is_no_wider_than_its_panel(name: str) -> None:
-    """A wider one would push the columns of a picture apart."""
+def test_a_legend_is_not_wider_than_its_panel(name: str) -> None:
+    """A wider legend would push the columns of a plot apart."""
     panel = getattr(panels, name)
-    rows = [make_row(1) | {"step": 1, **{f"time/{stage}_s": 1.0 for stage in STAGES}}]
+    rows = [make_row(1) | {"step": 1, **{stage.metric: 1.0 for stage in Stage}}]
     figure = _figure([[panel] * 3] * 2, rows, "run")
     figure.draw_without_rendering()
     for ax in figure.axes:
@@ -155,7 +155,7 @@ def test_a_legend_is_no_wider_than_its_panel(name: str) -> None:
         assert legend.get_window_extent().x1 <= ax.get_window_extent().x1
 
 
-def test_accuracy_panel_names_its_ends() -> None:
+def test_the_accuracy_panel_shows_the_first_and_last_values() -> None:
     rows = [
         {"step": 0, "eval/dev/accuracy": 0.412, "eval/ood/accuracy": 0.5},
         {"step": 5, "rollout/accuracy": 0.1},
@@ -189,7 +189,49 @@ def test_mean_at_k_comes_from_the_config(tmp_path: Path) -> None:
         assert _eval_samples(tmp_path) == expected
 
 
-def test_series_takes_the_later_row_of_a_step() -> None:
+def bars(ax: Any) -> dict[str, tuple[str, float]]:
+    """Return the colour and size of the bar of each stage in a time panel."""
+    if ax.get_legend() is None:
+        names = [label.get_text() for label in ax.get_yticklabels()]
+        patches, sizes = ax.patches, [patch.get_width() for patch in ax.patches]
+    else:
+        names = [container.get_label() for container in ax.containers]
+        patches = [container.patches[0] for container in ax.containers]
+        sizes = [patch.get_height() for patch in patches]
+    colours = [to_hex(patch.get_facecolor()).upper() for patch in patches]
+    return dict(zip(names, zip(colours, sizes, strict=True), strict=True))
+
+
+@pytest.mark.parametrize("panel", [panels.time_per_step, panels.time_shares])
+def test_every_stage_is_drawn_with_its_time_and_colour(panel: Any) -> None:
+    row = {"step": 1, **{stage.metric: 10.0 + i for i, stage in enumerate(Stage)}}
+    drawn = bars(draw(panel, [row | {"time/step_s": 99.0}]))
+    assert drawn == {stage: (stage.colour, row[stage.metric]) for stage in Stage}
+    assert len({colour for colour, _ in drawn.values()}) == len(Stage)
+
+
+@pytest.mark.parametrize("panel", [panels.time_per_step, panels.time_shares])
+def test_stages_of_another_version_are_drawn_in_separate_colours(panel: Any) -> None:
+    """Their time must neither be missing nor look like the time of a known stage."""
+    times = {"time/warp_s": 3.0, "time/sample_s": 2.0, "time/distill_s": 4.0, "time/warp_ms": 7.0}
+    drawn = bars(draw(panel, [{"step": 1, **times}]))
+    assert {name: size for name, (_, size) in drawn.items()} == {
+        "sample": 2.0,
+        "distill": 4.0,
+        "warp": 3.0,
+    }
+    colours = {colour for colour, _ in drawn.values()}
+    assert len(colours) == 3
+    assert colours & {stage.colour for stage in Stage} == {Stage.SAMPLE.colour}
+
+
+def test_stage_times_are_in_running_order_with_unknown_stages_last() -> None:
+    row = {"step": 1, "time/zip_s": 1.0, "time/learn_s": 1.0, "time/add_s": 1.0}
+    times = stage_times([row | {"time/sample_s": 1.0, "time/build_s": math.nan}])
+    assert list(times.seconds) == list(times.totals) == ["sample", "learn", "add", "zip"]
+
+
+def test_the_later_row_of_a_step_counts() -> None:
     rows = [{"step": 2, "a": 1.0}, {"step": 1, "a": 3.0}, {"step": 2, "a": 2.0}, {"step": 3}]
     got = series(rows, "a")
     assert (got.steps, got.values) == ((1, 2), (3.0, 2.0))
@@ -205,7 +247,7 @@ def test_smoothing_ignores_a_spike_and_gaps() -> None:
     assert all(smoothing_window(n) % 2 for n in (20, 100, 1000))
 
 
-def test_domains_are_what_is_no_total() -> None:
+def test_totals_are_not_domains() -> None:
     rows = [{"step": 0, "eval/dev/accuracy": 1.0, "eval/dev/tokens_mean": 9.0, "eval/dev/b/c": 0.0}]
     assert domains([*rows, {"step": 1, "eval/dev/a": 1.0}], "dev") == ["a", "b/c"]
     assert domains(rows, "ood") == []

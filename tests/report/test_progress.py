@@ -1,9 +1,11 @@
-"""The stage clock, and what is shown on a terminal and elsewhere."""
+"""The stage clock, and the display on a terminal and elsewhere."""
 
 from __future__ import annotations
 
 import io
 import math
+import subprocess
+import sys
 
 import pytest
 from rich.console import Console
@@ -17,6 +19,7 @@ from rosd_fast.report.progress import (
     format_s,
     progress,
 )
+from rosd_fast.report.stages import Stage
 
 METRICS = {
     "rollout/accuracy": 0.4125,
@@ -29,7 +32,7 @@ METRICS = {
 
 
 class Ticks:
-    """A clock that is moved by hand."""
+    """A clock that the test moves."""
 
     def __init__(self) -> None:
         self.now = 100.0
@@ -43,19 +46,19 @@ def make_console(terminal: bool) -> tuple[Console, io.StringIO]:
     return Console(file=out, force_terminal=terminal, width=160, color_system=None), out
 
 
-def test_the_clock_gives_each_stage_its_own_time() -> None:
+def test_the_clock_times_nested_stages_separately() -> None:
     ticks = Ticks()
     clock = StageClock(ticks)
-    with clock.stage("sample"):
+    with clock.stage(Stage.SAMPLE):
         ticks.now += 2
-        with clock.stage("verify"):
-            assert clock.current == "verify"
+        with clock.stage(Stage.VERIFY):
+            assert clock.current is Stage.VERIFY
             ticks.now += 3
         ticks.now += 4
     ticks.now += 10  # between stages
-    with clock.stage("sample"):
+    with clock.stage(Stage.SAMPLE):
         ticks.now += 0.5
-    assert clock.current == ""
+    assert clock.current is None
     assert clock.pop() == {"sample": 6.5, "verify": 3.0}
     assert clock.pop() == {}
 
@@ -65,25 +68,25 @@ def test_the_clock_counts_a_stage_that_raises() -> None:
     clock = StageClock(ticks)
 
     def fail() -> None:
-        with clock.stage("learn"):
+        with clock.stage(Stage.LEARN):
             ticks.now += 1
             raise KeyError
 
     with pytest.raises(KeyError):
         fail()
-    assert clock.current == ""
+    assert clock.current is None
     assert clock.pop() == {"learn": 1.0}
 
 
-def test_the_clocks_metrics_start_anew() -> None:
+def test_metrics_reset_the_clock() -> None:
     ticks = Ticks()
     clock = StageClock(ticks)
-    with clock.stage("sample"):
+    with clock.stage(Stage.SAMPLE):
         ticks.now += 2
         clock.tokens(30)
         clock.tokens(10)
         assert clock.tokens_per_s() == 20
-    with clock.stage("reflect"):
+    with clock.stage(Stage.REFLECT):
         ticks.now += 1
         clock.tokens(5)
     ticks.now += 1
@@ -98,11 +101,26 @@ def test_the_clocks_metrics_start_anew() -> None:
     assert clock.tokens_per_s() == 0.0
 
 
-def test_plain_output_is_one_line_a_step() -> None:
+def test_a_stage_may_be_given_as_its_value_and_must_exist() -> None:
+    clock = StageClock(Ticks())
+    with clock.stage("sync"):  # type: ignore[arg-type]
+        assert clock.current is Stage.SYNC
+    with pytest.raises(ValueError, match="warp"), clock.stage("warp"):  # type: ignore[arg-type]
+        pass
+    assert clock.current is None
+
+
+def test_progress_needs_no_matplotlib() -> None:
+    """Modules that draw nothing import it, too."""
+    code = "import sys, rosd_fast.report.progress as _; assert 'matplotlib' not in sys.modules"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_plain_output_is_one_line_per_step() -> None:
     console, out = make_console(terminal=False)
     with progress(40, 3, console=console) as shown:
         assert type(shown) is Progress
-        with shown.stage("sample"):
+        with shown.stage(Stage.SAMPLE):
             shown.tokens(7)
         shown.step_done(3, METRICS)
         shown.note("step 4: [nothing] to distil")
@@ -115,12 +133,12 @@ def test_plain_output_is_one_line_a_step() -> None:
     assert "\x1b" not in out.getvalue()
 
 
-def test_the_bar_shows_step_figures_and_stage() -> None:
+def test_the_bar_shows_the_step_its_metrics_and_the_stage() -> None:
     console, out = make_console(terminal=True)
     with progress(40, 1, plain=False, console=console) as shown:
         assert type(shown) is BarProgress
         shown.step_done(1, METRICS)
-        with shown.stage("reflect"):
+        with shown.stage(Stage.REFLECT):
             shown.tokens(1000)
             console.print(shown)
         shown.step_done(2, METRICS | {"eval/dev/accuracy": 0.5})
@@ -133,7 +151,7 @@ def test_the_bar_shows_step_figures_and_stage() -> None:
     assert "stopping after this step" in text
 
 
-def test_a_note_from_within_a_write_comes_later(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_note_during_another_write_is_written_later(monkeypatch: pytest.MonkeyPatch) -> None:
     console, out = make_console(terminal=False)
     with progress(2, 1, console=console) as shown:
         with monkeypatch.context() as patch:
@@ -144,7 +162,7 @@ def test_a_note_from_within_a_write_comes_later(monkeypatch: pytest.MonkeyPatch)
             patch.setattr(console, "print", busy)
             shown.note("stopping")
         assert out.getvalue() == ""
-        with shown.stage("learn"):
+        with shown.stage(Stage.LEARN):
             assert out.getvalue() == "stopping\n"
 
 
@@ -168,7 +186,7 @@ def test_time_left() -> None:
     assert shown.remaining_s() == 0
 
 
-def test_metrics_that_are_missing_or_not_finite_are_left_out() -> None:
+def test_missing_and_non_finite_metrics_are_left_out() -> None:
     assert describe_metrics({}) == ""
     metrics = {"rollout/accuracy": 0.0, "loss/divergence": math.nan}
     assert describe_metrics(metrics) == "accuracy 0.0%"

@@ -1,11 +1,10 @@
-"""rollouts/step_*.jsonl has everything of each rollout, whatever was sampled."""
+"""rollouts/step_*.jsonl has all results of each rollout, whatever its text."""
 
 from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import asdict, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,19 +12,22 @@ from typing import Any
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models
+from transformers import PreTrainedTokenizerFast
 
 from rosd_fast.errors import UserError
 from rosd_fast.report import read_rollouts, rollouts_path, write_rollouts
-from rosd_fast.report.rollouts import token_texts
+from rosd_fast.report.rollouts import token_texts, write_skipped
 from rosd_fast.text.token_bytes import TokenBytes
-from rosd_fast.types import ErrorSpan, Group, Problem, Reflection, Rollout, Verdict
+from rosd_fast.types import DistillSample, ErrorSpan, Group, Problem, Reflection, Rollout, Verdict
 
 
-class Bytes:
-    """Token ids that are bytes."""
-
-    def of(self, ids: Sequence[int], /) -> list[bytes]:
-        return [bytes([i]) for i in ids]
+def byte_tokens() -> TokenBytes:
+    """Return the bytes of a tokenizer with one token per byte, whose id is the byte."""
+    names = {f"<0x{byte:02X}>": byte for byte in range(256)}
+    backend = Tokenizer(models.BPE(vocab=names, merges=[], byte_fallback=True))
+    backend.decoder = decoders.ByteFallback()
+    return TokenBytes(PreTrainedTokenizerFast(tokenizer_object=backend))
 
 
 def make_group(problem_id: str, texts: list[str], *, prompt: str = "1 + 1 = ?") -> Group:
@@ -47,7 +49,7 @@ def make_group(problem_id: str, texts: list[str], *, prompt: str = "1 + 1 = ?") 
 
 
 def make_step() -> dict[str, Any]:
-    """A kept group with a correct and a wrong rollout, and a dropped one."""
+    """Return a kept group with a correct and a wrong rollout, and a dropped group."""
     groups = [make_group("p1", ["it is 2", "it is é 3"]), make_group("p2", ["what?"])]
     verdicts = {
         "p1/0": Verdict(rollout_id="p1/0", score=1.0, success=True, answer="2"),
@@ -74,8 +76,8 @@ def make_step() -> dict[str, Any]:
     }
 
 
-def test_one_line_a_rollout_with_all_of_it(tmp_path: Path) -> None:
-    path = write_rollouts(rollouts_path(tmp_path, 4), **make_step(), token_bytes=Bytes())
+def test_each_rollout_is_one_line_with_all_results(tmp_path: Path) -> None:
+    path = write_rollouts(rollouts_path(tmp_path, 4), **make_step(), token_bytes=byte_tokens())
     assert path == tmp_path / "rollouts" / "step_000004.jsonl"
     right, wrong, dropped = read_rollouts(path)
     assert wrong == {
@@ -128,7 +130,7 @@ def test_without_token_bytes_there_are_no_token_texts(tmp_path: Path) -> None:
     assert row["span"]["text"] is None
 
 
-def test_a_line_is_a_line_whatever_the_text(tmp_path: Path) -> None:
+def test_a_rollout_is_one_line_whatever_its_text(tmp_path: Path) -> None:
     text = 'a\nb\u2028c\x85"\\ \ud800'  # line ends of Unicode, and half a surrogate pair
     step = make_step()
     step["groups"] = [make_group("p1", ["x", "y"], prompt=text)]
@@ -146,7 +148,7 @@ def test_divergences_must_fit_the_span(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_damage_is_named_with_its_line(tmp_path: Path) -> None:
+def test_damage_is_reported_with_its_line(tmp_path: Path) -> None:
     path = write_rollouts(tmp_path / "a.jsonl", **make_step())
     lines = path.read_text().splitlines()
     path.write_text(f"{lines[0]}\n{lines[1][:50]}\n")
@@ -159,8 +161,31 @@ def test_damage_is_named_with_its_line(tmp_path: Path) -> None:
         read_rollouts(tmp_path / "none.jsonl")
 
 
+def test_the_samples_of_a_skipped_step_can_be_read_back(tmp_path: Path) -> None:
+    samples = [
+        DistillSample(
+            rollout_id=f"p1/{i}",
+            student_prompt_ids=(1, 2),
+            teacher_prompt_ids=(1, 3, 2),
+            completion_ids=(4, 5, 6),
+            logprobs=(-0.5, -math.inf, -0.25),
+            start=1,
+            end=3,
+            reflection_cut=False,
+        )
+        for i in range(2)
+    ]
+    path = write_skipped(tmp_path, 12, samples)
+    assert path == tmp_path / "skipped" / "step_000012.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    lists = {k for k, value in asdict(samples[0]).items() if isinstance(value, tuple)}
+    assert samples == [
+        DistillSample(**{k: tuple(v) if k in lists else v for k, v in row.items()}) for row in rows
+    ]
+
+
 @given(st.text(max_size=12), st.lists(st.integers(0, 48), max_size=6))
-def test_token_texts_add_up_wherever_tokens_are_cut(text: str, cuts: list[int]) -> None:
+def test_token_texts_join_to_the_text_at_any_boundaries(text: str, cuts: list[int]) -> None:
     data = text.encode("utf-8", "replace")
     edges = [0, *sorted(min(cut, len(data)) for cut in cuts), len(data)]
     pieces = [data[low:high] for low, high in pairwise(edges)]
@@ -169,7 +194,7 @@ def test_token_texts_add_up_wherever_tokens_are_cut(text: str, cuts: list[int]) 
     assert "".join(texts) == data.decode()
 
 
-def test_token_texts_of_broken_bytes() -> None:
+def test_token_texts_of_invalid_utf8() -> None:
     assert token_texts([b"a\xe2\x82", b"\xac", b"\xff", b"b\xe2"]) == [
         "a",
         "€",

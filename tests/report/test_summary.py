@@ -1,4 +1,4 @@
-"""The closing table: the right numbers beside the right names."""
+"""The summary has the right numbers next to the right names."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def cells(text: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.strip("│").split("│")] for line in lines]
 
 
-def test_table_shows_first_and_last_evaluation(tmp_path: Path) -> None:
+def test_the_table_shows_the_first_and_last_evaluation(tmp_path: Path) -> None:
     text = print_to_text(before_after_table(make_run(tmp_path)))
     assert "step 0" in text
     assert "step 10" in text
@@ -66,7 +66,7 @@ def test_one_evaluation_or_none(tmp_path: Path) -> None:
     assert "change" not in text
 
 
-def test_summary_names_what_is_there(tmp_path: Path) -> None:
+def test_the_summary_lists_only_existing_files(tmp_path: Path) -> None:
     run = make_run(tmp_path / "[bold]run")
     for step in (9, 10, 1000000):
         (run / "checkpoints" / f"step_{step:06d}").mkdir(parents=True)
@@ -81,6 +81,6 @@ def test_summary_names_what_is_there(tmp_path: Path) -> None:
     assert "plots" not in text
 
 
-def test_no_run(tmp_path: Path) -> None:
+def test_a_missing_run_is_a_user_error(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"metrics\.jsonl"):
         summarize(tmp_path)

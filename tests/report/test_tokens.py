@@ -1,4 +1,4 @@
-"""The token page colours the distilled tokens, and shows any text without running it."""
+"""The token page colours distilled tokens and escapes all text."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def render(run: Path, rows: list[dict[str, Any]], **options: Any) -> str:
 
 
 class Balance(HTMLParser):
-    """Collects tags, attributes and text; every element must be closed in its order."""
+    """A parser that collects tags and attributes, and checks that elements are properly nested."""
 
     def __init__(self, page: str) -> None:
         super().__init__()
@@ -79,7 +79,7 @@ class Balance(HTMLParser):
 
 
 def completion(page: str) -> str:
-    """The marked-up completion of the only rollout."""
+    """Return the completion of the only rollout as HTML."""
     (found,) = re.findall(r'<article.*?<div class="text">(.*?)</div>', page, re.DOTALL)
     return found
 
@@ -109,20 +109,20 @@ def test_the_occurrence_within_the_span_is_underlined(tmp_path: Path) -> None:
     assert re.sub(r"</?i[^>]*>", "", page).endswith(" <u>3</u><u>\n</u><u>x</u>")
 
 
-def test_a_quote_that_is_not_there_underlines_nothing(tmp_path: Path) -> None:
+def test_a_quote_that_does_not_occur_underlines_nothing(tmp_path: Path) -> None:
     row = make_row(["a", "b"], reflection=make_reflection("c"))
     assert completion(render(tmp_path, [row])) == "<span>ab</span>"
 
 
-def test_parts_of_a_character_are_coloured_with_its_last_token(tmp_path: Path) -> None:
+def test_a_character_in_several_tokens_is_coloured_with_the_last(tmp_path: Path) -> None:
     span = {"start": 0, "end": 3, "source": "full", "text": "é"}
     row = make_row(["", "é", ""], span=span, divergence=[0.5, 0.1, 0.2])
     page = completion(render(tmp_path, [row]))
-    assert unescape(re.sub(r"<[^>]*>", "", page)) == "é⟨end⟩"  # a stop token has no text
+    assert unescape(re.sub(r"<[^>]*>", "", page)) == "é⟨end⟩"  # the stop token has no text
     assert re.findall(r'title="(.*?)"', page) == ["0.5 nats", "0.2 nats"]
 
 
-def test_hostile_text_is_text(tmp_path: Path) -> None:
+def test_hostile_text_is_escaped(tmp_path: Path) -> None:
     problem = {"id": HOSTILE, "domain": HOSTILE, "prompt": HOSTILE, "answer": HOSTILE}
     shared = {
         "problem": problem,
@@ -149,7 +149,7 @@ def test_hostile_text_is_text(tmp_path: Path) -> None:
     assert "default-src 'none'" in page
 
 
-def test_lone_surrogates_and_broken_formats_do_not_stop_it(tmp_path: Path) -> None:
+def test_lone_surrogates_and_malformed_reflections_are_shown(tmp_path: Path) -> None:
     page = render(
         tmp_path,
         [
@@ -158,7 +158,7 @@ def test_lone_surrogates_and_broken_formats_do_not_stop_it(tmp_path: Path) -> No
             )
         ],
     )
-    assert "does not keep its format" in page
+    assert "The reflection is malformed" in page
     assert "as generated" in page
 
 
@@ -169,13 +169,13 @@ def test_verdicts_and_facts(tmp_path: Path) -> None:
     ]
     page = render(tmp_path, rows)
     assert page.count('<article class="correct">') == page.count('<article class="wrong">') == 1
-    assert "no answer found · score 0 · 1 tokens · cut at the limit · not distilled" in page
+    assert "no answer found · score 0 · 1 tokens · truncated at the limit · not distilled" in page
     assert "2 rollouts, 1 correct, 0 distilled (0 tokens)" in page
     assert "prefers-color-scheme: dark" in page
     Balance(page)
 
 
-def test_the_limit_keeps_selected_groups(tmp_path: Path) -> None:
+def test_kept_groups_come_first_under_the_limit(tmp_path: Path) -> None:
     dropped = make_row(["a"], group_dropped=True, rollout_id="dropped/0")
     kept = make_row(["b"], rollout_id="kept/0")
     page = render(tmp_path, [dropped, kept], max_rollouts=1)
@@ -184,9 +184,9 @@ def test_the_limit_keeps_selected_groups(tmp_path: Path) -> None:
     assert "dropped/0" not in page
 
 
-def test_a_step_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"no rollouts of step 8.*none at all"):
+def test_a_step_without_rollouts(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"no rollouts of step 8.*no rollouts of any step"):
         render_tokens_html(tmp_path, 8)
     render(tmp_path, [make_row(["a"])])
-    with pytest.raises(UserError, match="from step 7 to step 7"):
+    with pytest.raises(UserError, match="first step with rollouts is 7, the last is 7"):
         render_tokens_html(tmp_path, 8)
