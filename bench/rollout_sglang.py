@@ -36,18 +36,17 @@ from aiohttp import ClientSession, web
 from harness import RESULTS, append_row, environment
 
 from rosd_fast.batch.packing import pack
-from rosd_fast.batch.samples import build_samples
 from rosd_fast.config import Config
 from rosd_fast.config.load import apply_args, load_preset
 from rosd_fast.engines.base import RolloutEngine
 from rosd_fast.engines.factory import token_logprobs
+from rosd_fast.engines.lifecycle import Engines
 from rosd_fast.engines.sglang.client import Endpoint
 from rosd_fast.engines.sglang.engine import SglangEngine
 from rosd_fast.engines.sglang.pool import ServerHandle
 from rosd_fast.engines.sglang.process import ManagedServer
 from rosd_fast.engines.sglang.weight_sync import DistributedSync
-from rosd_fast.pipeline import sample_and_reflect
-from rosd_fast.reflection.locate import locate_errors
+from rosd_fast.pipeline import sample_and_annotate
 from rosd_fast.report.progress import Hidden
 from rosd_fast.rollout.sample import problem_prompt
 from rosd_fast.run import Run, open_run
@@ -150,18 +149,17 @@ class Unequal(RolloutEngine):
 
 
 async def measure(run: Run, args: argparse.Namespace) -> dict[str, str]:
-    engine = run.engine
-    assert isinstance(engine, SglangEngine)
-    try:
+    async with run.open_engines() as engines:
+        engine = engines.student
+        assert isinstance(engine, SglangEngine)
         await engine.load_weights(run.learners.weights(), version=0)
-        await sample_and_reflect(run, 1, Hidden())  # the first grammar takes seconds
+        # The first grammar takes seconds.
+        await sample_and_annotate(run.inputs, engines, 1, Hidden())
         row = await measure_bytes(run, engine)
         row |= await measure_sync(run, engine, args.repeats)
         row |= await measure_pipelines(run, engine, args)
-        row |= await measure_scoring(run)
+        row |= await measure_scoring(run, engines)
         row |= await measure_faults(run, engine)
-    finally:
-        await engine.close()
     return row
 
 
@@ -170,19 +168,18 @@ async def measure_pipelines(
 ) -> dict[str, str]:
     seconds: dict[str, list[float]] = {"streamed": [], "barrier": []}
     shares: list[dict[str, float]] = []
-    run.engine, run.reflector = Unequal(engine, args), engine
+    engines = Engines(student=Unequal(engine, args))
     for _ in range(args.repeats):
         for name, own in seconds.items():
             options = run.config.engine.model_copy(update={"pipeline": name})
-            run.config = run.config.model_copy(update={"engine": options})
+            inputs = replace(run.inputs, config=run.config.model_copy(update={"engine": options}))
             # The cache is emptied, as after each hand-over.
             await engine.load_weights(run.learners.weights(), version=engine.policy_version + 1)
             engine.take_metrics()
             start = time.perf_counter()
-            await sample_and_reflect(run, 1, Hidden())
+            await sample_and_annotate(inputs, engines, 1, Hidden())
             own.append(time.perf_counter() - start)
             shares.append(engine.take_metrics())
-    run.engine = engine
     streamed, barrier = (statistics.median(seconds[name]) for name in ("streamed", "barrier"))
     cached, shareable = (
         statistics.mean(share[f"rollout/{name}_frac"] for share in shares)
@@ -226,33 +223,19 @@ async def measure_bytes(run: Run, engine: SglangEngine) -> dict[str, str]:
     return {"bytes_per_token": f"{(engine.servers[0].num_bytes - before) / tokens:.1f}"}
 
 
-async def measure_scoring(run: Run) -> dict[str, str]:
-    teacher, config = run.teacher_server, run.config
+async def measure_scoring(run: Run, engines: Engines) -> dict[str, str]:
+    teacher = engines.teacher_server
     assert teacher is not None
-    try:
-        sampled = await sample_and_reflect(run, 1, Hidden())
-        located = locate_errors(
-            sampled.selection.kept,
-            sampled.verdicts,
-            sampled.reflections,
-            token_bytes=run.token_bytes,
-            config=config.span,
-        )
-        samples = build_samples(
-            sampled.selection.kept,
-            sampled.reflections,
-            located.spans,
-            tokenizer=run.model.tokenizer,
-            config=config.teacher,
-        )
-        batches = pack(samples, max_tokens=config.pack.max_tokens)
-        await teacher.score(run.weight_check_ids, first=1)  # starts the server
-        before, start = teacher.servers[0].num_bytes, time.perf_counter()
-        tokens = sum(len(states) for states in await teacher.states(batches))
-        seconds = time.perf_counter() - start
-        num_bytes = teacher.servers[0].num_bytes - before
-    finally:
-        await teacher.close()
+    sampled = await sample_and_annotate(run.inputs, engines, 1, Hidden())
+    training = run.inputs.method.build(
+        sampled.selection.kept, sampled.verdicts, sampled.annotations, Hidden()
+    )
+    batches = pack(training.samples, max_tokens=run.config.pack.max_tokens)
+    await teacher.score(run.weight_check_ids, first=1)  # starts the server
+    before, start = teacher.servers[0].num_bytes, time.perf_counter()
+    tokens = sum(len(states) for states in await teacher.states(batches))
+    seconds = time.perf_counter() - start
+    num_bytes = teacher.servers[0].num_bytes - before
     return {
         "scored_tokens": str(tokens),
         "bytes_per_scored_token": f"{num_bytes / tokens:.0f}",
@@ -315,12 +298,14 @@ def make_requests(run: Run, name: str) -> list[GenerationRequest]:
     return [
         GenerationRequest(
             id=f"{name}/{problem.id}",
-            prompt_ids=problem_prompt(problem, run.model.tokenizer, 256),
-            params=SamplingParams(max_new_tokens=96, stop_token_ids=run.model.stop_token_ids),
+            prompt_ids=problem_prompt(problem, run.inputs.model.tokenizer, 256),
+            params=SamplingParams(
+                max_new_tokens=96, stop_token_ids=run.inputs.model.stop_token_ids
+            ),
             n=run.config.sample.group_size,
             affinity=problem.id,
         )
-        for problem in run.stream.batch(1)
+        for problem in run.inputs.stream.batch(1)
     ]
 
 
@@ -332,7 +317,9 @@ def count_lost(
     good = 0
     for item in generations:
         prompt = prompts[item.request_id]
-        own = token_logprobs(run.model.model, [*prompt, *item.completion_ids])[len(prompt) - 1 :]
+        own = token_logprobs(run.inputs.model.model, [*prompt, *item.completion_ids])[
+            len(prompt) - 1 :
+        ]
         good += all(abs(a - b) < MAX_GAP_NATS for a, b in zip(own, item.logprobs, strict=True))
     return sum(request.n for request in requests) - good
 

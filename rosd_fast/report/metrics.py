@@ -72,18 +72,15 @@ def _complete_rows(data: bytes, path: Path) -> list[tuple[bytes, dict[str, Any]]
 
 
 def _parse_row(line: bytes) -> dict[str, Any]:
-    row = json.loads(line)
+    row: Any = json.loads(line)
     if not isinstance(row, dict) or type(row.get("step")) is not int:
         raise ValueError('no object with an integer "step"')
+    parsed: dict[str, Any] = {"step": row.pop("step")}
     for name, value in row.items():
         if value is not None and type(value) not in (int, float):
             raise ValueError(f"{name} is not a number")
-    metrics = {
-        RENAMED.get(name, name): math.nan if value is None else float(value)
-        for name, value in row.items()
-        if name != "step"
-    }
-    return {"step": row["step"], **metrics}
+        parsed[RENAMED.get(name, name)] = math.nan if value is None else float(value)
+    return parsed
 
 
 class MetricsLog:

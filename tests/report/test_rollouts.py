@@ -177,11 +177,12 @@ def test_the_samples_of_a_skipped_step_can_be_read_back(tmp_path: Path) -> None:
     ]
     path = write_skipped(tmp_path, 12, samples)
     assert path == tmp_path / "skipped" / "step_000012.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows: list[Any] = [json.loads(line) for line in path.read_text().splitlines()]
     lists = {k for k, value in asdict(samples[0]).items() if isinstance(value, tuple)}
-    assert samples == [
-        DistillSample(**{k: tuple(v) if k in lists else v for k, v in row.items()}) for row in rows
+    fields: list[dict[str, Any]] = [
+        {k: tuple(v) if k in lists else v for k, v in row.items()} for row in rows
     ]
+    assert samples == [DistillSample(**own) for own in fields]
 
 
 @given(st.text(max_size=12), st.lists(st.integers(0, 48), max_size=6))

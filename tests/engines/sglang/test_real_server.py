@@ -31,14 +31,14 @@ from rosd_fast.engines.sglang.weight_sync import DiskSync, DistributedSync
 from rosd_fast.errors import RunFailed, UserError
 from rosd_fast.model.attention import hidden_states
 from rosd_fast.model.load import LoadedModel, load_model
-from rosd_fast.pipeline import sample_and_reflect
+from rosd_fast.pipeline import sample_and_annotate
 from rosd_fast.quickstart import MODEL_DIR
 from rosd_fast.quickstart.tasks import load_split
 from rosd_fast.reflection.grammar import verbatim_grammar
 from rosd_fast.report.metrics import read_metrics
 from rosd_fast.rollout.sample import problem_prompt
-from rosd_fast.run import open_run
-from rosd_fast.train import learn, start, train
+from rosd_fast.run import Run, open_run
+from rosd_fast.train import start, train, train_on
 from rosd_fast.types import Generation, GenerationRequest, PackedSequences, SamplingParams
 from tests.engines.sglang.fake_sglang import ENGINE, LIMITS, WATCH
 from tests.launch import module_command
@@ -386,42 +386,42 @@ def test_training_learns_from_what_the_server_samples(tmp_path: Path, rank: int)
     """Before each of three steps the server's greedy answers are those of the trainer's model."""
     config = small(tmp_path, lora__rank=rank)
 
-    async def steps() -> None:
-        with open_run(config) as run:
-            local = LocalEngine(run.model.model)
-            try:
-                await run.engine.load_weights(run.learners.weights(), version=0)
-                for step in range(1, 4):
-                    greedy = [
-                        GenerationRequest(
-                            id=f"greedy{step}/{problem.id}",
-                            prompt_ids=problem_prompt(problem, run.model.tokenizer, 256),
-                            params=SamplingParams(
-                                max_new_tokens=48,
-                                temperature=0.0,
-                                stop_token_ids=run.model.stop_token_ids,
-                            ),
-                        )
-                        for problem in run.stream.batch(step)
-                    ]
-                    theirs, ours = await run.engine.generate(greedy), await local.generate(greedy)
-                    for a, b in zip(theirs, ours, strict=True):
-                        assert a.completion_ids == b.completion_ids
-                        assert list(a.logprobs) == pytest.approx(list(b.logprobs), abs=MAX_GAP_NATS)
-                    sampled = await sample_and_reflect(run, step, run.progress)
-                    assert all(
-                        rollout.policy_version == step - 1
-                        for group in sampled.groups
-                        for rollout in group.rollouts
+    async def steps(run: Run) -> None:
+        inputs, model = run.inputs, run.inputs.model
+        local = LocalEngine(model.model)
+        async with run.open_engines() as engines:
+            await engines.student.load_weights(run.learners.weights(), version=0)
+            for step in range(1, 4):
+                greedy = [
+                    GenerationRequest(
+                        id=f"greedy{step}/{problem.id}",
+                        prompt_ids=problem_prompt(problem, model.tokenizer, 256),
+                        params=SamplingParams(
+                            max_new_tokens=48,
+                            temperature=0.0,
+                            stop_token_ids=model.stop_token_ids,
+                        ),
                     )
-                    metrics = await learn(run, step, sampled)
-                    assert metrics["loss/logprob_gap_max"] < MAX_GAP_NATS
-                    assert metrics["reflect/found_frac"] == 1.0
-                    run.finish_step(step, metrics)
-            finally:
-                await run.engine.close()
+                    for problem in inputs.stream.batch(step)
+                ]
+                theirs = await engines.student.generate(greedy)
+                ours = await local.generate(greedy)
+                for a, b in zip(theirs, ours, strict=True):
+                    assert a.completion_ids == b.completion_ids
+                    assert list(a.logprobs) == pytest.approx(list(b.logprobs), abs=MAX_GAP_NATS)
+                sampled = await sample_and_annotate(inputs, engines, step, run.progress)
+                assert all(
+                    rollout.policy_version == step - 1
+                    for group in sampled.groups
+                    for rollout in group.rollouts
+                )
+                metrics = await train_on(run, engines, step, sampled)
+                assert metrics["loss/logprob_gap_max"] < MAX_GAP_NATS
+                assert metrics["reflect/found_frac"] == 1.0
+                run.finish_step(step, metrics)
 
-    asyncio.run(steps())
+    with open_run(config) as run:
+        asyncio.run(steps(run))
 
 
 def test_one_step_ahead(tmp_path: Path) -> None:
@@ -438,34 +438,31 @@ def test_memory_is_not_given_back_on_a_cpu(tmp_path: Path) -> None:
 
 
 def with_teacher(out: Path, **changes: Any) -> Config:
-    options = {"engine__kind": "local", "engine__server_args": "", "teacher__where": "sglang"}
+    options = {"engine__kind": "local", "engine__server_args": "", "teacher__backend": "sglang"}
     return small(out, **options, teacher__server_args=POOL, **changes)
 
 
 def test_a_teacher_on_a_server_teaches_as_one_in_the_trainer(tmp_path: Path) -> None:
     """The same rollouts, reflections and losses; killed in between, it is started again."""
 
-    async def steps() -> list[dict[str, float]]:
+    async def steps(run: Run) -> list[dict[str, float]]:
         rows = []
-        with open_run(with_teacher(tmp_path / "far")) as run:
-            assert run.teacher_server is not None
-            try:
-                await start(run)
-                own = run.teacher_server.servers[0].own
-                assert own is not None and own.num_starts == 1
-                for step in range(1, 4):
-                    if step == 2:
-                        os.kill(scheduler(own), signal.SIGKILL)
-                    sampled = await sample_and_reflect(run, step, run.progress)
-                    rows.append(await learn(run, step, sampled))
-                    run.finish_step(step, rows[-1])
-                assert own.num_starts == 2
-            finally:
-                await run.engine.close()
-                await run.teacher_server.close()
+        async with run.open_engines() as engines:
+            assert engines.teacher_server is not None
+            await start(run, engines)
+            own = engines.teacher_server.servers[0].own
+            assert own is not None and own.num_starts == 1
+            for step in range(1, 4):
+                if step == 2:
+                    os.kill(scheduler(own), signal.SIGKILL)
+                sampled = await sample_and_annotate(run.inputs, engines, step, run.progress)
+                rows.append(await train_on(run, engines, step, sampled))
+                run.finish_step(step, rows[-1])
+            assert own.num_starts == 2
         return rows
 
-    far = asyncio.run(steps())
+    with open_run(with_teacher(tmp_path / "far")) as run:
+        far = asyncio.run(steps(run))
     near = train(small(tmp_path / "near", engine__kind="local"))
     rows = [row for row in read_metrics(near / "metrics.jsonl") if "loss/divergence" in row]
     assert len(rows) == len(far) == 3
