@@ -79,7 +79,7 @@ def _parse_row(line: bytes) -> dict[str, Any]:
     for name, value in row.items():
         if value is not None and type(value) not in (int, float):
             raise ValueError(f"{name} is not a number")
-        parsed[RENAMED.get(name, name)] = math.nan if value is None else float(value)
+        parsed[RENAMED.get(name, str(name))] = math.nan if value is None else float(value)
     return parsed
 
 
