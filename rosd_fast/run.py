@@ -100,11 +100,11 @@ class Run(Inputs):
 
     async def sync_weights(self, version: int) -> None:
         """Weights go to all who sample."""
-        self.learners.collect()
+        self.learners.gather_weights()
         weights = {} if self.engine.shares_learner_weights else self.learners.learner.weights
         await self.engine.load_weights(weights, version=version)
         if self.teacher_engine is not None and self.learners.world.size > 1:
-            self.learners.collect_teacher(self.teacher_engine.model)
+            self.learners.gather_teacher(self.teacher_engine.model)
 
     def finish_step(self, step: int, metrics: dict[str, float]) -> None:
         """Add the stages' times, write the row, show it."""
@@ -185,7 +185,7 @@ def open_teacher_engine(
 ) -> LocalEngine | None:
     """Of the teacher's weights, None where nothing is written with them.
 
-    On several ranks it has a whole copy, which `LearnerGroup.collect_teacher` brings up to date.
+    On several ranks it has a whole copy, which `LearnerGroup.gather_teacher` brings up to date.
     """
     if not uses_teacher_weights(config):
         return None

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import copy
 import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -24,12 +23,13 @@ from rosd_fast.model.blocks import prepare_blocks
 from rosd_fast.model.fsdp import collect, fill, shard, skeleton
 from rosd_fast.model.head import Head, head
 from rosd_fast.model.vocab_parallel import GatheredTokens, check_shardable
-from rosd_fast.trainer.loss import importance_weights, span_loss, vocabulary_order
+from rosd_fast.trainer.loss import span_loss, vocabulary_order
 from rosd_fast.trainer.optim import Optimizer
+from rosd_fast.trainer.step_stats import MicroBatchStats
 from rosd_fast.trainer.teacher import Teacher, needs_copy
 from rosd_fast.types import PackedBatch
 from rosd_fast.utils.distributed import SINGLE_PROCESS, World, full
-from rosd_kernels import SpanDivergenceOutput, SpanDivergenceStats
+from rosd_kernels import SpanDivergenceOutput, VocabularyOrder
 
 MAX_SKIPPED = 5
 
@@ -51,93 +51,12 @@ class StepResult:
     per_token: dict[str, list[float]] = field(default_factory=dict)
 
 
-@dataclass(slots=True)
-class StepStats:
-    """What a step reports: sums over its distilled tokens, and the largest of other things."""
-
-    num_batches: int = 0
-    sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    largest: dict[str, float] = field(default_factory=dict)
-    per_token: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-
-    def add(self, other: StepStats) -> None:
-        """Another rank's."""
-        self.num_batches += other.num_batches
-        for key, value in other.sums.items():
-            self.sums[key] += value
-        for key, value in other.largest.items():
-            self.update_max(key, value)
-        for rollout_id, values in other.per_token.items():
-            self.per_token[rollout_id] += values
-
-    def update_max(self, key: str, value: float) -> None:
-        self.largest[key] = max(self.largest.get(key, value), value)
-
-    def metrics(self, total: int) -> dict[str, float]:
-        """Means over the step's `total` distilled tokens, and the largest."""
-        means = {key: value / total for key, value in self.sums.items()}
-        return means | self.largest | {"loss/num_micro_batches": float(self.num_batches)}
-
-
-class MicroBatchStats:
-    """Collects what this rank's micro-batches report, without waiting for the device before the
-    end."""
-
-    def __init__(self, importance_clip: float | None) -> None:
-        self.importance_clip = importance_clip
-        self.loss: Tensor | float = 0.0
-        self.sums: dict[str, Tensor | float] = defaultdict(float)
-        self.gaps: list[Tensor] = []  # largest |student - rollout log-prob| of each micro-batch
-        self.rows: list[tuple[PackedBatch, Tensor]] = []
-        self.stats: list[SpanDivergenceStats] = []
-
-    def add(self, batch: PackedBatch, output: SpanDivergenceOutput) -> None:
-        if not batch.num_distilled:
-            return
-        divergence, logprob = output.per_token, output.student_logprob
-        assert logprob is not None  # token_ids were given
-        assert output.student_entropy is not None and output.teacher_entropy is not None
-        weights = batch.weights.to(divergence)
-        importance = importance_weights(
-            logprob, batch.rollout_logprobs.to(logprob), self.importance_clip
-        )
-        self.loss += output.loss.detach()
-        self.sums["loss/divergence"] += (weights * divergence).sum()
-        self.sums["loss/importance_weight_mean"] += importance.sum()
-        gap = (logprob - batch.rollout_logprobs.to(logprob)).abs()
-        self.sums["loss/logprob_gap_mean"] += gap.sum()
-        self.gaps.append(gap.max())
-        if self.importance_clip is not None:
-            self.sums["loss/importance_clipped_frac"] += importance.eq(self.importance_clip).sum()
-        self.sums["loss/student_entropy"] += output.student_entropy.sum()
-        self.sums["loss/teacher_entropy"] += output.teacher_entropy.sum()
-        self.rows.append((batch, divergence))
-        self.stats.append(output.stats)
-
-    def tally(self) -> StepStats:
-        """All of it as numbers."""
-        tally = StepStats(num_batches=len(self.rows))
-        for key, value in self.sums.items():
-            tally.sums[key] += float(value)
-        for gap in self.gaps:
-            tally.update_max("loss/logprob_gap_max", float(gap))
-        if any(stats.measured is not None for stats in self.stats):  # else all was computed
-            for stats, (batch, _) in zip(self.stats, self.rows, strict=True):
-                tally.sums["loss/active_frac"] += stats.active_frac * batch.num_distilled
-                tally.update_max("loss/dropped_mass_max", stats.dropped_mass_max)
-                tally.update_max("loss/grad_error_bound", stats.grad_error_bound)
-        for batch, divergence in self.rows:
-            for sample, value in zip(batch.sample_index.tolist(), divergence.tolist(), strict=True):
-                tally.per_token[batch.rollout_ids[sample]].append(value)
-        return tally
-
-
 class Learner:
     """Owns the student's optimizer and the teacher; of several ranks each has one.
 
     model: what is trained, with its initial weights. Alone, it is trained in place. Of several
     ranks, rank 0 gives the model and the others its skeleton: the weights are spread over the
-    ranks, and `collect` puts them back into rank 0's. Which parameters are trained is settled
+    ranks, and `gather_weights` puts them back into rank 0's. Which parameters are trained is settled
     (`choose_trainable`).
 
     The model runs in eval mode: dropout would make the student differ from the policy that sampled.
@@ -172,20 +91,24 @@ class Learner:
         rows = self.teacher.head.weight.shape[0] if self.shards_head else vocab
         self.order = vocabulary_order(config.loss, rows)
         self.num_skipped = 0  # steps in a row that were not finite
-        self._collected: int | None = None  # the number of updates that rank 0's model is of
+        self._gathered: int | None = None  # the number of updates that rank 0's model is of
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """On rank 0 the student's weights, as of the last `collect`, by the state-dict names of a
+        """On rank 0 the student's weights, as of the last `gather_weights`, by the state-dict names of a
         model without adapters; they share memory with it where they can."""
         assert self.whole is not None
         return whole_weights(self.whole)
 
-    def collect(self) -> None:
-        """Bring rank 0's own model up to date; alone, it is."""
-        if self.world.size > 1 and self._collected != self.optimizer.num_updates:
+    def gather_weights(self) -> None:
+        """Update rank 0's full model to the current weights. A collective."""
+        if self.world.size > 1 and self._gathered != self.optimizer.num_updates:
             collect(self.model, self.whole)
-            self._collected = self.optimizer.num_updates
+            self._gathered = self.optimizer.num_updates
+
+    def gather_teacher(self, into: PreTrainedModel | None) -> None:
+        """Write the teacher's current weights into `into`, None on other ranks. A collective."""
+        self.teacher.collect(into)
 
     def step(
         self, batches: Sequence[PackedBatch], teacher_states: Sequence[Tensor] | None = None
@@ -199,10 +122,8 @@ class Learner:
         Raises TrainingDiverged after 5 such steps in a row.
         """
         states: Sequence[Tensor | None] = teacher_states or [None] * len(batches)
-        given = list(zip(batches, states, strict=True))
-        if self.world.size == 1:
-            given = [(batch, own) for batch, own in given if batch.num_distilled]
-        total = int(self.world.sum(sum(batch.num_distilled for batch, _ in given)))
+        pairs = list(zip(batches, states, strict=True))
+        total = int(self.world.sum(sum(batch.num_distilled for batch in batches)))
         metrics = {
             "loss/num_distilled_tokens": float(total),
             "loss/lr": self.optimizer.lr,
@@ -210,33 +131,35 @@ class Learner:
         }
         if total == 0:
             return StepResult(metrics=metrics)
-        results = MicroBatchStats(self.config.loss.importance_clip)
+        collected = MicroBatchStats(self.config.loss.importance_clip)
         self.optimizer.zero_grad()
-        for batch, own in given:
-            results.add(batch, self._backward(batch, own, total))
-        grad_norm = self._update(self.world.sum(float(results.loss)))
-        tally = results.tally()
-        others = (self.world.gather(tally) or [])[1:]
-        for other in others:
-            tally.add(other)
-        if tally.num_batches:
-            metrics |= tally.metrics(total)
-        metrics |= {"loss/skipped": 1.0} if grad_norm is None else {"loss/grad_norm": grad_norm}
+        for batch, states in pairs:
+            collected.add(batch, self._backward(batch, states, total))
+        grad_norm = self._update(self.world.sum(float(collected.loss)))
+        stats = collected.totals()
+        for other in (self.world.gather(stats) or [])[1:]:
+            stats.merge(other)
+        metrics |= stats.metrics(total)
+        if grad_norm is None:
+            return StepResult(metrics=metrics | {"loss/skipped": 1.0})
         return StepResult(
-            metrics={key: value for key, value in metrics.items() if math.isfinite(value)},
-            per_token={} if grad_norm is None else dict(tally.per_token),
+            metrics=metrics | {"loss/grad_norm": grad_norm}, per_token=dict(stats.per_token)
         )
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self, *, portable: bool = False) -> dict[str, Tensor]:
         """What a resume needs besides the initial weights, as a flat mapping.
 
-        Trained weights, moments, averages, and this rank's order of the vocabulary.
+        It holds the trained weights, AdamW's moments, the teacher's average, and this rank's
+        vocabulary order.
+
+        portable: leave out what only a run with the same number of ranks can read.
         """
-        parts = {
+        parts: dict[str, Optimizer | Teacher | VocabularyOrder | None] = {
             "optimizer": self.optimizer,
             "teacher": self.teacher,
-            f"order.{self.world.rank}": self.order,
         }
+        if not portable:
+            parts[f"order.{self.world.rank}"] = self.order
         return {
             f"{name}.{key}": value
             for name, part in parts.items()
@@ -247,10 +170,10 @@ class Learner:
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         """Take over `state`. Raises KeyError or RuntimeError when it belongs to another model."""
         self.optimizer.load_state_dict(with_prefix(state, "optimizer."))
-        self._collected = None
+        self._gathered = None
         self.teacher.load_state_dict(with_prefix(state, "teacher."))
         order = with_prefix(state, f"order.{self.world.rank}.")
-        if self.order is not None and order:  # with another number of ranks it begins anew
+        if self.order is not None and order:  # a portable state has none: a new order is learned
             self.order.load_state_dict(order)
 
     def _copied(self, model: PreTrainedModel) -> PreTrainedModel | None:

@@ -29,7 +29,7 @@ class Export:
 
     @classmethod
     def of(cls, learner: Learner, tokenizer: PreTrainedTokenizerBase) -> Export:
-        """A copy of rank 0's model, as of the learner's last `collect`.
+        """A copy of rank 0's model, as of the learner's last `gather_weights`.
 
         Raises UserError when a model of that config has no place for one of the weights.
         """
@@ -129,7 +129,7 @@ class Snapshot:
         dev_accuracy: float | None = None,
     ) -> Snapshot:
         """A collective: rank 0's model is brought up to date. tokenizer: rank 0's."""
-        learner.collect()
+        learner.gather_weights()
         return cls(
             step=step,
             config_hash=config_hash,

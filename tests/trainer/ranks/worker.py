@@ -2,8 +2,8 @@
 
     torchrun --nproc-per-node 2 -m tests.trainer.ranks.worker OUT [--resume OUT2] [--shard-size N]
 
-Rank 0 writes, for each case, the gradients of the first step and the weights after the others to
-OUT/results.safetensors, and the metrics of all steps to OUT/metrics.json; checkpoints of step 2 are
+Rank 0 writes, for each case, the gradients of the first step and the weights and the teacher after
+the others to OUT/results.safetensors, and the metrics of all steps to OUT/metrics.json; checkpoints of step 2 are
 in OUT/CASE. Going on from these has to give the same bits. Where --resume is given, it goes on from
 those of another call, too.
 """
@@ -174,6 +174,9 @@ def work(
                 learners.save(out / case, SAVED_STEP, None)
         weights = {k: v.detach().clone() for k, v in learners.weights().items()}
         results |= {f"{case}/weight/{k}": v for k, v in weights.items()}
+        teacher = model_of(case, config)
+        learners.gather_teacher(teacher)
+        results |= {f"{case}/teacher/{k}": v.detach() for k, v in teacher.named_parameters()}
         learners.close()
         metrics[case] = [[row.metrics, row.per_token] for row in rows]
         own = continued(case, config, world, out)
