@@ -152,7 +152,11 @@ def count_states(counted: list[float]) -> None:
             size(learner.state_dict().values())
             + size([p.grad for p in masters if p.grad is not None])
             + size(learner.teacher.model.parameters())
-            + size(learner.whole.parameters() if learner.whole not in (None, learner.model) else ())
+            + size(
+                learner.full_model.parameters()
+                if learner.full_model not in (None, learner.model)
+                else ()
+            )
         )
         return own_update(learner, loss)
 

@@ -102,7 +102,7 @@ def adapters_off(model: PreTrainedModel) -> Iterator[None]:
 
 
 @torch.no_grad()
-def whole_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+def merged_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     """The state dict of the model without adapters that computes the same.
 
     Tensors share the model's memory where no adapter adds to them.

@@ -181,7 +181,7 @@ def load_checkpoint(path: Path, learner: Learner) -> int:
         about = read_state(path)
     except DamagedCheckpoint as error:
         raise UserError(f"the checkpoint is damaged: {error}", where=str(path)) from error
-    if learner.whole is not None and about["fingerprint"] != learner.fingerprint:
+    if learner.full_model is not None and about["fingerprint"] != learner.fingerprint:
         raise UserError(
             "the checkpoint belongs to another model than the one that `model` names, whose "
             "weights the run began with",

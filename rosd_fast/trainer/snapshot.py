@@ -33,8 +33,8 @@ class Export:
 
         Raises UserError when a model of that config has no place for one of the weights.
         """
-        assert learner.whole is not None
-        model = without_adapters(learner.whole)
+        assert learner.full_model is not None
+        model = without_adapters(learner.full_model)
         names = dict(model.named_parameters()).keys() | dict(model.named_buffers()).keys()
         weights = {name: w for name, w in learner.weights.items() if name in names}
         kept = {weight.data_ptr() for weight in weights.values()}

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM
 from rosd_fast.batch.packing import pack
 from rosd_fast.config import Config
 from rosd_fast.errors import UserError
-from rosd_fast.model.adapters import choose_trainable, fingerprint, has_adapters, whole_weights
+from rosd_fast.model.adapters import choose_trainable, fingerprint, has_adapters, merged_weights
 from rosd_fast.trainer.checkpoint import load_checkpoint, write_checkpoint
 from rosd_fast.trainer.learner import Learner
 from rosd_fast.trainer.snapshot import Snapshot
@@ -107,7 +107,7 @@ def test_merged_weights_compute_the_same(make_model, distill_samples, family, dt
     learner.step(pack(distill_samples, max_tokens=40))
     plain = make_model(family, dtype)
     assert (plain(IDS).logits - model(IDS).logits).abs().max() > 1e-3
-    plain.load_state_dict(whole_weights(model), strict=True)
+    plain.load_state_dict(merged_weights(model), strict=True)
     close = {"rtol": 0, "atol": 1e-5 if dtype == torch.float32 else 0.1}
     torch.testing.assert_close(plain(IDS).logits, model(IDS).logits, **close)
 

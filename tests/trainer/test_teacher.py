@@ -43,9 +43,9 @@ def move(model: Any) -> None:
 def scored(learner: Learner, samples: Any) -> torch.Tensor:
     """[N, V] log-probabilities of the teacher."""
     (batch,) = pack(samples, max_tokens=10_000, min_shared=2)
-    states = learner.teacher.hidden_states(batch.teacher)
-    assert not states.requires_grad
-    return logits(states[batch.teacher.gather], learner.teacher.head).log_softmax(-1)
+    with learner.teacher.scoring(batch.teacher) as (states, head):
+        assert not states.requires_grad
+        return logits(states, head).log_softmax(-1)
 
 
 @pytest.mark.parametrize("only", ["", "model.layers.*"], ids=["head trained", "head fixed"])
@@ -142,7 +142,7 @@ def test_scores_do_not_touch_the_student(make_model, distill_samples) -> None:
     (batch,) = pack(distill_samples, max_tokens=10_000)
     with torch.no_grad():
         states = hidden_states(model, batch.student)
-        learner.teacher.hidden_states(batch.teacher)
-        learner.teacher.release()
+        with learner.teacher.scoring(batch.teacher):
+            pass
         assert torch.equal(hidden_states(model, batch.student), states)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
