@@ -163,6 +163,13 @@ def count_states(counted: list[float]) -> None:
     setattr(Learner, "_update", counting)  # noqa: B010
 
 
+def full_weights(learner: Learner) -> Iterable[Tensor]:
+    """Rank 0's full model, if the learner does not train it in place."""
+    if learner.full_model is None or learner.full_model is learner.model:
+        return ()
+    return learner.full_model.parameters()
+
+
 def size(tensors: Iterable[Tensor]) -> int:
     """Bytes of this rank's parts."""
     locals_ = (t.to_local() if isinstance(t, DTensor) else t for t in tensors)

@@ -2,10 +2,10 @@
 
     torchrun --nproc-per-node 2 -m tests.trainer.ranks.worker OUT [--resume OUT2] [--shard-size N]
 
-Rank 0 writes, for each case, the gradients of the first step and the weights and the teacher after
-the others to OUT/results.safetensors, and the metrics of all steps to OUT/metrics.json; checkpoints of step 2 are
-in OUT/CASE. Going on from these has to give the same bits. Where --resume is given, it goes on from
-those of another call, too.
+For each case, rank 0 writes the gradients of the first step and, after the last one, the weights of
+student and teacher to OUT/results.safetensors, and the metrics of all steps to OUT/metrics.json.
+Checkpoints of step 2 are in OUT/CASE; resuming from one of them has to give the same bits. With
+--resume, the steps after step 2 are also repeated from the checkpoints of another call.
 """
 
 from __future__ import annotations
