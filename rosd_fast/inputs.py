@@ -13,7 +13,7 @@ from rosd_fast.engines.local.grammar_mask import GrammarCompiler
 from rosd_fast.errors import UserError
 from rosd_fast.model.adapters import choose_trainable
 from rosd_fast.model.head import head
-from rosd_fast.model.load import LoadedModel, load_model
+from rosd_fast.model.load import LoadedModel, full_model_device, load_model
 from rosd_fast.reflection.locate import TokenBytes
 from rosd_fast.reflection.reflect import check_templates, template_name
 from rosd_fast.rollout.sample import check_prompts
@@ -45,7 +45,12 @@ def load_inputs(config: Config) -> Inputs:
         seed=config.seed,
         shuffle=config.data.shuffle,
     )
-    model = load_model(config)
+    model = load_model(
+        config.model,
+        dtype=config.dtype,
+        device=full_model_device(config.device, config.engine),
+        trust_remote_code=config.trust_remote_code,
+    )
     check_prompts(
         [*problems, *(problem for split in dev_splits.values() for problem in split)],
         tokenizer=model.tokenizer,
@@ -53,7 +58,9 @@ def load_inputs(config: Config) -> Inputs:
         context_length=model.context_length,
     )
     check_budgets(config, model, max(problems, key=lambda problem: len(problem.prompt)))
-    choose_trainable(model.model, config)
+    choose_trainable(
+        model.model, lora=config.lora, trainable=config.optim.trainable, seed=config.seed
+    )
     token_bytes = TokenBytes(model.tokenizer)
     if config.reflect.mode != "free":
         GrammarCompiler(model.tokenizer, head(model.model).weight.shape[0]).check(

@@ -40,7 +40,7 @@ from rosd_fast.trainer.checkpoint import latest_checkpoint, read_state
 from rosd_fast.trainer.learner import StepResult, TrainingDiverged
 from rosd_fast.trainer.ranks import LearnerGroup
 from rosd_fast.types import DistillSample, PackedBatch, SamplingParams
-from rosd_fast.utils.distributed import SINGLE_PROCESS, World
+from rosd_fast.utils.distributed import SINGLE_PROCESS, World, pick_device
 
 CONFIG_FILE = "config.toml"
 WEIGHT_CHECK_TOKENS = 64
@@ -156,7 +156,14 @@ def opened(config: Config, resume: Path | None, world: World, lock: RunLock) -> 
             progress(config.steps, first_step) as shown,
             stop.listening(shown, learners.finish_save),
         ):
-            shown.note(f"learner: {describe(model.model, config, world.size)}")
+            learner = describe(
+                model.model,
+                config.learner,
+                dtype=config.dtype,
+                device=pick_device(config.device),
+                num_ranks=world.size,
+            )
+            shown.note(f"learner: {learner}")
             engine = open_engine(
                 config, model, folder, weight_check_ids=weight_check_ids, note=shown.note
             )

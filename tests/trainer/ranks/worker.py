@@ -22,13 +22,12 @@ from transformers import PreTrainedTokenizerFast
 
 from rosd_fast.batch.packing import pack
 from rosd_fast.config import Config
-from rosd_fast.model.adapters import choose_trainable
 from rosd_fast.trainer.learner import StepResult
 from rosd_fast.trainer.optim import Optimizer
 from rosd_fast.trainer.ranks import LearnerGroup, run_worker
 from rosd_fast.types import DistillSample
 from rosd_fast.utils.distributed import World, full, open_world
-from tests.tiny import SHAPE, VOCAB, tiny_model
+from tests.tiny import SHAPE, VOCAB, mark_trainable, tiny_model
 
 TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
 SLIDING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
@@ -79,7 +78,7 @@ def config_of(case: str, shard_size: int | None = None) -> Config:
 def model_of(case: str, config: Config) -> Any:
     family, shape, _ = CASES[case]
     model = tiny_model(family, torch.float32, **shape).to(getattr(torch, config.dtype))
-    choose_trainable(model, config)
+    mark_trainable(model, config)
     if config.lora.rank:  # adapters that change something from the first step on
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
