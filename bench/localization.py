@@ -40,6 +40,7 @@ from rosd_fast.reflection.locate import Located, TokenBytes, locate, locate_sent
 from rosd_fast.reflection.reflect import reflect
 from rosd_fast.rollout.sample import sample_groups
 from rosd_fast.types import Group, Reflection, Rollout, SamplingParams, Verdict
+from rosd_fast.utils.distributed import pick_device
 from rosd_fast.verify import verify_all
 
 CSV = RESULTS / "localization.csv"
@@ -103,7 +104,7 @@ def parse_arguments() -> argparse.Namespace:
 
 async def measure(args: argparse.Namespace) -> None:
     config = load_preset(args.model).model_copy(update={"model": args.model})
-    model = load_model(config)
+    model = load_model(config.model, dtype=config.dtype, device=pick_device(config.device))
     engine = LocalEngine(model.model, max_rows=config.engine.max_rows, tokenizer=model.tokenizer)
     groups, verdicts = await wrong_rollouts(engine, model, config, args)
     count = sum(not verdict.success for verdict in verdicts.values())

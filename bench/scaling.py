@@ -152,11 +152,22 @@ def count_states(counted: list[float]) -> None:
             size(learner.state_dict().values())
             + size([p.grad for p in masters if p.grad is not None])
             + size(learner.teacher.model.parameters())
-            + size(learner.whole.parameters() if learner.whole not in (None, learner.model) else ())
+            + size(
+                learner.full_model.parameters()
+                if learner.full_model not in (None, learner.model)
+                else ()
+            )
         )
         return own_update(learner, loss)
 
     setattr(Learner, "_update", counting)  # noqa: B010
+
+
+def full_weights(learner: Learner) -> Iterable[Tensor]:
+    """Rank 0's full model, if the learner does not train it in place."""
+    if learner.full_model is None or learner.full_model is learner.model:
+        return ()
+    return learner.full_model.parameters()
 
 
 def size(tensors: Iterable[Tensor]) -> int:

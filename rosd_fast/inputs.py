@@ -11,7 +11,7 @@ from rosd_fast.data.problems import ProblemStream, load_problems
 from rosd_fast.engines.factory import check_engine
 from rosd_fast.methods import Method, method_class
 from rosd_fast.model.adapters import choose_trainable
-from rosd_fast.model.load import LoadedModel, load_model
+from rosd_fast.model.load import LoadedModel, full_model_device, load_model
 from rosd_fast.rollout.sample import check_prompts
 from rosd_fast.text.token_bytes import TokenBytes
 from rosd_fast.types import Problem
@@ -55,7 +55,12 @@ def load_inputs(config: Config) -> Inputs:
         seed=config.seed,
         shuffle=config.data.shuffle,
     )
-    model = load_model(config)
+    model = load_model(
+        config.model,
+        dtype=config.dtype,
+        device=full_model_device(config.device, config.engine),
+        trust_remote_code=config.trust_remote_code,
+    )
     check_prompts(
         [*problems, *(problem for split in dev_splits.values() for problem in split)],
         tokenizer=model.tokenizer,
@@ -65,7 +70,9 @@ def load_inputs(config: Config) -> Inputs:
     token_bytes = TokenBytes(model.tokenizer)
     method = method_type(config, model, token_bytes)
     method.check_problems(problems)
-    choose_trainable(model.model, config)
+    choose_trainable(
+        model.model, lora=config.lora, trainable=config.optim.trainable, seed=config.seed
+    )
     return Inputs(
         config=config,
         model=model,

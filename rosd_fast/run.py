@@ -40,7 +40,7 @@ from rosd_fast.run_lock import RunLock
 from rosd_fast.stop import StopRequest
 from rosd_fast.trainer.checkpoint import latest_checkpoint, read_state
 from rosd_fast.trainer.ranks import LearnerGroup
-from rosd_fast.utils.distributed import SINGLE_PROCESS, World
+from rosd_fast.utils.distributed import SINGLE_PROCESS, World, pick_device
 
 if TYPE_CHECKING:
     from rosd_fast.methods import TrainingSet
@@ -111,12 +111,12 @@ class Run:
 
     async def sync_weights(self, engines: Engines, version: int) -> None:
         """Give the current weights to every engine that samples with them."""
-        self.learners.collect()
+        self.learners.gather_weights()
         shared = engines.student.shares_learner_weights
         weights = {} if shared else self.learners.learner.weights
         await engines.student.load_weights(weights, version=version)
         if engines.teacher is not None and self.learners.world.size > 1:
-            self.learners.collect_teacher(engines.teacher.model)
+            self.learners.gather_teacher(engines.teacher.model)
 
     def write_rollouts(
         self,
@@ -194,7 +194,14 @@ def opened(config: Config, resume: Path | None, world: World, lock: RunLock) -> 
             progress(config.steps, first_step) as shown,
             stop.listening(shown, learners.finish_save),
         ):
-            shown.note(f"learner: {describe(model.model, config, world.size)}")
+            learner = describe(
+                model.model,
+                config.learner,
+                dtype=config.dtype,
+                device=pick_device(config.device),
+                num_ranks=world.size,
+            )
+            shown.note(f"learner: {learner}")
             yield Run(
                 inputs=inputs,
                 folder=folder,

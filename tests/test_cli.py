@@ -306,7 +306,6 @@ def test_eval_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> No
 
 
 def test_evals_options_mean_the_same_in_a_run() -> None:
-    options = eval_command.Options(samples=3, temperature=0.5, top_p=0.9, dtype="bfloat16")
-    config = eval_command.model_config(options)
-    assert (config.eval.samples, config.eval.temperature, config.eval.top_p) == (3, 0.5, 0.9)
-    assert config.dtype == "bfloat16"
+    options = eval_command.Options(samples=3, temperature=0.5, top_p=0.9)
+    config = eval_command.eval_config(options)
+    assert (config.samples, config.temperature, config.top_p) == (3, 0.5, 0.9)

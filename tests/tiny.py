@@ -7,6 +7,8 @@ from typing import Any
 import torch
 import transformers
 
+from rosd_fast.config import Config
+from rosd_fast.model.adapters import choose_trainable
 from rosd_fast.model.attention import use_exact_attention
 
 VOCAB = 64
@@ -36,3 +38,8 @@ def tiny_model(
         torch.nn.init.normal_(parameter, std=0.25)
     use_exact_attention(model)
     return model
+
+
+def mark_trainable(model: Any, config: Config) -> None:
+    """Choose the parameters that the options of a run would train."""
+    choose_trainable(model, lora=config.lora, trainable=config.optim.trainable, seed=config.seed)

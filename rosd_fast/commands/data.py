@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from rosd_fast.config import Config, Section
+from rosd_fast.config import Section
 from rosd_fast.config.load import apply_args
 from rosd_fast.errors import UserError
 
@@ -98,8 +98,7 @@ def prompt_lengths(problems: Sequence[Problem], options: Options) -> list[int]:
     from rosd_fast.text.prompts import render_prompt
 
     assert options.model is not None
-    config = Config(model=options.model, trust_remote_code=options.trust_remote_code)
-    tokenizer = load_tokenizer(find(options.model), config)
+    tokenizer = load_tokenizer(find(options.model), trust_remote_code=options.trust_remote_code)
     return [
         len(render_prompt(tokenizer, user=problem.prompt, system=problem.system))
         for problem in problems

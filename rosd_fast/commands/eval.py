@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Literal
 
 from rosd_fast.config import (
-    Config,
+    EvalConfig,
     NonNegativeFloat,
     NonNegativeInt,
     PositiveInt,
@@ -81,9 +81,14 @@ async def measure(options: Options, problems: Sequence[Problem]) -> dict[str, fl
     from rosd_fast.engines.local.engine import LocalEngine
     from rosd_fast.evaluate import evaluate
     from rosd_fast.model.load import load_model
+    from rosd_fast.utils.distributed import pick_device
 
-    config = model_config(options)
-    loaded = load_model(config)
+    loaded = load_model(
+        options.model,
+        dtype=options.dtype,
+        device=pick_device(options.device),
+        trust_remote_code=options.trust_remote_code,
+    )
     engine = LocalEngine(loaded.model, max_rows=options.max_rows)
     num_tokens = 0
     with Console(stderr=True).status(f"sampling {len(problems)} problems") as status:
@@ -97,7 +102,7 @@ async def measure(options: Options, problems: Sequence[Problem]) -> dict[str, fl
             engine,
             problems,
             split=SPLIT,
-            config=config.eval,
+            config=eval_config(options),
             max_new_tokens=options.max_new_tokens,
             tokenizer=loaded.tokenizer,
             stop_token_ids=loaded.stop_token_ids,
@@ -107,12 +112,9 @@ async def measure(options: Options, problems: Sequence[Problem]) -> dict[str, fl
         )
 
 
-def model_config(options: Options) -> Config:
-    """The same options as a run would have them."""
-    return Config.model_validate(
-        options.model_dump(include={"model", "dtype", "device", "trust_remote_code"})
-        | {"eval": options.model_dump(include={"samples", "temperature", "top_p"})}
-    )
+def eval_config(options: Options) -> EvalConfig:
+    """The options of a run's evaluation with the same meaning."""
+    return EvalConfig(**options.model_dump(include={"samples", "temperature", "top_p"}))
 
 
 def print_table(

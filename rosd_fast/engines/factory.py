@@ -147,7 +147,7 @@ async def check_teacher_server(run: Run, teacher_server: SglangTeacher) -> None:
         model = teacher.model if alone else run.inputs.model.model
         await check_teacher(teacher_server, model, run.weight_check_ids, bound=bound)
     if alone:
-        teacher.keep_head_only()
+        teacher.discard_model()
 
 
 def server_handles(

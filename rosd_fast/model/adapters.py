@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rosd_fast.config import Config
+from rosd_fast.config import LoraConfig
 from rosd_fast.config.arguments import listed
 from rosd_fast.errors import UserError
 
@@ -24,19 +24,23 @@ BASE = ".base_layer."  # peft's name for the layer that an adapter is added to
 SAMPLED = 1024  # values of each parameter that the fingerprint reads
 
 
-def choose_trainable(model: PreTrainedModel, config: Config) -> None:
-    """Add adapters, or mark the parameters that `optim.trainable` names as the only ones to train.
+def choose_trainable(
+    model: PreTrainedModel, *, lora: LoraConfig, trainable: str, seed: int
+) -> None:
+    """Add adapters, or mark the parameters that `trainable` names as the only ones to train.
 
-    Raises UserError for names that fit nothing, and when nothing would be trained.
+    Raises UserError for names that match nothing, and if nothing would be trained.
+
+    trainable: the option `optim.trainable`. seed: of the adapters' initial values.
     """
-    if config.lora.rank:
-        add_adapters(model, config)
-    elif patterns := listed(config.optim.trainable):
+    if lora.rank:
+        add_adapters(model, lora, seed=seed)
+    elif patterns := listed(trainable):
         train_only(model, patterns)
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise UserError(
             "none of the model's weights can be trained",
-            where=f"model = {config.model}",
+            where="model",
             fix="Give a model with whole, unfrozen weights, or set lora.rank",
         )
 
@@ -65,19 +69,21 @@ def train_only(model: PreTrainedModel, patterns: Sequence[str]) -> None:
         parameter.requires_grad_(id(parameter) in chosen)
 
 
-def add_adapters(model: PreTrainedModel, config: Config) -> None:
-    """Put adapters, which change nothing yet, into the layers that `lora.targets` names."""
+def add_adapters(model: PreTrainedModel, lora: LoraConfig, *, seed: int) -> None:
+    """Add adapters, which change nothing yet, to the layers that `lora.targets` names.
+
+    Raises UserError if peft is missing or cannot use the targets.
+    """
     if find_spec("peft") is None:
         raise UserError("needs peft", where="lora.rank", fix='pip install "rosd-fast[lora]"')
-    from peft import LoraConfig
+    import peft
 
-    lora = config.lora
     targets = "all-linear" if lora.targets == "all-linear" else listed(lora.targets)
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(config.seed)
+        torch.manual_seed(seed)
         try:
             model.add_adapter(
-                LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets)
+                peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets)
             )
         except ValueError as error:
             raise UserError(
@@ -102,7 +108,7 @@ def adapters_off(model: PreTrainedModel) -> Iterator[None]:
 
 
 @torch.no_grad()
-def whole_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+def merged_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     """The state dict of the model without adapters that computes the same.
 
     Tensors share the model's memory where no adapter adds to them.

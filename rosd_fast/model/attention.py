@@ -20,7 +20,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import cache
 from itertools import accumulate
 from typing import Any
 
@@ -33,11 +33,10 @@ from transformers.modeling_utils import AttentionInterface
 from transformers.utils import import_utils
 
 from rosd_fast.errors import UserError
-from rosd_fast.model.head import head, logits, place
+from rosd_fast.model.head import head, logits
 from rosd_fast.types import PackedSequences
 
 PACKED = "rosd_packed"
-SHARDED_FORWARD = "packed_states"  # method that runs `decode` with the weights gathered
 LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 
@@ -83,19 +82,19 @@ class Layout:
 
 
 def hidden_states(model: PreTrainedModel, packed: PackedSequences) -> Tensor:
-    """Hidden states [T, H] after the final norm, in the model's dtype and on its device.
+    """The [T, H] hidden states after the final norm, in the model's dtype and on its device.
 
-    The logits are never computed. Differentiable when grad mode is on. Of a model that is spread
-    over ranks this is a collective.
+    Logits are never computed. Differentiable when grad mode is on.
     """
     with packed_forward(model):
-        run = getattr(model, SHARDED_FORWARD, None) or partial(decode, model)
-        return run(packed)[0]
+        return decode(model, packed, model.device)[0]
 
 
-def decode(model: PreTrainedModel, packed: PackedSequences) -> Tensor:
-    """[1, T, H] of `hidden_states`, whose other half is to set the attention."""
-    device = place(model)
+def decode(model: PreTrainedModel, packed: PackedSequences, device: torch.device) -> Tensor:
+    """The [1, T, H] states of `hidden_states`; call it within `packed_forward`.
+
+    device: the device to compute on; the weights of a sharded model may be kept on another.
+    """
     output = backbone(model)(
         input_ids=packed.input_ids[None].to(device),
         position_ids=packed.position_ids[None].to(device),

@@ -13,10 +13,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from rosd_fast.config import Config, LearnerConfig
+from rosd_fast.config import LearnerConfig
 from rosd_fast.errors import UserError
 from rosd_fast.model.attention import flash_attention, name
-from rosd_fast.utils.distributed import pick_device
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:
@@ -71,18 +70,24 @@ def use_liger(model: PreTrainedModel) -> None:
         )
 
 
-def describe(model: PreTrainedModel, config: Config, ranks: int) -> str:
-    """How the learner computes, for the start of a run.
+def describe(
+    model: PreTrainedModel,
+    options: LearnerConfig,
+    *,
+    dtype: str,
+    device: torch.device,
+    num_ranks: int,
+) -> str:
+    """One line on how the learner computes, for the start of a run.
 
     "LlamaForCausalLM, 2,084,352 of 2,084,352 weights trained in float32, cpu, attention sdpa"
     """
-    device, options = pick_device(config.device), config.learner
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     parts = [
         name(model),
-        f"{trained:,} of {total:,} weights trained in {config.dtype}",
-        f"{ranks} ranks on {device.type}" if ranks > 1 else device.type,
+        f"{trained:,} of {total:,} weights trained in {dtype}",
+        f"{num_ranks} ranks on {device.type}" if num_ranks > 1 else device.type,
         f"attention {(device.type == 'cuda' and flash_attention()) or 'sdpa'}",
     ]
     parts += ["liger kernels"] if uses_liger(options, device) else []

@@ -1,38 +1,112 @@
-"""A model whose weights are spread over the ranks: FSDP2 (`fully_shard`), one layer at a time.
+"""A model whose weights are sharded over the ranks: FSDP2, one block at a time.
 
-Rank 0 loads the model; the others get its skeleton, and each rank its share of the weights. Weights
-and gradients are summed and kept in fp32; layers compute in the run's dtype.
+Rank 0 loads the model and the others get its skeleton; each rank then receives its shards. Shards
+are stored, and gradients are reduced, in fp32; blocks compute in the run's dtype.
+
+FSDP2 is `torch.distributed.fsdp.fully_shard`, https://docs.pytorch.org/docs/stable/distributed.fsdp.fully_shard.html
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from types import MethodType
-from typing import TypeGuard
+from dataclasses import dataclass, replace
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
     MixedPrecisionPolicy,
     OffloadPolicy,
     fully_shard,
-    register_fsdp_forward_method,
 )
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from rosd_fast.model.attention import SHARDED_FORWARD, decode
+from rosd_fast.model.attention import decode, packed_forward
 from rosd_fast.model.blocks import blocks
-from rosd_fast.model.head import HEAD_ROWS, PLACE
-from rosd_fast.model.vocab_parallel import average_rows, shard_rows
+from rosd_fast.model.head import Head, head
+from rosd_fast.model.policy import PolicyModel
+from rosd_fast.model.vocab_parallel import average_head_gradients, shard_head
+from rosd_fast.types import PackedSequences
 from rosd_fast.utils.distributed import World, full
 
 
+class ShardedDecoder(nn.Module):
+    """The root of the sharding: FSDP gathers the weights around its forward.
+
+    The root is not the transformers model, whose own forward would compute all logits.
+    """
+
+    def __init__(self, model: PreTrainedModel, device: torch.device) -> None:
+        super().__init__()
+        self.model = model
+        self.device = device
+
+    def forward(self, packed: PackedSequences) -> Tensor:
+        """The [1, T, H] states after the final norm."""
+        return decode(self.model, packed, self.device)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ShardedModel(PolicyModel):
+    """A model whose parameters are DTensors, one shard per rank.
+
+    decoder: computes the hidden states with gathered weights.
+    head_dtype: dtype of this rank's rows of a vocab-parallel head; None: FSDP gathers the head.
+    """
+
+    decoder: ShardedDecoder
+    head_dtype: torch.dtype | None
+
+    @property
+    def head(self) -> Head:
+        full_head = head(self.module)
+        if self.head_dtype is None:
+            return full_head
+        weight, bias = (
+            x.to_local().to(self.device, self.head_dtype) if isinstance(x, DTensor) else x
+            for x in (full_head.weight, full_head.bias)
+        )
+        assert weight is not None
+        return replace(full_head, weight=weight, bias=bias)
+
+    def hidden_states(self, packed: PackedSequences) -> Tensor:
+        with packed_forward(self.module):
+            return self.decoder(packed)[0]
+
+    def release(self) -> None:
+        assert isinstance(self.decoder, FSDPModule)
+        self.decoder.reshard()
+
+    @torch.no_grad()
+    def gather_weights(self, into: PreTrainedModel | None) -> None:
+        targets = {} if into is None else dict(into.named_parameters())
+        for name, parameter in self.module.named_parameters():
+            weight = full(parameter)
+            if into is not None:
+                targets[name].copy_(weight)
+
+    @torch.no_grad()
+    def load_shards(self, source: PreTrainedModel | None) -> None:
+        """Give each rank its shards of the weights of `source`, rank 0's full model. A
+        collective."""
+        weights = None if source is None else dict(source.named_parameters())
+        for name, parameter in self.module.named_parameters():
+            assert isinstance(parameter, DTensor)
+            device = parameter.device_mesh.device_type
+            weight = (
+                torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
+                if weights is None
+                else weights[name].detach().to(device, parameter.dtype)
+            )
+            shards = distribute_tensor(weight, parameter.device_mesh, parameter.placements)
+            parameter.to_local().copy_(shards.to_local())
+
+
 def skeleton(model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A copy with parameters of `dtype` that have no memory; buffers and settings are copied."""
+    """A copy of the model whose parameters, of `dtype`, have no memory; buffers are copied."""
     memo = {
         id(p): nn.Parameter(
             torch.empty_like(p, device="meta", dtype=dtype), requires_grad=p.requires_grad
@@ -48,70 +122,42 @@ def shard(
     *,
     dtype: torch.dtype,
     offload: bool = False,
-    head_rows: bool = False,
-) -> PreTrainedModel:
-    """Spread a skeleton over the ranks, in place. A collective; `fill` gives it its weights.
+    vocab_parallel: bool = False,
+) -> ShardedModel:
+    """Shard a skeleton over the ranks, in place; `load_shards` fills it. A collective.
 
-    dtype: that layers compute in. offload: shares lie in host memory between uses. head_rows: the
-    output head is never whole (`head_rows.py`).
+    dtype: that blocks compute in. offload: keep shards in host memory between uses.
+    vocab_parallel: never gather the output head (`rosd_fast.model.vocab_parallel`).
     """
     assert world.mesh is not None
     mesh, device = world.mesh, torch.device(world.mesh.device_type)
     policy = MixedPrecisionPolicy(param_dtype=dtype, reduce_dtype=torch.float32)
-    on_host = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
+    storage = CPUOffloadPolicy(pin_memory=device.type == "cuda") if offload else OffloadPolicy()
     for block in blocks(model):
-        fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=on_host)
-    # The rest stays whole from its forward on: the divergence reads the head.
+        fully_shard(block, mesh=mesh, mp_policy=policy, offload_policy=storage)
+    decoder = ShardedDecoder(model, device)
+    # All but the blocks stays gathered after the forward pass: the divergence reads the head.
     fully_shard(
-        model,
+        decoder,
         mesh=mesh,
         mp_policy=policy,
-        offload_policy=on_host,
+        offload_policy=storage,
         reshard_after_forward=False,
-        ignored_params=shard_rows(model, world) if head_rows else None,
+        ignored_params=shard_head(model, world) if vocab_parallel else None,
     )
     buffers = {name: buffer.to(device) for name, buffer in model.named_buffers()}
-    model.to_empty(device="cpu" if offload else device)
+    decoder.to_empty(device="cpu" if offload else device)
     for name, buffer in buffers.items():
-        owner, _, own = name.rpartition(".")
-        model.get_submodule(owner)._buffers[own] = buffer
-    if head_rows:
-        average_rows(model, world)
-        setattr(model, HEAD_ROWS, dtype)
-    setattr(model, PLACE, device)
-    setattr(model, SHARDED_FORWARD, MethodType(decode, model))
-    register_fsdp_forward_method(model, SHARDED_FORWARD)
-    # It speaks of in-place changes to the output; nobody makes any.
+        owner, _, attribute = name.rpartition(".")
+        model.get_submodule(owner)._buffers[attribute] = buffer
+    if vocab_parallel:
+        average_head_gradients(model, world)
+    # The warning is about in-place changes to the output; there are none.
     warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-    return model
-
-
-@torch.no_grad()
-def fill(model: PreTrainedModel, source: PreTrainedModel | None) -> None:
-    """Give each rank its share of the weights of `source`, which rank 0 has. A collective."""
-    weights = None if source is None else dict(source.named_parameters())
-    for name, parameter in model.named_parameters():
-        assert isinstance(parameter, DTensor)
-        device = parameter.device_mesh.device_type
-        whole = (
-            torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
-            if weights is None
-            else weights[name].detach().to(device, parameter.dtype)
-        )
-        share = distribute_tensor(whole, parameter.device_mesh, parameter.placements)
-        parameter.to_local().copy_(share.to_local())
-
-
-@torch.no_grad()
-def collect(model: PreTrainedModel, into: PreTrainedModel | None) -> None:
-    """Write whole weights into another model, on the rank that gives one. A collective."""
-    others = {} if into is None else dict(into.named_parameters())
-    for name, parameter in model.named_parameters():
-        whole = full(parameter)
-        if into is not None:
-            others[name].copy_(whole)
-
-
-def is_spread(model: nn.Module) -> TypeGuard[FSDPModule]:
-    """Whether the weights are spread over ranks, which see to their place themselves."""
-    return isinstance(model, FSDPModule)
+    return ShardedModel(
+        module=model,
+        device=device,
+        offload=offload,
+        decoder=decoder,
+        head_dtype=dtype if vocab_parallel else None,
+    )

@@ -7,13 +7,9 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 
 from rosd_fast.errors import UserError
-
-PLACE = "compute_device"  # of a model whose weights may lie elsewhere between uses
-HEAD_ROWS = "head_rows_dtype"  # of the rows of the output head, where each rank has but some
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,11 +30,6 @@ class Head:
         return logits(states, self, dtype=torch.float32).log_softmax(-1)
 
 
-def place(model: PreTrainedModel) -> torch.device:
-    """The device that the model computes on."""
-    return getattr(model, PLACE, model.device)
-
-
 def output_layer(model: PreTrainedModel) -> nn.Linear:
     """The layer that makes the logits. Raises UserError when there is none."""
     layer = model.get_output_embeddings()
@@ -51,18 +42,15 @@ def output_layer(model: PreTrainedModel) -> nn.Linear:
 
 
 def head(model: PreTrainedModel) -> Head:
-    """The model's output head, or this rank's rows of it. Raises UserError when it has none."""
+    """The model's output head. Raises UserError if it has none.
+
+    Its tensors are the live parameters; on several ranks use `PolicyModel.head`.
+    """
     layer = output_layer(model)
     config = model.config.get_text_config()
-    weight, bias = layer.weight, layer.bias
-    if (dtype := getattr(model, HEAD_ROWS, None)) is not None:
-        weight, bias = (
-            x.to_local().to(place(model), dtype) if isinstance(x, DTensor) else x
-            for x in (weight, bias)
-        )
     return Head(
-        weight=weight,
-        bias=bias,
+        weight=layer.weight,
+        bias=layer.bias,
         softcap=getattr(config, "final_logit_softcapping", None),
         # Cohere multiplies its logits, Granite divides them.
         scale=(getattr(config, "logit_scale", None) or 1.0)

@@ -22,7 +22,7 @@ from transformers import (
 )
 from transformers.utils import logging as transformers_logging
 
-from rosd_fast.config import Config
+from rosd_fast.config import EngineConfig
 from rosd_fast.errors import UserError
 from rosd_fast.model.adapters import has_adapters
 from rosd_fast.model.attention import check_packing, num_embeddings, use_exact_attention
@@ -52,17 +52,22 @@ class LoadedModel:
         return head(self.model).weight.shape[1]
 
 
-def load_model(config: Config) -> LoadedModel:
-    """Load `config.model` in `config.dtype` on the device that `place_of` says.
+def load_model(
+    model_name: str, *, dtype: str, device: torch.device, trust_remote_code: bool = False
+) -> LoadedModel:
+    """Load the model that `model_name` names, with its tokenizer, onto `device`.
 
     Raises UserError for anything that is missing, unreachable, unsafe to load or cannot be trained.
+
+    model_name: as the option `model`. dtype: torch's name of it, such as "bfloat16".
     """
-    device = place_of(config)
-    source = find(config.model)
+    source = find(model_name)
     with quiet_transformers():
-        tokenizer = load_tokenizer(source, config)
-        model = load_weights(source, config)
-        check_vocabulary(model, tokenizer, where=config.model)
+        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+        model = load_weights(
+            source, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
+        )
+        check_vocabulary(model, tokenizer, where=model_name)
         model = model.to(device).eval()  # type: ignore[arg-type]
         use_exact_attention(model)
         check_packing(model)
@@ -70,18 +75,22 @@ def load_model(config: Config) -> LoadedModel:
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
-        name=short_name(config.model),
-        context_length=context_length(model, tokenizer, where=config.model),
-        stop_token_ids=stop_token_ids(model, tokenizer, where=config.model),
+        name=short_name(model_name),
+        context_length=context_length(model, tokenizer, where=model_name),
+        stop_token_ids=stop_token_ids(model, tokenizer, where=model_name),
     )
 
 
-def place_of(config: Config) -> torch.device:
-    """Where the whole model lies: the learner's device; on several ranks, where it is only what
-    engines and checkpoints read, host memory."""
-    engine = config.engine
-    samples = engine.kind == "local" or engine.sync == "distributed"
-    return pick_device(config.device) if samples or not launched() else torch.device("cpu")
+def full_model_device(device: str, engine: EngineConfig) -> torch.device:
+    """The device of rank 0's full model.
+
+    It is the learner's device, except on several ranks if the full model neither samples nor sends
+    its weights to servers from the device: then only checkpoints read it, from host memory.
+
+    device: the option `device`.
+    """
+    on_device = engine.kind == "local" or engine.sync == "distributed"
+    return pick_device(device) if on_device or not launched() else torch.device("cpu")
 
 
 def find(model: str) -> Path | str:
@@ -128,12 +137,13 @@ def adapters_refused(source: Path | str) -> UserError:
     )
 
 
-def load_tokenizer(source: Path | str, config: Config) -> PreTrainedTokenizerBase:
-    """The tokenizer, which must have a vocabulary and a chat template."""
+def load_tokenizer(source: Path | str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+    """Load the tokenizer of a folder or hub id that `find` returned.
+
+    Raises UserError if it cannot be loaded, or has no vocabulary or no chat template.
+    """
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            source, trust_remote_code=config.trust_remote_code
-        )
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise explain(error, source, "tokenizer") from error
     if not len(tokenizer):
@@ -147,14 +157,16 @@ def load_tokenizer(source: Path | str, config: Config) -> PreTrainedTokenizerBas
     return tokenizer
 
 
-def load_weights(source: Path | str, config: Config) -> PreTrainedModel:
-    """The model, whose every parameter came from the files."""
+def load_weights(
+    source: Path | str, *, dtype: torch.dtype, trust_remote_code: bool
+) -> PreTrainedModel:
+    """Load the model. Raises UserError unless every parameter came from the files."""
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
-            dtype=getattr(torch, config.dtype),
+            dtype=dtype,
             use_safetensors=True,
-            trust_remote_code=config.trust_remote_code,
+            trust_remote_code=trust_remote_code,
             output_loading_info=True,
         )
     except Exception as error:

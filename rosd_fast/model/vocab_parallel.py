@@ -42,7 +42,7 @@ def check_shardable(model: PreTrainedModel) -> None:
         )
 
 
-def shard_rows(model: PreTrainedModel, world: World) -> set[nn.Parameter]:
+def shard_head(model: PreTrainedModel, world: World) -> set[nn.Parameter]:
     """Spread the head of a skeleton over the ranks of a copy, by rows; returns its parameters."""
     mesh, layer = world.mesh, output_layer(model)
     assert mesh is not None
@@ -53,7 +53,7 @@ def shard_rows(model: PreTrainedModel, world: World) -> set[nn.Parameter]:
     return set(layer.parameters())
 
 
-def average_rows(model: PreTrainedModel, world: World) -> None:
+def average_head_gradients(model: PreTrainedModel, world: World) -> None:
     """Average the head's gradients over the ranks, as FSDP does with all others."""
     for parameter in output_layer(model).parameters():
         if parameter.requires_grad:
@@ -110,7 +110,7 @@ class GatheredTokens:
             rollout_logprobs=self.gather(own.rollout_logprobs.to(device)),
         )
 
-    def part(self, output: SpanDivergenceOutput) -> SpanDivergenceOutput:
+    def local_part(self, output: SpanDivergenceOutput) -> SpanDivergenceOutput:
         """This rank's part of what all computed, and the whole loss."""
         names = "per_token student_logprob teacher_logprob student_entropy teacher_entropy".split()
         rows = {name: getattr(output, name) for name in names}

@@ -181,16 +181,14 @@ def load_checkpoint(path: Path, learner: Learner) -> int:
         about = read_state(path)
     except DamagedCheckpoint as error:
         raise UserError(f"the checkpoint is damaged: {error}", where=str(path)) from error
-    if learner.whole is not None and about["fingerprint"] != learner.fingerprint:
+    if learner.full_model is not None and about["fingerprint"] != learner.fingerprint:
         raise UserError(
             "the checkpoint belongs to another model than the one that `model` names, whose "
             "weights the run began with",
             where=str(path),
             fix="Put that model back in its place",
         )
-    state = learner.state_dict()
-    if learner.world.size != about["ranks"]:  # an order of the vocabulary is a rank's own
-        state = {name: t for name, t in state.items() if not name.startswith("order.")}
+    state = learner.state_dict(portable=learner.world.size != about["ranks"])
     try:
         read_into(state, path / STATE_FOLDER, learner.world)
         learner.load_state_dict(state)
@@ -200,7 +198,7 @@ def load_checkpoint(path: Path, learner: Learner) -> int:
             where=str(path),
             fix="Resume with the model and the options that the run was started with",
         ) from error
-    learner.collect()
+    learner.gather_weights()
     return about["step"]
 
 

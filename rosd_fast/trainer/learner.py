@@ -1,14 +1,13 @@
 """The learner: teacher states, student states, fused divergence, AdamW, teacher update.
 
-The loss is a mean over all distilled tokens of the step, on all ranks together, so neither how
-samples are packed into micro-batches nor how these are dealt to ranks changes the gradient.
+The loss is a mean over all distilled tokens of the step, on all ranks together. So neither the
+packing of samples into micro-batches nor their assignment to ranks changes the gradient.
 """
 
 from __future__ import annotations
 
 import copy
 import math
-from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -18,20 +17,22 @@ from transformers import PreTrainedModel
 
 from rosd_fast.config import Config
 from rosd_fast.errors import RunFailed, UserError
-from rosd_fast.model.adapters import fingerprint, whole_weights
-from rosd_fast.model.attention import hidden_states, packed_forward
+from rosd_fast.model.adapters import fingerprint, merged_weights
+from rosd_fast.model.attention import packed_forward
 from rosd_fast.model.blocks import prepare_blocks
-from rosd_fast.model.fsdp import collect, fill, shard, skeleton
+from rosd_fast.model.fsdp import shard, skeleton
 from rosd_fast.model.head import Head, head
+from rosd_fast.model.policy import PolicyModel
 from rosd_fast.model.vocab_parallel import GatheredTokens, check_shardable
-from rosd_fast.trainer.loss import importance_weights, span_loss, vocabulary_order
+from rosd_fast.trainer.loss import span_loss, vocabulary_order
 from rosd_fast.trainer.optim import Optimizer
+from rosd_fast.trainer.step_stats import MicroBatchStats
 from rosd_fast.trainer.teacher import Teacher, needs_copy
 from rosd_fast.types import PackedBatch
 from rosd_fast.utils.distributed import SINGLE_PROCESS, World, full
-from rosd_kernels import SpanDivergenceOutput, SpanDivergenceStats
+from rosd_kernels import SpanDivergenceOutput, VocabularyOrder
 
-MAX_SKIPPED = 5
+MAX_SKIPPED = 5  # steps in a row
 
 
 class TrainingDiverged(RunFailed):
@@ -42,112 +43,42 @@ class TrainingDiverged(RunFailed):
 class StepResult:
     """What a step did.
 
-    metrics: `loss/...`; those that a step without distilled tokens cannot have are absent, not
-    zero. per_token: rollout id -> divergence in nats of each of its distilled tokens, in their
-    order.
+    metrics: `loss/...`; a metric that is undefined for a step without distilled tokens is absent.
+    per_token: rollout id -> divergence in nats of each of its distilled tokens, in their order.
     """
 
     metrics: dict[str, float]
     per_token: dict[str, list[float]] = field(default_factory=dict)
 
 
-@dataclass(slots=True)
-class StepStats:
-    """What a step reports: sums over its distilled tokens, and the largest of other things."""
-
-    num_batches: int = 0
-    sums: dict[str, float] = field(default_factory=lambda: defaultdict(float))
-    largest: dict[str, float] = field(default_factory=dict)
-    per_token: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-
-    def add(self, other: StepStats) -> None:
-        """Another rank's."""
-        self.num_batches += other.num_batches
-        for key, value in other.sums.items():
-            self.sums[key] += value
-        for key, value in other.largest.items():
-            self.update_max(key, value)
-        for rollout_id, values in other.per_token.items():
-            self.per_token[rollout_id] += values
-
-    def update_max(self, key: str, value: float) -> None:
-        self.largest[key] = max(self.largest.get(key, value), value)
-
-    def metrics(self, total: int) -> dict[str, float]:
-        """Means over the step's `total` distilled tokens, and the largest."""
-        means = {key: value / total for key, value in self.sums.items()}
-        return means | self.largest | {"loss/num_micro_batches": float(self.num_batches)}
-
-
-class MicroBatchStats:
-    """Collects what this rank's micro-batches report, without waiting for the device before the
-    end."""
-
-    def __init__(self, importance_clip: float | None) -> None:
-        self.importance_clip = importance_clip
-        self.loss: Tensor | float = 0.0
-        self.sums: dict[str, Tensor | float] = defaultdict(float)
-        self.gaps: list[Tensor] = []  # largest |student - rollout log-prob| of each micro-batch
-        self.rows: list[tuple[PackedBatch, Tensor]] = []
-        self.stats: list[SpanDivergenceStats] = []
-
-    def add(self, batch: PackedBatch, output: SpanDivergenceOutput) -> None:
-        if not batch.num_distilled:
-            return
-        divergence, logprob = output.per_token, output.student_logprob
-        assert logprob is not None  # token_ids were given
-        assert output.student_entropy is not None and output.teacher_entropy is not None
-        weights = batch.weights.to(divergence)
-        importance = importance_weights(
-            logprob, batch.rollout_logprobs.to(logprob), self.importance_clip
-        )
-        self.loss += output.loss.detach()
-        self.sums["loss/divergence"] += (weights * divergence).sum()
-        self.sums["loss/importance_weight_mean"] += importance.sum()
-        gap = (logprob - batch.rollout_logprobs.to(logprob)).abs()
-        self.sums["loss/logprob_gap_mean"] += gap.sum()
-        self.gaps.append(gap.max())
-        if self.importance_clip is not None:
-            self.sums["loss/importance_clipped_frac"] += importance.eq(self.importance_clip).sum()
-        self.sums["loss/student_entropy"] += output.student_entropy.sum()
-        self.sums["loss/teacher_entropy"] += output.teacher_entropy.sum()
-        self.rows.append((batch, divergence))
-        self.stats.append(output.stats)
-
-    def tally(self) -> StepStats:
-        """All of it as numbers."""
-        tally = StepStats(num_batches=len(self.rows))
-        for key, value in self.sums.items():
-            tally.sums[key] += float(value)
-        for gap in self.gaps:
-            tally.update_max("loss/logprob_gap_max", float(gap))
-        if any(stats.measured is not None for stats in self.stats):  # else all was computed
-            for stats, (batch, _) in zip(self.stats, self.rows, strict=True):
-                tally.sums["loss/active_frac"] += stats.active_frac * batch.num_distilled
-                tally.update_max("loss/dropped_mass_max", stats.dropped_mass_max)
-                tally.update_max("loss/grad_error_bound", stats.grad_error_bound)
-        for batch, divergence in self.rows:
-            for sample, value in zip(batch.sample_index.tolist(), divergence.tolist(), strict=True):
-                tally.per_token[batch.rollout_ids[sample]].append(value)
-        return tally
-
-
 class Learner:
-    """Owns the student's optimizer and the teacher; of several ranks each has one.
-
-    model: what is trained, with its initial weights. Alone, it is trained in place. Of several
-    ranks, rank 0 gives the model and the others its skeleton: the weights are spread over the
-    ranks, and `collect` puts them back into rank 0's. Which parameters are trained is settled
-    (`choose_trainable`).
+    """Owns the student, its optimizer and the teacher. Each rank has a learner.
 
     The model runs in eval mode: dropout would make the student differ from the policy that sampled.
-    All methods but the properties are collectives. Raises UserError for options that do not fit the
-    model.
+    All methods are collectives, the properties are not. Raises UserError for options that do not
+    fit the model.
+
+    config: the run's options.
+    dtype: that the layers compute in.
+    world: this process among the ranks.
+    full_model: rank 0's model with all weights, None elsewhere; on one process it is the student.
+    fingerprint: of the initial weights, on rank 0.
+    vocab_parallel: whether each rank keeps only some rows of the output head.
+    policy: the student as this rank computes with it.
+    teacher: scores the student's tokens.
+    optimizer: steps the student's trainable parameters.
+    order: this rank's vocabulary order; None if the loss needs none.
+    num_skipped: steps in a row that were not finite.
     """
 
     def __init__(
         self, model: PreTrainedModel, config: Config, world: World = SINGLE_PROCESS
     ) -> None:
+        """Take over `model`, whose trainable parameters `choose_trainable` has marked.
+
+        model: the initial weights on rank 0, a skeleton elsewhere. On one process it is trained in
+        place; on several ranks its weights are sharded, and `gather_weights` brings them back.
+        """
         vocab, top_k = head(model).weight.shape[0], config.loss.top_k
         if top_k is not None and top_k > vocab:
             raise UserError(
@@ -156,53 +87,61 @@ class Learner:
         self.config = config
         self.dtype: torch.dtype = getattr(torch, config.dtype)
         self.world = world
-        self.whole = model.eval() if world.is_rank0 else None
+        self.full_model = model.eval() if world.is_rank0 else None
         self.fingerprint = fingerprint(model) if world.is_rank0 else ""
-        self.shards_head = world.size > 1 and config.parallel.head == "shard"
-        if self.shards_head:
+        self.vocab_parallel = world.mesh is not None and config.parallel.head == "shard"
+        if self.vocab_parallel:
             check_shardable(model)
-        frozen = self._copied(model)
-        self.model = model if world.size == 1 else self._spread(model, torch.float32)
-        self.teacher = Teacher(self.model, config.teacher, frozen)
-        if world.size == 1:
-            prepare_blocks(model, config.learner, model.device)
-        elif config.teacher.backend == "sglang":
-            self.teacher.keep_head_only(copied_head(self.model, self.dtype))
+        teacher = self._teacher_copy(model)  # before the student's blocks are prepared
+        self.policy = self._placed(model, stored=torch.float32)
+        self.teacher = Teacher(self.policy, config.teacher, teacher)
+        if world.mesh is not None and config.teacher.backend == "sglang":
+            self.teacher.discard_model(copied_head(self.policy.head, self.dtype))
         self.optimizer = Optimizer(self.model.named_parameters(), config.optim)
-        rows = self.teacher.head.weight.shape[0] if self.shards_head else vocab
-        self.order = vocabulary_order(config.loss, rows)
-        self.num_skipped = 0  # steps in a row that were not finite
-        self._collected: int | None = None  # the number of updates that rank 0's model is of
+        self.order = vocabulary_order(config.loss, self.policy.head.weight.shape[0])
+        self.num_skipped = 0
+        self._gathered: int | None = None  # number of updates that `full_model` has seen
+
+    @property
+    def model(self) -> PreTrainedModel:
+        """The transformers model that is trained; on several ranks its parameters are sharded."""
+        return self.policy.module
 
     @property
     def weights(self) -> dict[str, Tensor]:
-        """On rank 0 the student's weights, as of the last `collect`, by the state-dict names of a
-        model without adapters; they share memory with it where they can."""
-        assert self.whole is not None
-        return whole_weights(self.whole)
+        """Rank 0's student weights as of the last `gather_weights`.
 
-    def collect(self) -> None:
-        """Bring rank 0's own model up to date; alone, it is."""
-        if self.world.size > 1 and self._collected != self.optimizer.num_updates:
-            collect(self.model, self.whole)
-            self._collected = self.optimizer.num_updates
+        Keys are the state-dict names of a model without adapters. Tensors share the memory of
+        `full_model` if no adapter adds to them.
+        """
+        assert self.full_model is not None
+        return merged_weights(self.full_model)
+
+    def gather_weights(self) -> None:
+        """Update rank 0's full model to the current weights."""
+        if self._gathered != self.optimizer.num_updates:
+            self.policy.gather_weights(self.full_model)
+            self._gathered = self.optimizer.num_updates
+
+    def gather_teacher(self, into: PreTrainedModel | None) -> None:
+        """Write the teacher's current weights into `into`, which is None on ranks beside rank 0."""
+        self.teacher.policy.gather_weights(into)
 
     def step(
         self, batches: Sequence[PackedBatch], teacher_states: Sequence[Tensor] | None = None
     ) -> StepResult:
-        """One optimizer step on all micro-batches of all ranks together.
+        """Run one optimizer step on the micro-batches of all ranks.
 
-        batches: this rank's, as many as every other rank has; some may be empty.
-        teacher_states: of each micro-batch the teacher's [N, H], None: computed here.
-        Without distilled tokens nothing changes. A loss or gradient that is not finite skips the
-        update (`loss/skipped` is 1). The result is rank 0's; of another rank it is its own part.
-        Raises TrainingDiverged after 5 such steps in a row.
+        A step without distilled tokens changes nothing. A loss or gradient that is not finite skips
+        the update (`loss/skipped` is 1). Rank 0 returns the result of all ranks, another rank only
+        that of its own micro-batches. Raises TrainingDiverged when 5 steps in a row are skipped.
+
+        batches: this rank's micro-batches, as many as on every other rank; some may be empty.
+        teacher_states: the teacher's [N, H] states of each micro-batch; None: compute them here.
         """
         states: Sequence[Tensor | None] = teacher_states or [None] * len(batches)
-        given = list(zip(batches, states, strict=True))
-        if self.world.size == 1:
-            given = [(batch, own) for batch, own in given if batch.num_distilled]
-        total = int(self.world.sum(sum(batch.num_distilled for batch, _ in given)))
+        pairs = list(zip(batches, states, strict=True))
+        total = int(self.world.sum(sum(batch.num_distilled for batch in batches)))
         metrics = {
             "loss/num_distilled_tokens": float(total),
             "loss/lr": self.optimizer.lr,
@@ -210,33 +149,35 @@ class Learner:
         }
         if total == 0:
             return StepResult(metrics=metrics)
-        results = MicroBatchStats(self.config.loss.importance_clip)
+        collected = MicroBatchStats(self.config.loss.importance_clip)
         self.optimizer.zero_grad()
-        for batch, own in given:
-            results.add(batch, self._backward(batch, own, total))
-        grad_norm = self._update(self.world.sum(float(results.loss)))
-        tally = results.tally()
-        others = (self.world.gather(tally) or [])[1:]
-        for other in others:
-            tally.add(other)
-        if tally.num_batches:
-            metrics |= tally.metrics(total)
-        metrics |= {"loss/skipped": 1.0} if grad_norm is None else {"loss/grad_norm": grad_norm}
+        for batch, server_states in pairs:
+            collected.add(batch, self._backward(batch, server_states, total))
+        grad_norm = self._update(self.world.sum(float(collected.loss)))
+        stats = collected.totals()
+        for other in (self.world.gather(stats) or [])[1:]:
+            stats.merge(other)
+        metrics |= stats.metrics(total)
+        if grad_norm is None:
+            return StepResult(metrics=metrics | {"loss/skipped": 1.0})
         return StepResult(
-            metrics={key: value for key, value in metrics.items() if math.isfinite(value)},
-            per_token={} if grad_norm is None else dict(tally.per_token),
+            metrics=metrics | {"loss/grad_norm": grad_norm}, per_token=dict(stats.per_token)
         )
 
-    def state_dict(self) -> dict[str, Tensor]:
+    def state_dict(self, *, portable: bool = False) -> dict[str, Tensor]:
         """What a resume needs besides the initial weights, as a flat mapping.
 
-        Trained weights, moments, averages, and this rank's order of the vocabulary.
+        It holds the trained weights, AdamW's moments, the teacher's average, and this rank's
+        vocabulary order.
+
+        portable: leave out what only a run with the same number of ranks can read.
         """
-        parts = {
+        parts: dict[str, Optimizer | Teacher | VocabularyOrder | None] = {
             "optimizer": self.optimizer,
             "teacher": self.teacher,
-            f"order.{self.world.rank}": self.order,
         }
+        if not portable:
+            parts[f"order.{self.world.rank}"] = self.order
         return {
             f"{name}.{key}": value
             for name, part in parts.items()
@@ -245,101 +186,107 @@ class Learner:
         }
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over `state`. Raises KeyError or RuntimeError when it belongs to another model."""
+        """Take over `state`. Raises KeyError or RuntimeError if it belongs to another model."""
         self.optimizer.load_state_dict(with_prefix(state, "optimizer."))
-        self._collected = None
+        self._gathered = None
         self.teacher.load_state_dict(with_prefix(state, "teacher."))
         order = with_prefix(state, f"order.{self.world.rank}.")
-        if self.order is not None and order:  # with another number of ranks it begins anew
+        if self.order is not None and order:  # a portable state has none: a new order is learned
             self.order.load_state_dict(order)
 
-    def _copied(self, model: PreTrainedModel) -> PreTrainedModel | None:
-        """A second set of the weights, for the teacher; None where it needs none, or a server has
-        it."""
+    def _teacher_copy(self, model: PreTrainedModel) -> PolicyModel | None:
+        """A second set of weights for the teacher; None if it needs none or a server has it."""
         config = self.config.teacher
         if not needs_copy(model, config):
             return None
-        if self.world.size == 1:
-            own = copy.deepcopy(model)
-            prepare_blocks(own, self.config.learner, model.device)
-            return own
-        if config.backend == "sglang":
+        stored = torch.float32 if config.kind == "ema" else self.dtype
+        if self.world.mesh is None:
+            model = copy.deepcopy(model)
+        elif config.backend == "sglang":
             return None
-        kept = torch.float32 if config.kind == "ema" else self.dtype
-        return self._spread(model, kept, offload=config.offload)
+        return self._placed(model, stored=stored, offload=config.offload)
 
-    def _spread(
-        self, model: PreTrainedModel, kept: torch.dtype, *, offload: bool = False
-    ) -> PreTrainedModel:
-        """Rank 0's model, each rank's share of it kept in `kept`."""
-        assert self.world.mesh is not None
-        spread = skeleton(model, kept)
-        prepare_blocks(spread, self.config.learner, torch.device(self.world.mesh.device_type))
-        shard(
-            spread,
+    def _placed(
+        self, model: PreTrainedModel, *, stored: torch.dtype, offload: bool = False
+    ) -> PolicyModel:
+        """The model as this rank computes with it: itself on one process, else its shards.
+
+        stored: dtype that shards are kept in; on one process the model keeps its own.
+        """
+        if self.world.mesh is None:
+            prepare_blocks(model, self.config.learner, model.device)
+            return PolicyModel(module=model, device=model.device, offload=offload)
+        empty = skeleton(model, stored)
+        prepare_blocks(empty, self.config.learner, torch.device(self.world.mesh.device_type))
+        sharded = shard(
+            empty,
             self.world,
             dtype=self.dtype,
             offload=offload,
-            head_rows=self.shards_head,
+            vocab_parallel=self.vocab_parallel,
         )
-        fill(spread, model if self.world.is_rank0 else None)
-        return spread
+        sharded.load_shards(model if self.world.is_rank0 else None)
+        return sharded
 
     def _backward(
-        self, batch: PackedBatch, teacher_states: Tensor | None, total: int
+        self, batch: PackedBatch, server_states: Tensor | None, total: int
     ) -> SpanDivergenceOutput:
         """Add a micro-batch's gradient; its graph is freed before the next one starts."""
-        if teacher_states is None:
-            states = self.teacher.hidden_states(batch.teacher)
-            teacher_hidden = gathered(states, batch.teacher.gather)
-        else:
-            teacher_hidden = teacher_states.to(self.teacher.head.weight)
+        rows = batch.student.gather.to(self.policy.device)
         with packed_forward(self.model):
-            student_hidden = gathered(
-                hidden_states(self.model, batch.student), batch.student.gather
-            )
-            if self.shards_head:
-                output = self._vocab_parallel_loss(student_hidden, teacher_hidden, batch)
-            else:
-                output = self._loss(student_hidden, teacher_hidden, batch)
-            self.teacher.release()
+            with self.teacher.scoring(batch.teacher, server_states) as (teacher_hidden, teacher):
+                student_hidden = self.policy.hidden_states(batch.student).index_select(0, rows)
+                loss = self._vocab_parallel_loss if self.vocab_parallel else self._loss
+                output = loss(student_hidden, teacher_hidden, teacher, batch)
             # Gradients are averaged over the ranks, but each rank's loss is a part of the sum.
             (output.loss * self.world.size / total).backward()
         self.optimizer.accumulate()
         return output
 
     def _vocab_parallel_loss(
-        self, student_hidden: Tensor, teacher_hidden: Tensor, batch: PackedBatch
+        self,
+        student_hidden: Tensor,
+        teacher_hidden: Tensor,
+        teacher_head: Head,
+        batch: PackedBatch,
     ) -> SpanDivergenceOutput:
-        """With this rank's rows of the head, on the tokens of all ranks; the result is of its own,
-        but for the loss, whose gradient with respect to the rows is that of all."""
+        """Vocab-parallel loss: each rank holds some head rows and sees the tokens of all ranks.
+
+        Per-token results are cut back to this rank's tokens. `loss` stays the total, so that the
+        gradient of this rank's rows is complete.
+        """
         group, device = self.world.shard_group, student_hidden.device
         assert group is not None
-        everyone = GatheredTokens.of(batch, group, device)
+        tokens = GatheredTokens.of(batch, group, device)
         output = self._loss(
-            everyone.gather(student_hidden),
-            everyone.gather(teacher_hidden),
-            everyone.batch(batch, device),
+            tokens.gather(student_hidden),
+            tokens.gather(teacher_hidden),
+            teacher_head,
+            tokens.batch(batch, device),
         )
-        return everyone.part(output)
+        return tokens.local_part(output)
 
     def _loss(
-        self, student_hidden: Tensor, teacher_hidden: Tensor, batch: PackedBatch
+        self,
+        student_hidden: Tensor,
+        teacher_hidden: Tensor,
+        teacher_head: Head,
+        batch: PackedBatch,
     ) -> SpanDivergenceOutput:
         return span_loss(
             student_hidden,
             teacher_hidden,
             batch,
-            student_head=head(self.model),
-            teacher_head=self.teacher.head,
+            student_head=self.policy.head,
+            teacher_head=teacher_head,
             config=self.config.loss,
             temperature=self.config.sample.temperature,
             order=self.order,
-            vocab_group=self.world.shard_group if self.shards_head else None,
+            vocab_group=self.world.shard_group if self.vocab_parallel else None,
         )
 
     def _update(self, loss: float) -> float | None:
-        """Apply the gradients; returns their norm, or None when the step was skipped."""
+        """Apply the gradients; returns their norm, or None if the step was skipped."""
         grad_norm = self.optimizer.step() if math.isfinite(loss) else math.nan
         if math.isfinite(grad_norm):
             self.num_skipped = 0
@@ -355,25 +302,18 @@ class Learner:
         return None
 
 
-def copied_head(model: PreTrainedModel, dtype: torch.dtype) -> Head:
-    """A copy of the output head of a model that is spread over ranks, or of this rank's rows of it.
-    A collective."""
-    layer = head(model)
+def copied_head(head: Head, dtype: torch.dtype) -> Head:
+    """A copy of a sharded model's output head, or of this rank's rows of it. A collective."""
     weight, bias = (
         None if x is None else full(x.detach()).to(dtype, copy=True)
-        for x in (layer.weight, layer.bias)
+        for x in (head.weight, head.bias)
     )
     assert weight is not None
-    return replace(layer, weight=weight, bias=bias)
-
-
-def gathered(hidden: Tensor, rows: Tensor) -> Tensor:
-    """The [N, H] states that predict the distilled tokens."""
-    return hidden.index_select(0, rows.to(hidden.device))
+    return replace(head, weight=weight, bias=bias)
 
 
 def with_prefix(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """The entries under `prefix`, without it."""
+    """The entries under `prefix`, with the prefix removed from their keys."""
     return {
         key.removeprefix(prefix): value for key, value in state.items() if key.startswith(prefix)
     }

@@ -33,7 +33,7 @@ class Optimizer:
         self.num_updates = 0
         self.parameters = {name: p for name, p in named_parameters if p.requires_grad}
         self.masters = {
-            name: p if is_full(p) else Parameter(p.detach().float())
+            name: p if is_full_precision(p) else Parameter(p.detach().float())
             for name, p in self.parameters.items()
         }
         matrices = [p for p in self.masters.values() if p.ndim >= 2]
@@ -115,5 +115,5 @@ class Optimizer:
                 parameter.copy_(self.masters[name])
 
 
-def is_full(parameter: Tensor) -> bool:
+def is_full_precision(parameter: Tensor) -> bool:
     return parameter.dtype in (torch.float32, torch.float64)

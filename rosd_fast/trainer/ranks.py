@@ -1,17 +1,17 @@
-"""All ranks' learners as one: rank 0 orders what all do together, the others follow.
+"""Single-controller view of the per-rank learners.
 
-An order is the name of a method here and, for each rank, its arguments.
+Rank 0 sends (method name, arguments) to each rank and calls the method itself; the other ranks run
+`run_worker`, which calls the methods that rank 0 names.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rosd_fast.model.fsdp import skeleton
-from rosd_fast.trainer.checkpoint import load_checkpoint
 from rosd_fast.trainer.learner import Learner, StepResult
 from rosd_fast.trainer.saver import Saver
 from rosd_fast.utils.distributed import World, ignore_stop_signals
@@ -23,12 +23,18 @@ if TYPE_CHECKING:
     from rosd_fast.config import Config
     from rosd_fast.types import PackedBatch
 
+# The collectives that rank 0 may ask for, as OWNER.METHOD.
+METHODS = frozenset(
+    {"learner.step", "learner.gather_weights", "learner.gather_teacher", "saver.save", "saver.load"}
+)
+
 
 class LearnerGroup:
-    """What rank 0 sees of all learners; alone, of its own.
+    """The learners of all ranks, as rank 0 sees them. Every rank has one; only rank 0 calls it.
 
-    model: with its initial weights, on rank 0; its skeleton elsewhere. The methods without a
-    leading underscore are rank 0's.
+    world: this process among the ranks.
+    learner: this rank's learner.
+    saver: this rank's part in checkpoints.
     """
 
     def __init__(
@@ -41,7 +47,7 @@ class LearnerGroup:
         self.world = world
         self.learner = Learner(model, config, world)
         self.saver = Saver(self.learner, tokenizer, config)
-        self._is_whole = True  # no rank has failed in an order
+        self._in_call = False  # a call has begun and not returned: the workers may be in it, too
 
     @classmethod
     def create(
@@ -51,7 +57,10 @@ class LearnerGroup:
         world: World,
         tokenizer: PreTrainedTokenizerBase | None,
     ) -> LearnerGroup:
-        """Rank 0's, and by its word the others'. tokenizer: for checkpoints."""
+        """Create the group on rank 0 and send config and model skeleton to the workers.
+
+        model: with its initial weights. tokenizer: for the checkpoints.
+        """
         if world.size > 1:
             world.broadcast((config, skeleton(model)))
         return cls(model, config, world, tokenizer)
@@ -59,80 +68,81 @@ class LearnerGroup:
     def step(
         self, batches: Sequence[PackedBatch], teacher_states: Sequence[Tensor] | None = None
     ) -> StepResult:
-        """One optimizer step. batches: in turns, those of rank 0, of rank 1, ...
+        """Run one optimizer step; see `Learner.step`.
 
-        See `Learner.step`.
+        batches: dealt to the ranks in turns, rank 0 first.
         """
         size = self.world.size
-        shares = [
+        arguments = [
             (batches[rank::size], None if teacher_states is None else teacher_states[rank::size])
             for rank in range(size)
         ]
-        return self._call_all("step", shares)
+        return self._call_all("learner.step", arguments)
 
     def weights(self) -> dict[str, Tensor]:
         """The student's weights by the state-dict names of a model without adapters."""
-        self.collect()
+        self.gather_weights()
         return self.learner.weights
 
-    def collect(self) -> None:
-        """Bring rank 0's own model up to date."""
-        self._call_all("collect", [()] * self.world.size)
+    def gather_weights(self) -> None:
+        """Update rank 0's full model to the student's current weights."""
+        self._call_all("learner.gather_weights", [()] * self.world.size)
 
-    def collect_teacher(self, into: PreTrainedModel) -> None:
-        """Bring a whole copy of the teacher up to date."""
-        others: list[tuple[Any, ...]] = [(None,)] * (self.world.size - 1)
-        self._call_all("collect_teacher", [(into,), *others])
+    def gather_teacher(self, into: PreTrainedModel) -> None:
+        """Write the teacher's current weights into `into`, a full copy on rank 0."""
+        workers: list[tuple[Any, ...]] = [(None,)] * (self.world.size - 1)
+        self._call_all("learner.gather_teacher", [(into,), *workers])
 
     def save(self, run: Path, step: int, dev_accuracy: float | None) -> None:
-        """Begin a checkpoint. Raises UserError when the one before it could not be written."""
-        self._call_all("save", [(run, step, dev_accuracy)] * self.world.size)
+        """Start writing a checkpoint. Raises UserError if the previous one could not be written."""
+        self._call_all("saver.save", [(run, step, dev_accuracy)] * self.world.size)
 
     def finish_save(self) -> None:
         """Wait for rank 0's part of the checkpoint that is being written. Raises its UserError."""
         self.saver.wait()
 
     def load(self, path: Path) -> int:
-        """Go on from a checkpoint; returns its step. Raises UserError."""
-        return self._call_all("load", [(path,)] * self.world.size)
+        """Resume from a checkpoint; returns its step. Raises UserError."""
+        return self._call_all("saver.load", [(path,)] * self.world.size)
 
     def close(self) -> None:
-        """Finish the checkpoint that is being written, and let the others end."""
+        """Finish the checkpoint that is being written and shut the workers down."""
         try:
             self.saver.wait()
         finally:
-            if self._is_whole:
-                with suppress(RuntimeError):  # they have gone
+            if not self._in_call:
+                with suppress(RuntimeError):  # the workers have exited already
                     self.world.shutdown_workers()
 
-    def _call_all(self, method: str, arguments: Sequence[tuple[Any, ...]]) -> Any:
-        return self._execute(self.world.scatter([(method, own) for own in arguments]))
-
-    def _execute(self, order: tuple[str, tuple[Any, ...]]) -> Any:
-        method, arguments = order
-        self._is_whole = False
-        result = ORDERS[method](self, *arguments)
-        self._is_whole = True
+    def _call_all(self, name: str, arguments: Sequence[tuple[Any, ...]]) -> Any:
+        """Call a method on every rank, each with its own arguments; returns rank 0's result."""
+        self._in_call = True
+        if self.world.size > 1:
+            self.world.scatter([None, *((name, args) for args in arguments[1:])])
+        result = self.method(name)(*arguments[0])
+        self._in_call = False
         return result
 
-
-ORDERS = {
-    "step": lambda learners, *own: learners.learner.step(*own),
-    "collect": lambda learners: learners.learner.collect(),
-    "collect_teacher": lambda learners, into: learners.learner.teacher.collect(into),
-    "save": lambda learners, *own: learners.saver.save(*own),
-    "load": lambda learners, path: load_checkpoint(path, learners.learner),
-}
+    def method(self, name: str) -> Callable[..., Any]:
+        """This rank's method of that name. Raises ValueError if it is not in `METHODS`."""
+        if name not in METHODS:
+            raise ValueError(f"{name} is not a method that all ranks run")
+        owner, _, method = name.partition(".")
+        return getattr(getattr(self, owner), method)
 
 
 def run_worker(world: World) -> None:
-    """What the ranks beside rank 0 do: wait for its word, and act on it, until it ends."""
+    """Serve rank 0 on another rank: call the methods that it names until it shuts the workers down.
+
+    Returns at once if rank 0 fails before it has created a `LearnerGroup`.
+    """
     ignore_stop_signals()
-    begun = world.scatter(None)
-    if begun is None:
+    received = world.scatter(None)
+    if received is None:
         return
-    config, model = begun
-    learners = LearnerGroup(model, config, world, tokenizer=None)
-    while (order := world.scatter(None)) is not None:
-        learners._execute(order)
-    learners.saver.wait()
+    config, model = received
+    group = LearnerGroup(model, config, world, tokenizer=None)
+    while (call := world.scatter(None)) is not None:
+        name, arguments = call
+        group.method(name)(*arguments)
+    group.saver.wait()

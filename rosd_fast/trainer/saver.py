@@ -9,7 +9,7 @@ from transformers import PreTrainedTokenizerBase
 
 from rosd_fast.config import Config
 from rosd_fast.config.load import config_hash
-from rosd_fast.trainer.checkpoint import prune, write_checkpoint
+from rosd_fast.trainer.checkpoint import load_checkpoint, prune, write_checkpoint
 from rosd_fast.trainer.learner import Learner
 from rosd_fast.trainer.snapshot import Snapshot
 
@@ -44,6 +44,10 @@ class Saver:
         self._thread.start()
         if not self.options.asynchronous:
             self.wait()
+
+    def load(self, path: Path) -> int:
+        """Load a checkpoint into the learner; returns its step. A collective. Raises UserError."""
+        return load_checkpoint(path, self.learner)
 
     def wait(self) -> None:
         """Until it is written. Raises its error."""

@@ -29,12 +29,12 @@ class Export:
 
     @classmethod
     def of(cls, learner: Learner, tokenizer: PreTrainedTokenizerBase) -> Export:
-        """A copy of rank 0's model, as of the learner's last `collect`.
+        """A copy of rank 0's model, as of the learner's last `gather_weights`.
 
         Raises UserError when a model of that config has no place for one of the weights.
         """
-        assert learner.whole is not None
-        model = without_adapters(learner.whole)
+        assert learner.full_model is not None
+        model = without_adapters(learner.full_model)
         names = dict(model.named_parameters()).keys() | dict(model.named_buffers()).keys()
         weights = {name: w for name, w in learner.weights.items() if name in names}
         kept = {weight.data_ptr() for weight in weights.values()}
@@ -129,7 +129,7 @@ class Snapshot:
         dev_accuracy: float | None = None,
     ) -> Snapshot:
         """A collective: rank 0's model is brought up to date. tokenizer: rank 0's."""
-        learner.collect()
+        learner.gather_weights()
         return cls(
             step=step,
             config_hash=config_hash,

@@ -1,12 +1,12 @@
-"""The teacher: the model that the run began with, as it is or on its way after the student.
+"""The teacher: the initial model, kept frozen or moved toward the student.
 
     frozen        the initial weights
     ema           t <- (1 - rate) t + rate s, after each optimizer step
     live          the student's own weights
     trust_region  logits (1 - mix) z_frozen + mix z_live
 
-A student with adapters needs no copy: without them, it is the model that the run began with. Where
-a server runs the teacher, only its output head stays here.
+A student with adapters needs no second copy of the weights: with its adapters off it is the initial
+model. If a server runs the teacher, only the teacher's output head is kept here.
 """
 
 from __future__ import annotations
@@ -21,33 +21,37 @@ from transformers import PreTrainedModel
 from rosd_fast.config import TeacherConfig
 from rosd_fast.errors import UserError
 from rosd_fast.model.adapters import adapters_off, has_adapters
-from rosd_fast.model.attention import hidden_states
-from rosd_fast.model.fsdp import collect, is_spread
-from rosd_fast.model.head import Head, head, output_layer
-from rosd_fast.trainer.optim import is_full
+from rosd_fast.model.head import Head, output_layer
+from rosd_fast.model.policy import PolicyModel
+from rosd_fast.trainer.optim import is_full_precision
 from rosd_fast.types import PackedSequences
 
 
 class Teacher:
-    """Scores the student's tokens under the privileged prompt. No gradient ever flows into it.
+    """Scores the student's tokens under the privileged prompt; no gradient ever flows into it.
 
-    model: a copy of the initial weights, None: the student's own module serves (kind live, or
-    adapters); it may be spread over ranks, and computing is a collective then. The average of kind
-    ema is kept in fp32 (fp64 for fp64 models): in bfloat16 most of a small step would be rounded
-    away. Raises UserError for a model that the kind does not suit.
+    The average of kind ema is kept in fp32 (fp64 for fp64 models), because bfloat16 would round
+    most of a small step away. Raises UserError for a model that the kind does not suit.
+
+    student: the model that is trained.
+    policy: the teacher's own copy of the initial weights, or the student (kind live, or adapters).
+    config: the options of `[teacher]`.
+    adapted: whether the student has adapters.
     """
 
     def __init__(
-        self, student: PreTrainedModel, config: TeacherConfig, model: PreTrainedModel | None
+        self, student: PolicyModel, config: TeacherConfig, policy: PolicyModel | None
     ) -> None:
         self.config = config
         self.student = student
-        self.adapted = has_adapters(student)
-        self.model = student if model is None else model.eval().requires_grad_(False)
-        self._head: Head | None = None  # of a teacher on a server
+        self.adapted = has_adapters(student.module)
+        if policy is not None:
+            policy.module.eval().requires_grad_(False)
+        self.policy = policy or student
+        self._server_head: Head | None = None  # set once a server computes the states
         self._parameters: dict[str, Tensor] = {}
         self._average: dict[str, Tensor] = {}
-        if config.kind == "trust_region" and head(student).softcap is not None:
+        if config.kind == "trust_region" and student.head.softcap is not None:
             raise UserError(
                 "logits under a soft cap cannot be interpolated",
                 where="teacher.kind: trust_region",
@@ -61,91 +65,107 @@ class Teacher:
             }
             self._average = {name: self._first_average(p) for name, p in self._parameters.items()}
 
-    @torch.no_grad()
-    def hidden_states(self, packed: PackedSequences) -> Tensor:
-        """[T, H] after the final norm, without a graph: what `head` makes the logits of.
-
-        [T, 2 H] for a trust region whose student's head is trained.
-        """
-        kind = self.config.kind
-        with self._in_place():
-            own = hidden_states(self.model, packed)
-        if kind != "trust_region":
-            return own
-        live, mix = hidden_states(self.student, packed), self.config.mix
-        if self._shares_head:
-            return (1 - mix) * own + mix * live
-        return torch.cat([(1 - mix) * own, mix * live], dim=1)
-
     @property
-    def head(self) -> Head:
-        """The teacher's own output head; read it after `hidden_states`, and before `release`."""
-        if self._head is not None:
-            return self._head
-        own = head(self.model)
-        if self.config.kind != "trust_region" or self._shares_head:
-            return own
-        live, mix = head(self.student), self.config.mix
-        bias = None
-        if own.bias is not None and live.bias is not None:
-            bias = (1 - mix) * own.bias.detach() + mix * live.bias.detach()
-        return Head(
-            weight=torch.cat([own.weight.detach(), live.weight.detach()], dim=1),
-            bias=bias,
-            scale=own.scale,
-        )
+    def model(self) -> PreTrainedModel:
+        """The transformers model of `policy`."""
+        return self.policy.module
 
-    def release(self) -> None:
-        """Free what `hidden_states` and `head` needed."""
-        if self.model is not self.student:
-            if is_spread(self.model):
-                self.model.reshard()
-            elif self.config.offload:
-                self.model.to("cpu")  # type: ignore[arg-type]
+    @contextmanager
+    def scoring(
+        self, packed: PackedSequences, server_states: Tensor | None = None
+    ) -> Iterator[tuple[Tensor, Head]]:
+        """Yield the [N, H] states that predict the distilled tokens, without a graph, and the head.
 
-    def keep_head_only(self, own: Head | None = None) -> None:
-        """Free all other weights; from here on states come from elsewhere.
+        Both are [N, 2 H] and [V, 2 H] for a trust region whose student's head is trained. The head
+        is valid within the block only; afterwards the memory for the teacher's weights is freed.
 
-        own: the head, None: the model's.
+        server_states: [N, H] states that a teacher server has computed; None: compute them here.
         """
-        self._head = own or head(self.model)
-        self.model = self.student
+        try:
+            if server_states is None:
+                states = self._hidden_states(packed)
+                head = self._head()
+                yield states.index_select(0, packed.gather.to(states.device)), head
+            else:
+                head = self._head()
+                yield server_states.to(head.weight), head
+        finally:
+            if self.policy is not self.student:
+                self.policy.release()
+
+    def discard_model(self, head: Head | None = None) -> None:
+        """Free all weights except the output head; from now on a server computes the states.
+
+        head: a copy of the initial head; None: the model's own.
+        """
+        self._server_head = head or self.policy.head
+        self.policy = self.student
 
     @torch.no_grad()
     def update(self, student: Mapping[str, Tensor]) -> None:
-        """Follow the student after an optimizer step; `student` is keyed by parameter name."""
+        """Move the average toward the student after an optimizer step (kind ema).
+
+        student: its weights in full precision, by parameter name.
+        """
         if self.config.kind == "ema":
             for name, average in self._average.items():
                 if name in student:
                     average.lerp_(student[name].detach().to(average), self.config.ema_rate)
             self._write_back()
 
-    def collect(self, into: PreTrainedModel | None) -> None:
-        """Write the weights into a whole copy, on the rank that gives one. A collective."""
-        collect(self.model, into)
-
     def state_dict(self) -> dict[str, Tensor]:
-        """What a resume needs, by parameter name; nothing of what never changes."""
+        """The averages by parameter name; weights that never change are not part of the state."""
         return {name: average.detach() for name, average in self._average.items()}
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over `state`. Raises KeyError or RuntimeError when it belongs to another model."""
+        """Copy `state` into the averages.
+
+        Raises KeyError or RuntimeError if it belongs to another model.
+        """
         for name, average in self._average.items():
             average.copy_(state[name])
         self._write_back()
 
+    @torch.no_grad()
+    def _hidden_states(self, packed: PackedSequences) -> Tensor:
+        """The [T, H] states after the final norm; [T, 2 H] for a trust region with two heads."""
+        with self._teacher_weights():
+            states = self.policy.hidden_states(packed)
+        if self.config.kind != "trust_region":
+            return states
+        live, mix = self.student.hidden_states(packed), self.config.mix
+        if self._shares_head:
+            return (1 - mix) * states + mix * live
+        return torch.cat([(1 - mix) * states, mix * live], dim=1)
+
+    def _head(self) -> Head:
+        """The output head for `_hidden_states`, valid until `policy.release`."""
+        if self._server_head is not None:
+            return self._server_head
+        initial = self.policy.head
+        if self.config.kind != "trust_region" or self._shares_head:
+            return initial
+        live, mix = self.student.head, self.config.mix
+        bias = None
+        if initial.bias is not None and live.bias is not None:
+            bias = (1 - mix) * initial.bias.detach() + mix * live.bias.detach()
+        return Head(
+            weight=torch.cat([initial.weight.detach(), live.weight.detach()], dim=1),
+            bias=bias,
+            scale=initial.scale,
+        )
+
     @property
     def _shares_head(self) -> bool:
-        """Whether the student's head stays what it was, so that states may be mixed instead."""
-        return not output_layer(self.student).weight.requires_grad
+        """Whether the student's head is not trained, so that states can be mixed instead of
+        logits."""
+        return not output_layer(self.student.module).weight.requires_grad
 
     @contextmanager
-    def _in_place(self) -> Iterator[None]:
-        """`self.model` computes as the teacher, on the student's device."""
-        if self.model is not self.student or self.config.kind == "live":
-            if self.config.offload and not is_spread(self.model):
-                self.model.to(self.student.device)  # type: ignore[arg-type]
+    def _teacher_weights(self) -> Iterator[None]:
+        """Within the block, `self.policy` computes with the teacher's weights."""
+        if self.policy is not self.student or self.config.kind == "live":
             yield
         elif self.config.kind == "ema":
             before = {name: p.detach().clone() for name, p in self._parameters.items()}
@@ -155,19 +175,19 @@ class Teacher:
             finally:
                 copy_all(before, self._parameters)
         else:
-            with adapters_off(self.student):
+            with adapters_off(self.student.module):
                 yield
 
     def _first_average(self, parameter: Tensor) -> Tensor:
-        """A wide copy, or the parameter itself where it is wide and the teacher's own."""
+        """A full-precision copy, or the teacher's own parameter if that is in full precision."""
         if self.adapted:
             return parameter.detach().clone()
-        if is_full(parameter):
+        if is_full_precision(parameter):
             return parameter
         return parameter.detach().float().to("cpu" if self.config.offload else parameter.device)
 
     def _write_back(self) -> None:
-        """The averages into the teacher's own copy, where they are not one and the same."""
+        """Round the averages into the parameters of the teacher's own copy."""
         if self.adapted:
             return
         for name, average in self._average.items():
@@ -181,5 +201,6 @@ def needs_copy(student: PreTrainedModel, config: TeacherConfig) -> bool:
 
 
 def copy_all(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+    """Copy each tensor of `source` that `target` names into `target`."""
     for name, tensor in target.items():
         tensor.copy_(source[name])

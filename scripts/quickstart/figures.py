@@ -20,6 +20,7 @@ from rosd_fast.reflection.reflect import reflect
 from rosd_fast.rollout.sample import sample_groups
 from rosd_fast.rollout.select import select_groups
 from rosd_fast.types import Group, SamplingParams
+from rosd_fast.utils.distributed import pick_device
 from rosd_fast.verify import verify_all
 
 Figures = dict[str, float]
@@ -34,7 +35,7 @@ async def measure(model_folder: str, *, group_size: int = 8, seed: int = 0) -> F
     reflection, over the same wrong rollouts' problems.
     """
     config = load_preset("quickstart").model_copy(update={"model": model_folder})
-    model = load_model(config)
+    model = load_model(config.model, dtype=config.dtype, device=pick_device(config.device))
     engine = LocalEngine(model.model, tokenizer=model.tokenizer)
     params = SamplingParams(
         max_new_tokens=config.sample.max_new_tokens, stop_token_ids=model.stop_token_ids

@@ -10,10 +10,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rosd_fast.batch.packing import common_length, flops, num_tokens, pack, prefix_tree
+from rosd_fast.batch.packing import Part, StepSequences, pack
+from rosd_fast.batch.prefixes import PrefixIndex, common_length
 from rosd_fast.model.attention import hidden_states
 from rosd_fast.model.head import head, logits
 from rosd_fast.types import DistillSample
+
+
+def part_of(samples, *, min_shared=16, hidden_size=1024) -> Part:
+    """All samples as one part."""
+    step = StepSequences(samples, min_shared=min_shared, hidden_size=hidden_size)
+    return step.part(range(len(samples)))
 
 
 @st.composite
@@ -65,7 +72,7 @@ def test_packing(samples, max_tokens, min_shared, num_ranks):
         members = [by_id[rollout_id] for rollout_id in batch.rollout_ids]
         check_batch(batch, members, min_shared)
         assert list(batch.rollout_ids) == sorted(batch.rollout_ids, key=lambda name: int(name[1:]))
-        assert batch.num_tokens == num_tokens(members, min_shared=min_shared)
+        assert batch.num_tokens == part_of(members, min_shared=min_shared).num_tokens
         assert batch.num_tokens <= max_tokens or len(members) == 1
 
 
@@ -111,23 +118,27 @@ def check_batch(batch, members, min_shared):
         st.lists(st.integers(1, 2), min_size=1, max_size=8).map(tuple), min_size=1, max_size=7
     ),
     min_shared=st.integers(0, 5),
+    data=st.data(),
 )
-def test_prefix_tree(sequences, min_shared):
-    tree = prefix_tree(sequences, min_shared=min_shared)
-    found = dict.fromkeys(range(len(sequences)), ())
+def test_prefix_tree(sequences, min_shared, data):
+    """The tree of a subset is a partition of its sequences, whatever else the index holds."""
+    indices = range(len(sequences))
+    members = sorted(data.draw(st.sets(st.sampled_from(indices), min_size=1)))
+    tree = PrefixIndex(sequences).tree(members, min_shared=min_shared)
+    found = dict.fromkeys(members, ())
     for place, segment in enumerate(tree):
         assert segment.parent < place and segment.length > 0 and segment.members
         if segment.parent >= 0:
             parent = tree[segment.parent]
             assert set(segment.members) <= set(parent.members) and parent.end == segment.start
         texts = {sequences[index][: segment.end] for index in segment.members}
-        assert len(texts) == 1  # alike up to its end
+        assert len(texts) == 1  # equal up to its end
         equal = len({sequences[index] for index in segment.members}) == 1
         assert len(segment.members) == 1 or equal or segment.length >= min_shared > 0
         for index in segment.members:
             assert len(found[index]) == segment.start
             found[index] += sequences[index][segment.start : segment.end]
-    assert [found[index] for index in range(len(sequences))] == sequences
+    assert found == {index: sequences[index] for index in members}
 
 
 @settings(max_examples=100, deadline=None)
@@ -137,8 +148,62 @@ def test_prefix_tree(sequences, min_shared):
 )
 def test_common_length(common, tails):
     sequences = [common + tail for tail in tails]
-    length = common_length(sequences, len(common))
-    assert length == len(common_prefix(sequences)) == common_length(sequences)
+    length = PrefixIndex(sequences).common_length(range(len(sequences)))
+    assert length == len(common_prefix(sequences))
+    assert common_length(sequences[0], sequences[-1]) >= length
+
+
+class Token(int):
+    """A token id that counts how often any token is compared or hashed."""
+
+    num_reads = 0
+
+    def __eq__(self, other):
+        Token.num_reads += 1
+        return int.__eq__(self, other)
+
+    def __lt__(self, other):
+        Token.num_reads += 1
+        return int.__lt__(self, other)
+
+    def __hash__(self):
+        Token.num_reads += 1
+        return int.__hash__(self)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 8])
+def test_packing_reads_each_token_fewer_than_three_times(num_ranks):
+    """32 groups of 8. Reading all of a part whenever it grows takes about 7 times."""
+    g = torch.Generator().manual_seed(3)
+
+    def ids(length):
+        return tuple(map(Token, torch.randint(0, 10_000, (length,), generator=g).tolist()))
+
+    samples = []
+    for group in range(32):
+        prompt = ids(100)
+        for index in range(8):
+            completion = ids(150)
+            samples.append(
+                DistillSample(
+                    rollout_id=f"{group}/{index}",
+                    # Equal tokens, not the same objects: these would be equal without being read.
+                    student_prompt_ids=tuple(map(Token, range(50))) + tuple(map(Token, prompt)),
+                    teacher_prompt_ids=tuple(map(Token, range(50)))
+                    + tuple(map(Token, prompt))
+                    + ids(60),
+                    completion_ids=completion,
+                    logprobs=(0.0,) * len(completion),
+                    start=50,
+                    end=len(completion),
+                )
+            )
+    num_tokens = part_of(samples, min_shared=0).num_tokens
+    Token.num_reads = 0
+    batches = pack(samples, max_tokens=8192, num_ranks=num_ranks)
+    assert sum(len(batch.rollout_ids) for batch in batches) == len(samples)
+    assert num_tokens == 256 * (299 + 359)
+    assert num_tokens / 2 < Token.num_reads < 3 * num_tokens, Token.num_reads / num_tokens
 
 
 def common_prefix(sequences):
@@ -160,7 +225,8 @@ def test_packing_is_repeatable_and_no_worse_than_twice_the_volume(samples, max_t
 
 def num_tokens_alone(batch, samples):
     """Tokens when nothing is shared."""
-    return num_tokens([s for s in samples if s.rollout_id in batch.rollout_ids], min_shared=0)
+    members = [s for s in samples if s.rollout_id in batch.rollout_ids]
+    return part_of(members, min_shared=0).num_tokens
 
 
 def test_a_group_goes_through_the_model_with_one_prompt_and_is_not_torn_apart():
@@ -178,7 +244,8 @@ def test_a_group_goes_through_the_model_with_one_prompt_and_is_not_torn_apart():
         for group in (50, 60)
     ]
     # 21 + 3 * 2 for the student, and for the teacher 21 + 3 * (10 + 2)
-    assert num_tokens([s for s in groups if s.rollout_id.startswith("50")]) == 27 + 57
+    first_group = [s for s in groups if s.rollout_id.startswith("50")]
+    assert part_of(first_group).num_tokens == 27 + 57
     first, second = pack(groups, max_tokens=100)
     assert first.rollout_ids == ("50/0", "50/1", "50/2")
     assert second.rollout_ids == ("60/0", "60/1", "60/2")
@@ -212,7 +279,7 @@ def make_sample(rollout_id, length):
 
 def test_first_fit_decreasing_and_dtypes():
     samples = [make_sample(name, length) for name, length in zip("abcd", (2, 4, 3, 1), strict=True)]
-    assert [num_tokens([sample]) for sample in samples] == [4, 8, 6, 2]
+    assert [part_of([sample]).num_tokens for sample in samples] == [4, 8, 6, 2]
     batches = pack(samples, max_tokens=10)
     assert [batch.rollout_ids for batch in batches] == [("b", "d"), ("a", "c")]
     batch = batches[0]
@@ -255,11 +322,11 @@ def test_no_rank_has_much_more_than_its_share(samples, num_ranks):
     batches = pack(samples, max_tokens=10_000, num_ranks=num_ranks, **options)
     by_id = {sample.rollout_id: sample for sample in samples}
     loads = [
-        flops([by_id[i] for i in batch.rollout_ids], **options)
+        part_of([by_id[i] for i in batch.rollout_ids], **options).flops
         for batch in batches
         if batch.rollout_ids
     ]
-    alone = [flops([sample], **options) for sample in samples]
+    alone = [part_of([sample], **options).flops for sample in samples]
     assert len(batches) in (0, num_ranks)
     assert max(loads, default=0) <= sum(alone) / num_ranks + max(
         [*alone, sum(alone) / num_ranks, 0]
@@ -273,7 +340,7 @@ def test_flops_by_hand():
     # 24 H^2 a token and 4 H a pair; the student's three times.
     own = (24 * 64**2 * length + 4 * 64 * pairs) / (24 * 64**2)
     assert len(sample.teacher_prompt_ids) == len(sample.student_prompt_ids)
-    assert flops([sample], min_shared=0, hidden_size=64) == pytest.approx(4 * own)
+    assert part_of([sample], min_shared=0, hidden_size=64).flops == pytest.approx(4 * own)
 
 
 def test_nothing_to_pack_and_no_budget():

@@ -13,10 +13,11 @@ from transformers import AutoModelForCausalLM
 from rosd_fast.batch.packing import pack
 from rosd_fast.config import Config
 from rosd_fast.errors import UserError
-from rosd_fast.model.adapters import choose_trainable, fingerprint, has_adapters, whole_weights
+from rosd_fast.model.adapters import fingerprint, has_adapters, merged_weights
 from rosd_fast.trainer.checkpoint import load_checkpoint, write_checkpoint
 from rosd_fast.trainer.learner import Learner
 from rosd_fast.trainer.snapshot import Snapshot
+from tests.tiny import mark_trainable
 
 IDS = torch.arange(1, 12)[None]
 
@@ -32,7 +33,7 @@ def trained(model: Any) -> set[str]:
 
 def test_patterns_choose_what_is_trained(make_model) -> None:
     model = make_model("Llama", num_hidden_layers=12, tie_word_embeddings=False)
-    choose_trainable(model, config_of(optim={"trainable": "model.layers.1?.mlp.*, lm_head.weight"}))
+    mark_trainable(model, config_of(optim={"trainable": "model.layers.1?.mlp.*, lm_head.weight"}))
     names = {
         f"model.layers.{i}.mlp.{n}_proj.weight" for i in (10, 11) for n in "gate up down".split()
     }
@@ -41,31 +42,31 @@ def test_patterns_choose_what_is_trained(make_model) -> None:
 
 def test_a_tied_head_is_trained_with_the_embeddings(make_model) -> None:
     model = make_model("Llama", tie_word_embeddings=True)
-    choose_trainable(model, config_of(optim={"trainable": "lm_head.weight"}))
+    mark_trainable(model, config_of(optim={"trainable": "lm_head.weight"}))
     assert trained(model) == {"model.embed_tokens.weight"}
 
 
 def test_without_patterns_all_is_trained(make_model) -> None:
     model = make_model()
-    choose_trainable(model, config_of())
+    mark_trainable(model, config_of())
     assert trained(model) == set(dict(model.named_parameters()))
 
 
 def test_a_pattern_that_fits_nothing_is_a_mistake(make_model) -> None:
     with pytest.raises(UserError, match=r"model\.layer\.\* fits no parameter.*embed_tokens"):
-        choose_trainable(make_model(), config_of(optim={"trainable": "model.layer.*"}))
+        mark_trainable(make_model(), config_of(optim={"trainable": "model.layer.*"}))
 
 
 def test_a_model_without_trainable_weights_is_refused(make_model) -> None:
     model = make_model().requires_grad_(False)
     with pytest.raises(UserError, match="none of the model's weights can be trained"):
-        choose_trainable(model, config_of())
+        mark_trainable(model, config_of())
 
 
 def test_only_what_was_chosen_moves(make_model, distill_samples) -> None:
     model = make_model("Qwen3", torch.float32)
     options = config_of(optim={"trainable": "*.self_attn.?_proj.weight"})
-    choose_trainable(model, options)
+    mark_trainable(model, options)
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     learner = Learner(model, options)
     learner.step(pack(distill_samples, max_tokens=40))
@@ -78,7 +79,7 @@ def test_only_what_was_chosen_moves(make_model, distill_samples) -> None:
 def adapted(make_model, dtype=torch.float32, family="Llama", **lora: Any) -> tuple[Any, Config]:
     options = config_of(lora={"rank": 3, **lora})
     model = make_model(family, dtype)
-    choose_trainable(model, options)
+    mark_trainable(model, options)
     return model, options
 
 
@@ -107,7 +108,7 @@ def test_merged_weights_compute_the_same(make_model, distill_samples, family, dt
     learner.step(pack(distill_samples, max_tokens=40))
     plain = make_model(family, dtype)
     assert (plain(IDS).logits - model(IDS).logits).abs().max() > 1e-3
-    plain.load_state_dict(whole_weights(model), strict=True)
+    plain.load_state_dict(merged_weights(model), strict=True)
     close = {"rtol": 0, "atol": 1e-5 if dtype == torch.float32 else 0.1}
     torch.testing.assert_close(plain(IDS).logits, model(IDS).logits, **close)
 
@@ -136,7 +137,7 @@ def test_a_checkpoint_holds_adapters_and_exports_whole_weights(
 
     def learner() -> Learner:
         model = make_model("Llama", torch.float32)
-        choose_trainable(model, options)
+        mark_trainable(model, options)
         return Learner(model, options)
 
     straight = learner()

@@ -12,9 +12,9 @@ import torch
 from rosd_fast.batch.packing import pack
 from rosd_fast.config import Config
 from rosd_fast.errors import UserError
-from rosd_fast.model.adapters import choose_trainable
 from rosd_fast.model.blocks import blocks, describe, prepare_blocks
 from rosd_fast.trainer.learner import Learner
+from tests.tiny import mark_trainable
 
 FAMILIES = ["Llama", "Qwen3", "Mistral", "Gemma3Text", "Granite"]
 
@@ -124,9 +124,15 @@ def test_describe(make_model) -> None:
         }
     )
     model = make_model("Llama", torch.bfloat16)
-    choose_trainable(model, options)
+    mark_trainable(model, options)
     total = sum(p.numel() for p in model.parameters())
-    assert describe(model, options, 4) == (
+    assert describe(
+        model,
+        options.learner,
+        dtype="bfloat16",
+        device=torch.device("cpu"),
+        num_ranks=4,
+    ) == (
         f"LlamaForCausalLM, 32 of {total:,} weights trained in bfloat16, 4 ranks on cpu, "
         "attention sdpa, activations recomputed, blocks compiled"
     )

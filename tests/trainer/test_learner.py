@@ -16,6 +16,7 @@ from rosd_fast.config import Config
 from rosd_fast.errors import UserError
 from rosd_fast.model.attention import hidden_states
 from rosd_fast.model.head import head, logits
+from rosd_fast.model.policy import PolicyModel
 from rosd_fast.trainer import learner as learner_module
 from rosd_fast.trainer.learner import Learner, TrainingDiverged
 from rosd_fast.trainer.loss import span_loss
@@ -37,6 +38,10 @@ def tiny_model(dtype=torch.float32, *, tied=True, family="llama"):
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.2)
     return model.to(dtype)
+
+
+def policy(model) -> PolicyModel:
+    return PolicyModel(module=model, device=model.device)
 
 
 def config(**sections) -> Config:
@@ -287,7 +292,7 @@ def test_ema_teacher_moves_after_each_step():
 def test_ema_follows_in_fp32(dtype):
     model = tiny_model(dtype)
     options = config(teacher={"kind": "ema", "ema_rate": 0.01}).teacher
-    teacher = Teacher(model, options, copy.deepcopy(model))
+    teacher = Teacher(policy(model), options, policy(copy.deepcopy(model)))
     expected = {name: p.detach().float() for name, p in model.named_parameters()}
     for step in range(50):
         student = {n: p.detach().float() + 1e-3 * step for n, p in model.named_parameters()}
@@ -302,14 +307,19 @@ def test_ema_follows_in_fp32(dtype):
 @pytest.mark.parametrize("tied", [True, False])
 def test_teacher_head_is_its_own(tied):
     model = tiny_model(tied=tied)
-    teacher = Teacher(model, config().teacher, copy.deepcopy(model))
+    teacher = Teacher(policy(model), config().teacher, policy(copy.deepcopy(model)))
     ids = packed([sample(0)], "teacher")
-    before = logits(teacher.hidden_states(ids), teacher.head)
+
+    def score():
+        with teacher.scoring(ids) as (states, teacher_head):
+            assert not states.requires_grad
+            return logits(states, teacher_head)
+
+    before = score()
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(2)
-    assert torch.equal(logits(teacher.hidden_states(ids), teacher.head), before)
-    assert not teacher.hidden_states(ids).requires_grad
+    assert torch.equal(score(), before)
     assert hidden_states(model, ids).requires_grad and head(model).weight.requires_grad
 
 

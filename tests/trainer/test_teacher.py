@@ -11,10 +11,11 @@ import torch
 from rosd_fast.batch.packing import pack
 from rosd_fast.config import Config
 from rosd_fast.errors import UserError
-from rosd_fast.model.adapters import adapters_off, choose_trainable
+from rosd_fast.model.adapters import adapters_off
 from rosd_fast.model.attention import hidden_states
 from rosd_fast.model.head import logits
 from rosd_fast.trainer.learner import Learner
+from tests.tiny import mark_trainable
 
 
 def config_of(**sections: Any) -> Config:
@@ -43,9 +44,9 @@ def move(model: Any) -> None:
 def scored(learner: Learner, samples: Any) -> torch.Tensor:
     """[N, V] log-probabilities of the teacher."""
     (batch,) = pack(samples, max_tokens=10_000, min_shared=2)
-    states = learner.teacher.hidden_states(batch.teacher)
-    assert not states.requires_grad
-    return logits(states[batch.teacher.gather], learner.teacher.head).log_softmax(-1)
+    with learner.teacher.scoring(batch.teacher) as (states, head):
+        assert not states.requires_grad
+        return logits(states, head).log_softmax(-1)
 
 
 @pytest.mark.parametrize("only", ["", "model.layers.*"], ids=["head trained", "head fixed"])
@@ -55,7 +56,7 @@ def test_trust_region_mixes_logits(make_model, distill_samples, tied, family, on
     options = config_of(teacher={"kind": "trust_region", "mix": 0.3}, optim={"trainable": only})
     scale = {"logits_scaling": 3.0} if family == "Granite" else {}
     model = make_model(family, tie_word_embeddings=tied, **scale)
-    choose_trainable(model, options)
+    mark_trainable(model, options)
     learner, initial = Learner(model, options), copy.deepcopy(model)
     move(model)
     own, live = (dense(m, distill_samples, "teacher_prompt_ids") for m in (initial, model))
@@ -82,7 +83,7 @@ def test_with_adapters_the_teacher_is_the_model_below(make_model, distill_sample
     options = config_of(teacher={"kind": kind, "mix": 0.3}, lora={"rank": 3})
     model = make_model("Qwen3")
     initial = copy.deepcopy(model)
-    choose_trainable(model, options)
+    mark_trainable(model, options)
     learner = Learner(model, options)
     assert learner.teacher.model is model
     move(model)
@@ -98,7 +99,7 @@ def test_with_adapters_the_teacher_is_the_model_below(make_model, distill_sample
 def test_with_adapters_ema_averages_them(make_model, distill_samples) -> None:
     options = config_of(teacher={"kind": "ema", "ema_rate": 0.25}, lora={"rank": 3})
     model = make_model("Llama", torch.float32)
-    choose_trainable(model, options)
+    mark_trainable(model, options)
     learner, average = Learner(model, options), copy.deepcopy(model)
     for _ in range(3):
         learner.step(pack(distill_samples, max_tokens=40, min_shared=2))
@@ -135,14 +136,14 @@ def test_offloading_changes_nothing(make_model, distill_samples, kind) -> None:
 def test_scores_do_not_touch_the_student(make_model, distill_samples) -> None:
     model = make_model("Llama", torch.float32)
     options = config_of(teacher={"kind": "ema"}, lora={"rank": 2})
-    choose_trainable(model, options)
+    mark_trainable(model, options)
     learner = Learner(model, options)
     move(model)
     before = {name: p.clone() for name, p in model.named_parameters()}
     (batch,) = pack(distill_samples, max_tokens=10_000)
     with torch.no_grad():
         states = hidden_states(model, batch.student)
-        learner.teacher.hidden_states(batch.teacher)
-        learner.teacher.release()
+        with learner.teacher.scoring(batch.teacher):
+            pass
         assert torch.equal(hidden_states(model, batch.student), states)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())

@@ -51,7 +51,7 @@ MAX_GAP_NATS = 1e-3  # nats, between two float32 implementations
 
 @pytest.fixture(scope="module")
 def model() -> LoadedModel:
-    return load_model(load_preset("quickstart").model_copy(update={"model": "quickstart"}))
+    return load_model("quickstart", dtype="float32", device=torch.device("cpu"))
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +252,7 @@ async def change(model: LoadedModel, engine: SglangEngine, *, version: int) -> N
 
 
 def restore(model: LoadedModel) -> None:
-    fresh = load_model(load_preset("quickstart").model_copy(update={"model": "quickstart"}))
+    fresh = load_model("quickstart", dtype="float32", device=torch.device("cpu"))
     model.model.load_state_dict(fresh.model.state_dict())
 
 

@@ -160,7 +160,7 @@ def test_a_step_is_that_of_a_teacher_in_the_process(tiny_llama: Callable[..., An
     start = tiny_llama()
     batches = pack(SAMPLES, max_tokens=60)
     near, far = learner_of(tiny_llama()), learner_of(tiny_llama(), backend="sglang")
-    far.teacher.keep_head_only()
+    far.teacher.discard_model()
     assert far.teacher.model is far.model
     assert not any(name.startswith("teacher.") for name in far.state_dict())
     fake = FakeSglang()

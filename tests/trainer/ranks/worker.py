@@ -2,10 +2,10 @@
 
     torchrun --nproc-per-node 2 -m tests.trainer.ranks.worker OUT [--resume OUT2] [--shard-size N]
 
-Rank 0 writes, for each case, the gradients of the first step and the weights after the others to
-OUT/results.safetensors, and the metrics of all steps to OUT/metrics.json; checkpoints of step 2 are
-in OUT/CASE. Going on from these has to give the same bits. Where --resume is given, it goes on from
-those of another call, too.
+For each case, rank 0 writes the gradients of the first step and, after the last one, the weights of
+student and teacher to OUT/results.safetensors, and the metrics of all steps to OUT/metrics.json.
+Checkpoints of step 2 are in OUT/CASE; resuming from one of them has to give the same bits. With
+--resume, the steps after step 2 are also repeated from the checkpoints of another call.
 """
 
 from __future__ import annotations
@@ -22,13 +22,12 @@ from transformers import PreTrainedTokenizerFast
 
 from rosd_fast.batch.packing import pack
 from rosd_fast.config import Config
-from rosd_fast.model.adapters import choose_trainable
 from rosd_fast.trainer.learner import StepResult
 from rosd_fast.trainer.optim import Optimizer
 from rosd_fast.trainer.ranks import LearnerGroup, run_worker
 from rosd_fast.types import DistillSample
 from rosd_fast.utils.distributed import World, full, open_world
-from tests.tiny import SHAPE, VOCAB, tiny_model
+from tests.tiny import SHAPE, VOCAB, mark_trainable, tiny_model
 
 TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
 SLIDING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
@@ -79,7 +78,7 @@ def config_of(case: str, shard_size: int | None = None) -> Config:
 def model_of(case: str, config: Config) -> Any:
     family, shape, _ = CASES[case]
     model = tiny_model(family, torch.float32, **shape).to(getattr(torch, config.dtype))
-    choose_trainable(model, config)
+    mark_trainable(model, config)
     if config.lora.rank:  # adapters that change something from the first step on
         for name, parameter in model.named_parameters():
             if "lora_B" in name:
@@ -174,6 +173,9 @@ def work(
                 learners.save(out / case, SAVED_STEP, None)
         weights = {k: v.detach().clone() for k, v in learners.weights().items()}
         results |= {f"{case}/weight/{k}": v for k, v in weights.items()}
+        teacher = model_of(case, config)
+        learners.gather_teacher(teacher)
+        results |= {f"{case}/teacher/{k}": v.detach() for k, v in teacher.named_parameters()}
         learners.close()
         metrics[case] = [[row.metrics, row.per_token] for row in rows]
         own = continued(case, config, world, out)
