@@ -47,7 +47,8 @@ def read_config(given: Mapping[str, Any]) -> Config:
             f"{as_flag(fixed[0])} cannot be changed where a run is resumed",
             fix="Leave it out (only --steps may be given), or start a new run",
         )
-    return apply_args(apply_toml(Config(), resumed_file(sources["resume"])), options)
+    file = resumed_file(sources["resume"])
+    return apply_args(apply_toml(Config(), file, accept_old_names=True), options)
 
 
 def resumed_file(resume: str) -> Path:

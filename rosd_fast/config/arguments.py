@@ -16,6 +16,7 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 
+from rosd_fast.config.renamed import RENAMED
 from rosd_fast.errors import UserError
 
 ALIKE = 0.6  # least similarity, of 1, of a name that is offered in place of an unknown one
@@ -119,6 +120,8 @@ def _find(arg: str, options: Mapping[str, Option]) -> tuple[Option, bool]:
         positive = table + dot + key.removeprefix("no_")
         if positive in options and not options[positive].num_values:
             return options[positive], False
+    if RENAMED.get(name) in options:
+        raise UserError(f"--{arg.lstrip('-')} is now {as_flag(RENAMED[name])}")
     near = nearest(name, options)
     known = f"Did you mean {options[near].flag}?" if near else "See --help for all options"
     raise UserError(f"unknown option {arg}", fix=known)

@@ -26,6 +26,7 @@ from pydantic import BaseModel, ValidationError
 from rosd_fast.config import Config
 from rosd_fast.config.arguments import as_flag, nearest, options_of
 from rosd_fast.config.messages import explain
+from rosd_fast.config.renamed import RENAMED, legacy_options, old_names, translate
 from rosd_fast.config.toml import find_line, to_toml
 from rosd_fast.errors import UserError
 
@@ -93,10 +94,14 @@ def load_config(
     return apply_args(config, given)
 
 
-def apply_toml(base: Config, path: Path) -> Config:
+def apply_toml(base: Config, path: Path, *, accept_old_names: bool = False) -> Config:
     """`base` with the options that a TOML file sets.
 
-    Raises UserError, with file and line, for what cannot be read, an unknown key and a wrong value.
+    accept_old_names: read options that were renamed since under their old names too, as the
+    config.toml of a resumed run may have them.
+
+    Raises UserError, with file and line, for a file that cannot be read, an unknown key, an old
+    name and a wrong value.
     """
     text = _read(path)
     try:
@@ -106,6 +111,11 @@ def apply_toml(base: Config, path: Path) -> Config:
         line = re.search(r"line (\d+)", place)
         number = line[1] if line else len(text.rstrip().split("\n"))
         raise UserError(f"malformed TOML ({what})", where=f"{path}:{number}") from None
+    if accept_old_names:
+        layer = translate(layer)
+    for old in old_names(layer):
+        line = find_line(text, tuple(old.split(".")))
+        raise UserError(f"{old} is now {RENAMED[old]}", where=f"{path}:{line}")
     layer = _false_to_none(layer, Config)
     merged = _merge(_without_quickstart_dev(base, layer).model_dump(mode="json"), layer)
     try:
@@ -139,8 +149,13 @@ def apply_args(base: Model, given: Mapping[str, Any]) -> Model:
 
 
 def config_hash(config: Config) -> str:
-    """16 hex digits over the options that decide what is learned; a longer run keeps its hash."""
-    options = config.model_dump(mode="json", exclude=NOT_HASHED)
+    """16 hex digits over the options that decide what is learned; a longer run keeps its hash.
+
+    Checkpoints hold it, so it must not change when an option is renamed or added.
+    """
+    options = legacy_options(
+        config.model_dump(mode="json", exclude=NOT_HASHED), Config().model_dump(mode="json")
+    )
     text = json.dumps(options, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

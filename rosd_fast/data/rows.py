@@ -22,13 +22,6 @@ PROMPT_FIELDS = ("prompt", "problem", "question")
 KIND_VERIFIERS = {"mcq": "choice"}
 """The verifier of rows that name none but have a `kind`."""
 
-ANSWERS_WANTED = {
-    "number": "It wants a decimal number or a fraction",
-    "choice": "It wants one letter",
-    "exact": "It wants words",
-    "contains": "It wants words",
-}
-
 
 def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
     """(where, JSON value) of each line that is not blank; of each item, if the file is one list."""
@@ -99,7 +92,7 @@ def parse_row(row: Any, *, where: str, folder: str, number: int, verifier: str |
         raise UserError(
             f"no completion can match the answer {shorten(answer)} under the verifier {chosen}",
             where=where,
-            fix=ANSWERS_WANTED[chosen],
+            fix=f"It wants {VERIFIERS[chosen].answers}",
         )
     return Problem(
         id=id_field(row, where, domain, number),

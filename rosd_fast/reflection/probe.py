@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rosd_fast.types import GenerationRequest, SamplingParams
-from rosd_fast.verify import VERIFIERS
+from rosd_fast.verify import score
 
 if TYPE_CHECKING:
     from rosd_fast.engines.base import RolloutEngine
@@ -52,7 +52,7 @@ async def teacher_helps(
             skip_special_tokens=True,
             clean_up_tokenization_spaces=False,
         )
-        after += VERIFIERS[problem.verifier](text, problem.answer)[0]
+        after += score(problem, text)[0]
         scores = [verdicts[rollout.id].score for rollout in group.rollouts]
         before += sum(scores) / len(scores)
     return before / len(samples), after / len(samples)

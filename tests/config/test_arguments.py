@@ -62,6 +62,8 @@ def test_spellings(args: tuple[str, ...], values: dict[str, object]) -> None:
         (["--no-tail"], "unknown option --no-tail. Did you mean --loss.tail?"),
         (["--data.no-train"], "unknown option --data.no-train. Did you mean --data.train?"),
         (["-steps", "3"], "unknown option -steps. Did you mean --steps?"),
+        (["--loss.is-clip", "2"], "--loss.is-clip is now --loss.importance-clip"),
+        (["--optim.only=x"], "--optim.only is now --optim.trainable"),
         (["--qqqqqq"], "unknown option --qqqqqq. See --help"),
         (["--"], "unknown option --. See --help"),
         (["--steps"], "--steps needs a value"),

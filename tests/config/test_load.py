@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rosd_fast.config import Config
+from rosd_fast.config import Config, renamed
 from rosd_fast.config.arguments import options_of
 from rosd_fast.config.load import (
     apply_args,
@@ -274,3 +274,62 @@ def test_the_hash_is_of_what_decides_the_learning() -> None:
     }
     assert len(hashes) == 4
     assert all(len(value) == 16 for value in hashes)
+
+
+OLD_RUN = Path(__file__).parent / "old_run.toml"  # as written before options were renamed
+OLD_HASHES = {"old_run": "ea8f93447bca1d5c", "quickstart": "b5a19e2e008f8df1"}
+
+
+def test_a_run_of_before_the_renames_is_read_and_keeps_its_hash(tmp_path: Path) -> None:
+    config = apply_toml(Config(), OLD_RUN, accept_old_names=True)
+    assert config.loss.importance_clip == 3.5
+    assert config.teacher.backend == "sglang"
+    assert config.teacher.max_logprob_gap == 0.02
+    assert config.engine.max_logprob_gap == 0.05
+    assert config.optim.trainable == "model.layers.2?.*"
+    assert config_hash(config) == OLD_HASHES["old_run"]
+    assert config_hash(load_preset("quickstart")) == OLD_HASHES["quickstart"]
+    assert config_hash(read(tmp_path, to_toml(config))) == OLD_HASHES["old_run"]
+
+
+def test_every_renamed_option_counts_in_the_hash() -> None:
+    config = apply_toml(Config(), OLD_RUN, accept_old_names=True)
+    changes = {
+        "loss.importance_clip": "2.5",
+        "teacher.max_logprob_gap": "0.03",
+        "engine.max_logprob_gap": "0.06",
+        "optim.trainable": "lm_head.weight",
+        "engine.python": "/other/python",
+    }
+    hashes = {config_hash(apply_args(config, {name: value})) for name, value in changes.items()}
+    assert len(hashes | {config_hash(config)}) == len(changes) + 1
+
+
+def test_an_option_that_was_added_later_counts_only_where_it_is_set() -> None:
+    options = {"loss": {"importance_clip": 2.0, "new": 1}, "teacher": {}, "engine": {}, "optim": {}}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(renamed, "ADDED_LATER", ("loss.new", "method"))
+        defaults = {"loss": {"new": 1}, "method": "rosd"}
+        plain = renamed.legacy_options(options, defaults)
+        assert plain["loss"] == {"is_clip": 2.0}
+        assert renamed.legacy_options({**options, "method": "rosd"}, defaults) == plain
+        assert renamed.legacy_options({**options, "method": "opd"}, defaults)["method"] == "opd"
+        options["loss"]["new"] = 2
+        assert renamed.legacy_options(options, defaults)["loss"] == {"is_clip": 2.0, "new": 2}
+
+
+@pytest.mark.parametrize(("old", "new"), renamed.RENAMED.items())
+def test_an_old_name_in_a_file_is_answered_with_the_new_one(
+    tmp_path: Path, old: str, new: str
+) -> None:
+    table, _, key = old.partition(".")
+    text = f"steps = 3\n[{table}]\n{key} = false\n"
+    assert error_of(tmp_path, text) == f"run.toml:3: {old} is now {new}"
+    assert new in options_of(Config)
+
+
+def test_an_option_under_both_names_is_not_guessed(tmp_path: Path) -> None:
+    path = tmp_path / "config.toml"
+    path.write_text("[loss]\nis_clip = 1.0\nimportance_clip = 2.0\n")
+    with pytest.raises(UserError, match=r"config\.toml:2: loss\.is_clip is now"):
+        apply_toml(Config(), path, accept_old_names=True)

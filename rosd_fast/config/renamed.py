@@ -1,0 +1,68 @@
+"""Options that had another name before, and what that means for the runs of that time.
+
+A file or a command line with an old name is an error that gives the new one. A run that is resumed
+may have been written with the old names: its config.toml is translated, and its checkpoints hold a
+hash over them, so `legacy_options` spells options the old way before they are hashed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+RENAMED = {
+    "loss.is_clip": "loss.importance_clip",
+    "teacher.where": "teacher.backend",
+    "teacher.server_bound": "teacher.max_logprob_gap",
+    "engine.probe_bound": "engine.max_logprob_gap",
+    "optim.only": "optim.trainable",
+}
+
+ADDED_LATER = ("method",)
+"""Options, or whole sections, that runs did not have when hashing began. Each counts in the hash
+only where it differs from its default. A new option that decides what is learned belongs here."""
+
+
+def old_names(layer: Mapping[str, Any]) -> list[str]:
+    """The old names among the options that a TOML file sets, in the order of `RENAMED`."""
+    return [old for old in RENAMED if _has(layer, old)]
+
+
+def translate(layer: dict[str, Any]) -> dict[str, Any]:
+    """The options of a TOML file with each old name replaced by the new one.
+
+    An option that is given under both names keeps its old name, which is then reported.
+    """
+    for old in old_names(layer):
+        new = RENAMED[old]
+        if not _has(layer, new):
+            layer = _moved(layer, old, new)
+    return layer
+
+
+def legacy_options(options: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """`options`, a dump of a `Config`, under the names that they were first hashed with."""
+    legacy = dict(options)
+    for name in ADDED_LATER:
+        section, _, key = name.rpartition(".")
+        if section and _has(legacy, name) and legacy[section][key] == defaults[section][key]:
+            legacy[section] = {k: v for k, v in legacy[section].items() if k != key}
+        elif not section and name in legacy and legacy[name] == defaults[name]:
+            del legacy[name]
+    for old, new in RENAMED.items():
+        legacy = _moved(legacy, new, old)
+    return legacy
+
+
+def _has(table: Mapping[str, Any], name: str) -> bool:
+    section, _, key = name.partition(".")
+    inner = table.get(section)
+    return isinstance(inner, Mapping) and key in inner
+
+
+def _moved(table: dict[str, Any], name: str, target: str) -> dict[str, Any]:
+    """`table` with the value of `name` under `target`, a name in the same section."""
+    section, _, key = name.partition(".")
+    new_key = target.partition(".")[2]
+    inner = {new_key if k == key else k: value for k, value in table[section].items()}
+    return {**table, section: inner}
