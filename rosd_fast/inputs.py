@@ -37,7 +37,7 @@ def load_inputs(config: Config) -> Inputs:
     """Load model and data. Raises UserError for all that can be seen to be wrong at this point."""
     config = with_absolute_paths(config)
     check_templates(config.reflect, config.teacher)
-    check_engine(config)
+    check_engine(config.engine, config.teacher, config.device)
     problems, dev_splits = load_data(config)
     stream = ProblemStream(
         problems,

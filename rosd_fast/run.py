@@ -22,7 +22,7 @@ from rosd_fast.batch.samples import write_skipped
 from rosd_fast.config import Config, uses_teacher_weights
 from rosd_fast.config.load import config_hash, to_toml
 from rosd_fast.engines.base import RolloutEngine
-from rosd_fast.engines.factory import open_engine, open_teacher_server
+from rosd_fast.engines.factory import open_engine, open_sglang_teacher
 from rosd_fast.engines.local.engine import LocalEngine
 from rosd_fast.engines.sglang.teacher import SglangTeacher
 from rosd_fast.errors import UserError
@@ -169,7 +169,7 @@ def opened(config: Config, resume: Path | None, world: World, lock: RunLock) -> 
                 engine=engine,
                 reflector=reflector,
                 teacher_engine=teacher_engine,
-                teacher_server=open_teacher_server(config, model, folder, note=shown.note),
+                teacher_server=open_sglang_teacher(config, model, folder, note=shown.note),
                 learners=learners,
                 weight_check_ids=weight_check_ids,
                 log=log,

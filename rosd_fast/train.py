@@ -14,7 +14,8 @@ from pathlib import Path
 from rosd_fast.batch.packing import pack
 from rosd_fast.batch.samples import build_samples, sample_metrics
 from rosd_fast.config import Config
-from rosd_fast.engines.factory import check_teacher_server
+from rosd_fast.engines.sglang.teacher import SglangTeacher
+from rosd_fast.engines.weight_check import allowed_gap, check_teacher_server
 from rosd_fast.evaluate import evaluate_splits
 from rosd_fast.pipeline import Sampled, sample_and_reflect
 from rosd_fast.reflection.locate import locate_errors
@@ -79,8 +80,26 @@ async def run_steps(run: Run) -> None:
 async def start(run: Run) -> None:
     """Bring servers to the weights that the run begins with, and compare them with the trainer."""
     if run.teacher_server is not None:
-        await check_teacher_server(run, run.teacher_server)
+        await check_teacher(run, run.teacher_server)
     await run.sync_weights(run.first_step - 1)
+
+
+async def check_teacher(run: Run, server: SglangTeacher) -> None:
+    """Compare the teacher server with the initial weights, then free these on a single rank.
+
+    On several ranks a resumed run no longer has the initial weights and skips the check, which was
+    made when the run began. Raises RunFailed when they differ.
+    """
+    teacher, single = run.learners.learner.teacher, run.learners.world.size == 1
+    if single or run.first_step == 1:
+        await check_teacher_server(
+            server,
+            teacher.model if single else run.model.model,
+            run.weight_check_ids,
+            max_gap=allowed_gap(run.config.teacher.max_logprob_gap, run.config.dtype),
+        )
+    if single:
+        teacher.keep_head_only()
 
 
 async def learn(run: Run, step: int, sampled: Sampled) -> dict[str, float]:
