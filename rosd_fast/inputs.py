@@ -47,7 +47,7 @@ def load_inputs(config: Config) -> Inputs:
     config = with_absolute_paths(config)
     method_type = method_class(config.method)
     method_type.check_options(config)
-    check_engine(config)
+    check_engine(config.engine, config.teacher, config.device)
     problems, dev_splits = load_data(config)
     stream = ProblemStream(
         problems,

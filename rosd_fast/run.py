@@ -20,6 +20,8 @@ from typing import TYPE_CHECKING
 from rosd_fast.config import Config
 from rosd_fast.config.load import config_hash, to_toml
 from rosd_fast.engines.lifecycle import Engines, open_engines
+from rosd_fast.engines.sglang.teacher import SglangTeacher
+from rosd_fast.engines.weight_check import allowed_gap, check_teacher_server
 from rosd_fast.errors import UserError
 from rosd_fast.files import write_atomic
 from rosd_fast.inputs import Inputs, load_inputs
@@ -108,6 +110,23 @@ class Run:
             weight_check_ids=self.weight_check_ids,
             note=self.progress.note,
         )
+
+    async def check_teacher_server(self, server: SglangTeacher) -> None:
+        """Compare the teacher's server with the initial weights, then free these on a single rank.
+
+        A run that resumes on several ranks no longer has the initial weights and skips the check,
+        which was made when the run began. Raises RunFailed when they differ.
+        """
+        teacher, single = self.learners.learner.teacher, self.learners.world.size == 1
+        if single or self.first_step == 1:
+            await check_teacher_server(
+                server,
+                teacher.model if single else self.inputs.model.model,
+                self.weight_check_ids,
+                max_gap=allowed_gap(self.config.teacher.max_logprob_gap, self.config.dtype),
+            )
+        if single:
+            teacher.discard_model()
 
     async def sync_weights(self, engines: Engines, version: int) -> None:
         """Give the current weights to every engine that samples with them."""

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from rosd_fast.batch.packing import pack
 from rosd_fast.config import Config
-from rosd_fast.engines.factory import check_teacher_server
 from rosd_fast.engines.lifecycle import Engines
 from rosd_fast.evaluate import evaluate_splits
 from rosd_fast.pipeline import Sampled, sample_and_annotate
@@ -82,7 +81,7 @@ async def run_steps(run: Run) -> None:
 async def start(run: Run, engines: Engines) -> None:
     """Bring servers to the weights that the run begins with, and compare them with the trainer."""
     if engines.teacher_server is not None:
-        await check_teacher_server(run, engines.teacher_server)
+        await run.check_teacher_server(engines.teacher_server)
     await run.sync_weights(engines, run.first_step - 1)
 
 

@@ -1,7 +1,7 @@
-"""What a rollout engine is: token ids in, token ids and log-probabilities out.
+"""The interface of a rollout engine: token ids in, token ids and log-probabilities out.
 
-Everything that decodes text, renders chat templates or verifies answers stands outside of it, so
-the in-process engine and an HTTP server are the same to the loop.
+Decoding text, rendering chat templates and verifying answers happen outside of the engine, so the
+training loop treats the in-process engine and an HTTP server the same way.
 """
 
 from __future__ import annotations
@@ -17,13 +17,17 @@ if TYPE_CHECKING:
 
 
 class RolloutEngine(ABC):
-    """Draws completions with the weights it was last given."""
+    """Samples completions with the weights that it was last given.
+
+    policy_version: version of these weights.
+    shares_learner_weights: whether it samples with the learner's own model, so that `load_weights`
+        needs no weights.
+    streams: whether `stream` yields completions before all requests are done.
+    """
 
     policy_version: int = 0
-    shares_learner_weights: bool = (
-        False  # whether it samples with the learner's own model, whatever it is given
-    )
-    streams: bool = False  # whether `stream` gives completions before all are done
+    shares_learner_weights: bool = False
+    streams: bool = False
 
     @abstractmethod
     async def generate(
@@ -32,9 +36,9 @@ class RolloutEngine(ABC):
         *,
         on_tokens: Callable[[int], None] | None = None,
     ) -> list[Generation]:
-        """All completions of all requests, ordered by request and then by index.
+        """Return all completions of all requests, ordered by request and then by index.
 
-        `on_tokens(k)` is called as k further tokens were sampled, for progress displays.
+        `on_tokens(k)` is called whenever k more tokens were sampled, for progress displays.
         Raises UserError when a prompt does not fit the model's context.
         """
 
@@ -44,9 +48,10 @@ class RolloutEngine(ABC):
         *,
         on_tokens: Callable[[int], None] | None = None,
     ) -> AsyncIterator[list[Generation]]:
-        """As `generate`, but the completions of each request as soon as it is done, in any order.
+        """Like `generate`, but yield each request's completions as soon as it is done, in any
+        order.
 
-        An engine that computes all requests together gives them at the end.
+        An engine that computes all requests together yields them at the end.
         """
         generations = iter(await self.generate(requests, on_tokens=on_tokens))
         for request in requests:
@@ -54,14 +59,16 @@ class RolloutEngine(ABC):
 
     @abstractmethod
     async def load_weights(self, weights: Mapping[str, Tensor], *, version: int) -> None:
-        """Sample with these weights from now on; nothing under way mixes two versions."""
+        """Sample with these weights from now on. No in-flight completion mixes two versions."""
 
     async def release_memory(self) -> None:  # noqa: B027
-        """Give back device memory until the next `load_weights`, where that was asked for. Most
-        engines have nothing to give."""
+        """Release device memory until the next `load_weights`, if the engine is configured to.
+
+        Most engines have nothing to release.
+        """
 
     def take_metrics(self) -> dict[str, float]:
-        """What the engine has counted since the last call."""
+        """Return what the engine has counted since the last call."""
         return {}
 
     @abstractmethod

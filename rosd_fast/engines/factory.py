@@ -1,4 +1,4 @@
-"""The engine, and the teacher's servers, that a run's options ask for."""
+"""Makes the rollout engine, and the client of a teacher server, that the options ask for."""
 
 from __future__ import annotations
 
@@ -14,35 +14,33 @@ from rosd_fast.engines.local.engine import LocalEngine
 from rosd_fast.engines.sglang.client import Endpoint
 from rosd_fast.engines.sglang.engine import SglangEngine
 from rosd_fast.engines.sglang.pool import ServerHandle
-from rosd_fast.engines.sglang.process import ManagedServer, ServerSpec, find_python, per_server
+from rosd_fast.engines.sglang.process import ManagedServer, ServerSpec, find_python, split_gpus
 from rosd_fast.engines.sglang.teacher import SERVER_ARGS, SglangTeacher
 from rosd_fast.engines.sglang.weight_sync import DiskSync, DistributedSync, WeightSync
-from rosd_fast.engines.weight_check import allowed_gap, check_teacher, token_logprobs
+from rosd_fast.engines.weight_check import allowed_gap, token_logprobs
 from rosd_fast.errors import UserError
 from rosd_fast.model.load import find
 from rosd_fast.utils.distributed import pick_device
 
 if TYPE_CHECKING:
-    from rosd_fast.config import Config
+    from rosd_fast.config import Config, EngineConfig, TeacherConfig
     from rosd_fast.model.load import LoadedModel
-    from rosd_fast.run import Run
 
 KEY_VARIABLE = "ROSD_SGLANG_API_KEY"
 
 
-def check_engine(config: Config) -> None:
-    """Raise UserError now for what would fail once the run is under way."""
-    engine, teacher = config.engine, config.teacher
-    own_engine = engine.kind == "sglang" and engine.launch == "local"
-    if own_engine or (teacher.backend == "sglang" and not teacher.url):
+def check_engine(engine: EngineConfig, teacher: TeacherConfig, device: str) -> None:
+    """Raise UserError now for mistakes that would otherwise show only during the run."""
+    starts_engine = engine.kind == "sglang" and engine.launch == "local"
+    if starts_engine or (teacher.backend == "sglang" and not teacher.url):
         find_python(engine.python)
     for name, urls in (("engine.urls", engine.urls), ("teacher.url", teacher.url)):
         for url in listed(urls):
             if not url.startswith(("http://", "https://")):
-                raise UserError("is no address", where=f"{name}: {url}", fix="Write http://...")
-    if engine.colocated and pick_device(config.device).type == "cpu":
+                raise UserError("is not a URL", where=f"{name}: {url}", fix="Write http://...")
+    if engine.colocated and pick_device(device).type == "cpu":
         raise UserError(
-            "giving memory back needs a GPU; on a CPU the server would end",
+            "needs a GPU: without one the server cannot release its memory and would exit",
             where="engine.colocated",
             fix="Leave it out",
         )
@@ -51,14 +49,15 @@ def check_engine(config: Config) -> None:
 def open_engine(
     config: Config,
     model: LoadedModel,
-    folder: Path,
+    run_folder: Path,
     *,
     weight_check_ids: Sequence[int],
     note: Callable[[str], None],
 ) -> RolloutEngine:
-    """Of `model`, for the run in `folder`. Servers are started when they get their first weights.
+    """Return the rollout engine that the options ask for.
 
-    weight_check_ids: a prompt on which server and trainer are compared after each hand-over.
+    SGLang servers start when they get their first weights. weight_check_ids: a prompt on which
+    server and trainer are compared after each weight sync. note: shows the user a line.
     """
     options = config.engine
     if options.kind == "local":
@@ -72,7 +71,7 @@ def open_engine(
         server_handles(
             config,
             model,
-            folder,
+            run_folder,
             urls=options.urls,
             names=[f"server{index}" for index in range(options.servers)],
             gpus=options.gpus,
@@ -81,7 +80,7 @@ def open_engine(
                 *shlex.split(options.server_args),
             ),
         ),
-        sync=open_sync(config, model, folder),
+        sync=open_sync(options, config.model, model, run_folder),
         vocab_size=model.model.config.get_text_config().vocab_size,
         context_length=model.context_length,
         weight_check_ids=weight_check_ids,
@@ -95,24 +94,27 @@ def open_engine(
     )
 
 
-def open_sync(config: Config, model: LoadedModel, folder: Path) -> WeightSync:
-    """The way of the weights to the servers."""
-    options = config.engine
+def open_sync(
+    options: EngineConfig, source: str, model: LoadedModel, run_folder: Path
+) -> WeightSync:
+    """Return the way in which weights reach the servers. source: the option `model`."""
     if options.sync == "distributed":
         return DistributedSync(host=options.sync_host)
     return DiskSync(
-        servers_folder(folder) / "weights"
+        servers_folder(run_folder) / "weights"
         if options.sync_folder is None
-        else Path(options.sync_folder).expanduser().absolute() / folder.name,
-        model_folder(config, model, folder),
+        else Path(options.sync_folder).expanduser().absolute() / run_folder.name,
+        model_folder(source, model, run_folder),
     )
 
 
-def open_teacher_server(
-    config: Config, model: LoadedModel, folder: Path, *, note: Callable[[str], None]
+def open_sglang_teacher(
+    config: Config, model: LoadedModel, run_folder: Path, *, note: Callable[[str], None]
 ) -> SglangTeacher | None:
-    """Of a teacher on a server, None: it is in the trainer's process. A server of our own is
-    started by the first request."""
+    """Return the client of a teacher server; None when the teacher runs in the trainer's process.
+
+    A managed server starts with the first request.
+    """
     teacher, options = config.teacher, config.engine
     if teacher.backend != "sglang":
         return None
@@ -120,7 +122,7 @@ def open_teacher_server(
         server_handles(
             config,
             model,
-            folder,
+            run_folder,
             urls=teacher.url,
             names=["teacher"],
             gpus=teacher.gpus,
@@ -134,33 +136,20 @@ def open_teacher_server(
     )
 
 
-async def check_teacher_server(run: Run, teacher_server: SglangTeacher) -> None:
-    """Compare the teacher's server with the initial weights, and then let these go.
-
-    Raises RunFailed when they differ. On several ranks a resumed run has no initial weights left,
-    and goes by the comparison at its beginning.
-    """
-    teacher, config = run.learners.learner.teacher, run.config
-    bound = allowed_gap(config.teacher.max_logprob_gap, config.dtype)
-    alone = run.learners.world.size == 1
-    if bound and (alone or run.first_step == 1):
-        model = teacher.model if alone else run.inputs.model.model
-        await check_teacher(teacher_server, model, run.weight_check_ids, bound=bound)
-    if alone:
-        teacher.discard_model()
-
-
 def server_handles(
     config: Config,
     model: LoadedModel,
-    folder: Path,
+    run_folder: Path,
     *,
     urls: str,
     names: Sequence[str],
     gpus: str,
     args: Sequence[str],
 ) -> list[ServerHandle]:
-    """Servers at `urls`, or without any of our own with these names; none of them is started."""
+    """Return the servers at `urls`, or where there are no URLs, a managed server for each name.
+
+    No server is started yet.
+    """
     options = config.engine
     servers: list[ManagedServer | Endpoint]
     if urls:
@@ -168,19 +157,19 @@ def server_handles(
         names = listed(urls)
         servers = [Endpoint(url, api_key=key) for url in names]
     else:
-        shares = per_server([int(part) for part in listed(gpus)], len(names))
+        shares = split_gpus([int(part) for part in listed(gpus)], len(names))
         servers = [
             ManagedServer(
                 ServerSpec(
                     python=find_python(options.python),
-                    model_folder=model_folder(config, model, folder),
+                    model_folder=model_folder(config.model, model, run_folder),
                     dtype=config.dtype,
                     on_cpu=pick_device(config.device).type == "cpu",
                     args=tuple(args),
                     start_timeout_s=options.start_timeout_s,
                     gpus=share,
                 ),
-                servers_folder(folder) / name,
+                servers_folder(run_folder) / name,
             )
             for name, share in zip(names, shares, strict=True)
         ]
@@ -195,18 +184,21 @@ def server_handles(
     ]
 
 
-def servers_folder(folder: Path) -> Path:
-    """What a run keeps for its servers: an absolute path, as they run in folders of their own."""
-    return folder.absolute() / "engine"
+def servers_folder(run_folder: Path) -> Path:
+    """The folder with all server files of a run. Absolute: servers run in their own folders."""
+    return run_folder.absolute() / "engine"
 
 
-def model_folder(config: Config, model: LoadedModel, folder: Path) -> Path:
-    """A folder with the model as it was loaded: its own, or one made of a hub model."""
-    source = find(config.model)
-    if isinstance(source, Path):
-        return source.absolute()
-    made = servers_folder(folder) / "model"
-    if not made.is_dir():
-        model.model.save_pretrained(made)
-        model.tokenizer.save_pretrained(made)
-    return made
+def model_folder(source: str, model: LoadedModel, run_folder: Path) -> Path:
+    """Return a folder with the model as it was loaded: `source` itself, or a copy of a hub model.
+
+    source: the option `model`.
+    """
+    found = find(source)
+    if isinstance(found, Path):
+        return found.absolute()
+    copy = servers_folder(run_folder) / "model"
+    if not copy.is_dir():
+        model.model.save_pretrained(copy)
+        model.tokenizer.save_pretrained(copy)
+    return copy

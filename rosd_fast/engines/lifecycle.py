@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rosd_fast.engines.base import RolloutEngine
-from rosd_fast.engines.factory import open_engine, open_teacher_server
+from rosd_fast.engines.factory import open_engine, open_sglang_teacher
 from rosd_fast.engines.local.engine import LocalEngine
 from rosd_fast.engines.sglang.teacher import SglangTeacher
 
@@ -53,7 +53,7 @@ async def open_engines(
     async with AsyncExitStack() as stack:
         student = open_engine(config, model, folder, weight_check_ids=weight_check_ids, note=note)
         stack.push_async_callback(student.close)
-        teacher_server = open_teacher_server(config, model, folder, note=note)
+        teacher_server = open_sglang_teacher(config, model, folder, note=note)
         if teacher_server is not None:
             stack.push_async_callback(teacher_server.close)
         teacher = None

@@ -1,4 +1,4 @@
-"""What every engine asks of a request before it samples."""
+"""Checks that every engine makes on a request before it samples."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 def completion_limit(
     request: GenerationRequest, *, vocab_size: int, context_length: int | None
 ) -> int:
-    """Tokens a completion of `request` may have: its own limit, or what the context leaves.
+    """Return how many tokens a completion may have: `max_new_tokens`, or what the context leaves.
 
     Raises UserError when the prompt leaves no room, ValueError for parameters out of range.
     """
@@ -43,11 +43,11 @@ def completion_limit(
 
 
 def check_ids(requests: Sequence[GenerationRequest]) -> None:
-    """Raise ValueError for an id that two requests share."""
+    """Raise ValueError if two requests have the same id."""
     seen: set[str] = set()
     for request in requests:
         if request.id in seen:
             raise ValueError(
-                f"two requests have the id {request.id}: their draws would be the same"
+                f"two requests have the id {request.id}: they would draw the same samples"
             )
         seen.add(request.id)

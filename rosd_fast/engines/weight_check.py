@@ -1,4 +1,4 @@
-"""The weight check: does a server compute what the trainer computes?"""
+"""The weight check: does a server compute the same log-probabilities as the trainer?"""
 
 from __future__ import annotations
 
@@ -17,19 +17,22 @@ if TYPE_CHECKING:
 
     from rosd_fast.engines.sglang.teacher import SglangTeacher
 
-MIN_PROB = 1e-3  # the least probability of a token that servers and trainer are compared at
-MAX_LOGPROB_GAP = {"float32": 0.01, "bfloat16": 0.3}
+MIN_PROB = 1e-3  # tokens of a lower probability are not compared
+MAX_LOGPROB_GAP = {"float32": 0.01, "bfloat16": 0.3}  # nats, by compute type
 
 
-async def check_teacher(
-    teacher_server: SglangTeacher, teacher: PreTrainedModel, ids: Sequence[int], *, bound: float
+async def check_teacher_server(
+    server: SglangTeacher, model: PreTrainedModel, ids: Sequence[int], *, max_gap: float
 ) -> None:
-    """Raise RunFailed unless the server's teacher gives the log-probabilities of `teacher`.
+    """Raise RunFailed unless the server's log-probabilities are those of `model`.
 
-    ids: a text, whose second half is compared, at all tokens of a probability of at least 0.001.
+    The second half of the text `ids` is compared, at each position all tokens of a probability of
+    at least `MIN_PROB`. max_gap: largest accepted difference in nats; 0: no check.
     """
+    if not max_gap:
+        return
     first = len(ids) // 2
-    theirs = (await teacher_server.score(ids, first=first)).to(head(teacher).weight)
+    server_states = (await server.score(ids, first=first)).to(head(model).weight)
     packed = PackedSequences(
         input_ids=torch.tensor(list(ids)),
         position_ids=torch.arange(len(ids)),
@@ -37,27 +40,28 @@ async def check_teacher(
         gather=torch.arange(first, len(ids)),
     )
     with torch.no_grad():
-        own = hidden_states(teacher, packed)[first:]
-        expected, found = (head(teacher).logprobs(states) for states in (own, theirs))
-    gap = (expected - found).abs().where(expected.exp() >= MIN_PROB, 0.0)
+        expected = head(model).logprobs(hidden_states(model, packed)[first:])
+        received = head(model).logprobs(server_states)
+    gap = (expected - received).abs().where(expected.exp() >= MIN_PROB, 0.0)
     worst = int(gap.argmax())
-    if not float(gap.flatten()[worst]) <= bound:  # nor NaN
+    if not float(gap.flatten()[worst]) <= max_gap:  # also true for NaN
         raise RunFailed(
-            f"the teacher's server gives a token the log-probability "
-            f"{float(found.flatten()[worst]):.4f}, and the teacher in the trainer's process "
-            f"{float(expected.flatten()[worst]):.4f}, more than teacher.max_logprob_gap = "
-            f"{bound:g} apart: does the server run the model that the run starts from?"
+            f"the teacher server gives a token the log-probability "
+            f"{float(received.flatten()[worst]):.4f} and the teacher in the trainer's process "
+            f"{float(expected.flatten()[worst]):.4f}, which differ by more than "
+            f"teacher.max_logprob_gap = {max_gap:g}: does the server run the model that the run "
+            "starts from?"
         )
 
 
-def allowed_gap(given: float | None, dtype: str) -> float:
-    """Largest difference of log-probabilities that is no error, in nats."""
-    return MAX_LOGPROB_GAP[dtype] if given is None else given
+def allowed_gap(max_logprob_gap: float | None, dtype: str) -> float:
+    """The largest accepted difference of log-probabilities, in nats; None: the dtype's default."""
+    return MAX_LOGPROB_GAP[dtype] if max_logprob_gap is None else max_logprob_gap
 
 
 @torch.no_grad()
 def token_logprobs(model: PreTrainedModel, ids: Sequence[int]) -> list[float]:
-    """Log-probabilities of `ids[1:]` at temperature 1, each given those before it."""
+    """The log-probabilities of `ids[1:]` at temperature 1, each given the tokens before it."""
     inputs = torch.tensor([list(ids)], device=model.device)
     logits = model(input_ids=inputs, use_cache=False).logits[0, :-1].float()
     return logits.log_softmax(-1).gather(1, inputs[0, 1:, None])[:, 0].tolist()

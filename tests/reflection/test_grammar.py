@@ -253,7 +253,9 @@ def test_log_probs_are_those_of_what_was_allowed(tiny_llama, tokenizer):
 def test_mistakes(tiny_llama, tokenizer, engine):
     with pytest.raises(ValueError, match=r"request r: the grammar is wrong"):
         sample(engine, tokenizer, "start: nowhere")
-    with pytest.raises(ValueError, match=r"request r: has a grammar, but the engine no tokenizer"):
+    with pytest.raises(
+        ValueError, match=r"request r: has a grammar, but the engine has no tokenizer"
+    ):
         sample(LocalEngine(tiny_llama()), tokenizer, 'start: "a"')
 
 

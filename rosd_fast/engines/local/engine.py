@@ -1,10 +1,10 @@
 """Rollouts in the trainer's own process, with any causal language model of transformers.
 
-    requests -> shares -> prefill each prompt once, copy its cache to n rows -> decode -> retire
-                  ^_________ waiting shares take the place of finished rows __________|
+    requests -> slices -> prefill each prompt once, copy its cache to n rows -> decode -> retire
+                  ^_________ waiting slices take the place of finished rows __________|
 
-The forward pass is the model's own (`forward`), behind a preallocated cache (`kv_cache`); `decode`
-keeps the rows, and `sampling` draws from numbers that belong to (seed, request id, index) alone.
+The forward pass is the model's own (`forward`), over a preallocated KV cache (`kv_cache`). `decode`
+manages the rows, and `sampling` draws from random numbers keyed by (seed, request id, index) only.
 """
 
 from __future__ import annotations
@@ -21,24 +21,25 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from rosd_fast.engines.base import RolloutEngine
-from rosd_fast.engines.local.decode import DecodeBatch, Finished, Share
+from rosd_fast.engines.local.decode import DecodeBatch, Finished, RequestSlice
 from rosd_fast.engines.local.forward import NextToken
 from rosd_fast.engines.local.grammar_mask import Constraint, GrammarCompiler
 from rosd_fast.engines.requests import check_ids, completion_limit
 from rosd_fast.errors import UserError
 from rosd_fast.types import Generation, GenerationRequest
 
-BURST = 8  # decoding steps between two looks at the event loop
-RETIRE_FRAC = 1 / 8  # of the rows are finished before the batch is compacted
+BURST = 8  # decoding steps between two returns to the event loop
+RETIRE_FRAC = 1 / 8  # fraction of finished rows at which the batch is compacted
 
 
 class LocalEngine(RolloutEngine):
     """Samples with `model`, which may be the module that is being trained.
 
-    model: a causal language model; in eval mode while it computes, and left as it was found.
-    max_rows: completions decoded side by side. pad_token_id: stands before shorter prompts, masked.
-    tokenizer: reads the grammars of requests; without, such a request is an error.
-    shares_learner_weights: the model is the one that is trained, so `load_weights` only takes note.
+    model: a causal language model. It computes in eval mode and is left in its previous mode.
+    max_rows: maximum number of completions decoded together.
+    pad_token_id: pads shorter prompts on the left; these positions are masked.
+    tokenizer: compiles the grammars of requests; None: a request with a grammar is an error.
+    shares_learner_weights: `model` is the trained module, so `load_weights` only sets the version.
 
     Raises UserError for a model that cannot be decoded with a padded cache.
     """
@@ -58,7 +59,7 @@ class LocalEngine(RolloutEngine):
         self.max_rows = max_rows
         self.shares_learner_weights = shares_learner_weights
         self._forward = NextToken(model)
-        # It is never attended to, so any id that has an embedding does.
+        # It is never attended to, so any id with an embedding will do.
         self.pad_token_id = pad_token_id if 0 <= pad_token_id < self._forward.vocab_size else 0
         self._num_running = 0
         self._grammars = None
@@ -71,23 +72,23 @@ class LocalEngine(RolloutEngine):
         *,
         on_tokens: Callable[[int], None] | None = None,
     ) -> list[Generation]:
-        """All completions of all requests, ordered by request and then by index.
+        """Return all completions of all requests, ordered by request and then by index.
 
-        Equal seeds, ids and weights give equal samples, whatever else is asked for at the same time
-        and whatever `max_rows` is (but for the rounding of batched matrix products).
+        Equal seeds, ids and weights give equal samples, whatever else is sampled at the same time
+        and whatever `max_rows` is (except for the rounding of batched matrix products).
         Log-probabilities are those of the distribution that was sampled from; for temperature 0,
-        those at temperature 1. A completion that would leave the model's context ends there, with
-        finish reason "length".
+        those at temperature 1. A completion that reaches the end of the model's context stops
+        there, with finish reason "length".
 
         Raises UserError when a prompt does not fit the context or the logits are not finite,
         ValueError for parameters out of range and for an id that two requests share.
         """
-        shares = self._shares(requests)
-        if not shares:
+        slices = self._slices(requests)
+        if not slices:
             return []
         self._num_running += 1
         try:
-            finished = await self._decode(shares, on_tokens)
+            finished = await self._decode(slices, on_tokens)
         finally:
             self._num_running -= 1
         done = {(item.request.id, item.index): item for item in finished}
@@ -98,35 +99,34 @@ class LocalEngine(RolloutEngine):
         ]
 
     async def load_weights(self, weights: Mapping[str, Tensor], *, version: int) -> None:
-        """Copy `weights` (by state-dict name) into the model, once nothing is being generated.
+        """Copy `weights` (keyed by state-dict name) into the model once no request is in flight.
 
-        Tensors that already are the model's own are left alone, and all of them where it
-        `shares_learner_weights`. One name is enough for tied weights; buffers may be missing.
-        Raises ValueError, and changes nothing,
-        when a name is unknown or missing or a shape differs.
+        Nothing is copied with `shares_learner_weights`, nor from tensors that already are the
+        model's. One name is enough for tied weights; buffers may be missing. Raises ValueError,
+        and changes nothing, when a name is unknown or missing or a shape differs.
         """
-        own = self.model.state_dict()
+        state = self.model.state_dict()
         if self.shares_learner_weights:
             weights = {}
         else:
-            _check_weights(own, dict(self.model.named_parameters()), weights)
+            _check_weights(state, dict(self.model.named_parameters()), weights)
         while self._num_running:
             await asyncio.sleep(0.001)
         with torch.no_grad():
             for name, source in weights.items():
-                if not _same_memory(own[name], source):
-                    own[name].copy_(source)
+                if source.data_ptr() != state[name].data_ptr():
+                    state[name].copy_(source)
         self.policy_version = version
 
     async def close(self) -> None:
-        """Nothing is held between calls but the model, which is the caller's."""
+        """Do nothing: between calls the engine holds only the model, which is the caller's."""
 
     async def _decode(
-        self, shares: Sequence[Share], on_tokens: Callable[[int], None] | None
+        self, slices: Sequence[RequestSlice], on_tokens: Callable[[int], None] | None
     ) -> list[Finished]:
-        waiting, finished = deque(shares), []
+        waiting, finished = deque(slices), []
         batch = DecodeBatch(
-            self._forward, shares, max_rows=self.max_rows, pad_token_id=self.pad_token_id
+            self._forward, slices, max_rows=self.max_rows, pad_token_id=self.pad_token_id
         )
         while waiting or batch.num_rows:
             with self._forward.running():
@@ -134,23 +134,26 @@ class LocalEngine(RolloutEngine):
             finished += done
             if on_tokens is not None and taken:
                 on_tokens(taken)
-            await asyncio.sleep(0)  # lets signals and other tasks through
+            await asyncio.sleep(0)  # lets signals and other tasks run
         return finished
 
-    def _burst(self, batch: DecodeBatch, waiting: deque[Share]) -> tuple[int, list[Finished]]:
-        """Let shares join, decode a few steps, retire; returns tokens taken and what finished."""
-        taken = batch.admit(_next_shares(waiting, batch.num_free)) if waiting else 0
+    def _burst(
+        self, batch: DecodeBatch, waiting: deque[RequestSlice]
+    ) -> tuple[int, list[Finished]]:
+        """Admit slices, decode a few steps, retire; return the number of new tokens and what
+        finished."""
+        taken = batch.admit(_next_slices(waiting, batch.num_free)) if waiting else 0
         for _ in range(BURST):
             if batch.num_finished >= max(1, RETIRE_FRAC * batch.num_rows):
                 return taken, batch.retire()
             taken += batch.step()
         return taken, []
 
-    def _shares(self, requests: Sequence[GenerationRequest]) -> list[Share]:
-        """Checked requests, cut to at most `max_rows` rows, longest prompt first."""
+    def _slices(self, requests: Sequence[GenerationRequest]) -> list[RequestSlice]:
+        """Check requests and cut them to at most `max_rows` rows each, longest prompt first."""
         requests = sorted(requests, key=lambda request: -len(request.prompt_ids))
         check_ids(requests)
-        shares = []
+        slices = []
         for request, constraint in zip(requests, self._constraints(requests), strict=True):
             limit = completion_limit(
                 request,
@@ -159,8 +162,8 @@ class LocalEngine(RolloutEngine):
             )
             for first in range(0, request.n, self.max_rows):
                 indices = range(first, min(first + self.max_rows, request.n))
-                shares.append(Share(request, indices, limit, constraint))
-        return shares
+                slices.append(RequestSlice(request, indices, limit, constraint))
+        return slices
 
     def _constraints(
         self, requests: Sequence[GenerationRequest]
@@ -170,7 +173,7 @@ class LocalEngine(RolloutEngine):
         for request in requests:
             if request.grammar is not None:
                 raise ValueError(
-                    f"request {request.id}: has a grammar, but the engine no tokenizer"
+                    f"request {request.id}: has a grammar, but the engine has no tokenizer"
                 )
         return [None] * len(requests)
 
@@ -192,8 +195,8 @@ class LocalEngine(RolloutEngine):
         )
 
 
-def _next_shares(waiting: deque[Share], num_free: int) -> list[Share]:
-    """Take from the front of `waiting` what fits `num_free` rows."""
+def _next_slices(waiting: deque[RequestSlice], num_free: int) -> list[RequestSlice]:
+    """Take slices from the front of `waiting` while they fit into `num_free` rows."""
     taken = []
     while waiting and len(waiting[0].indices) <= num_free:
         taken.append(waiting.popleft())
@@ -201,23 +204,19 @@ def _next_shares(waiting: deque[Share], num_free: int) -> list[Share]:
     return taken
 
 
-def _same_memory(a: Tensor, b: Tensor) -> bool:
-    return a.data_ptr() == b.data_ptr() and a.shape == b.shape and a.dtype == b.dtype
-
-
 def _check_weights(
-    own: Mapping[str, Tensor], parameters: Mapping[str, Tensor], weights: Mapping[str, Tensor]
+    state: Mapping[str, Tensor], parameters: Mapping[str, Tensor], weights: Mapping[str, Tensor]
 ) -> None:
-    """Raise ValueError unless every weight has its place and every parameter its weight."""
+    """Raise ValueError unless every weight fits a tensor of `state` and no parameter lacks one."""
     for name, tensor in weights.items():
-        if name not in own:
+        if name not in state:
             raise ValueError(f"weight {name} is not one of the model's")
-        if tensor.shape != own[name].shape:
+        if tensor.shape != state[name].shape:
             raise ValueError(
                 f"weight {name} has the shape {tuple(tensor.shape)}, the model's is "
-                f"{tuple(own[name].shape)}"
+                f"{tuple(state[name].shape)}"
             )
-    given = {own[name].data_ptr() for name in weights}  # of tied weights one name is enough
+    covered = {state[name].data_ptr() for name in weights}  # one name is enough for tied weights
     for name, parameter in parameters.items():
-        if name not in weights and parameter.data_ptr() not in given:
+        if name not in weights and parameter.data_ptr() not in covered:
             raise ValueError(f"weight {name} is missing")

@@ -1,4 +1,4 @@
-"""A transformers model as a function: tokens, cache and first columns in, next-token logits out."""
+"""A transformers model as a function: token ids and a KV cache in, next-token logits out."""
 
 from __future__ import annotations
 
@@ -13,15 +13,17 @@ from transformers import PreTrainedModel
 
 from rosd_fast.engines.local.kv_cache import RowCache
 from rosd_fast.errors import UserError
-
-LAYER_TYPES = {"full_attention", "sliding_attention"}
+from rosd_fast.model.attention import LAYER_TYPES
 
 
 class NextToken:
-    """Next-token logits of left-padded rows, by the model's own forward pass.
+    """Computes next-token logits of left-padded rows with the model's own forward pass.
 
-    Raises UserError for a model whose cached, left-padded logits are not those of its plain forward
-    pass: recurrent layers, chunked attention, position schemes that cannot be padded.
+    context_length: the model's maximum number of tokens; None: unlimited.
+    vocab_size: V, the width of the logits.
+
+    Raises UserError for a model whose logits with cache and left padding are not those of its plain
+    forward pass: recurrent layers, chunked attention, position schemes that cannot be padded.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -33,19 +35,20 @@ class NextToken:
         self._options: dict[str, Any] = {"use_cache": True}
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
             self._options["logits_to_keep"] = 1
-        # A ready mask saves transformers from building one each step. With a sliding window it must
-        # build them: there every type of layer has its own.
+        # A 4D mask saves transformers from building one per step. With a sliding window it has to,
+        # since each type of layer has a mask of its own.
         types: set[str] = set(getattr(config, "layer_types", None) or ())
-        self._ready_mask = (
+        self._passes_4d_mask = (
             types <= {"full_attention"} and getattr(config, "sliding_window", None) is None
         )
         self._check(types)
 
     @contextmanager
     def running(self) -> Iterator[None]:
-        """Eval mode, no gradients, an attention that knows padding masks; all undone on leaving.
+        """Switch to eval mode, no gradients and an attention that supports padding masks.
 
-        Hold it over forward passes without an `await`: inference mode belongs to the thread.
+        Everything is restored on leaving. The block must not `await`: inference mode is a state of
+        the thread.
         """
         model = self.model
         training = [module for module in model.modules() if module.training]
@@ -64,7 +67,7 @@ class NextToken:
                 module.training = True
 
     def prefill(self, cache: RowCache, ids: Tensor, starts: Tensor) -> Tensor:
-        """Fill an empty cache with left-padded prompts; returns the logits [B, V] of their ends.
+        """Fill an empty cache with left-padded prompts; return the logits [B, V] of their ends.
 
         ids: [B, L] int64. starts: [B] int64, the column where each prompt begins.
         """
@@ -76,21 +79,21 @@ class NextToken:
     def decode(
         self, cache: RowCache, ids: Tensor, positions: Tensor, mask: Tensor | None
     ) -> Tensor:
-        """One more token for each row: logits [B, V]. `mask` is one of `decode_mask`.
+        """Feed one more token per row; return the logits [B, V].
 
-        ids, positions: [B] int64.
+        ids, positions: [B] int64. mask: the result of `decode_mask`.
         """
         if mask is not None:
             mask = mask[..., cache.first : cache.end + 1]
         return self._logits(cache, ids[:, None], positions[:, None], mask)
 
     def decode_mask(self, cache: RowCache, starts: Tensor) -> Tensor | None:
-        """A mask over all columns of the cache, for rows that begin at `starts`."""
+        """The mask over all cache columns, for rows that begin at `starts`; None: all visible."""
         if bool((starts == cache.first).all()):
             return None
         columns = torch.arange(cache.capacity, device=starts.device)
         visible = columns >= starts[:, None]
-        if not self._ready_mask:
+        if not self._passes_4d_mask:
             return visible
         bias = torch.zeros(visible.shape, dtype=self.model.dtype, device=starts.device)
         bias.masked_fill_(~visible, torch.finfo(bias.dtype).min)
@@ -110,12 +113,14 @@ class NextToken:
         return output.logits[:, -1]
 
     def _check(self, types: set[str]) -> None:
-        """Two prompts of unequal length and a decoding step against the plain forward pass."""
+        """Compare two prompts of unequal length and a decoding step with the plain forward pass."""
         name = type(self.model).__name__
         fix = "Choose a model whose layers all use full or sliding-window attention"
         if types - LAYER_TYPES:
             kinds = ", ".join(sorted(types - LAYER_TYPES))
-            raise UserError(f"its {kinds} layers cannot be sampled from here", where=name, fix=fix)
+            raise UserError(
+                f"its {kinds} layers are not supported by the local engine", where=name, fix=fix
+            )
         device = self.model.device
         ids = (torch.arange(10, device=device) * 37 + 11).reshape(2, 5) % self.vocab_size
         starts = torch.tensor([0, 2], device=device)
@@ -132,11 +137,11 @@ class NextToken:
         if not bool(expected.isfinite().all()):
             raise UserError("its logits are not finite", where=name, fix="Check the weights")
         difference = ((ours.float() - expected).norm(dim=-1) / expected.norm(dim=-1)).max()
-        # A wrong mask or position changes the logits by as much as there is of them.
+        # A wrong mask or position changes the logits by about their own size.
         tolerance = 1e-3 if self.model.dtype in (torch.float32, torch.float64) else 1e-1
         if not float(difference) <= tolerance:
             raise UserError(
-                "decoding with a cache does not give its own logits "
+                "decoding with a cache does not reproduce its plain forward pass "
                 f"(relative difference {float(difference):.1e})",
                 where=name,
                 fix=fix,

@@ -1,4 +1,4 @@
-"""A preallocated key-value cache whose rows come and go.
+"""A preallocated KV cache whose rows come and go.
 
 All rows end at the same column, so a prompt of L tokens that joins at column `end` occupies the
 columns [end - L, end), and one slice per layer writes a whole decoding step:
@@ -8,7 +8,7 @@ columns [end - L, end), and one slice per layer writes a whole decoding step:
     row 1    .  .  .  .  .  p  p  t  t  |  .  .  .          p prompt, t sampled, . masked out
     row 2    .  .  .  .  .  .  p  p  p  |  .  .  .          joined two tokens later
 
-Attention reads [first, end) only, `first` being where the longest row begins.
+Attention reads only [first, end), where `first` is the column at which the longest row begins.
 """
 
 from __future__ import annotations
@@ -16,15 +16,16 @@ from __future__ import annotations
 from torch import Tensor
 from transformers import Cache
 
-BLOCK = 64  # columns the cache grows by, at least
+BLOCK = 64  # minimum number of columns by which the cache grows
 
 
 class RowCache(Cache):
     """Keys and values of `num_rows` sequences that end at column `end`.
 
-    Per layer two buffers [capacity rows, heads, capacity columns, head size], in the model's dtype
-    and on its device, made when the layer first writes. They start as zeros, since a masked NaN
-    would still spread. `update` is what transformers calls; whoever calls the model moves `end` on.
+    Each layer has two buffers [capacity rows, heads, capacity columns, head size] in the model's
+    dtype and on its device, allocated when the layer first writes. They start as zeros, since a
+    masked NaN would still spread. transformers calls `update`; the caller of the model advances
+    `end`.
     """
 
     def __init__(self, *, rows: int, columns: int) -> None:
@@ -48,7 +49,7 @@ class RowCache(Cache):
         *args: object,
         **kwargs: object,
     ) -> tuple[Tensor, Tensor]:
-        """Write [num_rows, heads, Q, head size] at `end`; returns views of the whole window."""
+        """Write [num_rows, heads, Q, head size] at `end`; return views of the whole window."""
         if layer_idx >= len(self.keys):
             assert layer_idx == len(self.keys), (
                 f"layer {layer_idx} writes before layer {len(self.keys)}"
@@ -63,19 +64,19 @@ class RowCache(Cache):
         return keys, values
 
     def get_seq_length(self, layer_idx: int = 0) -> int:
-        """Columns in the window; transformers sizes its masks by it."""
+        """The number of columns in the window, by which transformers sizes its masks."""
         return self.end - self.first
 
     def get_mask_sizes(self, query_length: int, layer_idx: int) -> tuple[int, int]:
-        """(key columns, offset) of a mask for `query_length` further columns."""
+        """The (key columns, offset) of a mask for `query_length` more columns."""
         return self.end - self.first + query_length, 0
 
-    def release_memory(self, columns: int) -> int:
-        """Let `columns` more fit behind `end`. Returns how far everything moved to the left."""
+    def reserve_columns(self, columns: int) -> int:
+        """Make room for `columns` more behind `end`; return how far all columns moved left."""
         if self.end + columns <= self.capacity:
             return 0
         shift, width = self.first, self.end - self.first
-        # Moving is enough when it frees a quarter; otherwise it would come back every few tokens.
+        # Moving is enough if it frees a quarter; otherwise it would be due again in a few tokens.
         if width + columns > self.capacity * 3 // 4:
             self.capacity = width + columns + max(BLOCK, width // 2)
         for buffers in (self.keys, self.values):
@@ -87,21 +88,21 @@ class RowCache(Cache):
         return shift
 
     def move_rows(self, source: Tensor, target: Tensor) -> None:
-        """Copy the rows `source` over the rows `target` ([K] int64 each, disjoint)."""
+        """Copy the rows `source` to the rows `target` ([K] int64 each, disjoint)."""
         if source.numel():
             window = slice(self.first, self.end)
             for buffer in (*self.keys, *self.values):
                 buffer[target, :, window] = buffer[source, :, window]
 
     def append_rows(self, prompts: RowCache, row_of: Tensor) -> None:
-        """Add `row_of.numel()` rows that end at `end`, copies of the rows `row_of` of `prompts`.
+        """Add copies of the rows `row_of` of `prompts`, so that they end at `end`.
 
-        An empty cache starts anew, with `end` behind the prompts.
+        An empty cache starts over, with `end` behind the prompts.
         """
         width, first_row = prompts.end, self.num_rows
         if first_row == 0:
             self.first, self.end = 0, 0
-            self.release_memory(width)
+            self.reserve_columns(width)
             self.end = width
         assert width <= self.end, f"a prompt of {width} columns joins at column {self.end}"
         self.num_rows += row_of.numel()

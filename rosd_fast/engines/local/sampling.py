@@ -1,8 +1,8 @@
 """Drawing tokens by inverse CDF from uniform numbers that belong to a completion, not to a batch.
 
 Completion `index` of a request draws its i-th token with the i-th number of a stream keyed by
-(seed, request id, index). What else is decoded beside it, in which order and in how many waves,
-cannot change its tokens, but for the rounding of batched matrix products.
+(seed, request id, index). What else is decoded in the batch, in which order and in how many waves,
+cannot change its tokens, except for the rounding of batched matrix products.
 """
 
 from __future__ import annotations
@@ -21,7 +21,9 @@ from rosd_fast.types import SamplingParams
 def uniforms(*, seed: int, request_id: str, index: int, count: int) -> np.ndarray:
     """The first `count` numbers of the stream: float32, multiples of 2^-24 in [0, 1).
 
-    Philox's raw output is fixed for all numpy versions, unlike the methods of numpy's Generator.
+    The generator is Philox 4x64-10 (Salmon et al. 2011, doi.org/10.1145/2063384.2063405), whose raw
+    output is the same in all numpy versions, unlike that of the methods of numpy's Generator
+    (numpy.org/doc/stable/reference/random/bit_generators/philox.html).
     """
     key = blake2b(f"{seed}/{index}/{request_id}".encode(), digest_size=16).digest()
     raw = np.random.Philox(key=int.from_bytes(key, "little")).random_raw(count)
@@ -30,7 +32,7 @@ def uniforms(*, seed: int, request_id: str, index: int, count: int) -> np.ndarra
 
 @dataclass(slots=True)
 class Policy:
-    """How each of B rows draws: `SamplingParams` as tensors, None for what no row asks for."""
+    """The sampling parameters of B rows as tensors; None for a filter that no row uses."""
 
     temperature: Tensor | None  # [B, 1] float32, 1 for greedy rows
     top_p: Tensor | None  # [B, 1] float32, 2 where off: cumulated rounding may reach 1 early
@@ -38,7 +40,7 @@ class Policy:
     greedy: Tensor | None  # [B] bool
 
     @classmethod
-    def of(cls, rows: Sequence[SamplingParams], *, vocab: int, device: torch.device) -> Policy:
+    def of(cls, params: Sequence[SamplingParams], *, vocab: int, device: torch.device) -> Policy:
         """The policy of rows with these parameters. A greedy row ignores top_p and top_k."""
 
         def column(values: Sequence[float], off: float, dtype: torch.dtype) -> Tensor | None:
@@ -46,8 +48,8 @@ class Policy:
                 return None
             return torch.tensor(values, dtype=dtype, device=device)[:, None]
 
-        greedy = [params.temperature == 0 for params in rows]
-        sampled = [None if params.temperature == 0 else params for params in rows]
+        greedy = [p.temperature == 0 for p in params]
+        sampled = [None if p.temperature == 0 else p for p in params]
         top_k = [min(p.top_k, vocab) if p and p.top_k else vocab for p in sampled]
         return cls(
             temperature=column([p.temperature if p else 1.0 for p in sampled], 1.0, torch.float32),
@@ -59,7 +61,7 @@ class Policy:
         )
 
     def probs(self, logits: Tensor) -> Tensor:
-        """Probabilities [B, V] that tokens are drawn with: 0 for those that are cut off."""
+        """The probabilities [B, V] of drawing each token: 0 for tokens that are filtered out."""
         if self.temperature is not None:
             logits = logits / self.temperature
         if self.top_p is not None or self.top_k is not None:
@@ -67,7 +69,7 @@ class Policy:
         return logits.softmax(-1)
 
     def _kept(self, logits: Tensor) -> Tensor:
-        """What top-k and then top-p leave, [B, V] bool; of equals the lower id comes first."""
+        """[B, V] bool: the tokens that top-k and then top-p keep. Ties go to the lower id."""
         ordered, ids = logits.sort(dim=-1, descending=True, stable=True)
         kept = torch.ones_like(ordered, dtype=torch.bool)
         if self.top_k is not None:
@@ -75,21 +77,21 @@ class Policy:
             ordered = ordered.masked_fill(~kept, -torch.inf)
         if self.top_p is not None:
             probs = ordered.softmax(-1)
-            kept = kept & (probs.cumsum(-1) - probs < self.top_p)  # the mass before a token
+            kept = kept & (probs.cumsum(-1) - probs < self.top_p)  # mass before the token
         return torch.zeros_like(kept).scatter_(-1, ids, kept)
 
 
 def draw(logits: Tensor, uniform: Tensor, policy: Policy) -> tuple[Tensor, Tensor]:
-    """Token ids [B] int64 and their log-probabilities [B] float32.
+    """Draw token ids [B] int64 and return them with their log-probabilities [B] float32.
 
-    logits: [B, V]. uniform: [B] float32 in [0, 1). A sampled token's log-probability is the one
-    under the distribution it was drawn from (after temperature, top-k, top-p); a greedy token's is
-    the one at temperature 1, as that of its own distribution is always 0. NaN and +inf give a NaN.
+    logits: [B, V]. uniform: [B] float32 in [0, 1). A sampled token's log-probability is that of the
+    distribution it was drawn from (after temperature, top-k, top-p). A greedy token's is that at
+    temperature 1, since its own distribution would always give 0. Logits of NaN or +inf give NaN.
     """
     probs = policy.probs(logits.float())
     mass = probs.cumsum(-1)
     total = mass[:, -1:]
-    # Below the total, so that rounding cannot choose a token without probability at the end.
+    # Below the total, so that rounding cannot pick a zero-probability token at the end.
     target = torch.minimum(uniform[:, None] * total, total.nextafter(total.new_zeros(())))
     ids = torch.searchsorted(mass, target, right=True).clamp_(max=logits.shape[-1] - 1)
     if policy.greedy is not None:

@@ -214,7 +214,7 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def per_server(gpus: Sequence[int], count: int) -> list[tuple[int, ...]]:
+def split_gpus(gpus: Sequence[int], count: int) -> list[tuple[int, ...]]:
     """Equal runs of the devices, one for each server; empty where there are fewer than servers."""
     share = len(gpus) // count
     return [tuple(gpus[i * share : (i + 1) * share]) for i in range(count)]

@@ -27,7 +27,7 @@ from rosd_fast.engines.sglang.process import (
     ServerSpec,
     find_python,
     free_port,
-    per_server,
+    split_gpus,
 )
 from rosd_fast.errors import RunFailed, UserError
 from rosd_fast.report.metrics import read_metrics
@@ -300,5 +300,5 @@ def test_a_run_with_servers_of_its_own_takes_relative_paths(
 
 def test_ports_and_devices() -> None:
     assert len({free_port() for _ in range(5)}) > 1
-    assert per_server([0, 1, 2, 3], 2) == [(0, 1), (2, 3)]
-    assert per_server([], 2) == [(), ()]
+    assert split_gpus([0, 1, 2, 3], 2) == [(0, 1), (2, 3)]
+    assert split_gpus([], 2) == [(), ()]
