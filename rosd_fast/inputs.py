@@ -9,7 +9,7 @@ from rosd_fast.config import Config
 from rosd_fast.config.load import preset_names
 from rosd_fast.data.problems import ProblemStream, load_problems
 from rosd_fast.engines.factory import check_engine
-from rosd_fast.methods import Method, method_class
+from rosd_fast.methods import Method, find_method
 from rosd_fast.model.adapters import choose_trainable
 from rosd_fast.model.load import LoadedModel, full_model_device, load_model
 from rosd_fast.rollout.sample import check_prompts
@@ -45,7 +45,7 @@ def load_inputs(config: Config) -> Inputs:
     The cheap checks come first: a model may take minutes to load.
     """
     config = with_absolute_paths(config)
-    method_type = method_class(config.method)
+    method_type = find_method(config.method)
     method_type.check_options(config)
     check_engine(config.engine, config.teacher, config.device)
     problems, dev_splits = load_data(config)

@@ -1,20 +1,37 @@
-"""Training methods: what a rollout is trained on. `base` says what one is, `rosd` is the first."""
+"""Training methods: what a rollout is trained on. `base` says what a method is, `rosd` is the first.
+
+`register_method` adds one, here or in a script of your own before it calls `train`.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from types import MappingProxyType
 
 from rosd_fast.config.arguments import nearest
 from rosd_fast.errors import UserError
 from rosd_fast.methods.base import Method, TrainingSet
 from rosd_fast.methods.rosd import Rosd
 
-__all__ = ["METHODS", "Method", "Rosd", "TrainingSet", "method_class"]
+__all__ = ["METHODS", "Method", "Rosd", "TrainingSet", "find_method", "register_method"]
 
-METHODS: dict[str, type[Method]] = {"rosd": Rosd}
-"""Methods by the name that the option `method` gives; a script may add its own."""
+_REGISTERED: dict[str, type[Method]] = {}
+METHODS: Mapping[str, type[Method]] = MappingProxyType(_REGISTERED)
+"""The methods by name; `register_method` adds to them."""
 
 
-def method_class(name: str) -> type[Method]:
-    """The method that the option `method` names. Raises UserError when there is none."""
+def register_method(name: str, method: type[Method]) -> None:
+    """Make `method` the one that the option method=`name` selects.
+
+    Raises ValueError when the name is taken.
+    """
+    if name in _REGISTERED:
+        raise ValueError(f"there is a method {name!r} already")
+    _REGISTERED[name] = method
+
+
+def find_method(name: str) -> type[Method]:
+    """Return the method of this name. Raises UserError when there is none."""
     if name not in METHODS:
         near = nearest(name, METHODS)
         known = f"Known are {', '.join(sorted(METHODS))}"
@@ -24,3 +41,6 @@ def method_class(name: str) -> type[Method]:
             fix=f"Did you mean {near}? {known}" if near else known,
         )
     return METHODS[name]
+
+
+register_method("rosd", Rosd)

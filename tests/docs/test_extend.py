@@ -6,21 +6,19 @@ import json
 import re
 import textwrap
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import pytest
 
+from rosd_fast import methods, verify
 from rosd_fast.config.load import apply_args, load_preset
 from rosd_fast.data import rows
 from rosd_fast.data.problems import load_problems
 from rosd_fast.errors import UserError
-from rosd_fast.methods import METHODS
 from rosd_fast.report import read_rollouts, rollouts_path
 from rosd_fast.report.metrics import read_metrics
 from rosd_fast.train import train
 from rosd_fast.types import Group, Rollout
-from rosd_fast.verify import VERIFIERS, verify_all
 
 PAGE = Path(__file__).parents[2] / "docs" / "extend.md"
 BLOCK = re.compile(r"^([ ]*)```python\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
@@ -50,12 +48,11 @@ def test_every_block_runs() -> None:
 
 @pytest.fixture
 def with_yes_no(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Steps 2 and 3 of the page: the verifier's name in the tables."""
-    verifier = run(blocks("A verifier")[0])["verify_yes_no"]
-    table = MappingProxyType({**VERIFIERS, "yes_no": verifier})
-    monkeypatch.setattr("rosd_fast.verify.VERIFIERS", table)
-    monkeypatch.setattr("rosd_fast.data.rows.VERIFIERS", table)
-    monkeypatch.setitem(rows.ANSWERS_WANTED, "yes_no", "It wants yes or no")
+    """Step 2 of the page; the verifier is gone after the test."""
+    monkeypatch.setitem(verify._REGISTERED, "yes_no", verify.VERIFIERS["exact"])
+    del verify._REGISTERED["yes_no"]
+    function = run(blocks("A verifier")[0])["verify_yes_no"]
+    verify.register_verifier("yes_no", function, answers="yes or no")
 
 
 def write_row(path: Path, **fields: str) -> str:
@@ -76,7 +73,9 @@ def test_a_data_set_can_name_the_new_verifier(tmp_path: Path) -> None:
         finish_reason="stop",
         policy_version=0,
     )
-    verdict = verify_all([Group(problem=problem, rollouts=(rollout,))], threshold=1.0)[rollout.id]
+    verdict = verify.verify_all([Group(problem=problem, rollouts=(rollout,))], threshold=1.0)[
+        rollout.id
+    ]
     assert verdict.success and verdict.answer == "Yes"
 
 
@@ -87,8 +86,9 @@ def test_an_answer_that_nothing_can_match_is_refused(tmp_path: Path) -> None:
 
 
 def test_the_new_method_trains_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    sibling = run(blocks("A method")[0])["Sibling"]
-    monkeypatch.setitem(METHODS, "sibling", sibling)
+    monkeypatch.setitem(methods._REGISTERED, "sibling", methods.Rosd)
+    del methods._REGISTERED["sibling"]
+    methods.register_method("sibling", run(blocks("A method")[0])["Sibling"])
     options = {
         "method": "sibling",
         "steps": 1,

@@ -10,9 +10,10 @@ from typing import Any
 import pytest
 
 import rosd_fast.train
+from rosd_fast import methods
 from rosd_fast.config.load import apply_args, load_preset
 from rosd_fast.errors import UserError
-from rosd_fast.methods import METHODS, Method, TrainingSet
+from rosd_fast.methods import Method, TrainingSet, register_method
 from rosd_fast.report import read_rollouts, rollouts_path
 from rosd_fast.report.metrics import read_metrics
 from rosd_fast.train import train
@@ -69,7 +70,11 @@ def options(tmp_path: Path, **changes: Any) -> Any:
 def test_the_loop_trains_what_a_method_builds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setitem(METHODS, "self", SelfTeaching)
+    monkeypatch.setitem(methods._REGISTERED, "self", SelfTeaching)
+    del methods._REGISTERED["self"]  # it is not there after the test either
+    register_method("self", SelfTeaching)
+    with pytest.raises(ValueError, match="already"):
+        register_method("self", SelfTeaching)
     run = train(options(tmp_path, method="self"))
     row = read_metrics(run / "metrics.jsonl")[-1]
     rollouts = read_rollouts(rollouts_path(run, 1))

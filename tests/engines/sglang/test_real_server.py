@@ -20,7 +20,7 @@ import torch
 
 from rosd_fast.config import Config
 from rosd_fast.config.load import apply_args, load_preset, to_toml
-from rosd_fast.engines.factory import open_engine, open_teacher_server, token_logprobs
+from rosd_fast.engines.factory import open_engine, open_sglang_teacher, token_logprobs
 from rosd_fast.engines.local.engine import LocalEngine
 from rosd_fast.engines.sglang.client import Endpoint
 from rosd_fast.engines.sglang.engine import SglangEngine
@@ -497,7 +497,7 @@ def test_states_are_those_of_the_model_at_any_place(model: LoadedModel, tmp_path
     """Also where the cache holds all but the last token, and side by side."""
     config = with_teacher(tmp_path)
     texts = [problem.prompt for problem in load_split("train")[:6]]
-    teacher = open_teacher_server(config, model, tmp_path, note=print)
+    teacher = open_sglang_teacher(config, model, tmp_path, note=print)
     assert teacher is not None
 
     async def test() -> None:
