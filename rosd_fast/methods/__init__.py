@@ -1,4 +1,4 @@
-"""Training methods: what a rollout is trained on. `base` says what a method is, `rosd` is the first.
+"""Training methods: what a rollout is trained on. `base` says what one is, `rosd` is the first.
 
 `register_method` adds one, here or in a script of your own before it calls `train`.
 """
