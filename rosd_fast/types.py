@@ -1,12 +1,12 @@
 """The records that cross module boundaries.
 
-One optimizer step moves left to right through them, and each refers to the one before it by id, so
-no stage has to keep parallel lists in step:
+One optimizer step moves through them from left to right. Each refers to the one before it by id, so
+no stage keeps parallel lists:
 
     Problem -> Group[Rollout] -> Verdict -> Reflection -> ErrorSpan -> DistillSample -> PackedBatch
 
 Token positions are always positions in `completion_ids`, the ids that were sampled: text is never
-encoded again. Ranges are half-open. Log-probabilities are in nats.
+re-tokenized. Ranges are half-open. Log-probabilities are in nats.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Problem:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SamplingParams:
-    """How tokens are drawn; the field names are those of the SGLang and transformers APIs."""
+    """How tokens are sampled; the fields are named as in the APIs of SGLang and transformers."""
 
     max_new_tokens: int
     temperature: float = 1.0  # 0: greedy
@@ -52,9 +52,9 @@ class SamplingParams:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class GenerationRequest:
-    """One prompt of which an engine draws `n` completions.
+    """One prompt, of which an engine samples `n` completions.
 
-    `seed` and `id` alone fix the draws: what else is in the batch does not matter.
+    `seed` and `id` alone fix what is sampled: the rest of the batch does not matter.
     """
 
     id: str
@@ -63,7 +63,7 @@ class GenerationRequest:
     n: int = 1
     seed: int = 0
     grammar: str | None = None  # Lark, in llguidance's dialect; None: any text
-    affinity: str = ""  # requests of one affinity have a long prefix in common: one cache for them
+    affinity: str = ""  # requests of one affinity share a long prefix, so one server's KV cache
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:
@@ -115,7 +115,7 @@ class Group:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
-    """What the verifier says of a rollout. `success` is `score >= threshold`."""
+    """The verifier's judgement of a rollout. `success` is `score >= threshold`."""
 
     rollout_id: str
     score: float  # in [0, 1]
@@ -129,10 +129,10 @@ class Verdict:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reflection:
-    """The model's own words on a rollout: where it goes wrong (`quote`), and the correct idea.
+    """What the model says about a rollout: where it goes wrong (`quote`), and the correct idea.
 
-    `quote` is None for correct rollouts, and for wrong ones when the reflector wrote none;
-    `explanation` when there is none, or when it may not be used (`refused`).
+    quote: None for correct rollouts, and for wrong ones when the reflector wrote none.
+    explanation: None when the reflector wrote none, or when it may not be used (`refused`).
     """
 
     rollout_id: str
@@ -146,19 +146,19 @@ class Reflection:
     sentence: int | None = None  # number of the quoted sentence, from 1; None: found by the quote
     mode: str = "free"  # reflect.mode that it was written in
     prompt_cut: bool = False  # whether the middle of a rollout was left out of the prompt
-    tolerated: tuple[str, ...] = ()  # read although the format is broken: "case", "unclosed", "cut"
+    tolerated: tuple[str, ...] = ()  # accepted faults of the format: "case", "unclosed", "cut"
     leaks: bool = False  # whether the explanation stated the final answer
     refused: str | None = None  # why the explanation is not used: "leak", "empty" or "copy"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ErrorSpan:
-    """Which tokens of a rollout are distilled: `completion_ids[start:end]`, never empty."""
+    """The tokens of a rollout that are distilled: `completion_ids[start:end]`, never empty."""
 
     rollout_id: str
     start: int
     end: int
-    source: SpanSource  # found by its quote (exactly or how else), or the whole completion
+    source: SpanSource  # how the quote was found, or "full": the whole completion
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.end:
@@ -203,10 +203,10 @@ class DistillSample:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PackedSequences:
-    """S segments laid end to end, without padding; tokens that sequences begin with alike are one.
+    """S segments laid end to end without padding; a prefix shared by sequences is stored once.
 
-    `parents[i]` is the segment that segment i goes on from, or -1: a token attends to its own
-    segment and to those that lead to it, up to itself. The two sequences "a b c d" and "a b e" are
+    `parents[i]` is the segment that segment i continues, or -1: a token attends to its own segment
+    and to the segments before it on its path, up to itself. The sequences "a b c d" and "a b e" are
 
         input_ids     a b c d e
         position_ids  0 1 2 3 2
@@ -218,7 +218,7 @@ class PackedSequences:
     """
 
     input_ids: Tensor  # [T] int64
-    position_ids: Tensor  # [T] int64, place in its sequence
+    position_ids: Tensor  # [T] int64, position in the sequence
     cu_seqlens: tuple[int, ...]  # [S + 1], 0 first and T last
     gather: Tensor  # [N] int64
     parents: tuple[int, ...] = ()  # [S], each below its own index; empty: each segment a sequence
@@ -227,7 +227,7 @@ class PackedSequences:
         if self.parents and len(self.parents) != len(self.cu_seqlens) - 1:
             raise ValueError(f"{len(self.parents)} parents of {len(self.cu_seqlens) - 1} segments")
         if any(parent >= index for index, parent in enumerate(self.parents)):
-            raise ValueError("a segment goes on from a later one, or from itself")
+            raise ValueError("a segment continues a later one, or itself")
 
     @property
     def lengths(self) -> tuple[int, ...]:
@@ -236,7 +236,7 @@ class PackedSequences:
 
     @property
     def paths(self) -> tuple[tuple[int, ...], ...]:
-        """[S] of each segment those that lead to it, from the first of its sequence to itself."""
+        """[S] the segments of each path: from the first of the sequence to the segment itself."""
         paths: list[tuple[int, ...]] = []
         for index in range(len(self.cu_seqlens) - 1):
             parent = self.parents[index] if self.parents else -1
@@ -244,7 +244,7 @@ class PackedSequences:
         return tuple(paths)
 
     def sequence(self, row: int) -> list[int]:
-        """The token ids up to `row`, from the first of its sequence."""
+        """The token ids of the sequence of `row`, up to `row`."""
         last = bisect_right(self.cu_seqlens, row) - 1
         starts, ends = self.cu_seqlens, [*self.cu_seqlens[1:]]
         ends[last] = row + 1
@@ -276,5 +276,5 @@ class PackedBatch:
 
     @property
     def num_tokens(self) -> int:
-        """Tokens that go through a model: the student's and the teacher's."""
+        """Tokens that go through the model, student's plus teacher's."""
         return self.student.cu_seqlens[-1] + self.teacher.cu_seqlens[-1]

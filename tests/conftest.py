@@ -89,7 +89,7 @@ def prefix_space_tokenizer() -> PreTrainedTokenizerFast:
 
 @pytest.fixture(scope="session")
 def smollm2_tokenizer() -> PreTrainedTokenizerFast:
-    """Of a real model, where its package is installed."""
+    """The tokenizer of a real model, where its package is installed."""
     from transformers import AutoTokenizer
 
     from rosd_fast.errors import UserError

@@ -249,7 +249,7 @@ def test_doctor_gpu_without_a_gpu_is_one_line(capsys: pytest.CaptureFixture[str]
 def test_doctor_gpu_prints_checks_and_timings(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ok: bool
 ) -> None:
-    """What it does on a device, done on the CPU and small."""
+    """The checks of a device, on the CPU and small."""
     import torch
 
     from rosd_fast.commands import doctor
