@@ -53,7 +53,7 @@ def test_without_patterns_all_is_trained(make_model) -> None:
 
 
 def test_a_pattern_that_fits_nothing_is_a_mistake(make_model) -> None:
-    with pytest.raises(UserError, match=r"model\.layer\.\* fits no parameter.*embed_tokens"):
+    with pytest.raises(UserError, match=r"model\.layer\.\* matches no parameter.*embed_tokens"):
         mark_trainable(make_model(), config_of(optim={"trainable": "model.layer.*"}))
 
 
