@@ -1,4 +1,4 @@
-"""The learner's forward and backward: padded batches, packed ones, and packed with shared prefixes.
+"""The learner's forward and backward pass: padded, packed, and packed with shared prefixes.
 
     python bench/learner.py --data train.json     # all cases; rewrites the CSV
     python bench/learner.py --cases 256,8,64 --repeats 1 --csv /tmp/learner.csv
@@ -56,21 +56,21 @@ Sequences = list[PackedSequences]
 
 @dataclass(frozen=True, slots=True)
 class Work:
-    """What one candidate puts through the model, on one side."""
+    """What one candidate runs through the model, for the student or for the teacher."""
 
     packed: Sequences
     padded: bool
 
     @property
     def num_tokens(self) -> int:
-        """With the padding."""
+        """The number of tokens, padding included."""
         return sum(
             len(one.lengths) * max(one.lengths) if self.padded else len(one.input_ids)
             for one in self.packed
         )
 
     def flops(self, model: LlamaForCausalLM) -> float:
-        """Of a forward pass."""
+        """The FLOPs of a forward pass."""
         config = model.config
         weights = sum(p.numel() for p in model.model.layers.parameters())
         channels = config.hidden_size * config.num_hidden_layers
@@ -119,7 +119,7 @@ def parse_arguments() -> argparse.Namespace:
 def measure(
     model: LlamaForCausalLM, case: str, args: argparse.Namespace
 ) -> Iterator[dict[str, object]]:
-    """Rows of both passes."""
+    """The rows of both passes."""
     lengths = sciknoweval_lengths(args.data) if case == "sciknoweval" else made_lengths(case)
     samples = build_samples(lengths)
     for side in ("student", "teacher"):
@@ -147,7 +147,7 @@ def measure(
 
 
 def build_model(num_layers: int, *, vocab_size: int = VOCAB, tied: bool = True) -> LlamaForCausalLM:
-    """Layers of SmolLM2-135M's shape."""
+    """A model with layers of SmolLM2-135M's shape."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=vocab_size,
@@ -171,7 +171,7 @@ def made_lengths(case: str) -> list[tuple[int, list[int]]]:
 
 
 def sciknoweval_lengths(data: Path) -> list[tuple[int, list[int]]]:
-    """Lengths of real prompts, and of what SmolLM2 answers to them."""
+    """The lengths of real prompts and of SmolLM2's answers to them."""
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     from rosd_fast.data.problems import load_problems
@@ -237,7 +237,7 @@ def work_of(samples: Sequence[DistillSample], side: str, candidate: str) -> Work
 
 
 def run_pass(model: LlamaForCausalLM, work: Work, side: str) -> None:
-    """Student: forward and backward; teacher: forward."""
+    """Run forward and backward for the student, forward for the teacher."""
     model.zero_grad(set_to_none=False)
     forward: Callable[..., torch.Tensor] = padded_states if work.padded else packed_states
     with (
@@ -256,7 +256,7 @@ def packed_states(model: LlamaForCausalLM, packed: PackedSequences) -> torch.Ten
 
 
 def padded_states(model: LlamaForCausalLM, packed: PackedSequences) -> torch.Tensor:
-    """Of one row a sequence, padded on the right."""
+    """States from one row per sequence, padded on the right."""
     lengths = packed.lengths
     rows = packed.input_ids.split(lengths)
     ids = torch.nn.utils.rnn.pad_sequence(list(rows), batch_first=True)
@@ -268,7 +268,7 @@ def padded_states(model: LlamaForCausalLM, packed: PackedSequences) -> torch.Ten
 def run_memory(
     case: str, side: str, candidate: str, lengths: Any, args: argparse.Namespace
 ) -> float:
-    """Peak MiB of one candidate, from a process of its own."""
+    """The peak MiB of one candidate, measured in a process of its own."""
     command = [sys.executable, __file__, "--cases", case, "--layers", str(args.layers)]
     command += ["--lengths", json.dumps(lengths), "--memory", side, candidate]
     done = subprocess.run(command, check=True, capture_output=True, text=True)

@@ -72,7 +72,7 @@ def parse_arguments() -> argparse.Namespace:
 
 
 def measure(ranks: int, head: str, args: argparse.Namespace) -> Iterator[dict[str, object]]:
-    """A row of each rank."""
+    """One row per rank."""
     with tempfile.TemporaryDirectory() as folder:
         launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
         command = [sys.executable, *launcher, __file__, "--worker", folder, "--head", head]
@@ -97,13 +97,13 @@ def measure(ranks: int, head: str, args: argparse.Namespace) -> Iterator[dict[st
 
 
 def formula(parameters: int, ranks: int, rank: int) -> float:
-    """Bytes of a rank for fp32, all weights trained, a frozen teacher."""
+    """Bytes that a rank holds with fp32 weights, all trained, and a frozen teacher."""
     shares = (4 + 4 + 8 + 4) * parameters / ranks
     return shares + (4 * parameters if ranks > 1 and rank == 0 else 0)
 
 
 def work(args: argparse.Namespace) -> None:
-    """One rank of a case."""
+    """Run one rank of a case."""
     config = Config.model_validate({"device": "cpu", "parallel": {"head": args.head}})
     counted: list[float] = []
     count_states(counted)
@@ -122,7 +122,7 @@ def work(args: argparse.Namespace) -> None:
 
 
 def lead(learners: LearnerGroup, repeats: int) -> dict[str, Any]:
-    """Steps, timed; the first is not."""
+    """Time the steps on rank 0, without the first one."""
     lengths = [(256, [96, 160, 64, 128])] * 4
     batches = pack(
         build_samples(lengths),
@@ -143,7 +143,7 @@ def lead(learners: LearnerGroup, repeats: int) -> dict[str, Any]:
 
 
 def count_states(counted: list[float]) -> None:
-    """From here on, note what a learner holds when its gradients are complete."""
+    """From now on, record the bytes that a learner holds when its gradients are complete."""
     own_update = Learner._update
 
     def counting(learner: Learner, loss: float) -> float | None:
@@ -171,7 +171,7 @@ def full_weights(learner: Learner) -> Iterable[Tensor]:
 
 
 def size(tensors: Iterable[Tensor]) -> int:
-    """Bytes of this rank's parts."""
+    """The bytes of this rank's shards."""
     locals_ = (t.to_local() if isinstance(t, DTensor) else t for t in tensors)
     return sum(t.numel() * t.element_size() for t in locals_)
 

@@ -1,4 +1,4 @@
-"""Writing a file or a folder so that a reader, or a crash, never meets half of it."""
+"""Atomic writes: a reader, or a restart after a crash, never sees half a file or folder."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ TEMPORARY = ".tmp-"
 
 
 def write_atomic(path: Path, data: bytes) -> Path:
-    """Put `data` at `path`: written beside it, fsynced, then renamed over it. Returns `path`.
+    """Write `data` to a file beside `path`, fsync it and rename it to `path`; returns `path`.
 
-    The folder is made when it is missing. On an error the old file stays as it was.
+    A missing folder is created. On an error the old file stays as it was.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
@@ -55,7 +55,7 @@ def atomic_folder(path: Path, *, durable: bool = True) -> Iterator[Path]:
 
 
 def remove_folder(path: Path) -> None:
-    """Delete `path` if it exists; a crash on the way leaves no half folder of that name."""
+    """Delete `path` if it exists; a crash meanwhile leaves no partial folder of that name."""
     if path.exists():
         doomed = Path(tempfile.mkdtemp(prefix=TEMPORARY, dir=path.parent)) / path.name
         path.rename(doomed)
@@ -69,7 +69,7 @@ def remove_leftovers(parent: Path) -> None:
 
 
 def fsync(path: Path) -> None:
-    """Have the file or folder on disk before going on."""
+    """Wait until the file or folder is on disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -78,6 +78,7 @@ def fsync(path: Path) -> None:
 
 
 def current_umask() -> int:
+    """The process's umask; reading it sets it for a moment."""
     mask = os.umask(0)
     os.umask(mask)
     return mask

@@ -72,5 +72,5 @@ class RunLock:
 
 def holder(file: Path) -> str:
     """The process that a lock file names, in words; it may not have written its name yet."""
-    found = HOLDER.fullmatch(file.read_text(errors="replace"))
-    return f"another process (pid {found[1]} on {found[2]})" if found else "another process"
+    match = HOLDER.fullmatch(file.read_text(errors="replace"))
+    return f"another process (pid {match[1]} on {match[2]})" if match else "another process"

@@ -1,4 +1,4 @@
-"""Stopping a run by Ctrl-C or SIGTERM: after the current step, and with a whole checkpoint."""
+"""Stopping a run by Ctrl-C or SIGTERM: after the current step, and with a checkpoint."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class StopRequest:
 
         def handle(number: int, _frame: FrameType | None) -> None:
             if self._finishing:
-                progress.note("the last checkpoint is being written; the run ends when it is whole")
+                progress.note("the last checkpoint is being written; the run ends after that")
                 return
             if self.requested and number == signal.SIGINT:
                 raise KeyboardInterrupt

@@ -14,13 +14,13 @@ from tests.tiny import VOCAB, tiny_model
 
 @pytest.fixture
 def make_model() -> Callable[..., Any]:
-    """make_model("Llama", dtype, seed=0, **config)"""
+    """A function that makes models: make_model("Llama", dtype, seed=0, **config)."""
     return tiny_model
 
 
 @pytest.fixture
 def distill_samples() -> list[DistillSample]:
-    """Two groups of two."""
+    """Four samples: two groups of two."""
     g = torch.Generator().manual_seed(5)
 
     def ids(length: int) -> tuple[int, ...]:

@@ -1,4 +1,4 @@
-"""A run that is killed with -9, again and again, ends as one that was left alone, bit for bit."""
+"""A run that is killed with SIGKILL many times ends with the same bits as an undisturbed run."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def whole_checkpoints(run: Path) -> list[str]:
 
 
 def content(run: Path) -> dict[str, Any]:
-    """All that a run leaves, but for times."""
+    """Everything that a run leaves, except times."""
     last = run / "checkpoints" / f"step_{STEPS:06d}"
     rows = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return {
@@ -72,7 +72,7 @@ def assert_same(run: Path, other: Path) -> None:
 
 
 def kill_at(process: subprocess.Popen[bytes], run: Path, *, saving: bool, delay: float) -> bool:
-    """Kill it `delay` seconds after it has gone on, or within a save; False: it ended before.
+    """Kill the run `delay` seconds after it resumes, or within a save; False: it ended before.
 
     The process that is killed goes on with the step after its last checkpoint, so it has gone on
     when the metrics file changes.
@@ -100,7 +100,7 @@ def kill_at(process: subprocess.Popen[bytes], run: Path, *, saving: bool, delay:
 
 @pytest.mark.slow
 def test_twenty_kills_change_nothing(tmp_path: Path) -> None:
-    """Half of them while a checkpoint is being written, half at any other moment."""
+    """Half of the kills hit while a checkpoint is being written, half at any other moment."""
     alone = tmp_path / "alone"
     finish(start(*OPTIONS, "--out", tmp_path, "--name", "alone"))
     moments = random.Random(SEED)

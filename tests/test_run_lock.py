@@ -1,4 +1,4 @@
-"""One process per run folder: the second one is told who holds it, and a death frees it."""
+"""One process per run folder: a second one learns who holds the lock, and a crash frees it."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_run_has_one_process(tmp_path: Path) -> None:
     assert steps == list(range(len(steps)))
 
 
-def test_it_dies_with_its_process_though_a_child_lives_on(tmp_path: Path) -> None:
+def test_the_lock_ends_with_its_process_even_if_a_child_survives(tmp_path: Path) -> None:
     with subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(tmp_path)],
         stdin=subprocess.PIPE,
@@ -114,7 +114,7 @@ def test_it_dies_with_its_process_though_a_child_lives_on(tmp_path: Path) -> Non
         # leaving closes the pipe that the child reads, which ends it
 
 
-def test_it_is_free_after_close(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_lock_is_free_after_close(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     for _ in range(2):
         with closing(RunLock()) as lock:
             lock.take(tmp_path)

@@ -1,4 +1,4 @@
-"""A signal that comes while the last checkpoint is being written: the checkpoint gets whole."""
+"""The last checkpoint is completed even if a signal arrives while it is being written."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ OPTIONS = [
 
 @contextmanager
 def training(folder: Path, steps: int) -> Iterator[subprocess.Popen[str]]:
-    """A run in folder/run whose saver is held; folder: also that of the files that tell so."""
+    """A run in folder/run whose saver is paused; files in `folder` say when."""
     (folder / "sitecustomize.py").write_text(SITECUSTOMIZE)
     path = os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
     options = [*OPTIONS, "--steps", str(steps), "--out", str(folder)]
@@ -74,7 +74,7 @@ def wait_for(condition: Callable[[], bool], process: subprocess.Popen[str]) -> N
 
 
 def read_until(process: subprocess.Popen[str], text: str) -> str:
-    """The output up to the line with `text`, or all of it."""
+    """The output up to the line with `text`, or all output if there is none."""
     assert process.stdout is not None
     lines: list[str] = []
     for line in process.stdout:

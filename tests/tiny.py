@@ -27,9 +27,9 @@ SHAPE: dict[str, Any] = {
 def tiny_model(
     family: str = "Llama", dtype: torch.dtype = torch.float64, *, seed: int = 0, **changes: Any
 ) -> Any:
-    """Of transformers' `family`, with weights large enough that attention is far from uniform.
+    """A model of transformers' `family`, with weights so large that attention is not uniform.
 
-    changes: of its config, as in `SHAPE`.
+    changes: to its config, as in `SHAPE`.
     """
     config = getattr(transformers, f"{family}Config")(**SHAPE | changes)
     torch.manual_seed(seed)

@@ -1,7 +1,8 @@
 """Distillation samples: each rollout under the student's prompt and under the teacher's.
 
-The student's prompt is the one the rollout was sampled from. The teacher's is the same problem with
-the reflection. The completion ids follow both as they were sampled, never encoded again.
+The student's prompt is the prompt that the rollout was sampled from. The teacher's prompt is the
+same problem with the reflection. Both are followed by the sampled completion ids; text is never
+re-tokenized.
 """
 
 from __future__ import annotations
@@ -32,9 +33,9 @@ def build_samples(
     tokenizer: Any,
     config: TeacherConfig,
 ) -> list[DistillSample]:
-    """One sample a rollout that has a span and all that its teacher template asks for.
+    """One sample per rollout that has a span and every text that its teacher template uses.
 
-    Raises UserError when a problem and the template alone are over `config.max_prompt_tokens`.
+    Raises UserError if a problem and the template alone exceed `config.max_prompt_tokens`.
     """
     samples = []
     for problem, rollout in _rollouts(groups):
@@ -44,11 +45,11 @@ def build_samples(
         template = config.correct_template if reflection.correct else config.wrong_template
         texts = {"explanation": reflection.explanation, "quote": reflection.quote}
         texts = {name: text for name, text in texts.items() if name in placeholders(template)}
-        given = {name: text for name, text in texts.items() if text}
-        if len(given) < len(texts):
-            continue  # as for on_miss = "full" and a reflection without any quote
+        present = {name: text for name, text in texts.items() if text}
+        if len(present) < len(texts):
+            continue  # such as a reflection without a quote under on_miss = "full"
         prompt_ids, cut = teacher_prompt(
-            problem, template, given, tokenizer=tokenizer, max_tokens=config.max_prompt_tokens
+            problem, template, present, tokenizer=tokenizer, max_tokens=config.max_prompt_tokens
         )
         samples.append(
             DistillSample(
@@ -73,9 +74,10 @@ def teacher_prompt(
     tokenizer: Any,
     max_tokens: int,
 ) -> tuple[tuple[int, ...], bool]:
-    """The teacher's prompt, and whether the reflection had to be cut to fit.
+    """The teacher's prompt, and whether the reflection was cut to fit.
 
-    The explanation loses its end, and a quote that is longer than what is left of it its middle.
+    Each text is cut to the same number of characters: an explanation loses its end, a quote its
+    middle. Raises UserError if the prompt exceeds `max_tokens` even without them.
     """
 
     def render(keep: int) -> tuple[int, ...]:
@@ -90,8 +92,8 @@ def teacher_prompt(
     fitted = fit_prompt(render, longest=longest, max_tokens=max_tokens)
     if fitted is None:
         raise UserError(
-            f"the teacher prompt has {len(render(0))} tokens without any reflection, over the "
-            f"budget of {max_tokens}",
+            f"the teacher prompt has {len(render(0))} tokens without any reflection, more than "
+            f"the budget of {max_tokens}",
             where=f"problem {problem.id}",
             fix="Raise teacher.max_prompt_tokens, or leave the problem out",
         )

@@ -1,7 +1,9 @@
-"""LoRA (arXiv 2106.09685) by peft: which parameters are trained, and whole weights out of adapters.
+"""Which parameters are trained, and LoRA adapters (arXiv 2106.09685) by peft.
 
-Adapters are put into the model in place, so everything else keeps working on it; without them it is
-the model that was loaded, which makes the frozen teacher free.
+Adapters are added to the model in place, so all other code works on the same module. With its
+adapters off it is the model that was loaded, so a frozen teacher costs no memory.
+
+peft: https://github.com/huggingface/peft
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ from rosd_fast.config import LoraConfig
 from rosd_fast.config.arguments import listed
 from rosd_fast.errors import UserError
 
-BASE = ".base_layer."  # peft's name for the layer that an adapter is added to
-SAMPLED = 1024  # values of each parameter that the fingerprint reads
+BASE = ".base_layer."  # peft's name of the layer that an adapter is added to
+SAMPLED = 1024  # values per parameter that the fingerprint reads
 
 
 def choose_trainable(
@@ -41,7 +43,7 @@ def choose_trainable(
         raise UserError(
             "none of the model's weights can be trained",
             where="model",
-            fix="Give a model with whole, unfrozen weights, or set lora.rank",
+            fix="Give a model with full, unfrozen weights, or set lora.rank",
         )
 
 
@@ -52,19 +54,19 @@ def train_only(model: PreTrainedModel, patterns: Sequence[str]) -> None:
     """
     chosen = set()
     for pattern in patterns:
-        found = {
+        matching = {
             id(parameter)
             for name, parameter in model.named_parameters(remove_duplicate=False)
             if fnmatchcase(name, pattern)
         }
-        if not found:
+        if not matching:
             example = next(name for name, _ in model.named_parameters())
             raise UserError(
-                f"{pattern} fits no parameter of the model",
+                f"{pattern} matches no parameter of the model",
                 where="optim.trainable",
-                fix=f"Names are such as {example}, and * stands for anything",
+                fix=f"Use names such as {example}; * matches anything",
             )
-        chosen |= found
+        chosen |= matching
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in chosen)
 
@@ -94,12 +96,13 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig, *, seed: int) -> None
 
 
 def has_adapters(model: PreTrainedModel) -> bool:
+    """Whether LoRA adapters have been added to the model."""
     return any("lora_" in name for name, _ in model.named_parameters())
 
 
 @contextmanager
 def adapters_off(model: PreTrainedModel) -> Iterator[None]:
-    """The model as it was loaded."""
+    """Within the block, the model computes without its adapters, as it was loaded."""
     model.disable_adapters()
     try:
         yield
@@ -109,9 +112,9 @@ def adapters_off(model: PreTrainedModel) -> Iterator[None]:
 
 @torch.no_grad()
 def merged_weights(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The state dict of the model without adapters that computes the same.
+    """The state dict of an equivalent model without adapters.
 
-    Tensors share the model's memory where no adapter adds to them.
+    Tensors share the model's memory if no adapter adds to them.
     """
     state = model.state_dict()
     if not has_adapters(model):
@@ -126,7 +129,7 @@ def merged_weights(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def fingerprint(model: PreTrainedModel) -> str:
-    """Of the weights that were loaded, adapters left out: by names, shapes and sampled values."""
+    """A hash of the loaded weights, without adapters: of names, shapes and sampled values."""
     digest = hashlib.blake2b(digest_size=16)
     for name, parameter in model.named_parameters():
         if "lora_" not in name:

@@ -1,18 +1,21 @@
 """Packed sequences through a transformers model: one row of T tokens, no padding, no logits.
 
 `packed_forward` makes every attention layer of a model call `packed_attention`, which attends
-within each sequence only. The switch is undone on leaving, so that a rollout engine can use the
-very same module in between. Everything else in a decoder works on single tokens and their position
-ids, so the hidden states are those of one sequence at a time. `check_packing` verifies that for the
-model at hand, by numbers.
+within each sequence only. The change is undone on leaving, so a rollout engine can use the same
+module between steps. Everything else in a decoder works on single tokens and their position ids, so
+the hidden states equal those of processing each sequence alone. `check_packing` verifies that
+numerically for the model that is loaded.
 
-Tokens that several sequences begin with stand there once, as a segment that others go on from
-(`PackedSequences.parents`). Each layer lays the keys and values of a segment behind those that lead
-to it and lets its queries attend to them, the last query to the last key:
+A shared prefix is stored once, as a segment that is the parent of others
+(`PackedSequences.parents`). Each layer concatenates the keys and values along the path from the
+root to a segment, and the segment's queries attend to them, aligned at the last token:
 
     o_i = attend(q_i, [k_root .. k_i], [v_root .. v_i])
 
-Autograd sums what the segments that go on from it say of a shared one's keys and values.
+Autograd accumulates the gradients of all child segments into the shared segment's keys and values.
+
+The attention function is registered with transformers' attention interface,
+https://huggingface.co/docs/transformers/attention_interface
 """
 
 from __future__ import annotations
@@ -42,15 +45,22 @@ LAYER_TYPES = {"full_attention", "sliding_attention"}
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Layout:
-    """What the attention layers need to know of packed sequences, S segments, made once for all."""
+    """What the attention layers read about S packed segments; computed once per forward pass.
 
-    lengths: tuple[int, ...]  # [S]
-    paths: tuple[tuple[int, ...], ...]  # [S] the segments whose keys a segment sees
-    cu_seqlens_q: Tensor  # [S + 1] int32, on the model's device
-    cu_seqlens_k: Tensor  # [S + 1] int32, of keys laid end to end for each segment
+    lengths: [S] tokens of each segment.
+    paths: [S] the segments whose keys a segment attends to, from the root to itself.
+    cu_seqlens_q: [S + 1] int32 offsets of each segment's queries, on the model's device.
+    cu_seqlens_k: [S + 1] int32 offsets of each segment's keys, concatenated along its path.
+    """
+
+    lengths: tuple[int, ...]
+    paths: tuple[tuple[int, ...], ...]
+    cu_seqlens_q: Tensor
+    cu_seqlens_k: Tensor
 
     @classmethod
     def of(cls, packed: PackedSequences, device: torch.device) -> Layout:
+        """The layout of `packed`, with its tensors on `device`."""
         lengths, paths = packed.lengths, packed.paths
         key_lengths = [sum(lengths[index] for index in path) for path in paths]
         cu_seqlens_k = torch.tensor([0, *accumulate(key_lengths)], dtype=torch.int32)
@@ -63,16 +73,16 @@ class Layout:
 
     @property
     def max_lengths(self) -> tuple[int, int]:
-        """Of a segment's queries, and of its keys."""
+        """The largest number of queries of a segment, and of keys."""
         return max(self.lengths), max(
             sum(self.lengths[index] for index in path) for path in self.paths
         )
 
     def along_paths(self, x: Tensor) -> list[Tensor]:
-        """[1, H, T, D] -> of each segment [1, H, tokens on its path, D].
+        """[1, H, T, D] -> for each segment [1, H, tokens on its path, D].
 
-        `split` and `cat`, as a slice's backward would fill a whole [T] gradient for each segment,
-        and as they sum in one order, which an index-add of a GPU does not.
+        It uses `split` and `cat` because the backward pass of a slice fills a full [T] gradient per
+        segment, and because they sum in a fixed order, unlike an index-add on a GPU.
         """
         parts = x.split(self.lengths, dim=2)
         return [
@@ -106,10 +116,10 @@ def decode(model: PreTrainedModel, packed: PackedSequences, device: torch.device
 
 @contextmanager
 def packed_forward(model: PreTrainedModel) -> Iterator[None]:
-    """Let the model's attention layers attend within packed sequences; undone on leaving (0.2 ms).
+    """Make the model's attention layers attend within packed sequences; undone on leaving (0.2 ms).
 
-    May be nested. Recomputed activations read the setting again, so keep a backward pass inside
-    too.
+    May be nested. Recomputed activations read the setting again, so run the backward pass inside
+    the block too. Raises UserError if the model bypasses transformers' attention interface.
     """
     before = model.config._attn_implementation or "eager"
     if before == PACKED:
@@ -140,16 +150,19 @@ def packed_attention(
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
-    """Causal attention within each packed sequence: [1, T, Hq, Dv]. Called by transformers."""
+    """Causal attention within each packed sequence: [1, T, Hq, Dv]. transformers calls it.
+
+    Raises UserError for layers whose attention is not supported on packed sequences.
+    """
     if packed_layout is None:
         raise UserError(
-            "does not hand the packed layout to its attention layers", where=name(module)
+            "does not pass the packed layout to its attention layers", where=name(module)
         )
     if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
         raise UserError("attention sinks and position biases are not supported", where=name(module))
     if not getattr(module, "is_causal", True):
         raise UserError(
-            "attends in both directions, so it is no causal language model", where=name(module)
+            "attends in both directions, so it is not a causal language model", where=name(module)
         )
     window = sliding_window(module, kwargs)
     keys, values = packed_layout.along_paths(key), packed_layout.along_paths(value)
@@ -175,7 +188,7 @@ def packed_attention(
 
 def attend_flash(
     query: Tensor,  # [1, Hq, T, D]
-    keys: list[Tensor],  # of each segment [1, Hk, tokens on its path, D]
+    keys: list[Tensor],  # per segment [1, Hk, tokens on its path, D]
     values: list[Tensor],
     layout: Layout,
     *,
@@ -184,9 +197,9 @@ def attend_flash(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """One variable-length call of flash-attn for all segments: [1, T, Hq, D].
+    """Attention of all segments in one variable-length call of flash-attn: [1, T, Hq, D].
 
-    flash-attn aligns the last query with the last key, which is what segments need.
+    flash-attn aligns the last query with the last key, as segments require.
     """
     max_length_q, max_length_k = layout.max_lengths
     return _flash_attention_forward(
@@ -209,6 +222,7 @@ def attend_flash(
 
 
 def can_flash(query: Tensor) -> bool:
+    """Whether an installed flash-attn supports the query's device and dtype."""
     return (
         query.is_cuda
         and query.dtype in (torch.float16, torch.bfloat16)
@@ -218,11 +232,11 @@ def can_flash(query: Tensor) -> bool:
 
 @cache
 def flash_attention() -> str | None:
-    """The installed flash-attn that suits the GPU, as transformers names it; None: SDPA it is."""
+    """The installed flash-attn that suits the GPU, by transformers' name; None: use SDPA."""
     if not torch.cuda.is_available():
         return None
     major, _ = torch.cuda.get_device_capability()
-    # Versions 3 and 4 are written for Hopper and Blackwell, 2 runs on both.
+    # Version 3 is written for Hopper and 4 for Blackwell; 2 runs on both.
     for version, suits in ((4, major >= 10), (3, major == 9), (2, major >= 8), (4, major == 9)):
         if suits and getattr(import_utils, f"is_flash_attn_{version}_available")():
             return f"flash_attention_{version}"
@@ -239,7 +253,7 @@ def attend(
     window: int | None,
     softcap: float | None,
 ) -> Tensor:
-    """Causal attention of the last L of a sequence's M tokens: [1, Hq, L, Dv].
+    """Causal attention for the last L of a sequence's M tokens: [1, Hq, L, Dv].
 
     A token sees itself and the `window - 1` tokens before it (None: all before it).
     """
@@ -268,7 +282,7 @@ def attend(
         key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
     scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scale is None else scale)
     scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, -torch.inf)
-    # Softmax in at least fp32, as transformers' eager attention does.
+    # The softmax is in at least fp32, as in transformers' eager attention.
     weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(
         value.dtype
     )
@@ -276,7 +290,10 @@ def attend(
 
 
 def sliding_window(module: nn.Module, kwargs: dict[str, Any]) -> int | None:
-    """The window the layer asks for; a sliding layer that does not say its window is refused."""
+    """The layer's window in tokens; None: it attends to all tokens before.
+
+    Raises UserError for a sliding layer that does not say its window.
+    """
     window = kwargs.get("sliding_window")
     if window is None:
         types = getattr(getattr(module, "config", None), "layer_types", None)
@@ -287,7 +304,8 @@ def sliding_window(module: nn.Module, kwargs: dict[str, Any]) -> int | None:
 
 
 def use_exact_attention(model: PreTrainedModel) -> None:
-    """Run soft-capped attention in eager mode: SDPA of some transformers versions drops the cap."""
+    """Use eager attention for soft-capped models: some transformers versions drop the cap in
+    SDPA."""
     if getattr(model.config.get_text_config(), "attn_logit_softcapping", None) is not None:
         model.set_attn_implementation("eager")
 
@@ -296,9 +314,9 @@ def use_exact_attention(model: PreTrainedModel) -> None:
 def check_packing(model: PreTrainedModel) -> None:
     """Raise UserError unless packed hidden states and the head give the model's own logits.
 
-    Three short sequences, two of which begin alike, against the model's own forward of each. This
-    refuses what cannot work: layers with a state that runs over sequence borders, attention with
-    sinks, other output heads.
+    Three short sequences, two of which share a prefix, are compared with the model's own forward
+    pass of each. This refuses what cannot work: layers with a state that crosses sequence borders,
+    attention with sinks, other output heads.
     """
     types = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
     if types - LAYER_TYPES:
@@ -320,12 +338,11 @@ def check_packing(model: PreTrainedModel) -> None:
     )
     tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 5e-2
     states = hidden_states(model, packed).split(lengths)
-    for last, own in zip(packed.cu_seqlens[1:], states, strict=True):
+    for last, segment in zip(packed.cu_seqlens[1:], states, strict=True):
         sequence = torch.tensor([packed.sequence(last - 1)]).to(model.device)
-        expected = model(input_ids=sequence, use_cache=False).logits[0, -len(own) :]
-        difference = (logits(own, head(model)) - expected).norm(dim=-1) / expected.norm(dim=-1)
-        # The median: a router that flips on a rounding error may change one token, not most of
-        # them.
+        expected = model(input_ids=sequence, use_cache=False).logits[0, -len(segment) :]
+        difference = (logits(segment, head(model)) - expected).norm(dim=-1) / expected.norm(dim=-1)
+        # The median, because a router that flips on a rounding error changes one token, not most.
         if not float(difference.median()) <= tolerance:
             raise UserError(
                 "packed sequences do not give the model's own logits "
@@ -336,21 +353,22 @@ def check_packing(model: PreTrainedModel) -> None:
 
 
 def backbone(model: PreTrainedModel) -> PreTrainedModel:
-    """The model without its output head."""
+    """The model without its output head. Raises UserError if it cannot be separated."""
     decoder = model.get_decoder()
     if decoder is model or not isinstance(decoder, PreTrainedModel):
-        raise UserError("is no language model with a head on a decoder", where=name(model))
+        raise UserError("is not a language model with a head on a decoder", where=name(model))
     return decoder
 
 
 def num_embeddings(model: PreTrainedModel) -> int:
-    """Token ids the model can read."""
+    """The number of token ids that the model has embeddings for."""
     weight = model.get_input_embeddings().weight
     assert isinstance(weight, Tensor)
     return weight.shape[0]
 
 
 def name(module: nn.Module) -> str:
+    """The module's class, for error messages."""
     return type(module).__name__
 
 

@@ -1,4 +1,4 @@
-"""What may be done to the blocks of a model before it learns: recompute, compile, fuse."""
+"""Options for a model's blocks: activation checkpointing, torch.compile, liger-kernel."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ from rosd_fast.model.attention import flash_attention, name
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:
-    """The model's layers."""
+    """The model's layers, in order."""
     return (module for module in model.modules() if isinstance(module, GradientCheckpointingLayer))
 
 
 def prepare_blocks(model: PreTrainedModel, config: LearnerConfig, device: torch.device) -> None:
-    """Change the blocks in place, as the options say. Raises UserError where that cannot be."""
+    """Apply the options to the blocks, in place. Raises UserError if one cannot be applied."""
     if uses_liger(config, device):
         use_liger(model)
     for block in blocks(model):
@@ -35,15 +35,17 @@ def prepare_blocks(model: PreTrainedModel, config: LearnerConfig, device: torch.
 
 
 def recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
-    """`forward`, whose activations are computed again in the backward pass instead of kept."""
+    """Call `forward`; its activations are recomputed in the backward pass instead of kept."""
     if not torch.is_grad_enabled():
         return forward(*args, **kwargs)
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 
 def uses_liger(config: LearnerConfig, device: torch.device) -> bool:
-    """Whether the model's norms, rotations and MLPs become liger-kernel's. Raises UserError where
-    that was asked for and cannot be."""
+    """Whether liger-kernel's norms, rotations and MLPs are used.
+
+    Raises UserError if the option asks for them and they cannot be used.
+    """
     if config.liger == "off":
         return False
     missing = ""
@@ -57,14 +59,17 @@ def uses_liger(config: LearnerConfig, device: torch.device) -> bool:
 
 
 def use_liger(model: PreTrainedModel) -> None:
-    """Put liger-kernel's Triton kernels into a model of a kind that it knows; others stay."""
+    """Patch in liger-kernel's Triton kernels; a model type that it does not know stays as it is.
+
+    liger-kernel: https://github.com/linkedin/Liger-Kernel
+    """
     from liger_kernel.transformers.monkey_patch import (
         MODEL_TYPE_TO_APPLY_LIGER_FN,
         _apply_liger_kernel_to_instance,
     )
 
     if model.config.model_type in MODEL_TYPE_TO_APPLY_LIGER_FN:
-        # The loss is ours: cross-entropy would only replace the model's forward.
+        # Its cross-entropy would replace the model's forward, and the loss here is another one.
         _apply_liger_kernel_to_instance(
             model=model, cross_entropy=False, fused_linear_cross_entropy=False
         )

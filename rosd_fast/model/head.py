@@ -1,4 +1,4 @@
-"""The output head of a model: what makes logits of the hidden states."""
+"""The output head of a model, which turns hidden states into logits."""
 
 from __future__ import annotations
 
@@ -16,26 +16,29 @@ from rosd_fast.errors import UserError
 class Head:
     """The last step of a language model: logits = cap(scale * (h @ weight.T + bias)).
 
-    cap(x) = softcap * tanh(x / softcap), or x when softcap is None. Gradients flow to the live
-    parameters.
+    cap(x) = softcap * tanh(x / softcap), or x if softcap is None. Gradients flow to weight and bias
+    where these are parameters.
+
+    weight: [V, H].
+    bias: [V] or None.
     """
 
-    weight: Tensor  # [V, H]
-    bias: Tensor | None  # [V]
+    weight: Tensor
+    bias: Tensor | None
     softcap: float | None = None
     scale: float = 1.0
 
     def logprobs(self, states: Tensor) -> Tensor:
-        """[N, V] float32 log-probabilities at temperature 1, of a few states [N, H]."""
+        """[N, V] float32 log-probabilities at temperature 1 for a few states [N, H]."""
         return logits(states, self, dtype=torch.float32).log_softmax(-1)
 
 
 def output_layer(model: PreTrainedModel) -> nn.Linear:
-    """The layer that makes the logits. Raises UserError when there is none."""
+    """The linear layer that computes the logits. Raises UserError if there is none."""
     layer = model.get_output_embeddings()
     if not isinstance(layer, nn.Linear):
         raise UserError(
-            "has no linear output head, so it is no causal language model",
+            "has no linear output head, so it is not a causal language model",
             where=type(model).__name__,
         )
     return layer
@@ -59,9 +62,9 @@ def head(model: PreTrainedModel) -> Head:
 
 
 def logits(hidden: Tensor, head: Head, *, dtype: torch.dtype | None = None) -> Tensor:
-    """Logits [N, V] of hidden states [N, H]: for checks and tests, never for training.
+    """[N, V] logits of [N, H] hidden states: for checks and tests, never for training.
 
-    dtype: of all but the matrix product, None: that of the states.
+    dtype: of everything after the matrix product; None: that of the states.
     """
     values = F.linear(hidden, head.weight, head.bias).to(dtype or hidden.dtype) * head.scale
     return values if head.softcap is None else head.softcap * torch.tanh(values / head.softcap)

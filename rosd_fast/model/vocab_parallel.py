@@ -1,14 +1,17 @@
-"""The output head as a shard of the vocabulary: each rank keeps some of its rows, and all compute
-on the states of all.
+"""Vocab-parallel output head: each rank keeps a slice of the vocabulary's rows and evaluates it on
+the hidden states of all ranks.
 
-Bytes per rank and micro-batch of N distilled tokens on all ranks together, with weights of b bytes:
+Bytes that a rank receives per micro-batch, for N distilled tokens on all ranks together and weights
+of b bytes:
 
-    whole head    V H (2 b + 4)   both heads are gathered, the student's gradient is summed in fp32
-    its rows      N H (2 b + 4)   both states are gathered, the student's gradient is summed
+    gathered head   V H (2 b + 4)   both heads, and the student's gradient reduced in fp32
+    sharded head    N H (2 b + 4)   both models' states, and the gradient of the student's
 
-So rows are cheaper where a micro-batch distils fewer tokens than the vocabulary has entries. They
-also save what a whole head takes: V H (2 b + b) for both heads and a gradient. A head that is tied
-to the input embeddings has to be whole in any case.
+So sharding is cheaper if a micro-batch distils fewer tokens than the vocabulary has entries. It
+also saves the memory of a gathered head: V H (2 b + b) for both heads and a gradient. A head that
+is tied to the input embeddings is needed in full anyway, and is refused.
+
+The scheme is that of Megatron-LM's vocab-parallel cross-entropy (arXiv 1909.08053, section 3).
 """
 
 from __future__ import annotations
@@ -33,17 +36,17 @@ from rosd_kernels import SpanDivergenceOutput
 
 
 def check_shardable(model: PreTrainedModel) -> None:
-    """Raise UserError for a model whose head cannot be a shard."""
+    """Raise UserError for a model whose head cannot be sharded."""
     if output_layer(model).weight is model.get_input_embeddings().weight:
         raise UserError(
-            "the model's output head is its input embedding, which each rank needs whole",
+            "the model's output head is its input embedding, which each rank needs in full",
             where="parallel.head: shard",
             fix="Leave it out",
         )
 
 
 def shard_head(model: PreTrainedModel, world: World) -> set[nn.Parameter]:
-    """Spread the head of a skeleton over the ranks of a copy, by rows; returns its parameters."""
+    """Shard a skeleton's head by rows over the ranks that share a copy; returns its parameters."""
     mesh, layer = world.mesh, output_layer(model)
     assert mesh is not None
     placements = [Replicate()] * (mesh.ndim - 1) + [Shard(0)]
@@ -54,20 +57,24 @@ def shard_head(model: PreTrainedModel, world: World) -> set[nn.Parameter]:
 
 
 def average_head_gradients(model: PreTrainedModel, world: World) -> None:
-    """Average the head's gradients over the ranks, as FSDP does with all others."""
+    """Average the head's gradients over the ranks, as FSDP does for all other parameters."""
     for parameter in output_layer(model).parameters():
         if parameter.requires_grad:
             parameter.register_hook(partial(_average, world=world))
 
 
 def _average(gradient: Any, *, world: World) -> Any:
-    """A rank's rows have the gradient of all states of its copy's ranks; copies have others."""
+    """The average over all ranks.
+
+    The gradient of a rank's rows already sums over the ranks of its copy; other copies of the
+    weights add theirs.
+    """
     assert isinstance(gradient, DTensor) and world.mesh is not None
-    own = gradient.to_local() / world.size
+    local = gradient.to_local() / world.size
     if world.mesh.ndim > 1:
-        dist.all_reduce(own, group=world.mesh.get_group("replicate"))
+        dist.all_reduce(local, group=world.mesh.get_group("replicate"))
     return DTensor.from_local(
-        own,
+        local,
         gradient.device_mesh,
         gradient.placements,
         shape=gradient.shape,
@@ -77,60 +84,66 @@ def _average(gradient: Any, *, world: World) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class GatheredTokens:
-    """The distilled tokens of all ranks in a micro-batch, laid out rank after rank."""
+    """The distilled tokens of all ranks in a micro-batch, in rank order.
 
-    counts: tuple[int, ...]  # of each rank of the group
+    counts: number of tokens of each rank of the group.
+    group: the ranks that share one copy of the weights.
+    """
+
+    counts: tuple[int, ...]
     group: ProcessGroup
 
     @classmethod
     def of(cls, batch: PackedBatch, group: ProcessGroup, device: torch.device) -> GatheredTokens:
-        """A collective of the group."""
-        own = torch.tensor([batch.num_distilled], device=device)
-        counts = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(counts, own, group=group)
-        return cls(tuple(int(count) for count in counts), group)
+        """Gather the token counts of this micro-batch. A collective of the group."""
+        count = torch.tensor([batch.num_distilled], device=device)
+        counts = [torch.empty_like(count) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(counts, count, group=group)
+        return cls(tuple(int(each) for each in counts), group)
 
     @property
-    def own(self) -> slice:
-        """This rank's rows among all."""
+    def local_rows(self) -> slice:
+        """This rank's tokens among those of all ranks."""
         rank = dist.get_rank(self.group)
         ends = [*accumulate(self.counts)]
         return slice(ends[rank] - self.counts[rank], ends[rank])
 
     def gather(self, rows: Tensor) -> Tensor:
-        """[own N, ...] -> [N of all, ...]; backward each rank gets the gradient of its own."""
+        """[local N, ...] -> [N of all ranks, ...]; a rank's gradient is that of its own rows."""
         return Gathered.apply(rows, self)  # type: ignore[return-value]
 
-    def batch(self, own: PackedBatch, device: torch.device) -> PackedBatch:
-        """What the loss reads of the micro-batches of all."""
+    def batch(self, local: PackedBatch, device: torch.device) -> PackedBatch:
+        """`local` with the token ids, weights and log-probabilities of all ranks."""
         return replace(
-            own,
-            token_ids=self.gather(own.token_ids.to(device)),
-            weights=self.gather(own.weights.to(device)),
-            rollout_logprobs=self.gather(own.rollout_logprobs.to(device)),
+            local,
+            token_ids=self.gather(local.token_ids.to(device)),
+            weights=self.gather(local.weights.to(device)),
+            rollout_logprobs=self.gather(local.rollout_logprobs.to(device)),
         )
 
     def local_part(self, output: SpanDivergenceOutput) -> SpanDivergenceOutput:
-        """This rank's part of what all computed, and the whole loss."""
+        """Cut the per-token results back to this rank's tokens; the loss stays the total."""
         names = "per_token student_logprob teacher_logprob student_entropy teacher_entropy".split()
         rows = {name: getattr(output, name) for name in names}
-        own = {name: None if value is None else value[self.own] for name, value in rows.items()}
-        return replace(output, **own)
+        local = {
+            name: None if value is None else value[self.local_rows] for name, value in rows.items()
+        }
+        return replace(output, **local)
 
 
 class Gathered(torch.autograd.Function):
-    """Rows of all ranks; padded on their way, as not every backend sends parts of unequal size."""
+    """All-gather of rows, which are padded because not every backend sends unequal sizes."""
 
     @staticmethod
-    def forward(ctx: Any, rows: Tensor, everyone: GatheredTokens) -> Tensor:
-        ctx.own = everyone.own
-        padded = rows.new_zeros((max(everyone.counts), *rows.shape[1:]))
+    def forward(ctx: Any, rows: Tensor, tokens: GatheredTokens) -> Tensor:
+        ctx.local_rows = tokens.local_rows
+        padded = rows.new_zeros((max(tokens.counts), *rows.shape[1:]))
         padded[: len(rows)] = rows
-        parts = [torch.empty_like(padded) for _ in everyone.counts]
-        dist.all_gather(parts, padded, group=everyone.group)
-        return torch.cat([part[:count] for part, count in zip(parts, everyone.counts, strict=True)])
+        parts = [torch.empty_like(padded) for _ in tokens.counts]
+        dist.all_gather(parts, padded, group=tokens.group)
+        return torch.cat([part[:count] for part, count in zip(parts, tokens.counts, strict=True)])
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        """The loss is the same on all ranks, and so is the whole gradient."""
-        return gradients[0][ctx.own], None
+        """This rank's rows of the gradient, which is the same on all ranks, as the loss is."""
+        return gradients[0][ctx.local_rows], None

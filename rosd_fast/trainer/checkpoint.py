@@ -1,15 +1,18 @@
 """Checkpoints: `RUN/checkpoints/step_000010/`, a model folder plus what a resume needs.
 
     config.json, model.safetensors, tokenizer.json, ...   Hugging Face layout, without adapters
-    state/*.safetensors     trained weights in full precision, AdamW's moments, averages: a file of
-                            each rank (torch.distributed.checkpoint), read by any number of ranks
+    state/*.safetensors     trained weights in full precision, AdamW's moments, averages: one file
+                            per rank, readable by any number of ranks
     trainer_state.json      step, config hash, versions, dev accuracy, the size of every file
 
-A checkpoint is written beside its place, fsynced and renamed, so it is there whole or not at all. A
-later accident with its files shows in their sizes. A damaged checkpoint is passed over, with a
-warning, and the next save moves it aside as `damaged_step_000010/`. The weights that are not
-trained, and those of a frozen teacher, are the initial ones: they come from the model that the run
-began with, and a fingerprint tells another one.
+A checkpoint is written to a temporary folder, fsynced and renamed: it is complete or absent. Later
+damage is detected by file sizes. A damaged checkpoint is skipped with a warning, and the next save
+renames it to `damaged_step_000010/`. Weights that are not trained, and those of a frozen teacher,
+are not saved: they come from the model that the run began with, and a fingerprint detects that
+another model is given.
+
+`state/` is written by torch.distributed.checkpoint (DCP),
+https://docs.pytorch.org/docs/stable/distributed.checkpoint.html
 """
 
 from __future__ import annotations
@@ -47,28 +50,27 @@ from rosd_fast.utils.distributed import SINGLE_PROCESS, World
 FORMAT = 2  # of trainer_state.json
 STATE_JSON = "trainer_state.json"
 STATE_FOLDER = "state"
-DAMAGED = "damaged_"  # begins the name of a checkpoint that is moved aside
+DAMAGED = "damaged_"  # prefix of the name of a damaged checkpoint
 STEP_NAME = re.compile(r"step_(\d{6,})")
 
 logger = logging.getLogger(__name__)
 
 
 class DamagedCheckpoint(Exception):
-    """Says which file is missing, cut short or unreadable."""
+    """A checkpoint has a file that is missing, truncated or unreadable; the text names it."""
 
 
 def write_checkpoint(run: Path, snapshot: Snapshot, world: World = SINGLE_PROCESS) -> Path:
     """Write a checkpoint into the run folder; returns its path.
 
-    A collective of `world.checkpoint_group`.
-
-    On several ranks, the folder is one for all of them. Raises UserError when it cannot be written
-    or the disk is full; nothing is left of it then, and earlier ones stay.
+    A collective of `world.checkpoint_group`, whose ranks all see the run folder. Raises UserError
+    if the checkpoint cannot be written or the disk is full; then nothing is left of it, and earlier
+    checkpoints stay.
     """
     path = run / "checkpoints" / f"step_{snapshot.step:06d}"
     try:
         with shared_folder(path, world) as folder:
-            if folder is None:  # rank 0 could not make it, and says why
+            if folder is None:  # rank 0 could not create it, and raises the reason
                 return path
             (folder / STATE_FOLDER).mkdir(exist_ok=True)
             write_state(snapshot.state, folder / STATE_FOLDER, world)
@@ -98,7 +100,10 @@ def write_checkpoint(run: Path, snapshot: Snapshot, world: World = SINGLE_PROCES
 
 @contextmanager
 def shared_folder(path: Path, world: World) -> Iterator[Path | None]:
-    """`atomic_folder` of rank 0, the same to all; None to the others where it cannot be made."""
+    """Yield the `atomic_folder` that rank 0 creates, on all ranks.
+
+    If rank 0 cannot create it, it raises, and the other ranks get None.
+    """
     if not world.is_rank0:
         yield world.broadcast(None, group=world.checkpoint_group)
         return
@@ -114,7 +119,7 @@ def shared_folder(path: Path, world: World) -> Iterator[Path | None]:
 
 
 def write_state(state: dict[str, Any], folder: Path, world: World) -> None:
-    """Each rank's part into a file of its own. A collective of `world.checkpoint_group`."""
+    """Write each rank's part to its own file. A collective of `world.checkpoint_group`."""
     with quiet_dcp():
         save(
             state,
@@ -125,9 +130,9 @@ def write_state(state: dict[str, Any], folder: Path, world: World) -> None:
 
 
 def read_into(state: dict[str, Tensor], folder: Path, world: World) -> None:
-    """Fill the tensors of `state` from the files of however many ranks. A collective.
+    """Fill the tensors of `state` from files that any number of ranks wrote. A collective.
 
-    Raises KeyError or RuntimeError when names or shapes are others.
+    Raises KeyError or RuntimeError if names or shapes differ.
     """
     reader = HuggingFaceStorageReader(str(folder))
     saved: dict[str, Any] = reader.read_metadata().state_dict_metadata
@@ -145,14 +150,14 @@ def read_into(state: dict[str, Tensor], folder: Path, world: World) -> None:
 
 @contextmanager
 def quiet_dcp() -> Iterator[None]:
-    """Without its remark that a single process is one."""
+    """Silence DCP's warning that torch.distributed is not used."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         yield
 
 
 def reason(error: BaseException) -> str:
-    """In words; of an error of several ranks that of the first."""
+    """The error in words; for an error on several ranks, that of the first."""
     if isinstance(error, CheckpointException):
         failed, _ = next(iter(error.failures.values()))
         return reason(failed)
@@ -160,22 +165,22 @@ def reason(error: BaseException) -> str:
 
 
 def latest_checkpoint(run: Path, *, warn: Callable[[str], None] = logger.warning) -> Path | None:
-    """The newest whole checkpoint of the run, or None; `warn` gets a line for each damaged one."""
+    """The newest intact checkpoint of the run, or None; `warn` gets a line per damaged one."""
     for path in reversed(checkpoints(run)):
         try:
             read_state(path)
         except DamagedCheckpoint as damage:
-            warn(f"checkpoint {path} is passed over: {damage}")
+            warn(f"checkpoint {path} is skipped: {damage}")
         else:
             return path
     return None
 
 
 def load_checkpoint(path: Path, learner: Learner) -> int:
-    """Put a checkpoint's state into `learner`, which has its initial weights; returns its step.
+    """Load a checkpoint into `learner`, which has the initial weights; returns its step.
 
-    A collective, of as many ranks as one likes. Raises UserError when the checkpoint is damaged or
-    belongs to another model.
+    A collective, on any number of ranks. Raises UserError if the checkpoint is damaged or belongs
+    to another model.
     """
     try:
         about = read_state(path)
@@ -203,7 +208,7 @@ def load_checkpoint(path: Path, learner: Learner) -> int:
 
 
 def read_state(path: Path) -> dict:
-    """The content of trainer_state.json. Raises DamagedCheckpoint unless every file is whole."""
+    """The content of trainer_state.json. Raises DamagedCheckpoint unless every file is intact."""
     try:
         state = json.loads((path / STATE_JSON).read_text())
         files, step = dict(state["files"]), int(state["step"])
@@ -225,12 +230,12 @@ def read_state(path: Path) -> dict:
 
 
 def check_tensors(file: Path) -> None:
-    """The header must parse and agree with the file's length."""
+    """Raise DamagedCheckpoint unless the header parses and agrees with the file's length."""
     try:
         with safe_open(file, framework="pt") as tensors:
             tensors.keys()
     except (SafetensorError, OSError) as error:
-        raise DamagedCheckpoint(f"{file.name} is no safetensors file ({error})") from None
+        raise DamagedCheckpoint(f"{file.name} is not a valid safetensors file ({error})") from None
 
 
 def prune(
@@ -240,31 +245,35 @@ def prune(
     keep_best: bool = False,
     warn: Callable[[str], None] = logger.warning,
 ) -> None:
-    """Delete all but the newest `keep_last` whole checkpoints, and what a killed process left.
+    """Delete all but the newest `keep_last` intact checkpoints, and temporary folders of a killed
+    process.
 
-    Damaged checkpoints do not count; each one is moved aside, and `warn` gets a line for it.
+    Damaged checkpoints do not count; each is renamed, and `warn` gets a line for it.
 
-    keep_best: also keep the one with the best dev accuracy, the earliest of equals.
+    keep_best: also keep the checkpoint with the best dev accuracy, the earliest of equals.
     """
-    whole: dict[Path, dict] = {}
+    intact: dict[Path, dict] = {}
     for path in checkpoints(run):
         try:
-            whole[path] = read_state(path)
+            intact[path] = read_state(path)
         except DamagedCheckpoint as damage:
             warn(f"checkpoint {path} is damaged ({damage}); it is kept as {move_aside(path).name}")
-    kept = set(list(whole)[-keep_last:])
-    if keep_best and (best := best_checkpoint(whole)) is not None:
+    kept = set(list(intact)[-keep_last:])
+    if keep_best and (best := best_checkpoint(intact)) is not None:
         kept.add(best)
-    for path in whole:
+    for path in intact:
         if path not in kept:
             remove_folder(path)
     remove_leftovers(run / "checkpoints")
 
 
-def best_checkpoint(whole: Mapping[Path, dict]) -> Path | None:
-    """The one with the best dev accuracy, of those that have one. whole: the states by folder."""
+def best_checkpoint(states: Mapping[Path, dict]) -> Path | None:
+    """The checkpoint with the best dev accuracy; None if none has one.
+
+    states: trainer_state.json by checkpoint folder.
+    """
     best, best_accuracy = None, -math.inf
-    for path, state in whole.items():
+    for path, state in states.items():
         accuracy = state["dev_accuracy"]
         if accuracy is not None and accuracy > best_accuracy:
             best, best_accuracy = path, accuracy
@@ -272,9 +281,9 @@ def best_checkpoint(whole: Mapping[Path, dict]) -> Path | None:
 
 
 def move_aside(path: Path) -> Path:
-    """Rename a damaged checkpoint, so that nothing lists it as one; returns the new path.
+    """Rename a damaged checkpoint so that it is not listed any more; returns the new path.
 
-    An older damaged checkpoint of the same step is replaced.
+    It replaces an older damaged checkpoint of the same step.
     """
     aside = path.with_name(f"{DAMAGED}{path.name}")
     remove_folder(aside)
@@ -282,14 +291,15 @@ def move_aside(path: Path) -> Path:
 
 
 def checkpoints(run: Path) -> list[Path]:
-    """Checkpoint folders by ascending step, whole or not."""
-    found = [
+    """Checkpoint folders by ascending step, intact or damaged."""
+    folders = [
         path for path in (run / "checkpoints").glob("step_*") if STEP_NAME.fullmatch(path.name)
     ]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step_")))
+    return sorted(folders, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def versions() -> dict[str, str]:
+    """The versions of what a checkpoint depends on."""
     return {
         "rosd_fast": __version__,
         "torch": torch.__version__,

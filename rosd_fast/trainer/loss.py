@@ -1,10 +1,10 @@
 """From hidden states to the loss: a thin layer over `rosd_kernels.span_divergence`.
 
-Loss of an optimizer step, over its N distilled tokens in however many micro-batches:
+The loss of an optimizer step, over its N distilled tokens in all micro-batches:
 
     1/N sum_i weight_i * min(exp(student_lp_i - rollout_lp_i), importance_clip) * divergence_i
 
-The importance weight is detached and left out when `importance_clip` is None.
+The importance weight is detached; it is 1 if `importance_clip` is None.
 """
 
 from __future__ import annotations
@@ -35,11 +35,13 @@ def span_loss(
 ) -> SpanDivergenceOutput:
     """The micro-batch's summed loss, with per-token divergence, log-probs and entropies.
 
-    `temperature` is that of the rollouts; `config.temperature`, when set, takes its place. `order`,
-    of `vocabulary_order`, learns from the first calls. `vocab_group`: heads are this rank's rows of
-    the vocabulary, and all else is the same on all of its ranks.
     Differentiable with respect to the student's states and head. `loss` is a sum: divide it by the
     step's N.
+
+    temperature: of the rollouts; `config.temperature` overrides it.
+    order: from `vocabulary_order`; it is learned in the first calls.
+    vocab_group: ranks of a vocab-parallel head. The heads are this rank's rows; all other arguments
+        are equal on all ranks of the group.
     """
     device = student_hidden.device
     return span_divergence(
@@ -70,9 +72,9 @@ def span_loss(
 
 
 def strategy(config: LossConfig) -> Literal["chunked", "tiled", "reference"]:
-    """The kernels' strategy. "auto" is settled here by the options alone.
+    """The kernels' strategy, a function of the options alone.
 
-    The kernels' own "auto" goes by what earlier calls measured, which a resumed run has not seen.
+    The kernels' own "auto" depends on measurements of earlier calls, which a resumed run lacks.
     """
     if config.strategy != "auto":
         return config.strategy
@@ -80,7 +82,7 @@ def strategy(config: LossConfig) -> Literal["chunked", "tiled", "reference"]:
 
 
 def sparsity(config: LossConfig, order: VocabularyOrder | None) -> dict[str, Any]:
-    """The kernels' rule, as an argument."""
+    """The keyword argument for the kernels' sparsity rule; empty for "exact"."""
     if config.sparsity == "exact":
         return {}
     rule = entry if config.sparsity == "entry" else mass
@@ -88,7 +90,7 @@ def sparsity(config: LossConfig, order: VocabularyOrder | None) -> dict[str, Any
 
 
 def vocabulary_order(config: LossConfig, vocab_size: int) -> VocabularyOrder | None:
-    """A new order of the vocabulary, None where nothing would come of it."""
+    """A new vocabulary order; None if the options make no use of one."""
     if config.sparsity == "exact" or not config.vocabulary_order:
         return None
     return VocabularyOrder(vocab_size)
@@ -97,16 +99,17 @@ def vocabulary_order(config: LossConfig, vocab_size: int) -> VocabularyOrder | N
 def importance_weights(
     student_logprob: Tensor, rollout_logprobs: Tensor, importance_clip: float | None
 ) -> Tensor:
-    """[N] min(exp(student - rollout log-prob), importance_clip); ones where it is None."""
+    """[N] min(exp(student - rollout log-prob), importance_clip); ones if that is None."""
     if importance_clip is None:
         return torch.ones_like(student_logprob)
     return (student_logprob - rollout_logprobs).exp().clamp(max=importance_clip)
 
 
 def scaled(values: Tensor, head: Head) -> Tensor:
-    """Fold the head's logit scale into the hidden states, or the bias, that make the logits."""
+    """Hidden states, or a bias, multiplied by the head's logit scale."""
     return values if head.scale == 1.0 else values * head.scale
 
 
 def scaled_bias(head: Head) -> Tensor | None:
+    """The head's bias multiplied by its logit scale; None if it has no bias."""
     return None if head.bias is None else scaled(head.bias, head)

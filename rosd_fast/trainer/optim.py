@@ -1,7 +1,7 @@
 """AdamW (arXiv 1711.05101) with linear warm-up, gradient clipping and fp32 master weights.
 
-Parameters below fp32 get an fp32 master: at a learning rate of 1e-5 a bfloat16 weight of 0.02 would
-not move at all, as its neighbours are 1e-4 away. Their gradients are summed in fp32 too.
+A parameter in lower precision gets an fp32 master: at a learning rate of 1e-5 a bfloat16 weight of
+0.02 would not move at all, as its neighbours are 1e-4 away. Its gradient is summed in fp32 too.
 """
 
 from __future__ import annotations
@@ -17,13 +17,18 @@ from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 from rosd_fast.config import OptimConfig
 from rosd_fast.utils.distributed import full
 
-MOMENTS = ("exp_avg", "exp_avg_sq")  # torch.optim.AdamW's state of a parameter, besides its step
+MOMENTS = ("exp_avg", "exp_avg_sq")  # torch.optim.AdamW's state per parameter, besides its step
 
 
 class Optimizer:
-    """Steps the trainable ones of `named_parameters`. Weight decay applies to matrices only.
+    """Steps the trainable parameters. Weight decay applies to matrices only.
 
-    Parameters may be spread over ranks (DTensor): `step` is a collective then.
+    `step` is a collective if parameters are sharded over ranks (DTensor).
+
+    config: the options of `[optim]`.
+    num_updates: updates so far, without skipped ones.
+    parameters: the trainable parameters by name.
+    masters: full-precision weights by name; the parameter itself if it is in full precision.
     """
 
     def __init__(
@@ -48,7 +53,7 @@ class Optimizer:
             eps=config.eps,
             fused=True,
         )
-        for master in self.masters.values():  # now: a checkpoint has them from the first step on
+        for master in self.masters.values():  # early, so that every checkpoint has the moments
             self._adamw.state[master] = {
                 "step": torch.zeros((), dtype=torch.float32, device=master.device),
                 **{moment: torch.zeros_like(master.detach()) for moment in MOMENTS},
@@ -56,15 +61,16 @@ class Optimizer:
 
     @property
     def lr(self) -> float:
-        """Learning rate of the next update: it rises over `warmup_steps` updates, then stays."""
+        """Learning rate of the next update: linear warm-up over `warmup_steps`, then constant."""
         return self.config.lr * min(1.0, (self.num_updates + 1) / max(1, self.config.warmup_steps))
 
     def zero_grad(self) -> None:
+        """Drop all gradients."""
         for parameter in (*self.parameters.values(), *self.masters.values()):
             parameter.grad = None
 
     def accumulate(self) -> None:
-        """Add low-precision gradients to their masters'; call it after each backward."""
+        """Add low-precision gradients to those of their masters; call it after each backward."""
         for name, parameter in self.parameters.items():
             master = self.masters[name]
             if master is not parameter and parameter.grad is not None:
@@ -73,9 +79,9 @@ class Optimizer:
                 parameter.grad = None
 
     def step(self) -> float:
-        """Clip, update, and return the gradient norm before clipping.
+        """Clip the gradients and update; returns the gradient norm before clipping.
 
-        A norm that is not finite changes nothing: neither weights, moments nor `num_updates`.
+        If the norm is not finite, weights, moments and `num_updates` stay as they are.
         """
         gradients = [p.grad for p in self.masters.values() if p.grad is not None]
         norm = get_total_norm(gradients)
@@ -91,7 +97,7 @@ class Optimizer:
         return value
 
     def state_dict(self) -> dict[str, Tensor]:
-        """Trained weights in full precision, moments, numbers of updates: a flat mapping."""
+        """Trained weights in full precision, moments and numbers of updates, as a flat mapping."""
         state = {"num_updates": torch.tensor(self.num_updates)}
         for name, master in self.masters.items():
             state[f"master.{name}"] = master.detach()
@@ -101,19 +107,24 @@ class Optimizer:
 
     @torch.no_grad()
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take over `state`. Raises KeyError or RuntimeError when it belongs to another model."""
-        own = self.state_dict()
-        for name in own.keys() - {"num_updates"}:
-            own[name].copy_(state[name])
+        """Copy `state` into weights and moments.
+
+        Raises KeyError or RuntimeError if it belongs to another model.
+        """
+        current = self.state_dict()
+        for name in current.keys() - {"num_updates"}:
+            current[name].copy_(state[name])
         self.num_updates = int(state["num_updates"])
         self._write_back()
 
     @torch.no_grad()
     def _write_back(self) -> None:
+        """Round the masters into their parameters."""
         for name, parameter in self.parameters.items():
             if self.masters[name] is not parameter:
                 parameter.copy_(self.masters[name])
 
 
 def is_full_precision(parameter: Tensor) -> bool:
+    """Whether the parameter can be stepped without a master."""
     return parameter.dtype in (torch.float32, torch.float64)

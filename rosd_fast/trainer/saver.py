@@ -1,4 +1,4 @@
-"""Writes a run's checkpoints in a thread, while the run goes on."""
+"""Writes a run's checkpoints in a thread, so that training continues meanwhile."""
 
 from __future__ import annotations
 
@@ -15,9 +15,11 @@ from rosd_fast.trainer.snapshot import Snapshot
 
 
 class Saver:
-    """One checkpoint at a time; each rank has a saver.
+    """Writes and loads checkpoints, one at a time. Each rank has a saver.
 
-    tokenizer: rank 0's, None elsewhere.
+    learner: this rank's learner.
+    tokenizer: for the exported model on rank 0; None elsewhere.
+    options: the options of `[checkpoint]`.
     """
 
     def __init__(
@@ -31,7 +33,10 @@ class Saver:
         self._error: BaseException | None = None
 
     def save(self, run: Path, step: int, dev_accuracy: float | None) -> None:
-        """Copy, and begin to write. A collective. Raises the error of the checkpoint before it."""
+        """Copy the state and start writing it. A collective.
+
+        Raises the error of the previous checkpoint, if it has not been raised yet.
+        """
         self.wait()
         snapshot = Snapshot.of(
             self.learner,
@@ -50,7 +55,7 @@ class Saver:
         return load_checkpoint(path, self.learner)
 
     def wait(self) -> None:
-        """Until it is written. Raises its error."""
+        """Wait until the checkpoint is written. Raises its error."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

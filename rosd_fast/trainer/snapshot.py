@@ -1,4 +1,5 @@
-"""A copy in host memory of what a checkpoint holds: it is written while the run goes on."""
+"""A host-memory copy of a checkpoint's content, so that it can be written while training
+continues."""
 
 from __future__ import annotations
 
@@ -21,24 +22,29 @@ from rosd_fast.trainer.learner import Learner
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Export:
-    """A model to save in the Hugging Face layout; adapters are merged into its weights."""
+    """A model to save in the Hugging Face layout, with adapters merged into its weights.
 
-    model: PreTrainedModel  # without memory for weights
+    model: has the config and the names, but no memory for weights.
+    weights: copies in host memory, by the names of `model`.
+    tokenizer: saved beside the model.
+    """
+
+    model: PreTrainedModel
     weights: dict[str, Tensor]
     tokenizer: PreTrainedTokenizerBase
 
     @classmethod
     def of(cls, learner: Learner, tokenizer: PreTrainedTokenizerBase) -> Export:
-        """A copy of rank 0's model, as of the learner's last `gather_weights`.
+        """Copy rank 0's full model, as of the learner's last `gather_weights`.
 
-        Raises UserError when a model of that config has no place for one of the weights.
+        Raises UserError if a model of that config has no parameter for one of the weights.
         """
         assert learner.full_model is not None
         model = without_adapters(learner.full_model)
         names = dict(model.named_parameters()).keys() | dict(model.named_buffers()).keys()
         weights = {name: w for name, w in learner.weights.items() if name in names}
         kept = {weight.data_ptr() for weight in weights.values()}
-        for name, weight in learner.weights.items():  # a tied one has another's memory
+        for name, weight in learner.weights.items():  # tied weights share their memory
             if name not in names and weight.data_ptr() not in kept:
                 raise UserError(
                     f"an export would lose {name}: the model's config has no place for it",
@@ -49,32 +55,32 @@ class Export:
         return cls(model=model, weights=copies, tokenizer=tokenizer)
 
     def save(self, folder: Path) -> None:
-        """`save_pretrained`, also for generation configs that transformers refuses to save.
+        """Save model and tokenizer, also with a generation config that transformers would refuse.
 
-        Raises RunFailed when the files do not hold the weights.
+        Raises RunFailed if the files do not hold the weights.
         """
-        own = self.model.generation_config
-        if own is not None:
+        generation = self.model.generation_config
+        if generation is not None:
             try:
-                own.validate(strict=True)
+                generation.validate(strict=True)
             except ValueError:
-                # Sampling parameters without do_sample: keep the token ids, which are needed.
+                # It has sampling parameters without do_sample: keep only the token ids.
                 self.model.generation_config = GenerationConfig(
-                    bos_token_id=own.bos_token_id,
-                    eos_token_id=own.eos_token_id,
-                    pad_token_id=own.pad_token_id,
+                    bos_token_id=generation.bos_token_id,
+                    eos_token_id=generation.eos_token_id,
+                    pad_token_id=generation.pad_token_id,
                 )
         with quiet_transformers():
-            # A copy of the mapping: save_pretrained empties it.
+            # save_pretrained empties the mapping, so it gets a copy.
             self.model.save_pretrained(folder, state_dict=dict(self.weights))
             self.tokenizer.save_pretrained(folder)
         self._check_files(folder)
 
     def _check_files(self, folder: Path) -> None:
-        """Compare the weights with the files' headers, and some of the values.
+        """Raise RunFailed unless the files hold all values of the weights.
 
-        transformers writes the fused weights of some models in parts with other names, so the
-        numbers of values are compared, and by name only what both have.
+        transformers splits the fused weights of some models into tensors with other names. So the
+        total number of values is compared, and shapes and some values where the names agree.
         """
         ignored = self.model._keys_to_ignore_on_save or ()
         missing = sum(w.numel() for name, w in self.weights.items() if name not in ignored)
@@ -83,15 +89,15 @@ class Export:
                 for name in tensors.keys():  # noqa: SIM118  (it is not a mapping)
                     part = tensors.get_slice(name)
                     missing -= math.prod(part.get_shape())
-                    own = self.weights.get(name)
-                    if own is not None and not _agrees(part, own):
+                    weight = self.weights.get(name)
+                    if weight is not None and not _agrees(part, weight):
                         raise RunFailed(f"the export does not hold the model's {name}: {file}")
         if missing:
             raise RunFailed(f"the export does not hold {missing} values of the model: {folder}")
 
 
 def _agrees(part: Any, weight: Tensor) -> bool:
-    """Whether a tensor in a file has the shape of `weight`, and its first row or all of it."""
+    """Whether a tensor in a file has the shape of `weight`, and the values of its first row."""
     if part.get_shape() != [*weight.shape]:
         return False
     if weight.ndim > 1:
@@ -100,15 +106,20 @@ def _agrees(part: Any, weight: Tensor) -> bool:
 
 
 def _bytes(tensor: Tensor) -> Tensor:
-    """For comparisons in which NaN equals itself."""
+    """The tensor's bytes, for comparisons in which NaN equals itself."""
     return tensor.contiguous().reshape(-1).view(torch.uint8)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Snapshot:
-    """Of one rank after a step.
+    """What one rank writes to a checkpoint.
 
-    state: this rank's part of `Learner.state_dict`. export: rank 0's, None elsewhere.
+    step: the optimizer step after which it was taken.
+    config_hash: of the run's options.
+    dev_accuracy: mean accuracy on the dev split after that step; None: not measured.
+    fingerprint: of the initial weights, on rank 0.
+    state: this rank's part of `Learner.state_dict`.
+    export: the model to save, on rank 0; None elsewhere.
     """
 
     step: int
@@ -128,7 +139,10 @@ class Snapshot:
         config_hash: str,
         dev_accuracy: float | None = None,
     ) -> Snapshot:
-        """A collective: rank 0's model is brought up to date. tokenizer: rank 0's."""
+        """Copy the learner's state. A collective.
+
+        tokenizer: for the export on rank 0; None elsewhere.
+        """
         learner.gather_weights()
         return cls(
             step=step,
@@ -141,7 +155,7 @@ class Snapshot:
 
 
 def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
-    """A model of that kind without memory for its weights."""
+    """A model of the same config, without adapters and without memory for its weights."""
     with torch.device("meta"):
         plain = type(model)(copy.deepcopy(model.config))
     plain.generation_config = model.generation_config

@@ -1,1 +1,1 @@
-"""Helpers without a subject of their own."""
+"""Helpers for several packages."""

@@ -1,7 +1,7 @@
-"""The ranks of a run, as torchrun starts them; without torchrun there is one.
+"""The ranks of a run, as torchrun starts them; without torchrun there is one process.
 
-Rank 0 leads: it alone samples, reads, writes and logs. What all ranks do together it orders, and
-the others follow (`rosd_fast.trainer.ranks`).
+Rank 0 is the controller: only it samples, reads data, logs and writes files other than checkpoints.
+The other ranks wait for its calls (`rosd_fast.trainer.ranks`).
 """
 
 from __future__ import annotations
@@ -24,21 +24,29 @@ from torch.distributed.tensor import DTensor
 from rosd_fast.config import ParallelConfig
 from rosd_fast.errors import RunFailed, UserError
 
-COMMAND_TIMEOUT = timedelta(days=2)  # that followers wait for an order
+COMMAND_TIMEOUT = timedelta(days=2)  # longest wait of a worker for rank 0's next call
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class World:
-    """This process among the ranks of the run."""
+    """This process among the ranks of the run.
+
+    rank: of this process.
+    size: number of ranks.
+    mesh: ("shard",) or ("replicate", "shard"); None on a single process.
+    control_group: sends rank 0's calls, on CPUs; its timeout is COMMAND_TIMEOUT.
+    checkpoint_group: for the thread that writes checkpoints, on CPUs.
+    """
 
     rank: int = 0
     size: int = 1
-    mesh: DeviceMesh | None = None  # ("shard",) or ("replicate", "shard"); None: one rank
-    control_group: ProcessGroup | None = None  # on CPUs, waits as long as a step takes
-    checkpoint_group: ProcessGroup | None = None  # on CPUs, for checkpoints, which a thread writes
+    mesh: DeviceMesh | None = None
+    control_group: ProcessGroup | None = None
+    checkpoint_group: ProcessGroup | None = None
 
     @property
     def is_rank0(self) -> bool:
+        """Whether this process is the controller."""
         return self.rank == 0
 
     @property
@@ -47,9 +55,9 @@ class World:
         return None if self.mesh is None else self.mesh.get_group("shard")
 
     def scatter(self, values: Sequence[Any] | None, group: ProcessGroup | None = None) -> Any:
-        """To each rank its value; rank 0 gives them all, the others None.
+        """Send each rank its value; returns this rank's.
 
-        group: None, `control_group`.
+        values: one per rank on rank 0, None elsewhere. group: None means `control_group`.
         """
         if self.size == 1:
             assert values is not None
@@ -61,11 +69,11 @@ class World:
         return received[0]
 
     def broadcast(self, value: Any, group: ProcessGroup | None = None) -> Any:
-        """Rank 0's value."""
+        """Send rank 0's value to all ranks; returns it."""
         return self.scatter([value] * self.size if self.is_rank0 else None, group)
 
     def gather(self, value: Any) -> list[Any] | None:
-        """On rank 0 the values by rank, None elsewhere."""
+        """Collect the values of all ranks; returns them by rank on rank 0, None elsewhere."""
         if self.size == 1:
             return [value]
         values: list[Any] | None = [None] * self.size if self.is_rank0 else None
@@ -73,13 +81,13 @@ class World:
         return values
 
     def shutdown_workers(self) -> None:
-        """Let the other ranks end, where they wait for rank 0's word."""
+        """End the other ranks, which wait for rank 0's next call."""
         if self.is_rank0 and self.size > 1:
             self.scatter([None] * self.size)
 
     @contextmanager
     def shutdown_workers_on_error(self) -> Iterator[None]:
-        """Let the other ranks end, too, where rank 0 fails in what they wait for."""
+        """End the other ranks if the block raises on rank 0 while they wait for it."""
         try:
             yield
         except BaseException:
@@ -87,7 +95,7 @@ class World:
             raise
 
     def sum(self, value: float) -> float:
-        """Over the ranks."""
+        """The sum over the ranks."""
         if self.size == 1:
             return value
         total = torch.tensor(value, dtype=torch.float64)
@@ -99,13 +107,19 @@ SINGLE_PROCESS = World()
 
 
 def launched() -> bool:
-    """Whether torchrun has started this process, as one of several."""
+    """Whether torchrun has started this process as one of several."""
     return int(os.environ.get("WORLD_SIZE", "1")) > 1
 
 
 @contextmanager
 def open_world(config: ParallelConfig, device: str) -> Iterator[World]:
-    """Join torchrun's ranks. device: auto, cpu or cuda, as in `Config.device`."""
+    """Join torchrun's ranks for the block.
+
+    Raises UserError if the ranks cannot be divided into shard groups, and RunFailed if another rank
+    has ended.
+
+    device: auto, cpu or cuda, as in `Config.device`.
+    """
     if not launched():
         yield SINGLE_PROCESS
         return
@@ -138,20 +152,23 @@ def open_world(config: ParallelConfig, device: str) -> Iterator[World]:
     except RuntimeError as error:
         if not is_lost_peer(error):
             raise
-        raise RunFailed("another rank has ended; what it wrote above says why") from error
+        raise RunFailed("another rank has ended; its output above says why") from error
     finally:
         dist.destroy_process_group()
 
 
 def host_group(timeout: timedelta) -> ProcessGroup:
-    """Of all ranks, for what lies in host memory."""
+    """A process group of all ranks for tensors and objects in host memory."""
     group = dist.new_group(backend="gloo", timeout=timeout)
     assert isinstance(group, ProcessGroup)
     return group
 
 
 def pick_device(name: str) -> torch.device:
-    """auto: CUDA where present."""
+    """The device that auto, cpu or cuda names; auto: CUDA if present.
+
+    Raises UserError for cuda without a CUDA device.
+    """
     if name == "cuda" and not torch.cuda.is_available():
         raise UserError(
             "no CUDA device is available", where="device", fix="Set device to cpu or auto"
@@ -160,17 +177,17 @@ def pick_device(name: str) -> torch.device:
 
 
 def full(tensor: Tensor) -> Tensor:
-    """The whole of a tensor that may be spread over ranks. A collective where it is."""
+    """The full tensor. A collective if `tensor` is sharded over ranks."""
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def is_lost_peer(error: BaseException) -> bool:
-    """Whether a collective failed since another process has gone."""
+    """Whether a collective failed because another process has exited."""
     text = str(error).lower()
     return isinstance(error, dist.DistError) or "by peer" in text or "gloo" in text
 
 
 def ignore_stop_signals() -> None:
-    """Ctrl-C and SIGTERM reach all ranks; rank 0 acts on them, and ends the others."""
+    """Ignore Ctrl-C and SIGTERM, which reach all ranks: rank 0 handles them and ends the others."""
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

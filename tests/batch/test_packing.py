@@ -1,4 +1,4 @@
-"""Packing loses no distilled token, doubles none, and reads each from the row before it."""
+"""Packing neither loses nor repeats a distilled token, and reads each from the row before it."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def part_of(samples, *, min_shared=16, hidden_size=1024) -> Part:
 
 @st.composite
 def sample_lists(draw, max_size=12):
-    """Samples of a few groups, with few different tokens: they begin alike by design and chance."""
+    """Samples of a few groups over few token ids, so that prefixes are shared by chance, too."""
     ids = st.lists(st.integers(1, 3), min_size=1, max_size=9).map(tuple)
     problems = [(draw(ids), draw(ids)) for _ in range(draw(st.integers(1, 3)))]
     samples = []
@@ -58,7 +58,7 @@ def sample_lists(draw, max_size=12):
 def test_packing(samples, max_tokens, min_shared, num_ranks):
     batches = pack(samples, max_tokens=max_tokens, min_shared=min_shared, num_ranks=num_ranks)
     assert len(batches) % num_ranks == 0 and (batches != []) == (samples != [])
-    # A whole turn of empty ones would be computed for nothing.
+    # A turn in which all are empty would be wasted.
     turns = [batches[i : i + num_ranks] for i in range(0, len(batches), num_ranks)]
     assert all(any(batch.rollout_ids for batch in turn) for turn in turns)
     empty = [batch for batch in batches if not batch.rollout_ids]
@@ -214,11 +214,11 @@ def common_prefix(sequences):
 
 @settings(max_examples=50, deadline=None)
 @given(samples=sample_lists(), max_tokens=st.integers(1, 150), min_shared=st.integers(0, 6))
-def test_packing_is_repeatable_and_no_worse_than_twice_the_volume(samples, max_tokens, min_shared):
+def test_packing_is_deterministic_and_at_most_twice_the_volume(samples, max_tokens, min_shared):
     batches = pack(samples, max_tokens=max_tokens, min_shared=min_shared)
     again = pack(samples, max_tokens=max_tokens, min_shared=min_shared)
     assert [batch.rollout_ids for batch in batches] == [batch.rollout_ids for batch in again]
-    # Any two micro-batches of first-fit are together over the budget, before they share anything.
+    # Any two micro-batches of first-fit exceed the budget together, if nothing is shared.
     loads = [num_tokens_alone(batch, samples) for batch in batches]
     assert all(one + other > max_tokens for one, other in pairwise(loads))
 
@@ -229,7 +229,7 @@ def num_tokens_alone(batch, samples):
     return part_of(members, min_shared=0).num_tokens
 
 
-def test_a_group_goes_through_the_model_with_one_prompt_and_is_not_torn_apart():
+def test_a_group_shares_its_prompt_and_stays_together():
     groups = [
         DistillSample(
             rollout_id=f"{group}/{index}",
@@ -253,7 +253,7 @@ def test_a_group_goes_through_the_model_with_one_prompt_and_is_not_torn_apart():
     assert first.teacher.lengths == (21, 12, 12, 12) and first.num_tokens == 84
     # The first completion token of each is predicted by the last token of the one prompt.
     assert first.student.gather.tolist() == [20, 21, 22, 20, 23, 24, 20, 25, 26]
-    # A group over the budget is cut, and its parts share among them what they can.
+    # A group over the budget is split; prefixes are shared within each part.
     parts = pack(groups, max_tokens=70)
     assert [part.rollout_ids for part in parts] == [
         ("50/0", "50/1"),
@@ -300,7 +300,7 @@ def test_first_fit_decreasing_and_dtypes():
     ],
     ids=["one group", "groups", "unequal", "too few"],
 )
-def test_ranks_have_alike_shares(lengths, num_ranks, expected):
+def test_ranks_get_similar_loads(lengths, num_ranks, expected):
     samples = [
         dataclasses.replace(
             make_sample(f"{group}/{index}", length),
@@ -316,8 +316,8 @@ def test_ranks_have_alike_shares(lengths, num_ranks, expected):
 
 @settings(max_examples=100, deadline=None)
 @given(samples=sample_lists(max_size=24), num_ranks=st.integers(2, 4))
-def test_no_rank_has_much_more_than_its_share(samples, num_ranks):
-    """With room for all, the most is at most a fair share and the largest part on top."""
+def test_no_rank_has_much_more_than_its_fair_share(samples, num_ranks):
+    """With room for all, the largest load is at most a fair share plus the largest part."""
     options = {"min_shared": 2, "hidden_size": 16}
     batches = pack(samples, max_tokens=10_000, num_ranks=num_ranks, **options)
     by_id = {sample.rollout_id: sample for sample in samples}
@@ -337,7 +337,7 @@ def test_flops_by_hand():
     sample = make_sample("a", 5)
     length = len(sample.student_prompt_ids) + sample.end - 1
     pairs = length * (length + 1) / 2
-    # 24 H^2 a token and 4 H a pair; the student's three times.
+    # 24 H^2 per token and 4 H per pair; the student counts three times.
     own = (24 * 64**2 * length + 4 * 64 * pairs) / (24 * 64**2)
     assert len(sample.teacher_prompt_ids) == len(sample.student_prompt_ids)
     assert part_of([sample], min_shared=0, hidden_size=64).flops == pytest.approx(4 * own)

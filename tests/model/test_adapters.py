@@ -1,4 +1,4 @@
-"""Which parameters are trained, and whole weights out of adapters."""
+"""Which parameters are trained, and merging adapters into full weights."""
 
 from __future__ import annotations
 
@@ -52,8 +52,8 @@ def test_without_patterns_all_is_trained(make_model) -> None:
     assert trained(model) == set(dict(model.named_parameters()))
 
 
-def test_a_pattern_that_fits_nothing_is_a_mistake(make_model) -> None:
-    with pytest.raises(UserError, match=r"model\.layer\.\* fits no parameter.*embed_tokens"):
+def test_a_pattern_that_matches_nothing_is_a_user_error(make_model) -> None:
+    with pytest.raises(UserError, match=r"model\.layer\.\* matches no parameter.*embed_tokens"):
         mark_trainable(make_model(), config_of(optim={"trainable": "model.layer.*"}))
 
 
@@ -73,7 +73,7 @@ def test_only_what_was_chosen_moves(make_model, distill_samples) -> None:
     moved = {n for n, p in model.named_parameters() if not torch.equal(p, before[n])}
     assert moved == trained(model) and len(moved) == 8
     kept = {k.removeprefix("optimizer.master.") for k in learner.state_dict() if ".master." in k}
-    assert kept == moved  # a checkpoint does not repeat what never changes
+    assert kept == moved  # a checkpoint leaves out what never changes
 
 
 def adapted(make_model, dtype=torch.float32, family="Llama", **lora: Any) -> tuple[Any, Config]:
@@ -113,7 +113,7 @@ def test_merged_weights_compute_the_same(make_model, distill_samples, family, dt
     torch.testing.assert_close(plain(IDS).logits, model(IDS).logits, **close)
 
 
-def test_the_fingerprint_is_of_the_model_below(make_model) -> None:
+def test_the_fingerprint_ignores_adapters(make_model) -> None:
     plain = make_model("Llama", torch.float32)
     model, _ = adapted(make_model)
     with torch.no_grad():
@@ -128,10 +128,10 @@ def test_the_fingerprint_is_of_the_model_below(make_model) -> None:
 
 
 @pytest.mark.parametrize("kind", ["frozen", "ema", "live"])
-def test_a_checkpoint_holds_adapters_and_exports_whole_weights(
+def test_a_checkpoint_holds_adapters_and_exports_full_weights(
     make_model, distill_samples, tokenizer, tmp_path: Path, kind: str
 ) -> None:
-    """It goes on to the same bits, and loads without peft."""
+    """A resumed run has the same bits, and the export loads without peft."""
     options = config_of(lora={"rank": 3}, teacher={"kind": kind})
     batches = pack(distill_samples, max_tokens=40)
 
@@ -159,7 +159,7 @@ def test_a_checkpoint_holds_adapters_and_exports_whole_weights(
         assert torch.equal(resumed.weights[name], weight), name
 
 
-def test_a_copy_has_adapters_of_its_own(make_model) -> None:
+def test_a_copy_has_its_own_adapters(make_model) -> None:
     model, _ = adapted(make_model)
     copied = copy.deepcopy(model)
     with torch.no_grad():

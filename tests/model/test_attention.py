@@ -1,4 +1,4 @@
-"""Packed hidden states and gradients against one sequence at a time, in float64."""
+"""Packed hidden states and gradients against processing each sequence alone, in float64."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def tiny(family: str, dtype: torch.dtype = torch.float64, **changes):
 
 @contextmanager
 def float64() -> Iterator[None]:
-    """What models compute in float32 whatever their dtype, such as norms, is in float64 too."""
+    """Compute in float64 what models compute in float32 whatever their dtype, such as norms."""
     to, softmax = torch.Tensor.to, F.softmax
 
     def wide(value: Any) -> Any:
@@ -84,7 +84,7 @@ def packed_sequences(lengths: list[int], seed: int = 0) -> PackedSequences:
 
 
 def one_at_a_time(model, packed: PackedSequences) -> torch.Tensor:
-    """The model's own attention on each sequence alone."""
+    """The states of the model's own attention on each sequence alone."""
     ids = packed.input_ids.split(packed.lengths)
     return torch.cat(
         [model.get_decoder()(input_ids=x[None], use_cache=False).last_hidden_state[0] for x in ids]
@@ -97,7 +97,7 @@ def gradients(model) -> dict[str, torch.Tensor]:
 
 
 def assert_equal(actual: dict, expected: dict) -> None:
-    """Largest error of each tensor at most 1e-10 of its largest entry."""
+    """Assert that the error of each tensor is at most 1e-10 of its largest entry."""
     assert actual.keys() == expected.keys() and len(expected) > 10
     for key, value in expected.items():
         error = float((actual[key] - value).abs().max())
@@ -121,7 +121,7 @@ def test_states_and_gradients_equal_one_sequence_at_a_time(family):
 
 @st.composite
 def groups(draw):
-    """Samples of one to three prompts, whose completions and teacher's prompts begin alike too."""
+    """Samples of one to three prompts; completions and teacher prompts share prefixes, too."""
     ids = st.lists(st.integers(3, 5), min_size=1, max_size=12).map(tuple)
     prompts = draw(st.lists(st.tuples(ids, ids), min_size=1, max_size=3))
     samples = []
@@ -146,7 +146,7 @@ def groups(draw):
 @given(samples=groups(), min_shared=st.integers(1, 4), max_tokens=st.sampled_from([60, 1000]))
 @settings(max_examples=12, deadline=None)
 def test_shared_tokens_change_nothing(family, samples, min_shared, max_tokens):
-    """States that predict distilled tokens, and gradients, against each sample on its own."""
+    """States that predict distilled tokens, and gradients, equal those of each sample alone."""
     model = MODELS[family]
     batches = pack(samples, max_tokens=max_tokens, min_shared=min_shared)
     by_id = {sample.rollout_id: sample for sample in samples}
@@ -162,7 +162,7 @@ def test_shared_tokens_change_nothing(family, samples, min_shared, max_tokens):
 
 
 def states_and_gradients(model, side, samples, seeds, batches) -> dict[str, torch.Tensor]:
-    """Of each sample the states that predict its tokens, and the gradients of a sum over them.
+    """The states that predict each sample's tokens, and the gradients of a sum over them.
 
     batches: None for each sample on its own, through the model's own attention.
     """
@@ -183,7 +183,7 @@ def states_and_gradients(model, side, samples, seeds, batches) -> dict[str, torc
     return {name: states.detach() for name, states in found.items()} | gradients(model)
 
 
-def test_what_is_shared_is_computed_once(monkeypatch):
+def test_shared_prefixes_are_computed_once(monkeypatch):
     """1 prompt of 30 tokens and 4 completions of 5: 50 tokens go through the layers, not 140."""
     seen = []
     forward = type(LLAMA.model.layers[0]).forward
@@ -207,7 +207,7 @@ def test_what_is_shared_is_computed_once(monkeypatch):
 
 @pytest.mark.parametrize("family", ["Qwen3", "Mistral", "Gemma2"])
 def test_flash_attention_gets_what_sdpa_gets(family, monkeypatch):
-    """The variable-length call that a GPU gets, answered by a few lines of the same meaning."""
+    """A few equivalent lines stand for the variable-length call that a GPU would run."""
     calls = []
 
     def flash_attn_varlen_func(  # the interface of flash-attn 2

@@ -1,4 +1,4 @@
-"""Blocks that recompute, compile or are fused."""
+"""Blocks with activation checkpointing, torch.compile or liger-kernel."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ FAMILIES = ["Llama", "Qwen3", "Mistral", "Gemma3Text", "Granite"]
 
 
 def steps(model: Any, samples: Any, **learner: Any) -> tuple[list[Any], dict[str, torch.Tensor]]:
-    """Metrics of two steps, and the weights after them."""
+    """The metrics of two steps and the weights after them."""
     options = Config.model_validate(
         {"learner": learner, "optim": {"lr": 1e-3}, "loss": {"strategy": "reference"}}
     )
@@ -37,8 +37,8 @@ def test_recomputed_activations_are_the_same(make_model, distill_samples, family
     assert all(torch.equal(recomputed[1][name], weight) for name, weight in kept[1].items())
 
 
-def test_recomputing_keeps_less(make_model, distill_samples) -> None:
-    """What autograd has saved by the end of the forward pass, in bytes."""
+def test_activation_checkpointing_keeps_fewer_bytes(make_model, distill_samples) -> None:
+    """Compare the bytes that autograd has saved by the end of the forward pass."""
     sizes = []
     for recompute in (False, True):
         model = make_model("Llama", torch.float32, num_hidden_layers=6)
@@ -92,8 +92,8 @@ for family in FAMILIES:
 
 
 def test_liger_takes_norms_and_mlps() -> None:
-    """Its kernels need a GPU; which modules get them is seen without. In a process of its own, as
-    it changes transformers' modules."""
+    """The kernels need a GPU, but not the check of which modules get them. It runs in a process of
+    its own, because it changes transformers' modules."""
     pytest.importorskip("liger_kernel")
     code = PATCHED.replace("FAMILIES", repr(FAMILIES))
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
@@ -105,7 +105,7 @@ def test_liger_takes_norms_and_mlps() -> None:
         assert f"{family} own loss" in found
 
 
-def test_liger_is_off_on_a_cpu_and_refused_where_it_was_asked_for(make_model) -> None:
+def test_liger_is_off_on_a_cpu_and_refused_if_required(make_model) -> None:
     model = make_model()
     prepare_blocks(model, Config().learner, torch.device("cpu"))
     assert all("forward" not in vars(module) for module in model.modules())

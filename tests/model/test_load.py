@@ -1,4 +1,4 @@
-"""Loading: what works, and one line for each thing that cannot."""
+"""Loading: what works, and a one-line error for everything that cannot."""
 
 from __future__ import annotations
 
@@ -133,7 +133,7 @@ def test_missing_folder(name):
     assert "no such model folder" in refused(name)
 
 
-def test_a_file_is_no_folder(tmp_path):
+def test_a_file_is_not_a_folder(tmp_path):
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert "is a file" in refused(tmp_path / "model.safetensors")
 
@@ -157,7 +157,7 @@ def test_hub_errors(monkeypatch, error, says):
     assert says in refused("org/name-that-is-not-there")
 
 
-def test_remote_code_is_off_unless_asked_for(monkeypatch, folder):
+def test_remote_code_is_off_by_default(monkeypatch, folder):
     seen = []
 
     def spy(original):
@@ -239,8 +239,8 @@ def add_adapter_files(folder) -> None:
     model.save_pretrained(folder)  # of a model with adapters, only these
 
 
-def test_an_adapter_beside_whole_weights(folder):
-    """transformers would load both, SGLang the whole weights only."""
+def test_an_adapter_beside_full_weights(folder):
+    """transformers would load both, SGLang only the full weights."""
     add_adapter_files(folder)
     assert (folder / "model.safetensors").is_file()
     text = refused(folder)

@@ -107,7 +107,7 @@ def run_steps(learner: Learner, first: int, last: int) -> list[dict[str, float]]
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["frozen", "ema", "live", "trust_region"])
-def test_resume_is_bitwise_equal_to_going_on(tmp_path, tokenizer, kind, dtype):
+def test_a_resumed_run_has_the_same_bits_as_an_uninterrupted_one(tmp_path, tokenizer, kind, dtype):
     straight = Learner(tiny_model(dtype), options(kind))
     run_steps(straight, 1, 4)
     path = save(tmp_path, 4, straight, tokenizer)
@@ -153,7 +153,7 @@ def test_an_export_gives_the_same_logits(tmp_path, tokenizer, family, tied):
 
 
 def test_an_export_drops_no_weight(tmp_path, tokenizer):
-    """A head of its own in a model that the config ties."""
+    """The model has an untied head, and its config says that the head is tied."""
     model = tiny_model()
     model.lm_head.weight = torch.nn.Parameter(torch.randn_like(model.lm_head.weight))
     with pytest.raises(UserError, match=r"lm_head\.weight"):
@@ -227,7 +227,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_a_damaged_checkpoint_is_named_and_passed_over(run, damage):
+def test_a_damaged_checkpoint_is_named_and_skipped(run, damage):
     assert newest(run).name == "step_000010"
     damaged = run / "checkpoints" / "step_000010"
     DAMAGE[damage](damaged)
@@ -245,7 +245,7 @@ def test_no_checkpoint(tmp_path):
 
 @pytest.mark.parametrize("other", [{"hidden": 32}, {"seed": 7}], ids=["size", "weights"])
 def test_another_model_is_refused(run, other):
-    """A frozen teacher is the initial weights, which the checkpoint does not repeat."""
+    """A frozen teacher needs the initial weights, which the checkpoint does not contain."""
     with pytest.raises(UserError, match="another model"):
         load_checkpoint(newest(run), Learner(tiny_model(**other), options("frozen")))
 
@@ -280,8 +280,8 @@ def test_prune_keeps_the_best(tmp_path, tokenizer):
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_prune_counts_whole_checkpoints_only(run, tokenizer, damage):
-    """A run resumed from step 2, as step 10 is damaged, saves step 3: that one must stay."""
+def test_prune_counts_intact_checkpoints_only(run, tokenizer, damage):
+    """A run that resumes from step 2, as step 10 is damaged, keeps the step 3 that it saves."""
     damaged = run / "checkpoints" / "step_000010"
     DAMAGE[damage](damaged)
     rest = sorted(file.relative_to(damaged) for file in damaged.rglob("*"))
@@ -307,7 +307,7 @@ def test_a_step_that_is_damaged_twice_is_moved_aside_twice(run, tokenizer):
     assert newest(run).name == "step_000010"
 
 
-def test_an_unwritable_place_is_a_user_error(tmp_path, tokenizer):
+def test_an_unwritable_folder_is_a_user_error(tmp_path, tokenizer):
     learner = Learner(tiny_model(), options("frozen"))
     (tmp_path / "checkpoints").write_text("a file in the way")
     with pytest.raises(UserError, match="cannot be written"):
@@ -316,8 +316,8 @@ def test_an_unwritable_place_is_a_user_error(tmp_path, tokenizer):
 
 @pytest.mark.parametrize("limit", [1_000, 60_000])
 def test_a_full_disk_leaves_the_old_checkpoint(run, tokenizer, limit):
-    """A limit on the size of a file is as near to a full disk as one gets without a disk: what is
-    written up to it is there, and then the system refuses."""
+    """A limit on file size acts like a full disk: the file is written up to the limit, then the
+    system refuses to write more."""
     before = {path: path.read_bytes() for path in sorted(run.rglob("*")) if path.is_file()}
     learner = Learner(tiny_model(), options("frozen"))
     snapshot = Snapshot.of(learner, tokenizer, step=10, config_hash="abc")
@@ -356,7 +356,7 @@ def test_a_generation_config_that_transformers_refuses_to_save(tmp_path, tokeniz
     assert model.generation_config is own
 
 
-def test_atomic_folder_replaces_whole_or_not_at_all(tmp_path):
+def test_atomic_folder_replaces_all_or_nothing(tmp_path):
     path = tmp_path / "a" / "b"
     with atomic_folder(path) as folder:
         (folder / "x").write_text("1")

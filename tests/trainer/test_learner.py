@@ -45,7 +45,7 @@ def policy(model) -> PolicyModel:
 
 
 def config(**sections) -> Config:
-    """Options by section, e.g. loss={"divergence": "jsd"}; no warm-up, unless asked for."""
+    """Options by section, e.g. loss={"divergence": "jsd"}; no warm-up by default."""
     sections["optim"] = {"lr": 1e-2, "warmup_steps": 0} | sections.get("optim", {})
     return Config.model_validate(sections)
 
@@ -102,7 +102,7 @@ def batch(samples: list[dict]) -> PackedBatch:
 
 
 def dense_divergence(p_log, q_log, kind: str, beta: float):
-    """Definitions, entry by entry: [N, V] log-probs -> [N]."""
+    """The divergences by their definitions: [N, V] log-probabilities -> [N]."""
     p, q = p_log.exp(), q_log.exp()
     m_log = (beta * q + (1 - beta) * p).log()
     return {
@@ -149,7 +149,7 @@ def dense_step(model, teacher, samples, options: Config):
 
 
 def gradients_of_step(learner: Learner, batches, monkeypatch) -> dict[str, torch.Tensor]:
-    """The gradients that reach the optimizer, which is kept from stepping."""
+    """The gradients that reach the optimizer; its step is disabled."""
     with monkeypatch.context() as patch:
         patch.setattr(learner.optimizer, "step", lambda: 1.0)
         learner.step(batches)
@@ -209,7 +209,7 @@ def test_micro_batches_do_not_change_the_gradient(dtype, bound, monkeypatch):
             assert float((split[name] - gradient).abs().max()) <= bound * max(1, scale), name
 
 
-def test_training_brings_student_to_teacher():
+def test_training_moves_the_student_to_the_teacher():
     learner = Learner(tiny_model(), config(loss={"importance_clip": None}))
     batches = [batch([sample(i) for i in range(4)])]
     values = [learner.step(batches).metrics["loss/divergence"] for _ in range(12)]
@@ -225,7 +225,7 @@ def test_no_batches_change_nothing():
     assert learner.optimizer.num_updates == 0
 
 
-def test_a_step_that_is_not_finite_is_skipped_and_five_end_the_run():
+def test_a_non_finite_step_is_skipped_and_five_in_a_row_end_the_run():
     learner = Learner(tiny_model(), config(teacher={"kind": "ema"}))
     good = batch([sample(0), sample(1)])
     bad = dataclasses.replace(good, weights=torch.full_like(good.weights, float("nan")))
@@ -237,14 +237,14 @@ def test_a_step_that_is_not_finite_is_skipped_and_five_end_the_run():
         assert "loss/divergence" not in result.metrics and "loss/grad_norm" not in result.metrics
     after = learner.weights | learner.state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
-    assert learner.step([good]).metrics["loss/skipped"] == 0  # starts the count anew
+    assert learner.step([good]).metrics["loss/skipped"] == 0  # resets the count
     for _ in range(4):
         learner.step([bad])
     with pytest.raises(TrainingDiverged, match=r"optim\.lr"):
         learner.step([bad])
 
 
-def test_an_infinite_loss_is_skipped_though_its_gradient_is_finite(monkeypatch):
+def test_an_infinite_loss_with_a_finite_gradient_is_skipped(monkeypatch):
     def infinite(*args, **kwargs):
         output = span_loss(*args, **kwargs)
         return dataclasses.replace(output, loss=output.loss + float("inf"))
@@ -256,7 +256,7 @@ def test_an_infinite_loss_is_skipped_though_its_gradient_is_finite(monkeypatch):
     assert all(torch.equal(w, before[name]) for name, w in learner.weights.items())
 
 
-def test_a_gradient_that_is_not_finite_is_skipped():
+def test_a_non_finite_gradient_is_skipped():
     learner = Learner(tiny_model(), config())
     before = {name: w.clone() for name, w in learner.weights.items()}
     poison = learner.model.model.norm.weight.register_hook(lambda g: g * float("inf"))
@@ -289,7 +289,7 @@ def test_ema_teacher_moves_after_each_step():
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_ema_follows_in_fp32(dtype):
+def test_the_average_is_kept_in_fp32(dtype):
     model = tiny_model(dtype)
     options = config(teacher={"kind": "ema", "ema_rate": 0.01}).teacher
     teacher = Teacher(policy(model), options, policy(copy.deepcopy(model)))
@@ -305,7 +305,7 @@ def test_ema_follows_in_fp32(dtype):
 
 
 @pytest.mark.parametrize("tied", [True, False])
-def test_teacher_head_is_its_own(tied):
+def test_the_teacher_has_its_own_head(tied):
     model = tiny_model(tied=tied)
     teacher = Teacher(policy(model), config().teacher, policy(copy.deepcopy(model)))
     ids = packed([sample(0)], "teacher")
@@ -369,7 +369,7 @@ def test_optimizer_against_the_formula():
     assert all(p.grad is None for p in named.values())
 
 
-def test_bfloat16_learns_through_fp32_masters():
+def test_bfloat16_weights_are_trained_through_fp32_masters():
     parameter = torch.nn.Parameter(torch.full((4, 4), 0.02, dtype=torch.bfloat16))
     options = config(optim={"lr": 1e-5, "weight_decay": 0.0}).optim
     optimizer = Optimizer([("w", parameter)], options)
@@ -398,7 +398,7 @@ def test_top_k_beyond_the_vocabulary_is_named():
 
 
 @pytest.mark.parametrize("rule", ["entry", "mass"])
-def test_sparsity_leaves_little_out_and_says_how_much(rule, monkeypatch):
+def test_sparsity_drops_little_and_reports_how_much(rule, monkeypatch):
     samples = [sample(i) for i in range(6)]
     batches = [batch(samples[:3]), batch(samples[3:])]
     exact = Learner(tiny_model(), config())
@@ -419,7 +419,7 @@ def test_sparsity_leaves_little_out_and_says_how_much(rule, monkeypatch):
     assert "loss/active_frac" not in exact.step(batches).metrics
 
 
-def test_vocabulary_order_goes_on_after_a_reload():
+def test_the_vocabulary_order_survives_a_reload():
     loss = {"sparsity": "entry"}
     first = Learner(tiny_model(), config(loss=loss))
     first.step([batch([sample(i) for i in range(3)])])

@@ -1,4 +1,4 @@
-"""Teachers against their definitions, with dense logits of one sequence at a time in float64."""
+"""Each kind of teacher against its definition, from dense float64 logits per sequence."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def dense(model: Any, samples: Any, prompt: str) -> torch.Tensor:
 
 
 def move(model: Any) -> None:
-    """Trained weights go on, as if steps had been taken."""
+    """Change the trained weights, as optimizer steps would."""
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.requires_grad:
@@ -42,7 +42,7 @@ def move(model: Any) -> None:
 
 
 def scored(learner: Learner, samples: Any) -> torch.Tensor:
-    """[N, V] log-probabilities of the teacher."""
+    """The teacher's [N, V] log-probabilities."""
     (batch,) = pack(samples, max_tokens=10_000, min_shared=2)
     with learner.teacher.scoring(batch.teacher) as (states, head):
         assert not states.requires_grad
@@ -70,7 +70,7 @@ def test_live_is_the_student_itself(make_model, distill_samples) -> None:
     learner = Learner(make_model("Gemma2", sliding_window=4), options)
     move(learner.model)
     expected = dense(learner.model, distill_samples, "teacher_prompt_ids").log_softmax(-1)
-    # Its own attention takes the softmax in fp32.
+    # Gemma2's own attention computes the softmax in fp32.
     torch.testing.assert_close(scored(learner, distill_samples), expected, rtol=0, atol=1e-5)
     assert learner.teacher.state_dict() == {}
     batches = pack(distill_samples, max_tokens=40, min_shared=2)
@@ -79,7 +79,9 @@ def test_live_is_the_student_itself(make_model, distill_samples) -> None:
 
 
 @pytest.mark.parametrize("kind", ["frozen", "trust_region"])
-def test_with_adapters_the_teacher_is_the_model_below(make_model, distill_samples, kind) -> None:
+def test_with_adapters_the_teacher_is_the_model_without_them(
+    make_model, distill_samples, kind
+) -> None:
     options = config_of(teacher={"kind": kind, "mix": 0.3}, lora={"rank": 3})
     model = make_model("Qwen3")
     initial = copy.deepcopy(model)
@@ -113,10 +115,10 @@ def test_with_adapters_ema_averages_them(make_model, distill_samples) -> None:
     found = scored(learner, distill_samples)
     torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
     live = dense(model, distill_samples, "teacher_prompt_ids").log_softmax(-1)
-    assert (live - expected).abs().max() > 1e-3  # and the student has its own adapters again
+    assert (live - expected).abs().max() > 1e-3  # and the student has its adapters back
 
 
-def test_trust_region_does_not_go_through_a_soft_cap(make_model) -> None:
+def test_trust_region_is_refused_under_a_soft_cap(make_model) -> None:
     options = config_of(teacher={"kind": "trust_region"})
     with pytest.raises(UserError, match=r"teacher.kind: trust_region: logits under a soft cap"):
         Learner(make_model("Gemma2", final_logit_softcapping=3.0), options)
@@ -133,7 +135,7 @@ def test_offloading_changes_nothing(make_model, distill_samples, kind) -> None:
     assert results[0] == results[1]
 
 
-def test_scores_do_not_touch_the_student(make_model, distill_samples) -> None:
+def test_scoring_leaves_the_student_unchanged(make_model, distill_samples) -> None:
     model = make_model("Llama", torch.float32)
     options = config_of(teacher={"kind": "ema"}, lora={"rank": 2})
     mark_trainable(model, options)

@@ -1,4 +1,4 @@
-"""Steps on several ranks against the same steps on one, by real processes under torchrun."""
+"""Steps on several ranks, real processes under torchrun, against the same steps on one."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from tests.launch import module_command
 
 ROOT = Path(__file__).parents[3]
 TOLERANCE = {"grad": 1e-5, "weight": 1e-5, "teacher": 1e-5, "resumed": 1e-5}
-# bfloat16 weights are rounded to it on one rank, and fp32 shares of them on several.
+# One rank keeps bfloat16 weights, several ranks keep fp32 shards.
 NARROW = {"grad": 2e-2, "weight": 2e-2, "teacher": 2e-2, "resumed": 2e-2}
 
 
 def torchrun(ranks: int, *args: str | Path, timeout: float = 300) -> None:
-    """Run the worker; a single rank goes without torchrun."""
+    """Run the worker, under torchrun if there are several ranks."""
     result = subprocess.run(
         module_command(ranks, "tests.trainer.ranks.worker", *args),
         cwd=ROOT,
@@ -34,7 +34,7 @@ def torchrun(ranks: int, *args: str | Path, timeout: float = 300) -> None:
 
 
 def assert_same(one: Path, many: Path) -> None:
-    """The gradients, weights and metrics in the folder `many` are those in `one`."""
+    """Gradients, weights and metrics in the folder `many` equal those in `one`."""
     expected, found = (load_file(path / "results.safetensors") for path in (one, many))
     assert {name for name in found if "/resumed/" not in name} == {
         name for name in expected if "/resumed/" not in name
@@ -65,7 +65,7 @@ def assert_same(one: Path, many: Path) -> None:
 
 @pytest.fixture
 def one(tmp_path: Path) -> Path:
-    """Results of one rank."""
+    """A folder with the results of one rank."""
     folder = tmp_path / "one"
     folder.mkdir()
     torchrun(1, folder)
@@ -73,7 +73,7 @@ def one(tmp_path: Path) -> Path:
 
 
 def test_two_ranks_and_back(one: Path, tmp_path: Path) -> None:
-    """Two ranks go on from the checkpoints of one, and one from those of two."""
+    """Two ranks also resume from the checkpoints of one, and one from those of two."""
     two, again = tmp_path / "two", tmp_path / "again"
     two.mkdir()
     again.mkdir()
@@ -84,7 +84,7 @@ def test_two_ranks_and_back(one: Path, tmp_path: Path) -> None:
 
 
 def test_three_ranks(one: Path, tmp_path: Path) -> None:
-    """No size is a multiple of 3, and of one sample two ranks have nothing."""
+    """No size is a multiple of 3, and with one sample two ranks have none."""
     three = tmp_path / "three"
     three.mkdir()
     torchrun(3, three, "--resume", one)
@@ -92,7 +92,7 @@ def test_three_ranks(one: Path, tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_two_copies_of_two_shares(one: Path, tmp_path: Path) -> None:
+def test_two_copies_of_two_shards(one: Path, tmp_path: Path) -> None:
     four = tmp_path / "four"
     four.mkdir()
     torchrun(4, four, "--resume", one, "--shard-size", "2")

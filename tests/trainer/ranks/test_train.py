@@ -1,4 +1,4 @@
-"""`rosd-fast train` on two ranks, by torchrun: the same run as on one, and an end to it."""
+"""`rosd-fast train` on two ranks under torchrun: the same run as on one, and how it ends."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def train(ranks: int, *args: str | Path) -> subprocess.CompletedProcess[str]:
 
 @contextmanager
 def training(*args: str | Path) -> Iterator[subprocess.Popen[str]]:
-    """Two ranks under way."""
+    """A running job of two ranks, killed at the end if it still runs."""
     process = subprocess.Popen(
         module_command(2, "rosd_fast", "train", *args),
         env={**os.environ, "OMP_NUM_THREADS": "1"},
@@ -78,14 +78,14 @@ def assert_same_run(one: Path, two: Path) -> None:
         assert other == pytest.approx(own, rel=1e-4, abs=1e-6)
 
 
-def test_five_steps_are_the_same_on_two_ranks_and_go_on_on_one(tmp_path: Path) -> None:
+def test_five_steps_are_the_same_on_two_ranks_and_resume_on_one(tmp_path: Path) -> None:
     for ranks in (1, 2):
         steps = ["--steps", "5", "--out", tmp_path, "--name", f"on{ranks}"]
         result = train(ranks, *ARGS, *steps)
         assert result.returncode == 0, result.stderr
     assert_same_run(tmp_path / "on1", tmp_path / "on2")
     assert "2 ranks on cpu" in result.stdout + result.stderr
-    # What two ranks have begun, one goes on with.
+    # One rank resumes what two ranks began.
     for name in ("on1", "on2"):
         result = train(1, "--resume", tmp_path / name, "--steps", "6")
         assert result.returncode == 0, result.stderr
@@ -100,7 +100,7 @@ def test_five_steps_are_the_same_on_two_ranks_and_go_on_on_one(tmp_path: Path) -
 
 @pytest.mark.slow
 def test_reflections_with_the_teachers_weights_are_the_same_on_two_ranks(tmp_path: Path) -> None:
-    """A whole copy of the teacher writes them, which follows the shares of an average."""
+    """They are written by a full copy of the teacher, gathered from the shards of an average."""
     options = "--teacher.kind ema --reflect.weights teacher --reflect.probe-every 1".split()
     for ranks in (1, 2):
         steps = ["--steps", "3", "--out", tmp_path, "--name", f"on{ranks}"]
@@ -110,7 +110,7 @@ def test_reflections_with_the_teachers_weights_are_the_same_on_two_ranks(tmp_pat
 
 
 def test_a_dead_rank_ends_the_job(tmp_path: Path) -> None:
-    """Within a minute, of which torchrun gives the others 30 s."""
+    """It ends within a minute; torchrun gives the other ranks 30 s of that."""
     args = ["--steps", "500", "--out", tmp_path, "--name", "run"]
     with training(*ARGS, *args) as process:
         wait_for(lambda: (tmp_path / "run" / "rollouts" / "step_000002.jsonl").exists())
@@ -142,9 +142,9 @@ def test_sigterm_ends_it_with_a_checkpoint(tmp_path: Path) -> None:
         (["--parallel.shard-size", "3"], "parallel.shard_size"),
         (["--parallel.head", "shard"], "parallel.head: shard: the model's output head is its"),
     ],
-    ids=["data", "shares", "head"],
+    ids=["data", "shards", "head"],
 )
-def test_a_mistake_is_told_once(tmp_path: Path, args: list[str], message: str) -> None:
+def test_a_user_error_is_printed_once(tmp_path: Path, args: list[str], message: str) -> None:
     result = train(2, *args, "--out", tmp_path, "--name", "run")
     output = result.stdout + result.stderr
     assert result.returncode != 0

@@ -1,4 +1,4 @@
-"""The same steps on any number of ranks, as one rank of torchrun's:
+"""The same steps on any number of ranks; this is one rank:
 
     torchrun --nproc-per-node 2 -m tests.trainer.ranks.worker OUT [--resume OUT2] [--shard-size N]
 
@@ -87,7 +87,7 @@ def model_of(case: str, config: Config) -> Any:
 
 
 def samples_of(case: str, step: int) -> list[DistillSample]:
-    """Groups of unequal sizes, whose samples share their prompts."""
+    """Samples in groups of unequal sizes; the samples of a group share their prompts."""
     g = torch.Generator().manual_seed(step)
 
     def number(low: int, high: int) -> int:
@@ -124,7 +124,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 class Recorder:
-    """The whole gradients of the last step of any optimizer."""
+    """Records the full gradients of the last step of any optimizer."""
 
     def __init__(self) -> None:
         self.gradients: dict[str, torch.Tensor] = {}
@@ -154,7 +154,7 @@ def step(learners: LearnerGroup, case: str, number: int) -> StepResult:
 def work(
     world: World, out: Path, *, resume: Path | None = None, shard_size: int | None = None
 ) -> None:
-    """All cases. A rank beside rank 0 follows."""
+    """Run all cases on rank 0; the other ranks serve it."""
     recorder, results, metrics = Recorder(), {}, {}
     for case in CASES:
         if not world.is_rank0:
@@ -189,7 +189,7 @@ def work(
 
 
 def continued(case: str, config: Config, world: World, run: Path) -> dict[str, torch.Tensor]:
-    """The weights after all steps, from the checkpoint in the folder `run` on."""
+    """The weights after all steps, resumed from the checkpoint in the folder `run`."""
     learners = LearnerGroup.create(model_of(case, config), config, world, tokenizer())
     assert learners.load(run / case / "checkpoints" / "step_000002") == SAVED_STEP
     for number in range(SAVED_STEP, NUM_STEPS):
