@@ -1,11 +1,11 @@
 """Rollout speed: the local engine against `transformers.generate` on the same prompts.
 
     python bench/rollout.py                    # the quickstart model, 32 problems x 8 rollouts
-    python bench/rollout.py --model DIR        # another one
+    python bench/rollout.py --model DIR        # another model
 
-Both sample at temperature 1 until the stop token, in turns, in one process; medians are compared.
-Tokens up to and including the stop token count; what `generate` pads after it does not. Adds a row
-to bench/results/rollout_cpu.csv (rollout_cuda.csv on a GPU).
+Both sample at temperature 1 until the stop token, alternately, in one process; medians are
+compared. Tokens up to and including the stop token count, but not the padding that `generate` adds
+after it. Adds a row to bench/results/rollout_cpu.csv (rollout_cuda.csv on a GPU).
 """
 
 from __future__ import annotations
@@ -28,12 +28,12 @@ from rosd_fast.text.prompts import render_prompt
 from rosd_fast.types import GenerationRequest, SamplingParams
 
 Prompts = Sequence[tuple[int, ...]]
-Lengths = list[int]  # tokens of each completion, with the stop token
+Lengths = list[int]  # tokens of each completion, including the stop token
 
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What is sampled."""
+    """How many completions are sampled per prompt, and when they end."""
 
     group_size: int
     max_new_tokens: int
@@ -85,7 +85,7 @@ def main() -> None:
         print(
             f"{name:9} {speed[name]:8.0f} tokens/s   {timing.median_s:6.2f} s   "
             f"spread {timing.spread_frac:4.0%}   "
-            f"{statistics.mean(completions):.1f} tokens a completion (longest {max(completions)})"
+            f"{statistics.mean(completions):.1f} tokens per completion (longest {max(completions)})"
         )
         row[f"{name}_tokens_per_s"] = f"{speed[name]:.0f}"
         row[f"{name}_median_s"] = f"{timing.median_s:.3f}"
@@ -163,7 +163,7 @@ def generate_run(
 
 
 def completion_length(row: list[int], stop_token_id: int) -> int:
-    """Tokens up to and including the first stop token."""
+    """The number of tokens up to and including the first stop token."""
     return row.index(stop_token_id) + 1 if stop_token_id in row else len(row)
 
 

@@ -1,18 +1,19 @@
-"""The SGLang engine on a real server of this machine: cache, pipeline, sync, faults, bytes.
+"""The SGLang engine on a real server on this machine: cache, pipeline, sync, faults, bytes.
 
-    make sglang                                                   # makes the environment
+    make sglang                                                   # builds the environment
     python bench/rollout_sglang.py --python .venv-sglang/bin/python
 
-pipeline  seconds from the first request of a step to its last reflection, `streamed` and `barrier`
-          in turns. Rollouts have unequal lengths, which the bench prescribes: one group in
-          `--long-every` samples `--long` tokens, the others `--short`. The cached and the shareable
-          share of all prompt tokens is that of these steps.
-sync      seconds to hand over all weights: by folder or broadcast, loaded, and checked by a probe.
+pipeline  seconds from the first request of a step to its last reflection, alternately `streamed`
+          and `barrier`. The bench prescribes unequal lengths of rollouts: one group in
+          `--long-every` samples `--long` tokens, the others `--short`. The cached and shareable
+          fractions of prompt tokens are those of these steps.
+sync      seconds to load all weights into the server, by folder or by broadcast, weight check
+          included.
 faults    the scheduler is killed, then stopped, in mid-step, and a proxy breaks three answers (a
           reset in mid-body, half a JSON text, an error 500). `lost`: completions that are missing
           or whose log-probabilities are not those of the trainer's model.
-bytes     received for each sampled token and its log-probability; and, from a teacher's server, for
-          each distilled token of a step: its state, and those of prompt tokens that no cache had.
+bytes     received per sampled token with its log-probability; and, from a teacher server, per
+          distilled token of a step: its state, and those of uncached prompt tokens.
 
 Adds a row to bench/results/rollout_sglang.csv.
 """
@@ -39,13 +40,13 @@ from rosd_fast.batch.packing import pack
 from rosd_fast.config import Config
 from rosd_fast.config.load import apply_args, load_preset
 from rosd_fast.engines.base import RolloutEngine
-from rosd_fast.engines.factory import token_logprobs
 from rosd_fast.engines.lifecycle import Engines
 from rosd_fast.engines.sglang.client import Endpoint
 from rosd_fast.engines.sglang.engine import SglangEngine
 from rosd_fast.engines.sglang.pool import ServerHandle
 from rosd_fast.engines.sglang.process import ManagedServer
 from rosd_fast.engines.sglang.weight_sync import DistributedSync
+from rosd_fast.engines.weight_check import token_logprobs
 from rosd_fast.pipeline import sample_and_annotate
 from rosd_fast.report.progress import Hidden
 from rosd_fast.rollout.sample import problem_prompt
@@ -54,14 +55,14 @@ from rosd_fast.types import Generation, GenerationRequest, SamplingParams
 
 CSV = RESULTS / "rollout_sglang.csv"
 FAULTS = ("reset", "half", "500")
-MAX_GAP_NATS = 1e-3  # nats
+MAX_GAP_NATS = 1e-3
 TEMPLATE = "{problem}\n\nAn attempt:\n{rollout}\n\nQuote the first wrong words and explain."
 
 
 def main() -> None:
     args = parse_arguments()
     if not args.python:
-        print("left out: no SGLang; see the head of bench/rollout_sglang.py")
+        print("skipped: no SGLang; see the top of bench/rollout_sglang.py")
         return
     with tempfile.TemporaryDirectory() as folder:
         config = make_config(args, folder)
@@ -79,7 +80,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--group-size", type=int, default=4)
     parser.add_argument("--long", type=int, default=400, help="tokens of the long rollouts")
     parser.add_argument("--short", type=int, default=40, help="tokens of the others")
-    parser.add_argument("--long-every", type=int, default=16, help="groups for one long one")
+    parser.add_argument("--long-every", type=int, default=16, help="one group in this many is long")
     parser.add_argument("--repeats", type=int, default=5)
     return parser.parse_args()
 
@@ -106,8 +107,8 @@ def make_config(args: argparse.Namespace, folder: str) -> Config:
     return apply_args(load_preset("quickstart"), options)
 
 
-class Unequal(RolloutEngine):
-    """Passes requests on, with the prescribed length of each rollout."""
+class UnequalLengths(RolloutEngine):
+    """Forwards requests with a prescribed length of each rollout."""
 
     streams = True
 
@@ -120,7 +121,7 @@ class Unequal(RolloutEngine):
         *,
         on_tokens: Callable[[int], None] | None = None,
     ) -> list[Generation]:
-        return await self.engine.generate(self.cut(requests), on_tokens=on_tokens)
+        return await self.engine.generate(self.with_lengths(requests), on_tokens=on_tokens)
 
     async def stream(
         self,
@@ -128,18 +129,20 @@ class Unequal(RolloutEngine):
         *,
         on_tokens: Callable[[int], None] | None = None,
     ) -> AsyncIterator[list[Generation]]:
-        async for generations in self.engine.stream(self.cut(requests), on_tokens=on_tokens):
+        async for generations in self.engine.stream(
+            self.with_lengths(requests), on_tokens=on_tokens
+        ):
             yield generations
 
-    def cut(self, requests: Sequence[GenerationRequest]) -> list[GenerationRequest]:
-        """Long ones come last, as a queue of problems would not know them."""
-        found = []
-        for place, request in enumerate(requests):
+    def with_lengths(self, requests: Sequence[GenerationRequest]) -> list[GenerationRequest]:
+        """Set the lengths. Long requests come last, since a queue cannot know which are long."""
+        changed = []
+        for index, request in enumerate(requests):
             every = self.args.long_every
-            length = self.args.long if place % every == every - 1 else self.args.short
+            length = self.args.long if index % every == every - 1 else self.args.short
             params = replace(request.params, max_new_tokens=length, stop_token_ids=())
-            found.append(replace(request, params=params))
-        return found
+            changed.append(replace(request, params=params))
+        return changed
 
     async def load_weights(self, weights: Any, *, version: int) -> None:
         await self.engine.load_weights(weights, version=version)
@@ -167,22 +170,22 @@ async def measure_pipelines(
     run: Run, engine: SglangEngine, args: argparse.Namespace
 ) -> dict[str, str]:
     seconds: dict[str, list[float]] = {"streamed": [], "barrier": []}
-    shares: list[dict[str, float]] = []
-    engines = Engines(student=Unequal(engine, args))
+    cache_metrics: list[dict[str, float]] = []
+    engines = Engines(student=UnequalLengths(engine, args))
     for _ in range(args.repeats):
-        for name, own in seconds.items():
+        for name, times in seconds.items():
             options = run.config.engine.model_copy(update={"pipeline": name})
             inputs = replace(run.inputs, config=run.config.model_copy(update={"engine": options}))
-            # The cache is emptied, as after each hand-over.
+            # This flushes the cache, as each weight sync does.
             await engine.load_weights(run.learners.weights(), version=engine.policy_version + 1)
             engine.take_metrics()
             start = time.perf_counter()
             await sample_and_annotate(inputs, engines, 1, Hidden())
-            own.append(time.perf_counter() - start)
-            shares.append(engine.take_metrics())
+            times.append(time.perf_counter() - start)
+            cache_metrics.append(engine.take_metrics())
     streamed, barrier = (statistics.median(seconds[name]) for name in ("streamed", "barrier"))
     cached, shareable = (
-        statistics.mean(share[f"rollout/{name}_frac"] for share in shares)
+        statistics.mean(metrics[f"rollout/{name}_frac"] for metrics in cache_metrics)
         for name in ("cached", "shareable")
     )
     return {
@@ -199,21 +202,21 @@ async def measure_pipelines(
 
 
 async def measure_sync(run: Run, engine: SglangEngine, repeats: int) -> dict[str, str]:
-    ways = {"disk": engine._sync, "distributed": DistributedSync()}
-    found = {}
-    for name, engine._sync in ways.items():
+    syncs = {"disk": engine._sync, "distributed": DistributedSync()}
+    row = {}
+    for name, engine._sync in syncs.items():
         seconds = []
         await engine.load_weights(
             run.learners.weights(), version=engine.policy_version + 1
-        )  # joins
+        )  # joins the process group
         for _ in range(repeats):
             start = time.perf_counter()
             await engine.load_weights(run.learners.weights(), version=engine.policy_version + 1)
             seconds.append(time.perf_counter() - start)
-        found[f"sync_{name}_s"] = f"{statistics.median(seconds):.3f}"
-    await ways["distributed"].close()
-    engine._sync = ways["disk"]
-    return found
+        row[f"sync_{name}_s"] = f"{statistics.median(seconds):.3f}"
+    await syncs["distributed"].close()
+    engine._sync = syncs["disk"]
+    return row
 
 
 async def measure_bytes(run: Run, engine: SglangEngine) -> dict[str, str]:
@@ -244,22 +247,22 @@ async def measure_scoring(run: Run, engines: Engines) -> dict[str, str]:
 
 
 async def measure_faults(run: Run, engine: SglangEngine) -> dict[str, str]:
-    """Lost completions under three broken answers, a killed and a stopped scheduler."""
-    own = engine.servers[0].own
-    assert own is not None
+    """Count lost completions under three broken answers, a killed and a stopped scheduler."""
+    server = engine.servers[0].managed
+    assert server is not None
     requests = make_requests(run, "faults")
     lost = 0
     start = time.perf_counter()
     for number in (signal.SIGKILL, signal.SIGSTOP):
-        under_way = asyncio.create_task(engine.generate(requests))
+        in_flight = asyncio.create_task(engine.generate(requests))
         await asyncio.sleep(0.2)
-        os.kill(scheduler(own), number)
-        lost += count_lost(run, requests, await under_way)
+        os.kill(scheduler(server), number)
+        lost += count_lost(run, requests, await in_flight)
     retries = engine.take_metrics()["rollout/num_retries"]
-    assert own.endpoint is not None
+    assert server.endpoint is not None
     options = run.config.engine
-    async with Proxy(own.endpoint) as proxy:
-        through = SglangEngine(
+    async with Proxy(server.endpoint) as proxy:
+        proxied = SglangEngine(
             [
                 ServerHandle(
                     Endpoint(proxy.url),
@@ -280,12 +283,12 @@ async def measure_faults(run: Run, engine: SglangEngine) -> dict[str, str]:
             colocated=False,
             note=lambda text: None,
         )
-        through._run, through.policy_version = engine._run, engine.policy_version
-        lost += count_lost(run, requests, await through.generate(requests))
-        retries += through.take_metrics()["rollout/num_retries"]
-        for handle in through.servers:
+        proxied._trainer_id, proxied.policy_version = engine._trainer_id, engine.policy_version
+        lost += count_lost(run, requests, await proxied.generate(requests))
+        retries += proxied.take_metrics()["rollout/num_retries"]
+        for handle in proxied.servers:
             await handle.close()
-        assert not proxy.faults, "not every fault was met"
+        assert not proxy.faults, "not every fault occurred"
     return {
         "faults": str(2 + len(FAULTS)),
         "lost": str(lost),
@@ -312,7 +315,7 @@ def make_requests(run: Run, name: str) -> list[GenerationRequest]:
 def count_lost(
     run: Run, requests: Sequence[GenerationRequest], generations: Sequence[Generation]
 ) -> int:
-    """Completions that are missing, or that the trainer's model did not sample."""
+    """Count completions that are missing or that the trainer's model did not sample."""
     prompts = {request.id: request.prompt_ids for request in requests}
     good = 0
     for item in generations:
@@ -325,7 +328,7 @@ def count_lost(
 
 
 def scheduler(server: ManagedServer) -> int:
-    """The process that holds the model."""
+    """The id of the process that holds the model."""
     assert server._process is not None
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         if b"scheduler" in path.read_bytes() and server._process.pid in ancestors(path.parent):
@@ -334,18 +337,19 @@ def scheduler(server: ManagedServer) -> int:
 
 
 def ancestors(process: Path) -> list[int]:
-    found = []
+    """The ids of the parent of a process, given as /proc/ID, of its parent, and so on."""
+    ids = []
     while int(process.name) > 1:
         parent = (process / "stat").read_text().rpartition(")")[2].split()[1]
-        found.append(int(parent))
+        ids.append(int(parent))
         process = Path("/proc") / parent
         if parent == "0":
             break
-    return found
+    return ids
 
 
 class Proxy:
-    """Passes requests on to a server, and breaks the first answers to /generate."""
+    """Forwards requests to a server and breaks the first answers to /generate."""
 
     def __init__(self, target: Endpoint) -> None:
         self.target, self.faults = target, deque(FAULTS)

@@ -1,1 +1,1 @@
-"""The rollout engine on SGLang servers, and a teacher that a server runs."""
+"""Rollouts from SGLang servers, and a teacher that runs on one."""

@@ -1,4 +1,4 @@
-"""How much of the prompts a prefix cache served, and how much it could have served."""
+"""What share of the prompt tokens a server's prefix cache held, and what share it could hold."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ class PrefixCacheStats:
         self._num_cached = 0
 
     def add(self, prompt_ids: tuple[int, ...], num_cached: int) -> None:
-        """One completion's prompt, and how many of its tokens the server had."""
+        """Count the prompt of one completion, of which the server had `num_cached` tokens."""
         self._prompts.append(prompt_ids)
         self._num_cached += num_cached
 
     def take_metrics(self) -> dict[str, float]:
-        """`rollout/cached_frac` and `rollout/shareable_frac` of all prompt tokens since the last
-        call; empty where there were none."""
+        """Return `rollout/cached_frac` and `rollout/shareable_frac`, fractions of all prompt tokens
+        since the last call; an empty dict if there were none."""
         prompts, self._prompts = self._prompts, []
         num_cached, self._num_cached = self._num_cached, 0
         if not prompts:
@@ -33,18 +33,18 @@ class PrefixCacheStats:
 
 
 def num_shareable(prompts: Sequence[Sequence[int]]) -> int:
-    """Tokens that a cache of all earlier prompts saves, in the best order.
+    """The number of tokens that a cache of all earlier prompts saves, in the best order.
 
-    That is all of them less the nodes of their prefix tree. The last token of a prompt is always
-    computed: the first one sampled depends on it.
+    That is the number of tokens minus the nodes of the prompts' prefix tree. The last token of a
+    prompt is always computed, because the first sampled token depends on it.
     """
     ordered = sorted(tuple(prompt) for prompt in prompts)
     return sum(min(common_length(a, b), len(b) - 1) for a, b in pairwise(ordered))
 
 
 def common_length(a: Sequence[int], b: Sequence[int]) -> int:
-    """Tokens that both begin with."""
-    for place, (left, right) in enumerate(zip(a, b, strict=False)):
+    """The length of the longest common prefix of two prompts."""
+    for position, (left, right) in enumerate(zip(a, b, strict=False)):
         if left != right:
-            return place
+            return position
     return min(len(a), len(b))

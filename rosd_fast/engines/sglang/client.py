@@ -1,11 +1,11 @@
-"""One server's HTTP API: JSON in, JSON out, and every failure as one of three errors.
+"""HTTP client of one server: JSON in, JSON out, and every failure as one of three errors.
 
-    Unreachable   no whole answer came: refused, reset in mid-body, cut JSON, too long a wait, or
-                  the server broke: 500, 502, 504
-    Busy          the server says so: 429, 503
-    Refused       the request is wrong, and will be next time
+    Unreachable   no complete answer arrived (connection refused or reset, truncated JSON, timeout),
+                  or the server failed (500, 502, 504)
+    Busy          the server is overloaded (429, 503)
+    Refused       the request is invalid
 
-The first two are worth another try. SGLang reports errors in three shapes; `message` reads each.
+The first two are worth a retry. SGLang reports errors in three JSON shapes; `message` reads each.
 """
 
 from __future__ import annotations
@@ -16,12 +16,16 @@ from typing import Any
 import aiohttp
 
 BUSY, BROKEN = {429, 503}, {500, 502, 504}
-MAX_MESSAGE = 300  # characters of an error that are shown
+MAX_MESSAGE = 300  # characters of an error message that are shown
 CONNECT_S = 10.0
 
 
 class ServerError(Exception):
-    """Something went wrong between us and `url`."""
+    """A request to the server at `url` failed.
+
+    url: base address of the server.
+    what: what went wrong, in one line.
+    """
 
     def __init__(self, url: str, what: str) -> None:
         self.url, self.what = url, what
@@ -29,21 +33,23 @@ class ServerError(Exception):
 
 
 class Unreachable(ServerError):
-    """No whole answer came."""
+    """No complete answer arrived; retry."""
 
 
 class Busy(ServerError):
-    """The server cannot now."""
+    """Temporarily overloaded (429, 503); retry."""
 
 
 class Refused(ServerError):
-    """The server will not."""
+    """Rejected the request; a retry would fail too."""
 
 
 class Endpoint:
-    """Base address of a server and how to talk to it. Use `close` when done.
+    """A server's base address and the connection to it. Call `close` when done.
 
-    api_key: sent as a bearer token, None: no key.
+    url: base address, without a trailing slash.
+    api_key: sent as a bearer token; None: no key.
+    num_bytes: number of bytes received.
     """
 
     def __init__(self, url: str, *, api_key: str | None = None) -> None:
@@ -51,28 +57,28 @@ class Endpoint:
         self._headers = {} if api_key is None else {"Authorization": f"Bearer {api_key}"}
         self._session: aiohttp.ClientSession | None = None
         self._closed = False
-        self.num_bytes = 0  # received
+        self.num_bytes = 0
 
     async def post(self, path: str, body: dict[str, Any], *, timeout_s: float) -> Any:
-        """The answer to `body`. Raises Unreachable, Busy or Refused."""
-        return await self._ask("POST", path, body, timeout_s)
+        """Return the answer to `body`. Raises Unreachable, Busy or Refused."""
+        return await self._request("POST", path, body, timeout_s)
 
     async def get(self, path: str, *, timeout_s: float) -> Any:
-        """The answer; None where it is empty. Raises Unreachable, Busy or Refused."""
-        return await self._ask("GET", path, None, timeout_s)
+        """Return the answer, None if it is empty. Raises Unreachable, Busy or Refused."""
+        return await self._request("GET", path, None, timeout_s)
 
     async def close(self) -> None:
-        """End all requests; later ones are Unreachable."""
+        """End all requests; later ones raise Unreachable."""
         self._closed = True
         if self._session is not None:
             await self._session.close()
             self._session = None
 
-    async def _ask(self, method: str, path: str, body: Any, timeout_s: float) -> Any:
+    async def _request(self, method: str, path: str, body: Any, timeout_s: float) -> Any:
         if self._closed:
             raise Unreachable(self.url, "the server was stopped")
         try:
-            async with self._open().request(
+            async with self._open_session().request(
                 method,
                 self.url + path,
                 json=body,
@@ -97,11 +103,12 @@ class Endpoint:
         try:
             return json.loads(data)
         except ValueError:
-            raise Unreachable(self.url, f"the answer to {path} is no whole JSON text") from None
+            raise Unreachable(self.url, f"the answer to {path} is not complete JSON") from None
 
-    def _open(self) -> aiohttp.ClientSession:
+    def _open_session(self) -> aiohttp.ClientSession:
         if self._session is None:
-            # No limit here: the engine bounds its requests. No keep-alive across a restart.
+            # No limit here, since the engine bounds its requests. No keep-alive, since a kept
+            # connection would not survive a restart of the server.
             connector = aiohttp.TCPConnector(limit=0, force_close=True)
             self._session = aiohttp.ClientSession(
                 connector=connector, headers=self._headers, read_bufsize=2**20
@@ -110,14 +117,14 @@ class Endpoint:
 
 
 def message(data: bytes) -> str:
-    """What an error's body says, in one short line."""
+    """The message in the body of an error, in one short line."""
     text = data.decode(errors="replace")
     try:
-        found = json.loads(text)
+        value = json.loads(text)
     except ValueError:
-        found = text
-    if isinstance(found, dict):
-        found = found.get("error", found.get("message", found))
-    if isinstance(found, dict):
-        found = found.get("message", found)
-    return " ".join(str(found).split())[:MAX_MESSAGE] or "no message"
+        value = text
+    if isinstance(value, dict):
+        value = value.get("error", value.get("message", value))
+    if isinstance(value, dict):
+        value = value.get("message", value)
+    return " ".join(str(value).split())[:MAX_MESSAGE] or "no message"

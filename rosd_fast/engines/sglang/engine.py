@@ -1,13 +1,18 @@
 """Rollouts from SGLang servers over HTTP: token ids in, token ids and log-probabilities out.
 
-    requests -> server by affinity -> one POST a request, with n copies -> Generations, as they come
+    requests -> server by affinity -> one POST per request, for n completions -> Generations
 
 All requests of a problem, its rollouts and its reflections, go to one server, whose cache then
-holds their common prompt. A request whose server fails is asked again, elsewhere or after the
-server was started anew; each answer says which weights it was drawn with, so that none is used
-that another version, or another trainer, had a part in.
+holds their shared prefix. A request whose server fails is retried, on another server or after a
+restart. Each answer names the weights that it was sampled with, so that no completion of another
+weight version or another trainer is used.
 
-Unlike the local engine's, the draws are the server's own: equal seeds do not give equal samples.
+Unlike with the local engine, the server draws the random numbers: equal seeds do not give equal
+samples.
+
+The endpoints are those of SGLang 0.5.23 (`entrypoints/http_server.py`): /generate, whose fields are
+in `GenerateReqInput` of `managers/io_struct.py`, /release_memory_occupation and
+/resume_memory_occupation (docs.sglang.io/advanced_features/sglang_for_rl.html).
 """
 
 from __future__ import annotations
@@ -31,23 +36,28 @@ from rosd_fast.engines.sglang.weight_sync import SYNC_TIMEOUT_S, WeightSync
 from rosd_fast.errors import RunFailed, UserError
 from rosd_fast.types import Generation, GenerationRequest
 
-PROBE_TIMEOUT_S = 120.0
+WEIGHT_CHECK_TIMEOUT_S = 120.0
 
 
 class StaleWeights(ServerError):
-    """An answer was drawn with other weights than those it was asked of."""
+    """A completion was sampled with other weights than the current ones."""
 
 
 class SglangEngine(RolloutEngine):
-    """Samples on `servers`, servers of our own or at given addresses.
+    """Samples on SGLang servers.
 
-    sync: hands weights over.
-    vocab_size: ids at or above it, which would kill a server, are refused.
-    expected_logprobs: gives the trainer's log-probabilities of `weight_check_ids[1:]`, None: no
-    comparison after a sync. max_logprob_gap: largest difference that is no error, in nats.
-    concurrency: requests under way at once. max_failures: as many in a row end the run.
-    request_timeout_s: for one request, with all its copies.
-    colocated: the servers give their memory back between `release_memory` and `load_weights`.
+    servers: managed or remote servers.
+    sync: sends weights to the servers.
+    vocab_size: prompt ids at or above it, which would crash a server, are refused.
+    context_length: maximum number of tokens of prompt and completion.
+    weight_check_ids: the prompt of the weight check after each sync.
+    expected_logprobs: returns the trainer's log-probabilities of `weight_check_ids[1:]`; None: no
+        weight check.
+    max_logprob_gap: largest accepted difference in the weight check, in nats; 0: no check.
+    concurrency: maximum number of requests in flight.
+    max_failures: failures of one request in a row that end the run.
+    request_timeout_s: timeout of one request, for all its completions and including retries.
+    colocated: the servers release their memory between `release_memory` and `load_weights`.
     note: shows the user a line.
     """
 
@@ -75,26 +85,23 @@ class SglangEngine(RolloutEngine):
         self.vocab_size, self.context_length = vocab_size, context_length
         self.note = note
         self._sync = sync
-        self._run = secrets.token_hex(4)  # tells our weights from another trainer's
-        self._weight_check_ids, self._expected_logprobs, self._max_logprob_gap = (
-            tuple(weight_check_ids),
-            expected_logprobs,
-            max_logprob_gap,
-        )
-        self._expected: list[float] = []  # of the probe, with the current weights
+        self._trainer_id = secrets.token_hex(4)  # distinguishes our weights from other trainers'
+        self._weight_check_ids = tuple(weight_check_ids)
+        self._expected_logprobs, self._max_logprob_gap = expected_logprobs, max_logprob_gap
+        self._expected: list[float] = []  # log-probabilities of the weight check, current weights
         self._slots = asyncio.Semaphore(concurrency)
         self._max_failures = max_failures
         self._timeout_s = request_timeout_s
         self._colocated = colocated
-        self._prefix = PrefixCacheStats()
+        self._cache_stats = PrefixCacheStats()
         self._counts = {"retries": 0, "retractions": 0, "restarts": 0}
         self._idle = asyncio.Condition()
         self._num_running = 0
 
     @property
     def tag(self) -> str:
-        """What the servers call the current weights."""
-        return f"{self._run}-{self.policy_version}"
+        """The name of the current weights on the servers."""
+        return f"{self._trainer_id}-{self.policy_version}"
 
     async def generate(
         self,
@@ -102,20 +109,20 @@ class SglangEngine(RolloutEngine):
         *,
         on_tokens: Callable[[int], None] | None = None,
     ) -> list[Generation]:
-        """All completions of all requests, ordered by request and then by index.
+        """Return all completions of all requests, ordered by request and then by index.
 
         Log-probabilities are those at the sampling temperature, before `top_p` and `top_k`; for
-        temperature 0, those at temperature 1. A completion that would leave the model's context
-        ends there, with finish reason "length".
+        temperature 0, those at temperature 1. A completion that reaches the end of the model's
+        context stops there, with finish reason "length".
 
-        Raises UserError when a prompt does not fit the context or the server's cache, ValueError
-        for parameters out of range, a wrong grammar and an id that two requests share, and
+        Raises UserError when a prompt does not fit the context or the server's KV cache, ValueError
+        for parameters out of range, an invalid grammar and an id that two requests share, and
         RunFailed after `max_failures` failures in a row.
         """
-        found: dict[str, list[Generation]] = {}
+        by_id: dict[str, list[Generation]] = {}
         async for generations in self.stream(requests, on_tokens=on_tokens):
-            found[generations[0].request_id] = generations
-        return [generation for request in requests for generation in found[request.id]]
+            by_id[generations[0].request_id] = generations
+        return [generation for request in requests for generation in by_id[request.id]]
 
     async def stream(
         self,
@@ -123,7 +130,7 @@ class SglangEngine(RolloutEngine):
         *,
         on_tokens: Callable[[int], None] | None = None,
     ) -> AsyncIterator[list[Generation]]:
-        """As `generate`, request by request as they are done."""
+        """Like `generate`, but yield each request's completions as soon as they are done."""
         check_ids(requests)
         limits = [self._limit(request) for request in requests]
         tasks = [
@@ -142,26 +149,26 @@ class SglangEngine(RolloutEngine):
             await asyncio.gather(*tasks, return_exceptions=True)
 
     async def load_weights(self, weights: Mapping[str, Tensor], *, version: int) -> None:
-        """Copy `weights` and have each server load them, once nothing is being generated.
+        """Copy `weights` and load them into each server, once no request is in flight.
 
-        The first call starts our own servers. Raises RunFailed when no server can be brought to
-        these weights, or when one then disagrees with the trainer about the probe.
+        The first call starts managed servers. Raises RunFailed when no server could load the
+        weights, or when a server fails the weight check.
         """
         async with self._idle:
             await self._idle.wait_for(lambda: self._num_running == 0)
-            await asyncio.to_thread(self._sync.keep, weights, version)
+            await asyncio.to_thread(self._sync.stage, weights, version)
             self.policy_version = version
             if self._expected_logprobs is not None:
                 self._expected = self._expected_logprobs(self._weight_check_ids)
             ready = await asyncio.gather(*(self._try_prepare(handle) for handle in self.servers))
         if not any(error is None for error in ready):
-            raise RunFailed(f"no SGLang server could be brought to the new weights: {ready[0]}")
+            raise RunFailed(f"no SGLang server could load the new weights: {ready[0]}")
         self._sync.discard_stale()
 
     async def release_memory(self) -> None:
-        """Have colocated servers give back the memory of weights and cache.
+        """Make colocated servers release the memory of weights and KV cache.
 
-        Raises RunFailed when one does not: the learner would run out of memory.
+        Raises RunFailed when one does not, since the learner would run out of memory.
         """
         if not self._colocated:
             return
@@ -169,30 +176,33 @@ class SglangEngine(RolloutEngine):
             try:
                 await handle.post("/release_memory_occupation", {}, timeout_s=SYNC_TIMEOUT_S)
             except ServerError as error:
-                raise RunFailed(f"the server keeps its memory: {error}") from None
+                raise RunFailed(f"a server did not release its memory: {error}") from None
             handle.memory_released, handle.tag = True, None
 
     async def close(self) -> None:
-        """Stop our own servers and remove what was written for them."""
+        """Stop managed servers and remove what was written for them."""
         await self._sync.close()
         await asyncio.gather(*(handle.close() for handle in self.servers))
 
     def take_metrics(self) -> dict[str, float]:
-        """`rollout/...` since the last call: shares of prompt tokens that the servers had cached
-        and that they could have had, requests asked again, completions that were set back for lack
-        of memory, and servers started again."""
+        """Return the metrics since the last call.
+
+        rollout/num_retries, num_retractions, num_restarts: retried requests, completions that a
+            server preempted for lack of memory, restarted servers.
+        rollout/cached_frac, shareable_frac: see `PrefixCacheStats`.
+        """
         counts, self._counts = self._counts, dict.fromkeys(self._counts, 0)
         metrics = {f"rollout/num_{name}": float(count) for name, count in counts.items()}
-        return metrics | self._prefix.take_metrics()
+        return metrics | self._cache_stats.take_metrics()
 
     def _limit(self, request: GenerationRequest) -> int:
-        """Tokens a completion may have; checks the request."""
+        """Check a request and return the maximum number of tokens of its completions."""
         return completion_limit(
             request, vocab_size=self.vocab_size, context_length=self.context_length
         )
 
     async def _complete(self, request: GenerationRequest, limit: int) -> list[Generation]:
-        """All copies of a request, asked for until they are there."""
+        """Return all completions of a request, retrying until they are complete."""
         async with self._slots, self._running():
             return await request_with_retries(
                 lambda handle, attempt: self._try(request, limit, attempt, handle),
@@ -218,12 +228,12 @@ class SglangEngine(RolloutEngine):
     async def _try(
         self, request: GenerationRequest, limit: int, attempt: int, handle: ServerHandle
     ) -> list[Generation]:
-        """Ask a server once."""
+        """Send a request to a server once."""
         await self._prepare(handle)
         try:
             answer = await handle.post(
                 "/generate",
-                body(request, limit, attempt, run=self._run),
+                request_body(request, limit, attempt, trainer_id=self._trainer_id),
                 timeout_s=self._timeout_s,
                 watch=True,
             )
@@ -232,12 +242,12 @@ class SglangEngine(RolloutEngine):
         return self._read(request, limit, answer, handle)
 
     def _failed(self, handle: ServerHandle, error: ServerError) -> None:
-        """Count a failure; unless the server was only busy, look at it before it is used again."""
+        """Count a failure and, unless the server was only busy, have its health checked."""
         self._counts["retries"] += 1
         if isinstance(error, Busy):
             return
         if not handle.down:
-            self.note(f"SGLang: {error}; trying again")
+            self.note(f"SGLang: {error}; retrying")
         handle.mark_suspect()
 
     async def _try_prepare(self, handle: ServerHandle) -> Exception | None:
@@ -250,12 +260,12 @@ class SglangEngine(RolloutEngine):
         return None
 
     async def _prepare(self, handle: ServerHandle) -> None:
-        """Have the server up, with the current weights. Raises ServerError or RunFailed."""
+        """Bring the server up, with the current weights. Raises ServerError or RunFailed."""
         async with handle.lock:
             if await handle.ensure_up():
                 self._counts["restarts"] += handle.num_starts > 1
                 if handle.num_starts > 1:
-                    self.note(f"SGLang: {handle.name} was started again")
+                    self.note(f"SGLang: {handle.name} was restarted")
             if handle.tag == self.tag:
                 return
             handle.tag = None
@@ -267,7 +277,7 @@ class SglangEngine(RolloutEngine):
             handle.tag = self.tag
 
     async def _check_weights(self, handle: ServerHandle) -> None:
-        """Raise RunFailed when the server's log-probabilities are not the trainer's."""
+        """Raise RunFailed when the server's log-probabilities differ from the trainer's."""
         if self._expected_logprobs is None or not self._max_logprob_gap:
             return
         answer = await handle.post(
@@ -278,25 +288,26 @@ class SglangEngine(RolloutEngine):
                 "return_logprob": True,
                 "logprob_start_len": 0,
             },
-            timeout_s=PROBE_TIMEOUT_S,
+            timeout_s=WEIGHT_CHECK_TIMEOUT_S,
         )
-        own = [item[0] for item in answer["meta_info"]["input_token_logprobs"][1:]]
-        worst = max(zip(own, self._expected, strict=True), key=lambda pair: abs(pair[0] - pair[1]))
+        received = [item[0] for item in answer["meta_info"]["input_token_logprobs"][1:]]
+        pairs = zip(received, self._expected, strict=True)
+        worst = max(pairs, key=lambda pair: abs(pair[0] - pair[1]))
         if not abs(worst[0] - worst[1]) <= self._max_logprob_gap:
             raise RunFailed(
                 f"{handle.url}: after loading the weights of version {self.policy_version}, "
                 f"the server gives a token the log-probability {worst[0]:.4f} and the trainer "
-                f"{worst[1]:.4f}, more than engine.max_logprob_gap = "
-                f"{self._max_logprob_gap:g} apart"
+                f"{worst[1]:.4f}, which differ by more than engine.max_logprob_gap = "
+                f"{self._max_logprob_gap:g}"
             )
 
     def _read(
         self, request: GenerationRequest, limit: int, answer: Any, handle: ServerHandle
     ) -> list[Generation]:
-        """The completions in a server's answer."""
+        """Return the completions in an answer. Raises ServerError, RunFailed or UserError."""
         items = answer if isinstance(answer, list) else [answer]
         if len(items) != request.n:
-            raise Unreachable(handle.url, f"gave {len(items)} completions of {request.n}")
+            raise Unreachable(handle.url, f"sent {len(items)} completions instead of {request.n}")
         generations = []
         for index, item in enumerate(items):
             try:
@@ -305,9 +316,9 @@ class SglangEngine(RolloutEngine):
                 logprobs = tuple(entry[0] for entry in meta["output_token_logprobs"])
                 version, num_cached = meta["weight_version"], meta["cached_tokens"]
             except (KeyError, TypeError, IndexError) as error:
-                raise Unreachable(handle.url, f"gave an answer without {error}") from None
+                raise Unreachable(handle.url, f"sent an answer without {error}") from None
             if reason["type"] == "abort":
-                raise Busy(handle.url, f"gave up a request ({reason.get('message')})")
+                raise Busy(handle.url, f"aborted a request ({reason.get('message')})")
             self._check_version(version, handle)
             if not math.isfinite(sum(logprobs)):
                 raise UserError(
@@ -317,13 +328,13 @@ class SglangEngine(RolloutEngine):
                 )
             if reason["type"] == "length" and len(ids) < limit:
                 raise UserError(
-                    f"the server cut a completion at {len(ids)} of {limit} tokens: its cache of "
-                    "keys and values is too small",
+                    f"the server cut a completion at {len(ids)} of {limit} tokens: its KV cache "
+                    "is too small",
                     where=f"request {request.id}",
                     fix="Lower sample.max_new_tokens, or raise --max-total-tokens or "
                     "--mem-fraction-static of the server",
                 )
-            self._prefix.add(request.prompt_ids, num_cached)
+            self._cache_stats.add(request.prompt_ids, num_cached)
             self._counts["retractions"] += meta.get("num_retractions") or 0
             generations.append(
                 Generation(
@@ -340,17 +351,19 @@ class SglangEngine(RolloutEngine):
     def _check_version(self, version: str, handle: ServerHandle) -> None:
         if version == self.tag:
             return
-        run, _, number = version.rpartition("-")
-        if run and run != self._run and number.isdecimal():
+        trainer_id, _, number = version.rpartition("-")
+        if trainer_id and trainer_id != self._trainer_id and number.isdecimal():
             raise RunFailed(
                 f"{handle.url}: another trainer has loaded its weights ({version}, ours are "
-                f"{self.tag}); a server can serve one trainer only"
+                f"{self.tag}); a server can serve only one trainer"
             )
         raise StaleWeights(handle.url, f"sampled with the weights {version}, not {self.tag}")
 
 
-def body(request: GenerationRequest, limit: int, attempt: int, *, run: str) -> dict[str, Any]:
-    """A request as SGLang's /generate takes it."""
+def request_body(
+    request: GenerationRequest, limit: int, attempt: int, *, trainer_id: str
+) -> dict[str, Any]:
+    """The body of a request to /generate."""
     params = request.params
     sampling: dict[str, Any] = {
         "n": request.n,
@@ -363,7 +376,7 @@ def body(request: GenerationRequest, limit: int, attempt: int, *, run: str) -> d
     if request.grammar is not None:
         sampling["ebnf"] = request.grammar
     return {
-        "rid": f"{run}/{request.id}#{attempt}",  # a server refuses an id that it has under way
+        "rid": f"{trainer_id}/{request.id}#{attempt}",  # unique: a server refuses an id in flight
         "input_ids": list(request.prompt_ids),
         "sampling_params": sampling,
         "return_logprob": True,

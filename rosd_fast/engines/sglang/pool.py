@@ -1,7 +1,7 @@
-"""The servers that an engine samples on, each with what is known of its state.
+"""The servers that an engine uses, each with its known state, and requests with retries.
 
-A handle is a server of our own, which is started again when it ends or hangs, or one at a given
-address, which is left out while it does not answer.
+A server is either managed, so that it is restarted when it exits or hangs, or remote at a given
+address, so that it is left out while it does not answer.
 """
 
 from __future__ import annotations
@@ -17,18 +17,24 @@ from rosd_fast.engines.sglang.client import Busy, Endpoint, ServerError, Unreach
 from rosd_fast.engines.sglang.process import ManagedServer
 from rosd_fast.errors import RunFailed
 
-MISSES = 2  # failed looks at a server's health in a row that mean it hangs
-FIRST_WAIT_S, LONGEST_WAIT_S = 0.2, 5.0  # between two tries
+MAX_FAILED_CHECKS = 2  # failed health checks in a row after which a server counts as hung
+FIRST_WAIT_S, MAX_WAIT_S = 0.2, 5.0  # between two tries
 T = TypeVar("T")
 
-logging.getLogger("stamina").setLevel(logging.ERROR)  # whoever asks tells what is tried again
+logging.getLogger("stamina").setLevel(logging.ERROR)  # the engine itself reports retries
 
 
 class ServerHandle:
-    """One server. `tag` names the weights that it is known to have, None: not known.
+    """One server and what is known of its state.
 
-    health_every_s: how long an answer may take before the server's health is looked at, and again.
-    health_timeout_s: how long such a look may take.
+    managed: the server process; None for a remote server.
+    name: shown to the user.
+    tag: name of the weights that the server is known to have; None: not known.
+    down: whether a request failed and the server has not been found healthy since.
+    memory_released: whether its device memory is released.
+    lock: held while the server is started or gets weights.
+    health_every_s: interval of health checks on a pending request.
+    health_timeout_s: timeout of a health check.
     """
 
     def __init__(
@@ -39,17 +45,17 @@ class ServerHandle:
         health_every_s: float,
         health_timeout_s: float,
     ) -> None:
-        self.own = server if isinstance(server, ManagedServer) else None
-        self._given = server if isinstance(server, Endpoint) else None
+        self.managed = server if isinstance(server, ManagedServer) else None
+        self._remote = server if isinstance(server, Endpoint) else None
         self.name = name
         self.tag: str | None = None
         self.down = False
-        self.memory_released = False  # its memory is given back
+        self.memory_released = False
         self.lock = asyncio.Lock()
-        self._suspect = self._given is not None  # look at it before it is used
+        self._suspect = self._remote is not None  # check its health before the next use
         self._hangs = False
-        self._every_s, self._timeout_s = health_every_s, health_timeout_s
-        self._look: asyncio.Task[bool] | None = None
+        self._health_every_s, self._health_timeout_s = health_every_s, health_timeout_s
+        self._health_check: asyncio.Task[bool] | None = None
 
     @property
     def url(self) -> str:
@@ -58,25 +64,25 @@ class ServerHandle:
 
     @property
     def num_starts(self) -> int:
-        return 0 if self.own is None else self.own.num_starts
+        return 0 if self.managed is None else self.managed.num_starts
 
     @property
     def num_bytes(self) -> int:
-        """Received from the server as it runs now."""
+        """The number of bytes received from the server since its last start."""
         return 0 if self._endpoint is None else self._endpoint.num_bytes
 
     async def ensure_up(self) -> bool:
-        """Start our own server if it does not run, or hangs; whether it was started.
+        """Start a managed server that does not run or hangs; return whether it was started.
 
-        Raises Unreachable for a server at an address that does not answer, RunFailed when our own
+        Raises Unreachable for a remote server that does not answer, RunFailed when a managed server
         cannot be started. Hold `lock`.
         """
         started = False
-        if self.own is not None and (not self.own.alive or not await self._trusted()):
+        if self.managed is not None and (not self.managed.alive or not await self._trusted()):
             self.tag, self.memory_released = None, False
-            await self.own.start()
+            await self.managed.start()
             started = True
-        elif self._given is not None and not await self._trusted():
+        elif self._remote is not None and not await self._trusted():
             self.down = True
             raise Unreachable(self.url, "the server does not answer")
         self._suspect = self._hangs = self.down = False
@@ -85,78 +91,79 @@ class ServerHandle:
     async def post(
         self, path: str, body: dict[str, Any], *, timeout_s: float, watch: bool = False
     ) -> Any:
-        """The answer. watch: give up as soon as the server hangs. Raises ServerError."""
+        """Return the answer. watch: give up as soon as the server hangs. Raises ServerError."""
         endpoint = self._endpoint
         if endpoint is None:
-            raise Unreachable(self.name, "the server does not run")
+            raise Unreachable(self.name, "the server is not running")
         if not watch:
             return await endpoint.post(path, body, timeout_s=timeout_s)
         answer = asyncio.create_task(endpoint.post(path, body, timeout_s=timeout_s))
-        misses = 0
+        failed_checks = 0
         try:
             while not answer.done():
-                await asyncio.wait({answer}, timeout=self._every_s)
+                await asyncio.wait({answer}, timeout=self._health_every_s)
                 if answer.done():
                     break
-                misses = 0 if await self._healthy() else misses + 1
-                if misses >= MISSES and not answer.done():
-                    self._hangs = endpoint is self._endpoint  # or was it started anew meanwhile?
+                failed_checks = 0 if await self._healthy() else failed_checks + 1
+                if failed_checks >= MAX_FAILED_CHECKS and not answer.done():
+                    self._hangs = endpoint is self._endpoint  # unless restarted in the meantime
                     raise Unreachable(endpoint.url, "the server hangs: it has stopped answering")
             return answer.result()
         finally:
             answer.cancel()
 
     async def get(self, path: str, *, timeout_s: float) -> Any:
-        """The answer. Raises ServerError."""
+        """Return the answer. Raises ServerError."""
         endpoint = self._endpoint
         if endpoint is None:
-            raise Unreachable(self.name, "the server does not run")
+            raise Unreachable(self.name, "the server is not running")
         return await endpoint.get(path, timeout_s=timeout_s)
 
     def mark_suspect(self) -> None:
-        """A request failed: look at the server before it is used again."""
+        """Note that a request failed: the server's health is checked before its next use."""
         self._suspect = self.down = True
 
     def log_hint(self) -> str:
-        """Of an error: the server's own words."""
-        return "" if self.own is None else f"; its log: {self.own.log_path}"
+        """A suffix for error messages that points at the server's log; empty for a remote one."""
+        return "" if self.managed is None else f"; its log: {self.managed.log_path}"
 
     async def close(self) -> None:
-        if self.own is not None:
-            await self.own.stop()
-        if self._given is not None:
-            await self._given.close()
+        """Stop a managed server; close the connection to a remote one."""
+        if self.managed is not None:
+            await self.managed.stop()
+        if self._remote is not None:
+            await self._remote.close()
 
     @property
     def _endpoint(self) -> Endpoint | None:
-        return self._given if self.own is None else self.own.endpoint
+        return self._remote if self.managed is None else self.managed.endpoint
 
     async def _trusted(self) -> bool:
-        """Whether it may be used, after a look if need be; learns which weights it has."""
+        """Whether the server may be used. For a suspect one, checks its health and reads `tag`."""
         if not self._suspect:
             return True
         endpoint = self._endpoint
         if self._hangs or endpoint is None or not await self._healthy():
             return False
         try:
-            info = await endpoint.get("/model_info", timeout_s=self._timeout_s)
+            info = await endpoint.get("/model_info", timeout_s=self._health_timeout_s)
         except ServerError:
             return False
         self.tag = info.get("weight_version")
         return True
 
     async def _healthy(self) -> bool:
-        """One look at a time, shared by all that want to know."""
-        if self._look is None or self._look.done():
-            self._look = asyncio.create_task(self._ask_health())
-        return await asyncio.shield(self._look)
+        """Return the result of a health check, which concurrent callers share."""
+        if self._health_check is None or self._health_check.done():
+            self._health_check = asyncio.create_task(self._request_health())
+        return await asyncio.shield(self._health_check)
 
-    async def _ask_health(self) -> bool:
+    async def _request_health(self) -> bool:
         endpoint = self._endpoint
         if endpoint is None:
             return False
         try:
-            await endpoint.get("/health", timeout_s=self._timeout_s)
+            await endpoint.get("/health", timeout_s=self._health_timeout_s)
         except ServerError:
             return False
         return True
@@ -172,21 +179,24 @@ async def request_with_retries(
     timeout_s: float,
     failed: Callable[[ServerHandle, ServerError], None],
 ) -> T:
-    """`ask(handle, attempt)` until it succeeds: of the server `home` (modulo their number) first,
-    then of the next that is up.
+    """Call `ask(handle, attempt)` until it succeeds and return its result.
 
-    failed: hears of each failure. what: names the request in an error. Raises RunFailed after
-    `max_failures` failures, a busy server not being one, or `timeout_s`; whatever else `ask`
-    raises, at once.
+    home: index, modulo the number of servers, of the server that is asked first. Retries go to the
+        following servers that are up.
+    what: names the request in an error message.
+    failed: called after each failure.
+
+    Raises RunFailed after `max_failures` failures, not counting busy servers, or after `timeout_s`.
+    Exceptions other than ServerError are not retried.
     """
     num_failures = 0
-    give_up = asyncio.get_running_loop().time() + timeout_s
+    deadline = asyncio.get_running_loop().time() + timeout_s
     async for attempt in stamina.retry_context(
         on=ServerError,
         attempts=None,
         timeout=None,
         wait_initial=FIRST_WAIT_S,
-        wait_max=LONGEST_WAIT_S,
+        wait_max=MAX_WAIT_S,
     ):
         handle = _choose(servers, home, attempt.num)
         with attempt:
@@ -195,10 +205,10 @@ async def request_with_retries(
             except ServerError as error:
                 num_failures += not isinstance(error, Busy)
                 failed(handle, error)
-                late = asyncio.get_running_loop().time() > give_up
+                late = asyncio.get_running_loop().time() > deadline
                 if late or num_failures >= max_failures:
                     raise RunFailed(
-                        f"{what} failed {attempt.num} times in a row, lastly because of "
+                        f"{what} failed {attempt.num} times in a row, most recently because of "
                         f"{error}{handle.log_hint()}"
                     ) from None
                 raise

@@ -1,12 +1,14 @@
 """A teacher on SGLang servers: its hidden states at the distilled tokens, over HTTP.
 
-    micro-batches -> one POST a sample, teacher prompt + completion -> [N, H] states each
+    micro-batches -> one POST per sample, teacher prompt + completion -> [N, H] states each
 
-What comes back are the states after the final norm, which enter the head, so the loss is computed
-from them as from those of a teacher in the trainer's process, at any temperature. The head itself
-stays with the trainer. A server returns the states of the tokens that it did not find in its cache,
-and reads its cache up to the first distilled token only: a prefix is computed once, and no state
-that is needed is missing.
+The answer has the states after the final norm, which are the input of the head. The loss is
+computed from them as from those of a teacher in the trainer's process, at any temperature. The head
+itself stays with the trainer.
+
+SGLang returns states only for tokens outside its prefix cache. `logprob_start_len` limits cache
+reads to the tokens before the first distilled one, so prefixes are reused and no needed state is
+missing. (SGLang 0.5.23: `GenerateReqInput` in `managers/io_struct.py`, endpoint `/generate`.)
 """
 
 from __future__ import annotations
@@ -31,11 +33,14 @@ HOW_TO_START = "start it with " + " ".join(SERVER_ARGS)
 
 
 class SglangTeacher:
-    """Scores on `servers`, which keep the weights that they were started with.
+    """Computes the teacher's states on servers, which keep the weights they were started with.
 
-    hidden_size: of the teacher, H. concurrency: requests under way at once. max_failures: as many
-    of a request in a row end the run. request_timeout_s: for one request, however often it is
-    tried. note: shows the user a line.
+    servers: the servers, all with the same model.
+    hidden_size: H of the teacher.
+    concurrency: maximum number of requests in flight.
+    max_failures: failures of one request in a row that end the run.
+    request_timeout_s: timeout of one request, including its retries.
+    note: shows the user a line.
     """
 
     def __init__(
@@ -49,21 +54,20 @@ class SglangTeacher:
         note: Callable[[str], None],
     ) -> None:
         if not servers:
-            raise ValueError("a scorer needs a server")
+            raise ValueError("a teacher needs a server")
         self.servers = list(servers)
         self.hidden_size = hidden_size
         self.note = note
-        self._run = secrets.token_hex(4)
+        self._trainer_id = secrets.token_hex(4)
         self._slots = asyncio.Semaphore(concurrency)
         self._max_failures, self._timeout_s = max_failures, request_timeout_s
-        self._version: str | None = None  # of the servers' weights, as the first answer says
+        self._version: str | None = None  # weight version of the first answer
         self._num_asked = 0
 
     async def states(self, batches: Sequence[PackedBatch]) -> list[Tensor]:
-        """Of each micro-batch the [N, H] float32 states that predict its distilled tokens.
+        """Return for each micro-batch the [N, H] float32 states that predict its distilled tokens.
 
-        Raises RunFailed when a server cannot be used, refuses a sample, or has other weights than
-        before.
+        Raises RunFailed when a server cannot be used, refuses a sample, or has changed its weights.
         """
         wanted = [_sequences(batch) for batch in batches]
         tasks = [
@@ -72,17 +76,17 @@ class SglangTeacher:
             for ids, first, affinity in sequences
         ]
         try:
-            rows = iter(await asyncio.gather(*tasks))
+            states = iter(await asyncio.gather(*tasks))
         finally:
             for task in tasks:
                 task.cancel()
         none = torch.empty(0, self.hidden_size)
-        return [torch.cat([none, *(next(rows) for _ in sequences)]) for sequences in wanted]
+        return [torch.cat([none, *(next(states) for _ in sequences)]) for sequences in wanted]
 
     async def score(self, ids: Sequence[int], *, first: int, affinity: str = "") -> Tensor:
-        """[len(ids) - first, H] float32: the states at `ids[first:]`."""
+        """Return the states at `ids[first:]`, [len(ids) - first, H] float32."""
         self._num_asked += 1
-        name = f"{self._run}/score{self._num_asked}"
+        name = f"{self._trainer_id}/score{self._num_asked}"
 
         async def ask(handle: ServerHandle, attempt: int) -> Tensor:
             await self._prepare(handle)
@@ -91,7 +95,7 @@ class SglangTeacher:
                 "input_ids": list(ids),
                 "sampling_params": {"max_new_tokens": 1, "temperature": 0},
                 "return_logprob": True,
-                "logprob_start_len": first,  # the cache is not read beyond
+                "logprob_start_len": first,  # the cache is read only up to here
                 "return_hidden_states": True,
             }
             try:
@@ -100,8 +104,8 @@ class SglangTeacher:
                 )
             except Refused as error:
                 raise RunFailed(
-                    f"the teacher's server refuses a sequence of {len(ids)} tokens ({error}); "
-                    f"lower teacher.max_prompt_tokens, or, for another cause, {HOW_TO_START}"
+                    f"the teacher server refuses a sequence of {len(ids)} tokens ({error}); "
+                    f"lower teacher.max_prompt_tokens or, if the cause is another, {HOW_TO_START}"
                 ) from None
             return self._read(answer, handle, num_tokens=len(ids), first=first)
 
@@ -117,19 +121,19 @@ class SglangTeacher:
             )
 
     async def close(self) -> None:
-        """Stop our own servers."""
+        """Stop managed servers and close connections."""
         await asyncio.gather(*(handle.close() for handle in self.servers))
 
     def _failed(self, handle: ServerHandle, error: ServerError) -> None:
         if not isinstance(error, Busy):
             if not handle.down:
-                self.note(f"teacher: {error}; trying again")
+                self.note(f"teacher: {error}; retrying")
             handle.mark_suspect()
 
     async def _prepare(self, handle: ServerHandle) -> None:
         async with handle.lock:
             if await handle.ensure_up() and handle.num_starts > 1:
-                self.note(f"teacher: {handle.name} was started again")
+                self.note(f"teacher: {handle.name} was restarted")
 
     def _read(self, answer: Any, handle: ServerHandle, *, num_tokens: int, first: int) -> Tensor:
         try:
@@ -138,16 +142,16 @@ class SglangTeacher:
             prompt_states = meta["hidden_states"][0]
         except (KeyError, TypeError, IndexError) as error:
             raise Unreachable(
-                handle.url, f"gave an answer without {error}: {HOW_TO_START}"
+                handle.url, f"sent an answer without {error}: {HOW_TO_START}"
             ) from None
         reason = meta.get("finish_reason") or {}
         if reason.get("type") == "abort":
-            raise Busy(handle.url, f"gave up a request ({reason.get('message')})")
+            raise Busy(handle.url, f"aborted a request ({reason.get('message')})")
         self._version = self._version or version
         if version != self._version:
             raise RunFailed(
                 f"{handle.url}: the teacher's weights have changed, from {self._version} to "
-                f"{version}; nothing but its own requests may go to a teacher's server"
+                f"{version}; a teacher server must serve only this run"
             )
         try:
             states = np.asarray(prompt_states, dtype=np.float32).reshape(-1, self.hidden_size)
@@ -159,8 +163,8 @@ class SglangTeacher:
         if len(states) != num_tokens - num_cached or num_cached > first:
             raise Unreachable(
                 handle.url,
-                f"gave {len(states)} states of {num_tokens} tokens, {num_cached} of them from its "
-                f"cache: {HOW_TO_START}",
+                f"sent {len(states)} states for {num_tokens} tokens, {num_cached} of them cached: "
+                f"{HOW_TO_START}",
             )
         if not np.isfinite(states).all():
             raise UserError(
@@ -172,11 +176,14 @@ class SglangTeacher:
 
 
 def _sequences(batch: PackedBatch) -> list[tuple[list[int], int, str]]:
-    """Of each sample its ids, the first row that is asked for, and what its cache is shared by."""
-    found = []
+    """For each sample: its token ids, the first position whose state is needed, and the affinity.
+
+    Samples of equal affinity, those of one problem, share a server's prefix cache.
+    """
+    sequences = []
     for index, rollout_id in enumerate(batch.rollout_ids):
-        rows = batch.teacher.gather[batch.sample_index == index]
-        # A sequence ends at its last distilled token, and a span has no holes.
-        ids = batch.teacher.sequence(int(rows[-1]))
-        found.append((ids, len(ids) - len(rows), rollout_id.rpartition("/")[0]))
-    return found
+        positions = batch.teacher.gather[batch.sample_index == index]
+        # A sequence ends at its last distilled token, and a span has no gaps.
+        ids = batch.teacher.sequence(int(positions[-1]))
+        sequences.append((ids, len(ids) - len(positions), rollout_id.rpartition("/")[0]))
+    return sequences

@@ -1,10 +1,10 @@
-"""Weights on their way to a server: a model folder for each version, whole or not there.
+"""Weights for the servers: one model folder per version, complete or absent.
 
     folder/v000012/  config.json, tokenizer files, model.safetensors
 
-The files other than the weights are the model's own. A folder is written under another name and
-renamed, so that no server meets half of one; only the newest is kept. Nothing is fsynced: a run
-that is resumed writes its weights again.
+The files other than the weights are copied from the model. A folder is written under a temporary
+name and renamed, so that no server reads a partial one. Only the newest is kept. Nothing is
+fsynced, since a resumed run writes its weights again.
 """
 
 from __future__ import annotations
@@ -24,7 +24,11 @@ WEIGHTS = (".safetensors", ".safetensors.index.json")
 
 
 class WeightFolder:
-    """Versions of one model's weights under `folder`. model_folder: config and tokenizer."""
+    """The versions of one model's weights on disk.
+
+    folder: holds one folder per version.
+    model_folder: has the model's config and tokenizer files.
+    """
 
     def __init__(self, folder: Path, model_folder: Path) -> None:
         self.folder, self.model_folder = folder, model_folder
@@ -33,10 +37,10 @@ class WeightFolder:
         return self.folder / f"v{version:06d}"
 
     def write(self, weights: Mapping[str, Tensor], version: int) -> Path:
-        """Put the weights of a version in place; returns its folder.
+        """Write the weights of a version and return its folder.
 
-        Of tensors that share memory one is written, as in any safetensors file of the model. Raises
-        UserError when the disk does not take them.
+        Of tensors that share memory only one is written, as in any safetensors file of the model.
+        Raises UserError when the files cannot be written.
         """
         final = self.path(version)
         try:
@@ -50,12 +54,12 @@ class WeightFolder:
                 "the weights for the server cannot be written "
                 f"({getattr(error, 'strerror', None) or error})",
                 where=str(final),
-                fix="Make room, or set engine.sync_folder to another folder",
+                fix="Free disk space, or set engine.sync_folder to another folder",
             ) from None
         return final
 
     def drop_all_but(self, version: int | None) -> None:
-        """Remove the other versions, and what a killed trainer left; None: all versions."""
+        """Remove the other versions and what a killed trainer left behind; None: all versions."""
         remove_leftovers(self.folder)
         keep = None if version is None else self.path(version)
         for path in self.folder.glob("v??????"):
@@ -64,13 +68,13 @@ class WeightFolder:
 
 
 def distinct(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Contiguous tensors on the CPU; of several names of one tensor, the first."""
+    """Return contiguous tensors on the CPU; a tensor with several names is kept under its first."""
     seen: set[tuple[int, tuple[int, ...]]] = set()
-    found = {}
+    tensors = {}
     for name, tensor in weights.items():
         key = (tensor.data_ptr(), tuple(tensor.shape))
         if key in seen:
             continue
         seen.add(key)
-        found[name] = tensor.detach().to("cpu").contiguous()
-    return found
+        tensors[name] = tensor.detach().to("cpu").contiguous()
+    return tensors

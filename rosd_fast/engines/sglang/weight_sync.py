@@ -1,9 +1,13 @@
-"""How the trainer's weights reach a server.
+"""Weight sync: how the trainer's weights reach the servers.
 
     disk          a model folder that the servers read (`weight_folder.py`)
     distributed   broadcast from memory, in buckets, over a process group of trainer and server
 
-Whatever the way, a server carries a version's name only once it has all of its weights.
+In both cases a server reports a weight version only after it has loaded all of that version.
+
+The endpoints are those of SGLang 0.5.23: `entrypoints/http_server.py`, with the fields of their
+bodies in `managers/io_struct.py` (docs.sglang.io/advanced_features/sglang_for_rl.html). The layout
+of a bucket is that of `model_executor/model_runner_components/weight_updater.py`.
 """
 
 from __future__ import annotations
@@ -30,51 +34,55 @@ from rosd_fast.engines.sglang.weight_folder import WeightFolder, distinct
 from rosd_fast.errors import RunFailed, UserError
 
 SYNC_TIMEOUT_S = 600.0
-GROUP_TIMEOUT_S = 120.0  # to join a group, and for each bucket
+GROUP_TIMEOUT_S = 120.0  # for joining a group, and for each bucket
 LEAVE_TIMEOUT_S = 10.0
-POLL_S = 0.002  # between looks at what is being sent
+BROADCAST_POLL_S = 0.002
 BUCKET_BYTES = 512 * 2**20
-Named = tuple[str, Tensor]
+NamedTensor = tuple[str, Tensor]
 T = TypeVar("T")
-c10d: Any = torch.distributed  # type checkers do not see its stores and groups
+c10d: Any = torch.distributed  # its stores and groups are not typed
 
 
 class WeightSync(ABC):
-    """Keeps the weights of one version and hands them to servers, now or when one starts again."""
+    """Holds a copy of one version's weights and sends it to servers, also after a restart."""
 
     @abstractmethod
-    def keep(self, weights: Mapping[str, Tensor], version: int) -> None:
-        """Copy `weights`: what servers get from now on. Raises UserError when they find no room."""
+    def stage(self, weights: Mapping[str, Tensor], version: int) -> None:
+        """Copy `weights`, which servers get from now on. Raises UserError when that fails."""
 
     @abstractmethod
     async def push(self, handle: ServerHandle, tag: str) -> None:
-        """Have a server take the kept weights under the name `tag`, and empty its cache.
+        """Load the staged weights into a server under the name `tag` and flush its KV cache.
 
         Hold the handle's lock. Raises ServerError.
         """
 
     @abstractmethod
     def discard_stale(self) -> None:
-        """Every server has the kept version: drop the others."""
+        """Remove older versions, once every server has the staged one."""
 
     @abstractmethod
     async def close(self) -> None:
-        """Drop everything."""
+        """Remove all versions and leave all process groups."""
 
 
 class DiskSync(WeightSync):
-    """By a folder of `folder` for each version. model_folder: the model's config and tokenizer."""
+    """Weight sync by a model folder that the servers read.
+
+    folder: gets one folder per version.
+    model_folder: has the model's config and tokenizer files.
+    """
 
     def __init__(self, folder: Path, model_folder: Path) -> None:
         self._folder = WeightFolder(folder, model_folder)
         self._version = 0
 
-    def keep(self, weights: Mapping[str, Tensor], version: int) -> None:
+    def stage(self, weights: Mapping[str, Tensor], version: int) -> None:
         self._folder.write(weights, version)
         self._version = version
 
     async def push(self, handle: ServerHandle, tag: str) -> None:
-        await ask(
+        await post_checked(
             handle,
             "/update_weights_from_disk",
             {
@@ -93,26 +101,26 @@ class DiskSync(WeightSync):
 
 
 class DistributedSync(WeightSync):
-    """By broadcast, with NCCL between GPUs and gloo otherwise.
+    """Weight sync by broadcast, with NCCL between GPUs and gloo otherwise.
 
-    host: address of this machine under which the servers reach it, and which it listens on.
-    bucket_bytes: sent at once; so much memory is needed beside the weights, here and there.
+    host: address of this machine that it listens on and at which the servers reach it.
+    bucket_bytes: size of one broadcast; trainer and server need as much memory beside the weights.
     """
 
     def __init__(self, *, host: str = "127.0.0.1", bucket_bytes: int = BUCKET_BYTES) -> None:
         self.host, self.bucket_bytes = host, bucket_bytes
-        self._weights: list[Named] = []
+        self._weights: list[NamedTensor] = []
         self._on_gpu = False
         self._groups: dict[ServerHandle, _Group] = {}
 
-    def keep(self, weights: Mapping[str, Tensor], version: int) -> None:
+    def stage(self, weights: Mapping[str, Tensor], version: int) -> None:
         self._on_gpu = any(tensor.is_cuda for tensor in weights.values())
-        own = {tensor.data_ptr() for tensor in weights.values()}
+        originals = {tensor.data_ptr() for tensor in weights.values()}
         copies = [
-            (name, tensor.clone() if tensor.data_ptr() in own else tensor)
+            (name, tensor.clone() if tensor.data_ptr() in originals else tensor)
             for name, tensor in distinct(weights).items()
         ]
-        # A bucket's tensors stand at multiples of their item size when large items come first.
+        # Large items first, so that tensors of a bucket are aligned to their item size.
         self._weights = sorted(copies, key=lambda item: -item[1].itemsize)
 
     async def push(self, handle: ServerHandle, tag: str) -> None:
@@ -120,7 +128,7 @@ class DistributedSync(WeightSync):
         if group is not None:
             try:
                 await self._send(handle, group, tag)
-            except ServerError:  # the server may have been started again since: join it anew
+            except ServerError:  # the server may have restarted: join it again
                 await group.leave()
             else:
                 self._groups[handle] = group
@@ -134,7 +142,7 @@ class DistributedSync(WeightSync):
         self._groups[handle] = group
 
     def discard_stale(self) -> None:
-        pass  # there is one version only
+        pass  # only one version is held
 
     async def close(self) -> None:
         await asyncio.gather(*(group.leave() for group in self._groups.values()))
@@ -143,54 +151,54 @@ class DistributedSync(WeightSync):
 
     async def _send(self, handle: ServerHandle, group: _Group, tag: str) -> None:
         await self._begin(handle)
-        pieces = buckets(self._weights, self.bucket_bytes)
-        for index, bucket in enumerate(pieces):
-            last = index == len(pieces) - 1
+        parts = buckets(self._weights, self.bucket_bytes)
+        for index, bucket in enumerate(parts):
+            last = index == len(parts) - 1
             body = {
                 "names": [name for name, _ in bucket],
                 "dtypes": [str(tensor.dtype).removeprefix("torch.") for _, tensor in bucket],
                 "shapes": [list(tensor.shape) for _, tensor in bucket],
                 "group_name": group.name,
                 "load_format": "flattened_bucket",
-                # Mixed weights are of no version.
+                # Until the last bucket the server has mixed weights.
                 "weight_version": tag if last else f"{tag}-partial",
                 "flush_cache": last,
             }
             flat = torch.cat([tensor.flatten().view(torch.uint8) for _, tensor in bucket])
             await group.broadcast(
                 flat,
-                ask(
+                post_checked(
                     handle,
                     "/update_weights_from_distributed",
                     body,
                     what="take the weights",
                 ),
             )
-        await ask(handle, "/end_weight_update", {}, what="end a hand-over")
+        await post_checked(handle, "/end_weight_update", {}, what="end a weight update")
 
     async def _begin(self, handle: ServerHandle) -> None:
-        """Open a hand-over; end one that broke off."""
+        """Begin a weight update; first end one that was interrupted."""
         try:
-            await ask(handle, "/begin_weight_update", {}, what="begin a hand-over")
+            await post_checked(handle, "/begin_weight_update", {}, what="begin a weight update")
         except ServerError:
-            await ask(handle, "/end_weight_update", {}, what="end a hand-over")
-            await ask(handle, "/begin_weight_update", {}, what="begin a hand-over")
+            await post_checked(handle, "/end_weight_update", {}, what="end a weight update")
+            await post_checked(handle, "/begin_weight_update", {}, what="begin a weight update")
 
 
-def buckets(weights: Sequence[Named], limit: int) -> list[list[Named]]:
-    """`weights` in order, cut into parts of at most `limit` bytes, a larger tensor by itself."""
-    found: list[list[Named]] = []
+def buckets(weights: Sequence[NamedTensor], limit: int) -> list[list[NamedTensor]]:
+    """Split `weights`, in order, into parts of at most `limit` bytes; a larger tensor is alone."""
+    parts: list[list[NamedTensor]] = []
     room = 0
     for name, tensor in weights:
-        if not found or tensor.nbytes > room:
-            found.append([])
+        if not parts or tensor.nbytes > room:
+            parts.append([])
             room = limit
-        found[-1].append((name, tensor))
+        parts[-1].append((name, tensor))
         room -= tensor.nbytes
-    return found
+    return parts
 
 
-async def ask(
+async def post_checked(
     handle: ServerHandle,
     path: str,
     body: dict[str, Any],
@@ -198,55 +206,55 @@ async def ask(
     what: str,
     timeout_s: float = SYNC_TIMEOUT_S,
 ) -> None:
-    """POST, and have the server say that it did. Raises ServerError."""
+    """POST `body` and require that the server reports success. Raises ServerError."""
     try:
         answer = await handle.post(path, body, timeout_s=timeout_s)
     except Refused as error:
         raise Unreachable(handle.url, f"did not {what} ({error.what})") from None
     if not (isinstance(answer, dict) and answer.get("success")):
-        said = answer.get("message", answer) if isinstance(answer, dict) else answer
-        raise Unreachable(handle.url, f"did not {what} ({said})")
+        reason = answer.get("message", answer) if isinstance(answer, dict) else answer
+        raise Unreachable(handle.url, f"did not {what} ({reason})")
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class _Group:
-    """The trainer, rank 0, and the ranks of one server."""
+    """The process group of the trainer, which is rank 0, and the ranks of one server."""
 
     name: str
     handle: ServerHandle
     process_group: Any  # ProcessGroupGloo or ProcessGroupNCCL
     device: torch.device
-    store: Any  # lives as long as the group
+    store: Any  # must live as long as the group
 
-    async def broadcast(self, flat: Tensor, received: Coroutine[Any, Any, None]) -> None:
-        """Send `flat` while `received`, the server's side, is awaited. Raises ServerError."""
-        asked = asyncio.ensure_future(received)
+    async def broadcast(self, flat: Tensor, receive: Coroutine[Any, Any, None]) -> None:
+        """Send `flat` while awaiting `receive`, the request to the server. Raises ServerError."""
+        request = asyncio.ensure_future(receive)
         flat = flat.to(self.device)
         work = self.process_group.broadcast(flat, 0)
         try:
-            while not (work.is_completed() and asked.done()):
-                if asked.done():
-                    if asked.exception() is not None:
-                        break  # nobody will receive
-                    await asyncio.sleep(POLL_S)
+            while not (work.is_completed() and request.done()):
+                if request.done():
+                    if request.exception() is not None:
+                        break  # the server will not receive
+                    await asyncio.sleep(BROADCAST_POLL_S)
                 else:
                     if work.is_completed():
-                        work.wait()  # raises if it failed, when the server may never answer
-                    await asyncio.wait({asked}, timeout=POLL_S)
-            await asked
+                        work.wait()  # raises if it failed: then the server may never answer
+                    await asyncio.wait({request}, timeout=BROADCAST_POLL_S)
+            await request
             work.wait()
             if flat.is_cuda:
                 torch.cuda.synchronize()
-        except RuntimeError as error:  # of the process group
-            said = str(error).splitlines()[0]
-            raise Unreachable(self.handle.url, f"the weights did not arrive ({said})") from None
+        except RuntimeError as error:  # from the process group
+            reason = str(error).splitlines()[0]
+            raise Unreachable(self.handle.url, f"the weights did not arrive ({reason})") from None
         finally:
-            asked.cancel()
+            request.cancel()
             with contextlib.suppress(asyncio.CancelledError, ServerError):
-                await asked
+                await request
 
     async def leave(self) -> None:
-        """End the group. The server's end goes first: what we still send fails with it."""
+        """Close the group on the server's side, which makes pending broadcasts here fail."""
         with contextlib.suppress(ServerError):
             await self.handle.post(
                 "/destroy_weights_update_group",
@@ -256,19 +264,19 @@ class _Group:
 
 
 async def _join(handle: ServerHandle, host: str, *, on_gpu: bool) -> _Group:
-    """A process group with a server. Raises ServerError."""
+    """Open a process group with a server. Raises ServerError, or RunFailed for data parallelism."""
     info = await handle.get("/server_info", timeout_s=GROUP_TIMEOUT_S)
     for name in ("dp_size", "pp_size"):
         if info.get(name, 1) != 1:
             raise RunFailed(
-                f"{handle.url}: engine.sync distributed knows tensor parallelism only, and this "
+                f"{handle.url}: engine.sync distributed supports only tensor parallelism, but this "
                 f"server has {name} {info[name]}; set engine.sync = disk"
             )
     size = 1 + info.get("tp_size", 1)
     nccl = on_gpu and info.get("device") == "cuda"
     name = f"rosd-{secrets.token_hex(4)}"
-    listening = _listen(host)
-    port = listening.getsockname()[1]
+    listener = _listen(host)
+    port = listener.getsockname()[1]
     timeout = timedelta(seconds=GROUP_TIMEOUT_S)
     store = c10d.TCPStore(
         host,
@@ -277,11 +285,11 @@ async def _join(handle: ServerHandle, host: str, *, on_gpu: bool) -> _Group:
         is_master=True,
         timeout=timeout,
         wait_for_workers=False,
-        master_listen_fd=listening.detach(),
+        master_listen_fd=listener.detach(),
     )
     device = torch.device("cuda" if nccl else "cpu")
     joined = asyncio.ensure_future(
-        ask(
+        post_checked(
             handle,
             "/init_weights_update_group",
             {
@@ -297,22 +305,25 @@ async def _join(handle: ServerHandle, host: str, *, on_gpu: bool) -> _Group:
         )
     )
     opened = asyncio.ensure_future(
-        _unwaited(lambda: _open(store, name, size, host, timeout, nccl=nccl))
+        _in_daemon_thread(lambda: _open(store, name, size, host, timeout, nccl=nccl))
     )
     try:
         await joined
         return _Group(name, handle, await opened, device, store)
-    except RuntimeError as error:  # of torch.distributed
-        said = str(error).splitlines()[0]
-        raise Unreachable(handle.url, f"no process group with the server ({said})") from None
+    except RuntimeError as error:  # from torch.distributed
+        reason = str(error).splitlines()[0]
+        raise Unreachable(handle.url, f"no process group with the server ({reason})") from None
     finally:
         joined.cancel()
         opened.cancel()
 
 
 def _open(store: Any, name: str, size: int, host: str, timeout: timedelta, *, nccl: bool) -> Any:
-    """Our rank of a group that torch.distributed opens under `name` on the other side, which puts
-    these prefixes before its keys."""
+    """Open the trainer's rank of a group that the server opens under `name`.
+
+    The prefixes of the keys are those of `init_custom_process_group` in SGLang's `utils/common.py`
+    and of torch.distributed, which it calls.
+    """
     scope = c10d.PrefixStore(f"{name}/", c10d.PrefixStore(name, store))
     scope = c10d.PrefixStore("cuda/" if nccl else "cpu/", scope)
     if nccl:
@@ -323,20 +334,20 @@ def _open(store: Any, name: str, size: int, host: str, timeout: timedelta, *, nc
 
 
 def gloo_options(host: str, timeout: timedelta) -> Any:
-    """Listen at `host` only."""
+    """Options of a gloo group that listens only on `host`."""
     options = c10d.ProcessGroupGloo._Options()
     options._devices = [c10d.ProcessGroupGloo.create_device(hostname=host)]
     options._timeout = timeout
     return options
 
 
-async def _unwaited(call: Callable[[], T]) -> T:
-    """`call()` in a thread that the program's end does not wait for."""
+async def _in_daemon_thread(call: Callable[[], T]) -> T:
+    """Run `call` in a thread that does not keep the program from exiting; return its result."""
     loop = asyncio.get_running_loop()
     future: asyncio.Future[T] = loop.create_future()
 
     def settle(result: T | None, error: Exception | None) -> None:
-        if future.done():  # given up
+        if future.done():  # cancelled
             return
         if error is not None:
             future.set_exception(error)
@@ -349,7 +360,7 @@ async def _unwaited(call: Callable[[], T]) -> T:
             outcome = call(), None
         except Exception as error:
             outcome = None, error
-        with contextlib.suppress(RuntimeError):  # the loop is closed
+        with contextlib.suppress(RuntimeError):  # the event loop is closed
             loop.call_soon_threadsafe(settle, *outcome)
 
     threading.Thread(target=work, daemon=True).start()
@@ -362,7 +373,7 @@ def _listen(host: str) -> socket.socket:
         return socket.create_server((host, 0), family=family)
     except OSError as error:
         raise UserError(
-            f"is no address of this machine ({error.strerror or error})",
+            f"is not an address of this machine ({error.strerror or error})",
             where=f"engine.sync_host: {host}",
-            fix="Name the one under which the servers reach it",
+            fix="Give the address at which the servers reach this machine",
         ) from None

@@ -1,4 +1,4 @@
-"""The local engine against plain forward passes: without cache, padding or batching."""
+"""The local engine against plain forward passes without cache, padding or batching."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
 
 
 def build(name: str, *, seed: int = 0, **overrides: Any) -> Any:
-    model, config, own = ARCHITECTURES[name]
+    model, config, extra = ARCHITECTURES[name]
     torch.manual_seed(seed)
-    options = SHAPE | own | overrides
+    options = SHAPE | extra | overrides
     return getattr(transformers, model)(getattr(transformers, config)(**options)).eval()
 
 
@@ -58,9 +58,9 @@ def llama() -> Any:
 def make_request(
     index: int, *, length: int | None = None, n: int = 3, seed: int = 1, **params: Any
 ) -> GenerationRequest:
-    """A prompt of its own for each index; without `length`, lengths differ too."""
+    """A request with a different prompt per index; without `length`, lengths differ too."""
     length = length or 2 + 5 * index % 13
-    prompt = tuple((7 * place * (index + 1) + place * place) % VOCAB for place in range(length))
+    prompt = tuple((7 * i * (index + 1) + i * i) % VOCAB for i in range(length))
     options = {"max_new_tokens": 25, "stop_token_ids": STOP} | params
     return GenerationRequest(
         id=f"r{index}", prompt_ids=prompt, n=n, seed=seed, params=SamplingParams(**options)
@@ -96,7 +96,7 @@ def assert_logprobs_are_the_models(
 def test_logprobs_are_those_of_a_plain_forward_pass(
     name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    # Small blocks and few rows: the cache grows and moves, rows retire and others take their place.
+    # With small blocks and few rows the cache grows and moves, and rows retire and are replaced.
     monkeypatch.setattr(decode, "BLOCK", 4)
     monkeypatch.setattr(kv_cache, "BLOCK", 4)
     monkeypatch.setattr(decode, "PREFILL_TOKENS", 30)
@@ -126,7 +126,7 @@ def test_bfloat16_works() -> None:
         assert (expected - torch.tensor(item.logprobs)).abs().mean() < 0.1
 
 
-def test_one_prompt_length_needs_no_mask_and_gives_the_same(llama: Any) -> None:
+def test_prompts_of_one_length_need_no_mask(llama: Any) -> None:
     requests = [make_request(index, length=6) for index in range(3)]
     assert_logprobs_are_the_models(llama, requests, generate(LocalEngine(llama), requests))
 
@@ -145,7 +145,7 @@ def test_greedy_is_the_argmax_step_by_step(name: str) -> None:
     assert_logprobs_are_the_models(model, requests, generations)  # those at temperature 1
 
 
-def test_first_tokens_come_as_often_as_the_model_says(llama: Any) -> None:
+def test_first_tokens_follow_the_models_distribution(llama: Any) -> None:
     num, params = 4000, {"max_new_tokens": 1, "temperature": 1.3}
     request = make_request(2, n=num, **params)
     generations = generate(LocalEngine(llama, max_rows=512), [request])
@@ -177,14 +177,14 @@ def test_top_k_and_top_p_cut_the_tail_and_renormalize(llama: Any) -> None:
                 kept = torch.arange(VOCAB) < 3
             if item.request_id == "r1":
                 kept = probs.cumsum(0) - probs < 0.6
-            place = int((ids == token).nonzero())
-            assert kept[place]
+            rank = int((ids == token).nonzero())
+            assert kept[rank]
             assert logprob == pytest.approx(
-                float((probs[place] / probs[kept].sum()).log()), abs=1e-5
+                float((probs[rank] / probs[kept].sum()).log()), abs=1e-5
             )
 
 
-def test_samples_depend_on_seed_id_and_index_only(llama: Any) -> None:
+def test_samples_depend_only_on_seed_id_and_index(llama: Any) -> None:
     requests = [make_request(index, n=4) for index in range(6)]
     together = generate(LocalEngine(llama), requests)
     by_key = {(g.request_id, g.index): g.completion_ids for g in together}
@@ -234,7 +234,7 @@ def test_completions_end_with_the_context(name: str) -> None:
     requests = [
         make_request(
             0, length=11, stop_token_ids=(), n=1
-        ),  # one of 13 rows: stays a while when done
+        ),  # one of 13 rows: stays in the batch for a while when finished
         make_request(1, length=3, stop_token_ids=(), n=9),
         make_request(2, length=8, stop_token_ids=(), n=3, max_new_tokens=4),
     ]
@@ -260,7 +260,7 @@ def test_each_prompt_is_prefilled_once(llama: Any, monkeypatch: pytest.MonkeyPat
     assert sum(prompts) == 6
     prompts.clear()
     generate(narrow, [make_request(0, n=10)])
-    assert sum(prompts) == 3  # ten rows in shares of four
+    assert sum(prompts) == 3  # ten rows in slices of four
 
 
 def test_the_head_sees_one_position_of_each_prompt(llama: Any) -> None:
@@ -275,7 +275,7 @@ def test_the_head_sees_one_position_of_each_prompt(llama: Any) -> None:
     assert widths == {1}
 
 
-def test_the_model_is_left_as_it_was_found() -> None:
+def test_the_models_modes_are_restored() -> None:
     model = build("llama", attention_dropout=0.5).train()
     model.model.layers[0].eval()
     engine = LocalEngine(model)
@@ -292,19 +292,19 @@ def test_the_model_is_left_as_it_was_found() -> None:
     assert model.lm_head.weight.grad is not None
 
 
-def test_calls_that_overlap_do_not_disturb_each_other(llama: Any) -> None:
+def test_concurrent_calls_do_not_disturb_each_other(llama: Any) -> None:
     engine = LocalEngine(llama.train())
     one, two = [make_request(0)], [make_request(1)]
 
     async def both() -> tuple[list[Generation], ...]:
-        async def probe() -> list[Generation]:
+        async def watch() -> list[Generation]:
             while engine._num_running:
-                assert llama.training, "between bursts the model is as it was found"
+                assert llama.training, "between bursts the modes are restored"
                 assert not torch.is_inference_mode_enabled()
                 await asyncio.sleep(0)
             return []
 
-        return await asyncio.gather(engine.generate(one), engine.generate(two), probe())
+        return await asyncio.gather(engine.generate(one), engine.generate(two), watch())
 
     try:
         first, second, _ = asyncio.run(both())
@@ -323,16 +323,16 @@ def test_tokens_are_reported_as_they_come(llama: Any) -> None:
     assert asyncio.run(engine.generate([], on_tokens=reports.append)) == []
 
 
-def test_loaded_weights_are_sampled_with() -> None:
+def test_the_engine_samples_with_loaded_weights() -> None:
     target, source = build("llama"), build("llama", seed=1)
     engine, requests = LocalEngine(target), [make_request(index) for index in range(3)]
     before = generate(engine, requests)
-    places = {name: tensor.data_ptr() for name, tensor in target.state_dict().items()}
+    pointers = {name: tensor.data_ptr() for name, tensor in target.state_dict().items()}
     asyncio.run(engine.load_weights(source.state_dict(), version=7))
     after = generate(engine, requests)
     assert {g.policy_version for g in before} == {0}
     assert {g.policy_version for g in after} == {7}
-    assert places == {name: tensor.data_ptr() for name, tensor in target.state_dict().items()}
+    assert pointers == {name: tensor.data_ptr() for name, tensor in target.state_dict().items()}
     assert [g.completion_ids for g in after] != [g.completion_ids for g in before]
     expected = generate(LocalEngine(source), requests)
     assert [g.completion_ids for g in after] == [g.completion_ids for g in expected]
@@ -346,7 +346,7 @@ def test_the_learners_own_weights_are_not_copied(llama: Any) -> None:
     assert engine.policy_version == 3
 
 
-def test_of_tied_weights_one_name_is_enough() -> None:
+def test_one_name_is_enough_for_tied_weights() -> None:
     target = build("llama", tie_word_embeddings=True)
     source = build("llama", tie_word_embeddings=True, seed=1)
     for missing in ("lm_head.weight", "model.embed_tokens.weight"):
@@ -374,7 +374,7 @@ def test_wrong_weights_change_nothing(mistake: str) -> None:
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_weights_wait_until_nothing_is_being_generated() -> None:
+def test_weights_wait_for_requests_in_flight() -> None:
     model, source = build("llama"), build("llama", seed=1)
     engine, requests = LocalEngine(model), [make_request(index) for index in range(3)]
     expected = generate(engine, requests)
@@ -424,7 +424,7 @@ def test_a_padding_id_without_embedding_does_not_matter(llama: Any) -> None:
     assert generate(LocalEngine(llama, pad_token_id=VOCAB + 5), requests) == expected
 
 
-def test_weights_that_are_not_finite_are_a_users_error() -> None:
+def test_weights_that_are_not_finite_are_a_user_error() -> None:
     model = build("llama")
     engine = LocalEngine(model)
     with torch.no_grad():

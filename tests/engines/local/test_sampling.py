@@ -1,4 +1,4 @@
-"""Draws: evenly spaced uniforms must hit each token as often as its probability says."""
+"""Draws: evenly spaced uniforms must select each token as often as its probability says."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CPU = torch.device("cpu")
 
 
 def expected_probs(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor:
-    """The distribution [V], by the definitions of temperature, top-k and top-p."""
+    """The distribution [V] by the definitions of temperature, top-k and top-p."""
     scaled = logits.double() / params.temperature
     order = sorted(range(len(logits)), key=lambda token: (-float(scaled[token]), token))
     order = order[: params.top_k] if params.top_k else order
@@ -23,9 +23,9 @@ def expected_probs(logits: torch.Tensor, params: SamplingParams) -> torch.Tensor
     probs[order] = scaled[order].softmax(0)
     if params.top_p < 1:
         mass = 0.0
-        for place, token in enumerate(order):
+        for rank, token in enumerate(order):
             if mass >= params.top_p:
-                probs[order[place:]] = 0.0
+                probs[order[rank:]] = 0.0
                 break
             mass += float(probs[token])
     return probs / probs.sum()
@@ -57,7 +57,7 @@ def test_frequencies_are_the_probabilities(
     assert torch.allclose(logprobs.double(), expected[ids].log(), atol=1e-5)
 
 
-def test_the_edges_of_the_unit_interval_draw_tokens_with_probability() -> None:
+def test_the_edges_of_the_unit_interval_draw_possible_tokens() -> None:
     logits = torch.tensor([[-torch.inf, 0.0, 0.0, -torch.inf, -200.0]]).expand(3, -1)
     params = SamplingParams(max_new_tokens=1)
     uniform = torch.tensor([0.0, 1 - 2.0**-24, 1.0])
@@ -115,7 +115,7 @@ def test_uniforms_are_fixed_by_their_key() -> None:
     assert stream(count=9) == stream()[:9]
     others = [stream(seed=1), stream(request_id="b"), stream(index=1), stream(request_id="0/a")]
     assert all(not set(other) & set(stream()) for other in others)
-    # Fixed for all platforms and versions: runs made elsewhere can be repeated.
+    # The same on all platforms and versions, so that runs can be repeated elsewhere.
     assert stream(count=3) == pytest.approx([0.03510720, 0.56399935, 0.82172573], abs=1e-7)
 
 

@@ -1,7 +1,7 @@
-"""A stand-in for an SGLang server, over real HTTP, that can be told to fail.
+"""A fake SGLang server, over real HTTP, that can be told to fail.
 
-It answers a request with ids that follow from its prompt alone, so that a test knows what is right
-however often a request was asked.
+It answers a request with ids that depend only on the prompt, so that a test knows the right answer
+however often a request was retried.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from torch import Tensor
 
 from rosd_fast.engines.sglang.weight_sync import c10d, gloo_options
 
-# Options of engines and members where a test names none.
+# Options of servers and engines for tests that do not set them.
 WATCH: dict[str, Any] = {"health_every_s": 30.0, "health_timeout_s": 30.0}
 LIMITS: dict[str, Any] = {"concurrency": 64, "max_failures": 10, "request_timeout_s": 3600.0}
 ENGINE: dict[str, Any] = LIMITS | {
@@ -31,30 +31,35 @@ ENGINE: dict[str, Any] = LIMITS | {
 
 
 class FakeSglang:
-    """`faults`: taken by the next requests to /generate, one each; "" means none. port 0: any."""
+    """A server for the duration of an `async with` block.
+
+    faults: faults of the next requests to /generate, one each; "": none.
+    tokens: number of tokens of each completion.
+    port: 0: any free port.
+    """
 
     def __init__(self, *, faults: tuple[str, ...] = (), tokens: int = 3, port: int = 0) -> None:
         self.faults = deque(faults)
         self.port = port
         self.tokens = tokens
         self.version = "default"
-        self.bodies: list[dict[str, Any]] = []  # of /generate
-        self.loaded: list[str] = []  # versions, "release" and "resume", in order
-        self.refuse_weights = 0  # how many hand-overs fail
+        self.bodies: list[dict[str, Any]] = []  # of requests to /generate
+        self.loaded: list[str] = []  # versions, "release" and "resume", in order of the requests
+        self.refuse_weights = 0  # how many of the next weight updates fail
         self.joins: dict[str, Any] = {}  # process groups by name
         self.num_joins = 0
         self.refuse_joins = False
-        self.tensors: dict[str, Tensor] = {}  # that came by broadcast
-        self.num_pieces = 0  # of them
-        self.break_at = ""  # "refuse", "fail" or "lost": what happens to the next piece
-        self.updating = False  # between the begin and the end of a hand-over
+        self.tensors: dict[str, Tensor] = {}  # received by broadcast
+        self.num_buckets = 0  # received by broadcast
+        self.break_at = ""  # fault of the next bucket: "refuse", "fail" or "lost"
+        self.updating = False  # between begin and end of a weight update
         self.tp_size = 1
         self.dp_size = 1
         self.healthy = True
         self.delay_s: dict[str, float] = {}  # by request id
         self.running = self.most_running = 0
         self.check_logprob = -1.0
-        self.states = expected_states  # of ids, what a scoring request gets
+        self.states = expected_states  # returns the states for the ids of a scoring request
         self._runner: web.AppRunner | None = None
         self.url = ""
 
@@ -123,7 +128,7 @@ class FakeSglang:
         return web.json_response({"success": group is not None, "message": ""})
 
     def _open_group(self, body: dict[str, Any]) -> Any:
-        """As torch.distributed does, without its register of groups."""
+        """Open a group as torch.distributed does, without its registry of groups."""
         name, size = body["group_name"], body["world_size"]
         address, port = body["master_address"], body["master_port"]
         store = c10d.PrefixStore(name, c10d.TCPStore(address, port, size, is_master=False))
@@ -140,7 +145,7 @@ class FakeSglang:
     async def _receive(self, request: web.Request) -> web.Response:
         body = await request.json()
         fault, self.break_at = self.break_at, ""
-        if fault == "lost":  # as after a start that nobody told us of
+        if fault == "lost":  # as after a restart
             self.joins.clear()
         group = self.joins.get(body["group_name"])
         if group is None or fault == "refuse" or not self.updating:
@@ -155,7 +160,7 @@ class FakeSglang:
         await asyncio.to_thread(lambda: group.broadcast(flat, 0).wait())
         parts = zip(body["names"], dtypes, body["shapes"], flat.split(sizes), strict=True)
         self.tensors |= {name: part.view(dtype).view(shape) for name, dtype, shape, part in parts}
-        self.num_pieces += 1
+        self.num_buckets += 1
         if fault == "fail":
             return web.json_response({"success": False, "message": "failed"}, status=400)
         self.version = body["weight_version"]
@@ -227,7 +232,7 @@ class FakeSglang:
         }
 
     def scoring(self, body: dict[str, Any], version: str, fault: str) -> dict[str, Any]:
-        """States of the tokens that were not cached, which are some before `logprob_start_len`."""
+        """The states of uncached tokens; half of those before the first needed one are cached."""
         ids, cached = body["input_ids"], body["logprob_start_len"] // 2
         states = self.states(ids)[cached:]
         if fault == "chunked":  # the first chunk's states are lost
@@ -250,14 +255,14 @@ class FakeSglang:
 
 
 def expected_states(ids: list[int]) -> list[list[float]]:
-    """Of width 5; each holds all that stands before it."""
+    """States of width 5, each of which depends on all ids up to its own."""
     return [[float(sum(ids[: i + 1])), i, ids[i], 0.5, -1.0] for i in range(len(ids))]
 
 
 def expected_ids(
     prompt_ids: list[int] | tuple[int, ...], index: int, tokens: int
 ) -> tuple[int, ...]:
-    return tuple((sum(prompt_ids) + index + place) % 50 for place in range(tokens))
+    return tuple((sum(prompt_ids) + index + position) % 50 for position in range(tokens))
 
 
 def count(body: dict[str, Any]) -> int:

@@ -1,4 +1,4 @@
-"""The SGLang engine against a stand-in that fails in every way a server is known to fail."""
+"""The SGLang engine against a fake server that fails in every way a server is known to fail."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def make_request(index: int, *, n: int = 2, affinity: str = "", **params: Any) -
 
 
 class Setting:
-    """Stand-ins, and an engine on them."""
+    """Fake servers and an engine that uses them."""
 
     def __init__(self, tmp_path: Path, fakes: Sequence[FakeSglang], **options: Any) -> None:
         model_folder = tmp_path / "model"
@@ -71,7 +71,7 @@ def with_fakes(
     *fakes: FakeSglang,
     **options: Any,
 ) -> Any:
-    """Run `test` with the engine, which has weights of version 0."""
+    """Run `test` with an engine that has loaded weights of version 0."""
 
     async def run() -> Any:
         for fake in fakes:
@@ -89,7 +89,7 @@ def with_fakes(
 
 
 def assert_right(requests: Sequence[GenerationRequest], generations: list[Generation]) -> None:
-    """All completions are there, in order, and are those of their own prompts."""
+    """Assert that all completions are there, in order, and belong to their prompts."""
     expected = [(request, index) for request in requests for index in range(request.n)]
     assert len(generations) == len(expected)
     for (request, index), generation in zip(expected, generations, strict=True):
@@ -120,7 +120,7 @@ def test_requests_and_answers(tmp_path: Path) -> None:
             "stop_token_ids": [3],
         }
         assert bodies[1]["sampling_params"]["top_k"] == 4
-        assert bodies[1]["sampling_params"]["max_new_tokens"] == 64 - 6  # what the context leaves
+        assert bodies[1]["sampling_params"]["max_new_tokens"] == 64 - 6  # the rest of the context
         assert bodies[0]["return_logprob"] is True
         assert bodies[0]["rid"].endswith("/step1/p0#1")
         metrics = engine.take_metrics()
@@ -132,21 +132,21 @@ def test_requests_and_answers(tmp_path: Path) -> None:
     with_fakes(tmp_path, test, FakeSglang())
 
 
-def test_grammar_goes_along(tmp_path: Path) -> None:
+def test_a_grammar_is_sent(tmp_path: Path) -> None:
     request = make_request(0)
-    bound = GenerationRequest(
+    constrained = GenerationRequest(
         id="r", prompt_ids=request.prompt_ids, params=request.params, grammar='start: "a"'
     )
 
     async def test(setting: Setting) -> None:
-        await setting.engine.generate([bound])
+        await setting.engine.generate([constrained])
         assert setting.fakes[0].bodies[0]["sampling_params"]["ebnf"] == 'start: "a"'
 
     with_fakes(tmp_path, test, FakeSglang())
 
 
 @pytest.mark.parametrize("fault", TRANSIENT)
-def test_transient_faults_lose_nothing(tmp_path: Path, fault: str) -> None:
+def test_transient_faults_lose_no_completion(tmp_path: Path, fault: str) -> None:
     requests = [make_request(index) for index in range(4)]
 
     async def test(setting: Setting) -> None:
@@ -158,7 +158,7 @@ def test_transient_faults_lose_nothing(tmp_path: Path, fault: str) -> None:
 
 
 @pytest.mark.parametrize("fault", ["500", "reset", "incomplete"])
-def test_failing_again_and_again_ends_the_run(tmp_path: Path, fault: str) -> None:
+def test_repeated_failures_end_the_run(tmp_path: Path, fault: str) -> None:
     async def test(setting: Setting) -> None:
         with pytest.raises(RunFailed, match="failed 3 times in a row") as failed:
             await setting.engine.generate([make_request(0)])
@@ -168,8 +168,8 @@ def test_failing_again_and_again_ends_the_run(tmp_path: Path, fault: str) -> Non
     with_fakes(tmp_path, test, FakeSglang(faults=(fault,) * 9), max_failures=3)
 
 
-def test_a_full_queue_is_waited_for(tmp_path: Path) -> None:
-    """More often than other failures are borne."""
+def test_a_full_queue_is_retried(tmp_path: Path) -> None:
+    """More often than other failures are."""
 
     async def test(setting: Setting) -> None:
         requests = [make_request(0)]
@@ -179,7 +179,7 @@ def test_a_full_queue_is_waited_for(tmp_path: Path) -> None:
     with_fakes(tmp_path, test, FakeSglang(faults=("503",) * 3), max_failures=2)
 
 
-def test_a_wrong_request_is_not_asked_again(tmp_path: Path) -> None:
+def test_an_invalid_request_is_not_retried(tmp_path: Path) -> None:
     async def test(setting: Setting) -> None:
         with pytest.raises(ValueError, match=r"request step1/p0: .*400 \(queue full\)"):
             await setting.engine.generate([make_request(0)])
@@ -209,18 +209,18 @@ def test_completions_cut_by_a_small_cache_are_an_error(tmp_path: Path) -> None:
     with_fakes(tmp_path, test, FakeSglang(faults=("short",)))
 
 
-def test_a_problem_stays_with_its_server(tmp_path: Path) -> None:
+def test_all_requests_of_a_problem_go_to_one_server(tmp_path: Path) -> None:
     requests = [make_request(index, affinity=f"problem {index % 5}") for index in range(20)]
 
     async def test(setting: Setting) -> None:
         assert_right(requests, await setting.engine.generate(requests))
         homes: dict[str, set[int]] = {}
         affinity = {request.prompt_ids: request.affinity for request in requests}
-        for place, fake in enumerate(setting.fakes):
+        for index, fake in enumerate(setting.fakes):
             assert fake.bodies
             for body in fake.bodies:
-                homes.setdefault(affinity[tuple(body["input_ids"])], set()).add(place)
-        assert all(len(places) == 1 for places in homes.values())
+                homes.setdefault(affinity[tuple(body["input_ids"])], set()).add(index)
+        assert all(len(servers) == 1 for servers in homes.values())
 
     with_fakes(tmp_path, test, FakeSglang(), FakeSglang())
 
@@ -239,7 +239,7 @@ def test_another_server_takes_over(tmp_path: Path) -> None:
     with_fakes(tmp_path, test, FakeSglang(), FakeSglang())
 
 
-def test_a_server_that_hangs_is_left(tmp_path: Path) -> None:
+def test_a_server_that_hangs_is_left_out(tmp_path: Path) -> None:
     requests = [make_request(index) for index in range(8)]
 
     async def test(setting: Setting) -> None:
@@ -250,7 +250,7 @@ def test_a_server_that_hangs_is_left(tmp_path: Path) -> None:
 
 
 def test_weights_are_never_mixed(tmp_path: Path) -> None:
-    """A server that fails to load them gets no request until it has."""
+    """A server that fails to load new weights gets no request until it has loaded them."""
     requests = [make_request(index) for index in range(8)]
 
     async def test(setting: Setting) -> None:
@@ -276,7 +276,7 @@ def test_a_server_that_lost_the_weights_gets_them_again(tmp_path: Path) -> None:
     with_fakes(tmp_path, test, FakeSglang())
 
 
-def test_no_server_takes_the_weights(tmp_path: Path) -> None:
+def test_weights_that_no_server_loads_end_the_run(tmp_path: Path) -> None:
     async def test(setting: Setting) -> None:
         setting.fakes[0].refuse_weights = 9
         with pytest.raises(RunFailed, match=r"new weights: .*400 \(no such file\)"):
@@ -285,7 +285,7 @@ def test_no_server_takes_the_weights(tmp_path: Path) -> None:
     with_fakes(tmp_path, test, FakeSglang())
 
 
-def test_two_trainers_at_one_server(tmp_path: Path) -> None:
+def test_two_trainers_on_one_server_are_noticed(tmp_path: Path) -> None:
     async def test(setting: Setting) -> None:
         with pytest.raises(RunFailed, match="another trainer has loaded its weights"):
             await setting.engine.generate([make_request(0)])
@@ -293,7 +293,7 @@ def test_two_trainers_at_one_server(tmp_path: Path) -> None:
     with_fakes(tmp_path, test, FakeSglang(faults=("foreign",)))
 
 
-def test_probe_compares_server_and_trainer(tmp_path: Path) -> None:
+def test_weight_check_compares_server_and_trainer(tmp_path: Path) -> None:
     options: dict[str, Any] = {"weight_check_ids": (1, 2, 3), "max_logprob_gap": 0.01}
     with_fakes(
         tmp_path, nothing, FakeSglang(), expected_logprobs=lambda ids: [-1.005] * 2, **options
@@ -313,10 +313,10 @@ def test_probe_compares_server_and_trainer(tmp_path: Path) -> None:
 
 
 async def nothing(_setting: Setting) -> None:
-    """Only load weights."""
+    """Do nothing beyond loading the weights."""
 
 
-def test_a_colocated_server_sleeps_while_the_learner_works(tmp_path: Path) -> None:
+def test_a_colocated_server_releases_its_memory_while_the_learner_works(tmp_path: Path) -> None:
     async def test(setting: Setting) -> None:
         await setting.engine.release_memory()
         await setting.engine.load_weights(WEIGHTS, version=1)
@@ -328,7 +328,7 @@ def test_a_colocated_server_sleeps_while_the_learner_works(tmp_path: Path) -> No
     with_fakes(tmp_path, test, fake, colocated=True)
 
 
-def test_completions_come_as_they_are_done(tmp_path: Path) -> None:
+def test_completions_are_yielded_as_they_are_done(tmp_path: Path) -> None:
     requests = [make_request(index) for index in range(3)]
 
     async def test(setting: Setting) -> None:
@@ -339,7 +339,7 @@ def test_completions_come_as_they_are_done(tmp_path: Path) -> None:
     with_fakes(tmp_path, test, FakeSglang())
 
 
-def test_no_more_requests_than_allowed(tmp_path: Path) -> None:
+def test_concurrency_is_limited(tmp_path: Path) -> None:
     requests = [make_request(index) for index in range(9)]
 
     async def test(setting: Setting) -> None:
@@ -350,19 +350,19 @@ def test_no_more_requests_than_allowed(tmp_path: Path) -> None:
     with_fakes(tmp_path, test, FakeSglang(), concurrency=2)
 
 
-def test_new_weights_wait_for_what_is_under_way(tmp_path: Path) -> None:
+def test_new_weights_wait_for_requests_in_flight(tmp_path: Path) -> None:
     async def test(setting: Setting) -> None:
         setting.fakes[0].delay_s = {"step1/p0": 0.3}
-        under_way = asyncio.create_task(setting.engine.generate([make_request(0)]))
+        in_flight = asyncio.create_task(setting.engine.generate([make_request(0)]))
         await asyncio.sleep(0.1)
         await setting.engine.load_weights(WEIGHTS, version=1)
-        assert under_way.done()
-        assert {item.policy_version for item in await under_way} == {0}
+        assert in_flight.done()
+        assert {item.policy_version for item in await in_flight} == {0}
 
     with_fakes(tmp_path, test, FakeSglang())
 
 
-def test_weight_folder_holds_the_newest_version_whole(tmp_path: Path) -> None:
+def test_weight_folder_holds_the_complete_newest_version(tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
     (model / "config.json").write_text("{}")
@@ -384,8 +384,8 @@ def test_weight_folder_holds_the_newest_version_whole(tmp_path: Path) -> None:
     assert not list(folder.folder.iterdir())
 
 
-def test_weights_on_a_full_disk_are_one_line(tmp_path: Path) -> None:
-    """safetensors has an error of its own for it."""
+def test_a_full_disk_gives_a_one_line_error(tmp_path: Path) -> None:
+    """safetensors raises its own type of error here."""
     (tmp_path / "model").mkdir()
     folder = WeightFolder(tmp_path / "weights", tmp_path / "model")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -400,7 +400,7 @@ def test_weights_on_a_full_disk_are_one_line(tmp_path: Path) -> None:
     assert not list(folder.folder.iterdir())
 
 
-def test_weights_that_cannot_be_written_are_one_line(tmp_path: Path) -> None:
+def test_a_folder_that_cannot_be_written_gives_a_one_line_error(tmp_path: Path) -> None:
     (tmp_path / "model").mkdir()
     (tmp_path / "file").write_text("")
     folder = WeightFolder(tmp_path / "file" / "weights", tmp_path / "model")
@@ -415,7 +415,7 @@ PROMPTS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), max_size
 def test_shareable_tokens_are_those_a_prefix_tree_saves(prompts: list[list[int]]) -> None:
     nodes = {tuple(prompt[: end + 1]) for prompt in prompts for end in range(len(prompt))}
     saved = sum(map(len, prompts)) - len(nodes)
-    # But for the last token of a prompt that is wholly the beginning of another.
+    # Except for the last token of a prompt that is a prefix of another.
     ordered = sorted(map(tuple, prompts))
     whole = sum(a[: len(b)] == b for a, b in pairwise(ordered))
     assert num_shareable(prompts) == saved - whole

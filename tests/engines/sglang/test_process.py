@@ -1,4 +1,4 @@
-"""Servers of our own: started, watched, restarted, and never left behind.
+"""Managed servers: started, watched, restarted, and never left behind.
 
 The server is a small HTTP program in place of SGLang; everything around it is real.
 """
@@ -60,7 +60,7 @@ port = int(arguments[arguments.index("--port") + 1])
 http.server.ThreadingHTTPServer(("127.0.0.1", port), Handler).serve_forever()
 """
 
-# Checks that the paths it is given hold in its own folder.
+# Checks that its path arguments are valid in its own folder.
 SGLANG = """
 import asyncio, json, sys
 from pathlib import Path
@@ -93,7 +93,7 @@ asyncio.run(main())
 
 @pytest.fixture
 def spec(tmp_path: Path) -> ServerSpec:
-    """Of a server whose interpreter runs the stand-in, whatever module it is told to run."""
+    """A server whose interpreter runs `SERVER`, whatever module it is told to run."""
     return ServerSpec(
         python=make_python(tmp_path, SERVER),
         model_folder=tmp_path / "model",
@@ -113,7 +113,7 @@ def make_python(folder: Path, program: str) -> Path:
 
 
 def logged_pids(server: ManagedServer) -> list[int]:
-    """The server's process and its child's, of the last start."""
+    """The ids of the server's process and of its child, from the last start."""
     lines = server.log_path.read_text().splitlines()
     return [int(pid) for pid in [line for line in lines if line.startswith("pids")][-1].split()[1:]]
 
@@ -121,7 +121,7 @@ def logged_pids(server: ManagedServer) -> list[int]:
 def assert_ended(pids: list[int], within_s: float = 10.0) -> None:
     deadline = time.monotonic() + within_s
     while any(map(exists, pids)):
-        assert time.monotonic() < deadline, f"still there: {[p for p in pids if exists(p)]}"
+        assert time.monotonic() < deadline, f"still running: {[p for p in pids if exists(p)]}"
         time.sleep(0.05)
 
 
@@ -134,7 +134,7 @@ def exists(pid: int) -> bool:
 
 def test_start_and_stop(spec: ServerSpec, tmp_path: Path) -> None:
     async def run() -> list[int]:
-        server = ManagedServer(spec, tmp_path / "own")
+        server = ManagedServer(spec, tmp_path / "server")
         await server.start()
         assert server.alive and server.endpoint is not None
         assert await server.endpoint.get("/model_info", timeout_s=5) == {
@@ -144,57 +144,57 @@ def test_start_and_stop(spec: ServerSpec, tmp_path: Path) -> None:
         assert all(map(exists, pids))
         await server.stop()
         assert not server.alive and server.endpoint is None
-        await server.stop()  # again: nothing happens
+        await server.stop()  # has no effect
         return pids
 
     assert_ended(asyncio.run(run()), within_s=0.5)
-    log = (tmp_path / "own" / "server.log").read_text()
+    log = (tmp_path / "server" / "server.log").read_text()
     assert "'--host', '127.0.0.1'" in log and "'--grammar-backend', 'llguidance'" in log
-    assert str(tmp_path / "own") in log.split("environment")[1]  # where it was started
+    assert str(tmp_path / "server") in log.split("environment")[1]  # where it was started
 
 
-def test_a_server_is_no_rank_of_torchruns(
+def test_a_server_is_not_a_rank_of_torchrun(
     spec: ServerSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     names = "RANK LOCAL_RANK WORLD_SIZE MASTER_PORT TORCHELASTIC_RUN_ID OMP_NUM_THREADS".split()
     for name in names:
         monkeypatch.setenv(name, "2")
-    server = ManagedServer(spec, tmp_path / "own")
+    server = ManagedServer(spec, tmp_path / "server")
 
     async def run() -> None:
         await server.start()
         await server.stop()
 
     asyncio.run(run())
-    assert "ranks []" in (tmp_path / "own" / "server.log").read_text()
+    assert "ranks []" in (tmp_path / "server" / "server.log").read_text()
 
 
-def test_the_key_is_no_ones_to_read(spec: ServerSpec, tmp_path: Path) -> None:
-    """Neither from the command line nor from a file, and without it nothing is answered."""
+def test_the_key_is_not_readable_by_others(spec: ServerSpec, tmp_path: Path) -> None:
+    """Neither from the command line nor from a file, and the server requires it."""
 
     async def run() -> None:
-        server = ManagedServer(spec, tmp_path / "own")
+        server = ManagedServer(spec, tmp_path / "server")
         await server.start()
         assert server.endpoint is not None
         try:
-            secret = tmp_path / "own" / "launch.yaml"
+            secret = tmp_path / "server" / "launch.yaml"
             assert stat.S_IMODE(secret.stat().st_mode) == 0o600
             key = secret.read_text().split('"')[3]
             command = Path(f"/proc/{logged_pids(server)[0]}/cmdline").read_text()
             assert len(key) > 20 and key not in command
-            stranger = Endpoint(server.endpoint.url)
+            keyless = Endpoint(server.endpoint.url)
             with pytest.raises(Refused, match="401"):
-                await stranger.get("/model_info", timeout_s=5)
-            await stranger.close()
+                await keyless.get("/model_info", timeout_s=5)
+            await keyless.close()
         finally:
             await server.stop()
 
     asyncio.run(run())
 
 
-def test_a_server_that_does_not_start_says_why(spec: ServerSpec, tmp_path: Path) -> None:
-    broken = ManagedServer(with_args(spec, "--broken"), tmp_path / "own")
-    with pytest.raises(RunFailed, match=r"ended while it started: .*no such model \| sorry .*log"):
+def test_a_server_that_does_not_start_gives_the_reason(spec: ServerSpec, tmp_path: Path) -> None:
+    broken = ManagedServer(with_args(spec, "--broken"), tmp_path / "server")
+    with pytest.raises(RunFailed, match=r"exited while starting: .*no such model \| sorry .*log"):
         asyncio.run(broken.start())
     slow = ManagedServer(with_args(spec, "--slow", start_timeout_s=1.0), tmp_path / "slow")
     with pytest.raises(RunFailed, match="not ready within 1 s"):
@@ -206,9 +206,9 @@ def with_args(spec: ServerSpec, *args: str, start_timeout_s: float = 30.0) -> Se
     return replace(spec, args=args, start_timeout_s=start_timeout_s)
 
 
-def test_a_dead_server_is_started_again(spec: ServerSpec, tmp_path: Path) -> None:
+def test_a_dead_server_is_restarted(spec: ServerSpec, tmp_path: Path) -> None:
     async def run() -> None:
-        server = ManagedServer(spec, tmp_path / "own")
+        server = ManagedServer(spec, tmp_path / "server")
         handle = ServerHandle(server, name="server0", health_every_s=30, health_timeout_s=5)
         try:
             assert await handle.ensure_up() and not await handle.ensure_up()
@@ -230,7 +230,7 @@ def test_a_dead_server_is_started_again(spec: ServerSpec, tmp_path: Path) -> Non
 
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_no_server_outlives_the_trainer(spec: ServerSpec, tmp_path: Path, number: int) -> None:
-    """However the trainer ends: here by a signal that it has no part in."""
+    """Whatever ends the trainer: here signals that it does not handle."""
     script = f"""
         import asyncio, time
         from pathlib import Path
@@ -238,7 +238,7 @@ def test_no_server_outlives_the_trainer(spec: ServerSpec, tmp_path: Path, number
         spec = ServerSpec(python=Path({str(spec.python)!r}), model_folder=Path("/model"),
                           dtype="float32", on_cpu=True, start_timeout_s=30)
         async def main():
-            server = ManagedServer(spec, Path({str(tmp_path / "own")!r}))
+            server = ManagedServer(spec, Path({str(tmp_path / "server")!r}))
             await server.start()
             print("started", flush=True)
             await asyncio.sleep(600)
@@ -249,7 +249,7 @@ def test_no_server_outlives_the_trainer(spec: ServerSpec, tmp_path: Path, number
     )
     assert trainer.stdout is not None
     assert trainer.stdout.readline() == "started\n"
-    pids = logged_pids(ManagedServer(spec, tmp_path / "own"))
+    pids = logged_pids(ManagedServer(spec, tmp_path / "server"))
     assert all(map(exists, pids))
     trainer.send_signal(number)
     trainer.wait()
@@ -257,28 +257,30 @@ def test_no_server_outlives_the_trainer(spec: ServerSpec, tmp_path: Path, number
     assert_ended(pids)
 
 
-def test_guard_passes_the_exit_status_on() -> None:
+def test_watchdog_passes_the_exit_status_on() -> None:
     command = [sys.executable, watchdog.__file__, "1", sys.executable, "-c", "raise SystemExit(7)"]
-    with subprocess.Popen(command, stdin=subprocess.PIPE) as guarded:
-        assert guarded.wait() == 7
+    with subprocess.Popen(command, stdin=subprocess.PIPE) as process:
+        assert process.wait() == 7
     missing = subprocess.run([*command[:3], "/no/such/program"], capture_output=True, text=True)
     assert missing.returncode == 127 and "/no/such/program" in missing.stderr
 
 
 def test_an_interpreter_without_sglang_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"engine\.python = /no/such/python: is no program"):
+    with pytest.raises(UserError, match=r"engine\.python = /no/such/python: is not an executable"):
         find_python("/no/such/python")
     empty = tmp_path / "python"
     empty.write_text("#!/bin/sh\nexit 1\n")
     empty.chmod(0o755)
-    with pytest.raises(UserError, match=r"has no sglang\. .*scripts/sglang_cpu_env\.sh"):
+    with pytest.raises(
+        UserError, match=r"sglang is not installed there\. .*scripts/sglang_cpu_env\.sh"
+    ):
         find_python(str(empty))
 
 
-def test_a_run_with_servers_of_its_own_takes_relative_paths(
+def test_a_run_with_managed_servers_takes_relative_paths(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The default --out, and an interpreter beside it: servers run in another folder."""
+    """The default --out and an interpreter beside it, although servers run in another folder."""
     make_python(tmp_path, SGLANG.format(root=str(Path(__file__).parents[3])))
     monkeypatch.chdir(tmp_path)
     options = {

@@ -1,7 +1,7 @@
 """The SGLang engine against a real SGLang on this machine's CPUs.
 
-Left out of `make test`, since it needs an environment of 10 GB: `make sglang` makes that and runs
-these. The environment's interpreter is named by ROSD_SGLANG_PYTHON.
+These tests need an environment of 10 GB, so `make test` leaves them out; `make sglang` builds the
+environment and runs them. ROSD_SGLANG_PYTHON is the path of its interpreter.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import torch
 
 from rosd_fast.config import Config
 from rosd_fast.config.load import apply_args, load_preset, to_toml
-from rosd_fast.engines.factory import open_engine, open_sglang_teacher, token_logprobs
+from rosd_fast.engines.factory import open_engine, open_sglang_teacher
 from rosd_fast.engines.local.engine import LocalEngine
 from rosd_fast.engines.sglang.client import Endpoint
 from rosd_fast.engines.sglang.engine import SglangEngine
@@ -28,6 +28,7 @@ from rosd_fast.engines.sglang.pool import ServerHandle
 from rosd_fast.engines.sglang.process import ManagedServer, ServerSpec
 from rosd_fast.engines.sglang.teacher import SglangTeacher
 from rosd_fast.engines.sglang.weight_sync import DiskSync, DistributedSync
+from rosd_fast.engines.weight_check import token_logprobs
 from rosd_fast.errors import RunFailed, UserError
 from rosd_fast.model.attention import hidden_states
 from rosd_fast.model.load import LoadedModel, load_model
@@ -56,9 +57,9 @@ def model() -> LoadedModel:
 
 @pytest.fixture(scope="module")
 def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]]:
-    """(address, key) of a running server, for the tests that do it no harm."""
+    """The (address, key) of a running server, for tests that do not disturb it."""
     if not PYTHON:
-        pytest.fail("ROSD_SGLANG_PYTHON is not set; run these by `make sglang`")
+        pytest.fail("ROSD_SGLANG_PYTHON is not set; run these tests with `make sglang`")
     spec = ServerSpec(
         python=Path(PYTHON),
         model_folder=MODEL_DIR,
@@ -67,16 +68,16 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]
         args=tuple(POOL.split()),
         start_timeout_s=300,
     )
-    own = ManagedServer(spec, tmp_path_factory.mktemp("server"))
+    managed = ManagedServer(spec, tmp_path_factory.mktemp("server"))
 
     async def start() -> tuple[str, str]:
-        await own.start()
-        assert own.endpoint is not None
-        await own.endpoint.close()  # it belongs to this event loop
-        return own.endpoint.url, own.endpoint._headers["Authorization"].split()[1]
+        await managed.start()
+        assert managed.endpoint is not None
+        await managed.endpoint.close()  # its session belongs to this event loop
+        return managed.endpoint.url, managed.endpoint._headers["Authorization"].split()[1]
 
     yield asyncio.run(start())
-    asyncio.run(own.stop())
+    asyncio.run(managed.stop())
 
 
 def make_engine(
@@ -99,14 +100,14 @@ def make_engine(
 
 
 def use(engine: SglangEngine, model: LoadedModel, test: Coroutine[Any, Any, Any]) -> Any:
-    """Hand the model's weights over, run `test`, close the engine."""
+    """Load the model's weights into the server, run `test`, close the engine."""
 
     async def run() -> Any:
         try:
             await engine.load_weights(model.model.state_dict(), version=0)
             return await test
         finally:
-            test.close()  # if it was not come to
+            test.close()  # in case it was not awaited
             await engine.close()
 
     return asyncio.run(run())
@@ -128,15 +129,16 @@ def make_requests(model: LoadedModel, count: int, **options: Any) -> list[Genera
 
 
 def assert_policy(model: LoadedModel, requests: list[GenerationRequest], done: list[Any]) -> None:
-    """All are there, and the log-probabilities are the model's own."""
+    """Assert that all completions are there, with the log-probabilities of `model`."""
     prompts = {request.id: request.prompt_ids for request in requests}
     assert [(g.request_id, g.index) for g in done] == [
         (request.id, index) for request in requests for index in range(request.n)
     ]
     for generation in done:
         prompt = prompts[generation.request_id]
-        own = token_logprobs(model.model, [*prompt, *generation.completion_ids])[len(prompt) - 1 :]
-        assert own == pytest.approx(list(generation.logprobs), abs=MAX_GAP_NATS)
+        ids = [*prompt, *generation.completion_ids]
+        expected = token_logprobs(model.model, ids)[len(prompt) - 1 :]
+        assert expected == pytest.approx(list(generation.logprobs), abs=MAX_GAP_NATS)
 
 
 def test_greedy_tokens_are_those_of_the_local_engine(
@@ -144,9 +146,9 @@ def test_greedy_tokens_are_those_of_the_local_engine(
 ) -> None:
     requests = make_requests(model, 24, temperature=0.0)
     engine = make_engine(server, model, tmp_path)
-    ours = use(engine, model, engine.generate(requests))
+    served = use(engine, model, engine.generate(requests))
     local = asyncio.run(LocalEngine(model.model).generate(requests))
-    for a, b in zip(ours, local, strict=True):
+    for a, b in zip(served, local, strict=True):
         assert a.completion_ids == b.completion_ids and a.finish_reason == b.finish_reason
         assert list(a.logprobs) == pytest.approx(list(b.logprobs), abs=MAX_GAP_NATS)
 
@@ -173,11 +175,11 @@ def test_log_probabilities_are_those_at_the_sampling_temperature(
         ids = torch.tensor([[*prompt, *generation.completion_ids]])
         with torch.no_grad():
             logits = model.model(input_ids=ids).logits[0, len(prompt) - 1 : -1] / 0.5
-        own = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
-        assert own.tolist() == pytest.approx(list(generation.logprobs), abs=MAX_GAP_NATS)
+        expected = logits.log_softmax(-1).gather(1, ids[0, len(prompt) :, None])[:, 0]
+        assert expected.tolist() == pytest.approx(list(generation.logprobs), abs=MAX_GAP_NATS)
 
 
-def test_reflections_quote_nothing_but_the_rollout(
+def test_reflections_quote_only_the_rollout(
     server: tuple[str, str], model: LoadedModel, tmp_path: Path
 ) -> None:
     text = 'First, 3 + 4 = 7. Then "7" - 2 = 6\\ {and} so. <answer>6</answer> </error_quote> end'
@@ -198,12 +200,12 @@ def test_reflections_quote_nothing_but_the_rollout(
         quote = said.split("</error_quote>")[0]
         assert quote in text and len(quote.split()) >= 3
         assert generation.finish_reason == "stop"
-        # It ends at its tag or where its tokens do: 96, less the tags' and the quote's.
+        # It ends at its tag or at the token limit: 96, less the tokens of tags and quote.
         explanation = said.split("<explanation>")[1]
         assert explanation.endswith("</explanation>") or len(generation.completion_ids) > 39
 
 
-def test_a_wrong_grammar_fails_alone(
+def test_an_invalid_grammar_fails_alone(
     server: tuple[str, str], model: LoadedModel, tmp_path: Path
 ) -> None:
     good, other = make_requests(model, 2)
@@ -221,12 +223,12 @@ def test_a_wrong_grammar_fails_alone(
     assert_policy(model, [good, other], use(engine, model, test()))
 
 
-@pytest.mark.parametrize("way", ["disk", "distributed"])
-def test_the_server_takes_new_weights_and_drops_what_it_cached(
-    server: tuple[str, str], model: LoadedModel, tmp_path: Path, way: str
+@pytest.mark.parametrize("sync", ["disk", "distributed"])
+def test_the_server_loads_new_weights_and_flushes_its_cache(
+    server: tuple[str, str], model: LoadedModel, tmp_path: Path, sync: str
 ) -> None:
     requests = make_requests(model, 4, n=2)
-    options = {} if way == "disk" else {"sync": DistributedSync(bucket_bytes=2**20)}
+    options = {} if sync == "disk" else {"sync": DistributedSync(bucket_bytes=2**20)}
     engine = make_engine(server, model, tmp_path, **options)
 
     async def test() -> None:
@@ -243,7 +245,7 @@ def test_the_server_takes_new_weights_and_drops_what_it_cached(
 
 
 async def change(model: LoadedModel, engine: SglangEngine, *, version: int) -> None:
-    """Other weights, for the trainer and the server."""
+    """Change the weights of the trainer's model and load them into the server."""
     torch.manual_seed(version)
     with torch.no_grad():
         for parameter in model.model.parameters():
@@ -267,7 +269,7 @@ def test_a_server_with_other_weights_than_the_trainers_is_noticed(
         use(engine, model, engine.generate([]))
 
 
-def test_two_trainers_at_one_server(
+def test_two_trainers_on_one_server_are_noticed(
     server: tuple[str, str], model: LoadedModel, tmp_path: Path
 ) -> None:
     first = make_engine(server, model, tmp_path / "first")
@@ -307,14 +309,14 @@ def small(out: Path, **changes: Any) -> Config:
 
 
 def children_of(pid: int) -> list[int]:
-    """All processes below one."""
+    """The ids of all descendants of a process."""
     path = Path(f"/proc/{pid}/task/{pid}/children")
-    own = [int(child) for child in path.read_text().split()] if path.exists() else []
-    return own + [below for child in own for below in children_of(child)]
+    children = [int(child) for child in path.read_text().split()] if path.exists() else []
+    return children + [below for child in children for below in children_of(child)]
 
 
 def scheduler(server: ManagedServer) -> int:
-    """The process that holds the model."""
+    """The id of the process that holds the model."""
     assert server._process is not None
     for pid in children_of(server._process.pid):
         if "scheduler" in Path(f"/proc/{pid}/cmdline").read_text():
@@ -323,21 +325,21 @@ def scheduler(server: ManagedServer) -> int:
 
 
 @pytest.mark.parametrize(
-    ("harm", "way"),
+    ("harm", "sync"),
     [
         pytest.param(lambda pid: os.kill(pid, signal.SIGKILL), "distributed", id="dies"),
         pytest.param(lambda pid: os.kill(pid, signal.SIGSTOP), "disk", id="hangs"),
     ],
 )
-def test_a_server_that_fails_in_mid_step_is_replaced(
-    model: LoadedModel, tmp_path: Path, harm: Callable[[int], None], way: str
+def test_a_server_that_fails_in_mid_step_is_restarted(
+    model: LoadedModel, tmp_path: Path, harm: Callable[[int], None], sync: str
 ) -> None:
-    """Everything that was asked for is there, from the current weights; no process is left."""
+    """All completions are there, from the current weights, and no process is left."""
     config = small(
         tmp_path,
         engine__health_every_s=2.0,
         engine__health_timeout_s=8.0,
-        engine__sync=way,
+        engine__sync=sync,
     )
     requests = make_requests(model, 24, n=4)
     notes: list[str] = []
@@ -352,21 +354,21 @@ def test_a_server_that_fails_in_mid_step_is_replaced(
     processes: list[int] = []
 
     async def test() -> None:
-        own = engine.servers[0].own
-        assert own is not None and own._process is not None
+        managed = engine.servers[0].managed
+        assert managed is not None and managed._process is not None
         await engine.generate(requests[:2])
         await change(model, engine, version=1)
-        processes.extend(children_of(own._process.pid))
-        under_way = asyncio.create_task(engine.generate(requests))
+        processes.extend(children_of(managed._process.pid))
+        in_flight = asyncio.create_task(engine.generate(requests))
         await asyncio.sleep(0.3)
-        harm(scheduler(own))
-        done = await under_way
-        assert own.num_starts >= 2  # more where a slow machine takes a busy server to hang too
+        harm(scheduler(managed))
+        done = await in_flight
+        assert managed.num_starts >= 2  # more if a busy server on a slow machine counts as hung
         assert {generation.policy_version for generation in done} == {1}
         assert_policy(model, requests, done)
-        processes.extend(children_of(own._process.pid))
+        processes.extend(children_of(managed._process.pid))
         assert engine.take_metrics()["rollout/num_retries"] >= 1
-        assert any("started again" in note for note in notes)
+        assert any("restarted" in note for note in notes)
 
     try:
         use(engine, model, test())
@@ -383,7 +385,7 @@ def test_a_server_that_fails_in_mid_step_is_replaced(
 
 @pytest.mark.parametrize("rank", [0, 8], ids=["weights", "adapters"])
 def test_training_learns_from_what_the_server_samples(tmp_path: Path, rank: int) -> None:
-    """Before each of three steps the server's greedy answers are those of the trainer's model."""
+    """Before each of three steps the server's greedy answers equal those of the trainer's model."""
     config = small(tmp_path, lora__rank=rank)
 
     async def steps(run: Run) -> None:
@@ -431,8 +433,8 @@ def test_one_step_ahead(tmp_path: Path) -> None:
     assert not list((run / "engine" / "weights").iterdir())
 
 
-def test_memory_is_not_given_back_on_a_cpu(tmp_path: Path) -> None:
-    with pytest.raises(UserError, match=r"engine\.colocated: giving memory back needs a GPU"):
+def test_colocation_needs_a_gpu(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"engine\.colocated: needs a GPU"):
         train(small(tmp_path, engine__colocated=True))
     assert not (tmp_path / "run").exists()
 
@@ -442,23 +444,23 @@ def with_teacher(out: Path, **changes: Any) -> Config:
     return small(out, **options, teacher__server_args=POOL, **changes)
 
 
-def test_a_teacher_on_a_server_teaches_as_one_in_the_trainer(tmp_path: Path) -> None:
-    """The same rollouts, reflections and losses; killed in between, it is started again."""
+def test_a_teacher_on_a_server_gives_the_losses_of_one_in_the_trainer(tmp_path: Path) -> None:
+    """With the same rollouts and reflections, also when its server is killed in between."""
 
     async def steps(run: Run) -> list[dict[str, float]]:
         rows = []
         async with run.open_engines() as engines:
             assert engines.teacher_server is not None
             await start(run, engines)
-            own = engines.teacher_server.servers[0].own
-            assert own is not None and own.num_starts == 1
+            managed = engines.teacher_server.servers[0].managed
+            assert managed is not None and managed.num_starts == 1
             for step in range(1, 4):
                 if step == 2:
-                    os.kill(scheduler(own), signal.SIGKILL)
+                    os.kill(scheduler(managed), signal.SIGKILL)
                 sampled = await sample_and_annotate(run.inputs, engines, step, run.progress)
                 rows.append(await train_on(run, engines, step, sampled))
                 run.finish_step(step, rows[-1])
-            assert own.num_starts == 2
+            assert managed.num_starts == 2
         return rows
 
     with open_run(with_teacher(tmp_path / "far")) as run:
@@ -473,7 +475,7 @@ def test_a_teacher_on_a_server_teaches_as_one_in_the_trainer(tmp_path: Path) -> 
 
 
 def test_a_teacher_on_a_server_teaches_two_ranks(tmp_path: Path) -> None:
-    """Rank 0 asks it and deals its states out; the losses are those of one rank without it."""
+    """Rank 0 requests the states and scatters them; the losses equal those of one local rank."""
     file = tmp_path / "far.toml"
     file.write_text(to_toml(with_teacher(tmp_path, name="far")))
     done = subprocess.run(
@@ -493,8 +495,10 @@ def test_a_teacher_on_a_server_teaches_two_ranks(tmp_path: Path) -> None:
         assert theirs["loss/num_distilled_tokens"] == ours["loss/num_distilled_tokens"] > 0
 
 
-def test_states_are_those_of_the_model_at_any_place(model: LoadedModel, tmp_path: Path) -> None:
-    """Also where the cache holds all but the last token, and side by side."""
+def test_states_are_those_of_the_model_from_any_position(
+    model: LoadedModel, tmp_path: Path
+) -> None:
+    """Also when the cache holds all but the last token, and concurrently."""
     config = with_teacher(tmp_path)
     texts = [problem.prompt for problem in load_split("train")[:6]]
     teacher = open_sglang_teacher(config, model, tmp_path, note=print)
@@ -502,11 +506,11 @@ def test_states_are_those_of_the_model_at_any_place(model: LoadedModel, tmp_path
 
     async def test() -> None:
         sequences = [model.tokenizer.encode(text) for text in texts]
-        places = [
+        cases = [
             (ids, first) for ids in sequences for first in (0, len(ids) // 2, len(ids) - 1) * 2
         ]
-        found = await asyncio.gather(*(teacher.score(ids, first=first) for ids, first in places))
-        for (ids, first), states in zip(places, found, strict=True):
+        received = await asyncio.gather(*(teacher.score(ids, first=first) for ids, first in cases))
+        for (ids, first), states in zip(cases, received, strict=True):
             packed = PackedSequences(
                 input_ids=torch.tensor(ids),
                 position_ids=torch.arange(len(ids)),
@@ -514,8 +518,8 @@ def test_states_are_those_of_the_model_at_any_place(model: LoadedModel, tmp_path
                 gather=torch.arange(first, len(ids)),
             )
             with torch.no_grad():
-                own = hidden_states(model.model, packed)[first:]
-            torch.testing.assert_close(states, own, rtol=1e-3, atol=1e-3)
+                expected = hidden_states(model.model, packed)[first:]
+            torch.testing.assert_close(states, expected, rtol=1e-3, atol=1e-3)
 
     async def run() -> None:
         try:
@@ -526,8 +530,10 @@ def test_states_are_those_of_the_model_at_any_place(model: LoadedModel, tmp_path
     asyncio.run(run())
 
 
-def test_a_server_of_no_teacher_is_named(server: tuple[str, str], model: LoadedModel) -> None:
-    """One that was not started to return states."""
+def test_a_server_that_returns_no_states_is_refused(
+    server: tuple[str, str], model: LoadedModel
+) -> None:
+    """The error says how to start it."""
     url, key = server
     teacher = SglangTeacher(
         [ServerHandle(Endpoint(url, api_key=key), name=url, **WATCH)],

@@ -1,4 +1,4 @@
-"""A teacher behind a server that fails, and a server that is no such teacher."""
+"""A teacher on a server that fails, and a server with the wrong model or options."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 
 from rosd_fast.batch.packing import pack
 from rosd_fast.config import Config
-from rosd_fast.engines.factory import check_teacher
 from rosd_fast.engines.sglang.client import Endpoint
 from rosd_fast.engines.sglang.pool import ServerHandle
 from rosd_fast.engines.sglang.teacher import SglangTeacher
+from rosd_fast.engines.weight_check import check_teacher_server
 from rosd_fast.errors import RunFailed, UserError
 from rosd_fast.model.attention import hidden_states
 from rosd_fast.trainer.learner import Learner
@@ -37,7 +37,7 @@ SAMPLES = [
 ]
 
 
-def with_scorer(
+def with_teacher(
     test: Callable[[SglangTeacher, list[str]], Coroutine[Any, Any, Any]],
     *fakes: FakeSglang,
     **options: Any,
@@ -62,28 +62,28 @@ def with_scorer(
 
 
 def expected(batches: list[Any]) -> list[torch.Tensor]:
-    """The states of each sample's own sequence, at the tokens before the distilled ones."""
+    """The states of each sample's sequence at the positions before its distilled tokens."""
     by_id = {sample.rollout_id: sample for sample in SAMPLES}
-    found = []
+    states = []
     for batch in batches:
-        rows = []
+        batch_states = []
         for rollout_id in batch.rollout_ids:
             sample = by_id[rollout_id]
             ids = [*sample.teacher_prompt_ids, *sample.completion_ids]
             before = len(sample.teacher_prompt_ids) - 1
-            rows += expected_states(ids)[before + sample.start : before + sample.end]
-        found.append(torch.tensor(rows))
-    return found
+            batch_states += expected_states(ids)[before + sample.start : before + sample.end]
+        states.append(torch.tensor(batch_states))
+    return states
 
 
 @pytest.mark.parametrize("max_tokens", [1, 60, 1000])
 def test_states_are_those_of_the_distilled_tokens(max_tokens: int) -> None:
     batches = pack(SAMPLES, max_tokens=max_tokens)
     fakes = FakeSglang(), FakeSglang()
-    states = with_scorer(lambda teacher, _: teacher.states(batches), *fakes)
-    assert [len(own) for own in states] == [batch.num_distilled for batch in batches]
-    for own, want in zip(states, expected(batches), strict=True):
-        assert torch.equal(own, want)
+    states = with_teacher(lambda teacher, _: teacher.states(batches), *fakes)
+    assert [len(received) for received in states] == [batch.num_distilled for batch in batches]
+    for received, wanted in zip(states, expected(batches), strict=True):
+        assert torch.equal(received, wanted)
     bodies = [body for fake in fakes for body in fake.bodies]
     assert len(bodies) == len(SAMPLES)
     for fake in fakes:  # the samples of a problem share a server
@@ -94,10 +94,10 @@ def test_states_are_those_of_the_distilled_tokens(max_tokens: int) -> None:
 @pytest.mark.parametrize(
     "fault", ["500", "503", "reset", "truncated", "abort", "chunked", "stateless"]
 )
-def test_what_passes_is_asked_again(fault: str) -> None:
+def test_transient_faults_are_retried(fault: str) -> None:
     batches = pack(SAMPLES, max_tokens=60)
     fake = FakeSglang(faults=("", fault, fault))
-    states = with_scorer(lambda teacher, _: teacher.states(batches), fake)
+    states = with_teacher(lambda teacher, _: teacher.states(batches), fake)
     assert all(torch.equal(a, b) for a, b in zip(states, expected(batches), strict=True))
     assert len(fake.bodies) == len(SAMPLES) + 2
 
@@ -105,14 +105,14 @@ def test_what_passes_is_asked_again(fault: str) -> None:
 def test_another_server_takes_over() -> None:
     batches = pack(SAMPLES, max_tokens=60)
     fakes = FakeSglang(faults=("reset",) * 50), FakeSglang()
-    states = with_scorer(lambda teacher, _: teacher.states(batches), *fakes)
+    states = with_teacher(lambda teacher, _: teacher.states(batches), *fakes)
     assert all(torch.equal(a, b) for a, b in zip(states, expected(batches), strict=True))
 
 
 @pytest.mark.parametrize(
     ("fault", "error", "words"),
     [
-        ("chunked", RunFailed, "states of .* --chunked-prefill-size -1"),
+        ("chunked", RunFailed, "states for .* --chunked-prefill-size -1"),
         ("stateless", RunFailed, "--return-hidden-states-mode full"),
         ("narrow", RunFailed, "not 5 wide: the server runs another model"),
         ("foreign", RunFailed, "weights have changed, from default to 0badcafe-7"),
@@ -121,7 +121,7 @@ def test_another_server_takes_over() -> None:
         ("500", RunFailed, "scoring 9 tokens failed 3 times in a row"),
     ],
 )
-def test_what_does_not_pass_ends_the_run(fault: str, error: type, words: str) -> None:
+def test_lasting_faults_end_the_run(fault: str, error: type, words: str) -> None:
     async def test(teacher: SglangTeacher, _: list[str]) -> None:
         await teacher.score([1, 2, 3, 4], first=2)
         fake.faults.extend([fault] * 3)
@@ -129,14 +129,14 @@ def test_what_does_not_pass_ends_the_run(fault: str, error: type, words: str) ->
             await teacher.score(list(range(9)), first=5)
 
     fake = FakeSglang()
-    with_scorer(test, fake)
+    with_teacher(test, fake)
 
 
 @settings(max_examples=20, deadline=None)
 @given(st.lists(st.integers(0, 40), min_size=1, max_size=20), st.data())
 def test_any_first_token(ids: list[int], data: st.DataObject) -> None:
     first = data.draw(st.integers(0, len(ids) - 1))
-    states = with_scorer(lambda teacher, _: teacher.score(ids, first=first), FakeSglang())
+    states = with_teacher(lambda teacher, _: teacher.score(ids, first=first), FakeSglang())
     assert states.tolist() == expected_states(ids)[first:]
 
 
@@ -155,8 +155,8 @@ def states_of(model: Any, ids: list[int]) -> list[list[float]]:
         return hidden_states(model, packed).tolist()
 
 
-def test_a_step_is_that_of_a_teacher_in_the_process(tiny_llama: Callable[..., Any]) -> None:
-    """Also when the student has moved on, and only the teacher's head is left here."""
+def test_a_step_equals_that_with_a_teacher_in_the_process(tiny_llama: Callable[..., Any]) -> None:
+    """Also after the student has changed and only the teacher's head is left in the trainer."""
     start = tiny_llama()
     batches = pack(SAMPLES, max_tokens=60)
     near, far = learner_of(tiny_llama()), learner_of(tiny_llama(), backend="sglang")
@@ -167,7 +167,7 @@ def test_a_step_is_that_of_a_teacher_in_the_process(tiny_llama: Callable[..., An
     fake.states = lambda ids: states_of(start, ids)
     for _ in range(3):
         size = start.config.hidden_size
-        states = with_scorer(lambda teacher, _: teacher.states(batches), fake, hidden_size=size)
+        states = with_teacher(lambda teacher, _: teacher.states(batches), fake, hidden_size=size)
         one, other = near.step(batches), far.step(batches, states)
         assert one.metrics.keys() == other.metrics.keys()
         for name, value in one.metrics.items():
@@ -175,7 +175,7 @@ def test_a_step_is_that_of_a_teacher_in_the_process(tiny_llama: Callable[..., An
     far.load_state_dict(far.state_dict())
 
 
-def test_a_server_with_another_model_is_found_out(tiny_llama: Callable[..., Any]) -> None:
+def test_a_server_with_another_model_is_noticed(tiny_llama: Callable[..., Any]) -> None:
     model, other = tiny_llama(), tiny_llama()
     with torch.no_grad():
         for parameter in other.parameters():
@@ -184,11 +184,11 @@ def test_a_server_with_another_model_is_found_out(tiny_llama: Callable[..., Any]
     size = model.config.hidden_size
     ids = list(range(5, 30))
 
-    def check(own: Any, bound: float) -> None:
+    def check(served: Any, max_gap: float) -> None:
         fake = FakeSglang()
-        fake.states = lambda ids: states_of(own, ids)
-        with_scorer(
-            lambda server, _: check_teacher(server, teacher.model, ids, bound=bound),
+        fake.states = lambda ids: states_of(served, ids)
+        with_teacher(
+            lambda server, _: check_teacher_server(server, teacher.model, ids, max_gap=max_gap),
             fake,
             hidden_size=size,
         )

@@ -1,4 +1,4 @@
-"""Weights by broadcast, to stand-ins that join a real process group."""
+"""Weights by broadcast, to fake servers that join a real process group."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from tests.engines.sglang.fake_sglang import ENGINE, WATCH, FakeSglang
 
 
 def make_weights(version: int) -> dict[str, Tensor]:
-    """Of several types, with odd sizes, a tied pair, a scalar and an empty one."""
+    """Weights of several types and odd sizes, with a tied pair, a scalar and an empty tensor."""
     tied = torch.full((3, 2), float(version))
     return {
         "half": torch.arange(5).to(torch.bfloat16) + version,
@@ -43,7 +43,7 @@ def assert_received(fake: FakeSglang, weights: dict[str, Tensor], tag: str) -> N
         assert tensor.dtype == weights[name].dtype and torch.equal(tensor, weights[name]), name
 
 
-def with_members(
+def with_servers(
     test: Callable[[DistributedSync, list[ServerHandle]], Coroutine[Any, Any, None]],
     *fakes: FakeSglang,
     bucket_bytes: int = 64,
@@ -72,43 +72,43 @@ def test_every_tensor_arrives(bucket_bytes: int) -> None:
     async def test(sync: DistributedSync, servers: list[ServerHandle]) -> None:
         for version in (0, 1):
             weights = make_weights(version)
-            sync.keep(weights, version)
-            kept = {name: tensor.clone() for name, tensor in weights.items()}
-            weights["embed"].zero_()  # the learner goes on
-            await asyncio.gather(*(sync.push(m, f"run-{version}") for m in servers))
+            sync.stage(weights, version)
+            copies = {name: tensor.clone() for name, tensor in weights.items()}
+            weights["embed"].zero_()  # as the learner does
+            await asyncio.gather(*(sync.push(handle, f"run-{version}") for handle in servers))
             for fake in fakes:
-                assert_received(fake, kept, f"run-{version}")
+                assert_received(fake, copies, f"run-{version}")
                 assert set(fake.loaded) <= {f"run-{v}{end}" for v in (0, 1) for end in PARTS}
 
-    with_members(test, *fakes, bucket_bytes=bucket_bytes)
-    assert all(fake.num_joins == 1 and not fake.joins for fake in fakes)  # and was left
-    assert (fakes[0].num_pieces == 2) == (bucket_bytes == 2**20)
+    with_servers(test, *fakes, bucket_bytes=bucket_bytes)
+    assert all(fake.num_joins == 1 and not fake.joins for fake in fakes)  # and left the group
+    assert (fakes[0].num_buckets == 2) == (bucket_bytes == 2**20)
 
 
 PARTS = ("", "-partial")
 
 
-def test_a_server_that_was_started_again_is_joined_anew() -> None:
+def test_a_restarted_server_is_joined_again() -> None:
     fake = FakeSglang()
 
     async def test(sync: DistributedSync, servers: list[ServerHandle]) -> None:
         for version in (0, 1, 2):
             weights = make_weights(version)
-            sync.keep(weights, version)
+            sync.stage(weights, version)
             if version:
                 fake.break_at, fake.updating = "lost", version == 2
             await sync.push(servers[0], f"run-{version}")
             assert_received(fake, weights, f"run-{version}")
 
-    with_members(test, fake)
+    with_servers(test, fake)
 
 
-def test_a_broken_hand_over_leaves_no_version_and_the_next_one_works() -> None:
+def test_an_interrupted_update_leaves_no_version_and_the_next_one_works() -> None:
     fake = FakeSglang()
 
     async def test(sync: DistributedSync, servers: list[ServerHandle]) -> None:
         weights = make_weights(0)
-        sync.keep(weights, 0)
+        sync.stage(weights, 0)
         for fault in ("refuse", "fail"):
             fake.break_at = fault
             with pytest.raises(Unreachable, match="did not take the weights"):
@@ -117,19 +117,19 @@ def test_a_broken_hand_over_leaves_no_version_and_the_next_one_works() -> None:
         await sync.push(servers[0], "run-0")
         assert_received(fake, weights, "run-0")
 
-    with_members(test, fake)
+    with_servers(test, fake)
 
 
-def test_a_server_that_does_not_join() -> None:
+def test_a_server_that_refuses_to_join_is_an_error() -> None:
     fake = FakeSglang()
     fake.refuse_joins = True
 
     async def test(sync: DistributedSync, servers: list[ServerHandle]) -> None:
-        sync.keep(make_weights(0), 0)
+        sync.stage(make_weights(0), 0)
         with pytest.raises(Unreachable, match=r"did not join .*no such backend"):
             await sync.push(servers[0], "run-0")
 
-    with_members(test, fake)
+    with_servers(test, fake)
 
 
 def test_data_parallel_servers_are_refused() -> None:
@@ -137,26 +137,28 @@ def test_data_parallel_servers_are_refused() -> None:
     fake.dp_size = 2
 
     async def test(sync: DistributedSync, servers: list[ServerHandle]) -> None:
-        sync.keep(make_weights(0), 0)
+        sync.stage(make_weights(0), 0)
         with pytest.raises(RunFailed, match=r"dp_size 2; set engine\.sync = disk"):
             await sync.push(servers[0], "run-0")
 
-    with_members(test, fake)
+    with_servers(test, fake)
 
 
 @pytest.mark.parametrize("host", ["192.0.2.1", "no.such.host.invalid"])
 def test_an_address_of_another_machine_is_refused(host: str) -> None:
     async def test(sync: DistributedSync, servers: list[ServerHandle]) -> None:
         sync.host = host
-        sync.keep(make_weights(0), 0)
-        with pytest.raises(UserError, match=r"engine\.sync_host: .* is no address of this machine"):
+        sync.stage(make_weights(0), 0)
+        with pytest.raises(
+            UserError, match=r"engine\.sync_host: .* is not an address of this machine"
+        ):
             await sync.push(servers[0], "run-0")
 
-    with_members(test, FakeSglang())
+    with_servers(test, FakeSglang())
 
 
-def test_the_engine_samples_with_them() -> None:
-    """Also when the last server standing had lost the group in between."""
+def test_the_engine_samples_with_broadcast_weights() -> None:
+    """Also when the only server has lost the process group in between."""
     fake = FakeSglang()
     request = GenerationRequest(
         id="a", prompt_ids=(1, 2), params=SamplingParams(max_new_tokens=8, stop_token_ids=(3,))
@@ -176,7 +178,7 @@ def test_the_engine_samples_with_them() -> None:
         await engine.close()
 
     notes: list[str] = []
-    with_members(test, fake)
+    with_servers(test, fake)
     assert not notes
 
 
@@ -188,7 +190,7 @@ def test_buckets_hold_everything_in_order_and_within_the_limit(
     sizes: list[int], limit: int
 ) -> None:
     weights = [(str(i), torch.empty(size, dtype=torch.uint8)) for i, size in enumerate(sizes)]
-    found = buckets(weights, limit)
-    assert [item for bucket in found for item in bucket] == weights
-    for bucket in found:
+    parts = buckets(weights, limit)
+    assert [item for bucket in parts for item in bucket] == weights
+    for bucket in parts:
         assert bucket and (len(bucket) == 1 or sum(t.nbytes for _, t in bucket) <= limit)
