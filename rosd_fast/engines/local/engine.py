@@ -140,8 +140,10 @@ class LocalEngine(RolloutEngine):
     def _burst(
         self, batch: DecodeBatch, waiting: deque[RequestSlice]
     ) -> tuple[int, list[Finished]]:
-        """Admit slices, decode a few steps, retire; return the number of new tokens and what
-        finished."""
+        """Admit slices, decode a few steps, retire.
+
+        Returns the number of new tokens and the finished completions.
+        """
         taken = batch.admit(_next_slices(waiting, batch.num_free)) if waiting else 0
         for _ in range(BURST):
             if batch.num_finished >= max(1, RETIRE_FRAC * batch.num_rows):

@@ -1,4 +1,4 @@
-"""A managed SGLang server: the trainer starts it, restarts it, and ends it when it exits itself.
+"""A managed SGLang server, which the trainer starts, watches and ends.
 
 The server listens on the loopback interface, on a free port, with a random API key. Its output goes
 to `server.log` in its folder. It runs under `watchdog.py`, so that no server outlives the trainer.

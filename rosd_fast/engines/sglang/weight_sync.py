@@ -44,7 +44,7 @@ c10d: Any = torch.distributed  # its stores and groups are not typed
 
 
 class WeightSync(ABC):
-    """Holds a copy of one version's weights and sends it to servers, also after a restart."""
+    """Holds a copy of one version's weights and sends it to servers, again after a restart."""
 
     @abstractmethod
     def stage(self, weights: Mapping[str, Tensor], version: int) -> None:

@@ -169,7 +169,7 @@ def test_repeated_failures_end_the_run(tmp_path: Path, fault: str) -> None:
 
 
 def test_a_full_queue_is_retried(tmp_path: Path) -> None:
-    """More often than other failures are."""
+    """More often than `max_failures`, since a busy server does not count as a failure."""
 
     async def test(setting: Setting) -> None:
         requests = [make_request(0)]
