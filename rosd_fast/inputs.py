@@ -7,6 +7,7 @@ from pathlib import Path
 
 from rosd_fast.config import Config
 from rosd_fast.config.load import preset_names
+from rosd_fast.config.templates import check_templates
 from rosd_fast.data.problems import ProblemStream, load_problems
 from rosd_fast.engines.factory import check_engine
 from rosd_fast.engines.local.grammar_mask import GrammarCompiler
@@ -14,10 +15,11 @@ from rosd_fast.errors import UserError
 from rosd_fast.model.adapters import choose_trainable
 from rosd_fast.model.head import head
 from rosd_fast.model.load import LoadedModel, load_model
-from rosd_fast.reflection.locate import TokenBytes
-from rosd_fast.reflection.reflect import check_templates, template_name
+from rosd_fast.quickstart import QUICKSTART
+from rosd_fast.reflection.requests import template_name
 from rosd_fast.rollout.sample import check_prompts
 from rosd_fast.text.prompts import fill_template, placeholders, render_prompt
+from rosd_fast.text.token_bytes import TokenBytes
 from rosd_fast.types import Problem
 
 
@@ -86,7 +88,7 @@ def with_absolute_paths(config: Config) -> Config:
     """The same files and folders from wherever the run is resumed."""
 
     def absolute(source: str | None) -> str | None:
-        if source is None or source.startswith("quickstart:"):
+        if source is None or source.startswith(QUICKSTART):
             return source
         return str(Path(source).expanduser().absolute())
 

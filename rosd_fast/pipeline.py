@@ -11,10 +11,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rosd_fast.reflection.reflect import reflect
-from rosd_fast.rollout.sample import sample_groups, stream_groups
+from rosd_fast.rollout.sample import RolloutOptions, sample_groups, stream_groups
 from rosd_fast.rollout.select import select_groups
 from rosd_fast.verify import verify_all
 
@@ -88,7 +88,7 @@ async def _streamed(run: Run, step: int, shown: Progress | Hidden) -> Sampled:
     )
 
 
-def _options(run: Run, step: int) -> dict[str, Any]:
+def _options(run: Run, step: int) -> RolloutOptions:
     """How groups are sampled."""
     sample = run.config.sample
     return {
@@ -113,8 +113,7 @@ async def _reflect(
         verdicts,
         engine=run.reflector,
         config=run.config.reflect,
-        tokenizer=run.model.tokenizer,
-        stop_token_ids=run.model.stop_token_ids,
+        model=run.model,
         seed=run.config.seed,
         step=step,
         on_tokens=shown.tokens,

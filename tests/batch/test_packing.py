@@ -29,6 +29,7 @@ def sample_lists(draw, max_size=12):
         samples.append(
             DistillSample(
                 rollout_id=f"r{index}",
+                problem_id="p",
                 student_prompt_ids=prompt_ids,
                 teacher_prompt_ids=teacher_ids + draw(ids),
                 completion_ids=completion_ids,
@@ -167,6 +168,7 @@ def test_a_group_goes_through_the_model_with_one_prompt_and_is_not_torn_apart():
     groups = [
         DistillSample(
             rollout_id=f"{group}/{index}",
+            problem_id=str(group),
             student_prompt_ids=(group, *range(20)),
             teacher_prompt_ids=(group, *range(20), 70 + index, *range(9)),
             completion_ids=(80 + index, 5, 6, 7),
@@ -201,6 +203,7 @@ def test_a_group_goes_through_the_model_with_one_prompt_and_is_not_torn_apart():
 def make_sample(rollout_id, length):
     return DistillSample(
         rollout_id=rollout_id,
+        problem_id="p",
         student_prompt_ids=(100 + length,),
         teacher_prompt_ids=(2,),
         completion_ids=tuple(range(length)),
@@ -288,6 +291,7 @@ def test_gathered_rows_predict_the_distilled_tokens(tiny_llama, min_shared):
     samples = [
         DistillSample(
             rollout_id=f"r{index}",
+            problem_id="p",
             student_prompt_ids=(11, 12, 13),
             teacher_prompt_ids=(21, 22, 23, 24, 25 + index),
             completion_ids=(31, 32, 33, 34 + index, 35),
