@@ -219,6 +219,7 @@ def build_samples(lengths: Sequence[tuple[int, list[int]]]) -> list[DistillSampl
             samples.append(
                 DistillSample(
                     rollout_id=f"{group}/{index}",
+                    problem_id=str(group),
                     student_prompt_ids=prompt_ids,
                     teacher_prompt_ids=prompt_ids + ids(REFLECTION),
                     completion_ids=ids(length),

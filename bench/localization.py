@@ -36,9 +36,10 @@ from rosd_fast.data.problems import load_problems
 from rosd_fast.engines.local.engine import LocalEngine
 from rosd_fast.model.load import LoadedModel, load_model
 from rosd_fast.reflection.grammar import opening_tag
-from rosd_fast.reflection.locate import Located, TokenBytes, locate, locate_sentence
+from rosd_fast.reflection.locate import Located, locate, locate_sentence
 from rosd_fast.reflection.reflect import reflect
 from rosd_fast.rollout.sample import sample_groups
+from rosd_fast.text.token_bytes import TokenBytes
 from rosd_fast.types import Group, Reflection, Rollout, SamplingParams, Verdict
 from rosd_fast.utils.distributed import pick_device
 from rosd_fast.verify import verify_all
@@ -124,8 +125,7 @@ async def measure(args: argparse.Namespace) -> None:
                 verdicts,
                 engine=engine,
                 config=config.reflect.model_copy(update=options),
-                tokenizer=model.tokenizer,
-                stop_token_ids=model.stop_token_ids,
+                model=model,
                 seed=0,
                 step=1,
             )

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rosd_fast.errors import UserError
 from rosd_fast.report.metrics import EVAL_TOTALS
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from rosd_fast.engines.base import RolloutEngine
     from rosd_fast.inputs import Inputs
     from rosd_fast.report.progress import Progress
+    from rosd_fast.text.prompts import TextModel
     from rosd_fast.types import Problem
 
 
@@ -41,8 +42,7 @@ async def evaluate_splits(
                 split=split,
                 config=config.eval,
                 max_new_tokens=config.sample.max_new_tokens,
-                tokenizer=inputs.model.tokenizer,
-                stop_token_ids=inputs.model.stop_token_ids,
+                model=inputs.model,
                 threshold=config.select.threshold,
                 seed=config.seed,
                 on_tokens=progress.tokens,
@@ -57,8 +57,7 @@ async def evaluate(
     split: str,
     config: EvalConfig,
     max_new_tokens: int,
-    tokenizer: Any,
-    stop_token_ids: Sequence[int],
+    model: TextModel,
     threshold: float,
     seed: int,
     on_tokens: Callable[[int], None] | None = None,
@@ -90,12 +89,11 @@ async def evaluate(
         split=split,
         config=config,
         max_new_tokens=max_new_tokens,
-        tokenizer=tokenizer,
-        stop_token_ids=stop_token_ids,
+        model=model,
         seed=seed,
     )
     generations = await engine.generate(requests, on_tokens=on_tokens)
-    groups = collect_groups(chosen, requests, generations, tokenizer=tokenizer)
+    groups = collect_groups(chosen, requests, generations, tokenizer=model.tokenizer)
     verdicts = verify_all(groups, threshold=threshold)
 
     successes: defaultdict[str, list[bool]] = defaultdict(list)  # by domain
@@ -115,8 +113,7 @@ def build_eval_requests(
     split: str,
     config: EvalConfig,
     max_new_tokens: int,
-    tokenizer: Any,
-    stop_token_ids: Sequence[int],
+    model: TextModel,
     seed: int,
 ) -> list[GenerationRequest]:
     """Return one request per problem; one rollout at temperature 0, where all are equal."""
@@ -124,12 +121,12 @@ def build_eval_requests(
         max_new_tokens=max_new_tokens,
         temperature=config.temperature,
         top_p=config.top_p,
-        stop_token_ids=tuple(stop_token_ids),
+        stop_token_ids=model.stop_token_ids,
     )
     return [
         GenerationRequest(
             id=f"eval/{split}/{problem.id}",
-            prompt_ids=render_prompt(tokenizer, user=problem.prompt, system=problem.system),
+            prompt_ids=render_prompt(model.tokenizer, user=problem.prompt, system=problem.system),
             params=params,
             n=1 if config.temperature == 0 else config.samples,
             seed=seed,

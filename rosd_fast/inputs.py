@@ -12,6 +12,7 @@ from rosd_fast.engines.factory import check_engine
 from rosd_fast.methods import Method, find_method
 from rosd_fast.model.adapters import choose_trainable
 from rosd_fast.model.load import LoadedModel, full_model_device, load_model
+from rosd_fast.quickstart import QUICKSTART
 from rosd_fast.rollout.sample import check_prompts
 from rosd_fast.text.token_bytes import TokenBytes
 from rosd_fast.types import Problem
@@ -101,7 +102,7 @@ def with_absolute_paths(config: Config) -> Config:
     """Return options that name the same files from whatever folder the run is resumed in."""
 
     def absolute(source: str | None) -> str | None:
-        if source is None or source.startswith("quickstart:"):
+        if source is None or source.startswith(QUICKSTART):
             return source
         return str(Path(source).expanduser().absolute())
 

@@ -13,10 +13,10 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rosd_fast.report.stages import Stage
-from rosd_fast.rollout.sample import sample_groups, sampling_params, stream_groups
+from rosd_fast.rollout.sample import RolloutOptions, sample_groups, sampling_params, stream_groups
 from rosd_fast.rollout.select import select_groups
 from rosd_fast.verify import verify_all
 
@@ -106,7 +106,7 @@ async def _streamed(
     )
 
 
-def _options(inputs: Inputs, step: int) -> dict[str, Any]:
+def _options(inputs: Inputs, step: int) -> RolloutOptions:
     """How groups are sampled."""
     config, model = inputs.config, inputs.model
     return {

@@ -171,6 +171,7 @@ class DistillSample:
     prompt."""
 
     rollout_id: str
+    problem_id: str
     student_prompt_ids: tuple[int, ...]
     teacher_prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]

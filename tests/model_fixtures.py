@@ -30,6 +30,7 @@ def distill_samples() -> list[DistillSample]:
     return [
         DistillSample(
             rollout_id=f"{index // 2}/{index % 2}",
+            problem_id=str(index // 2),
             student_prompt_ids=prompts[index // 2][0],
             teacher_prompt_ids=prompts[index // 2][1] + ids(3),
             completion_ids=ids(7 + index),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -14,6 +15,12 @@ from rosd_fast.engines.local.engine import LocalEngine
 from rosd_fast.errors import UserError
 from rosd_fast.evaluate import evaluate
 from rosd_fast.types import Generation, GenerationRequest, Problem, SamplingParams
+
+
+@dataclass(frozen=True)
+class Model:
+    tokenizer: Any
+    stop_token_ids: tuple[int, ...]
 
 
 class RecordingEngine(RolloutEngine):
@@ -81,11 +88,11 @@ def run(engine: RolloutEngine, tokenizer: Any, **changes: Any) -> dict[str, floa
     options = {
         "split": "dev",
         "max_new_tokens": 8,
-        "stop_token_ids": (tokenizer.eos_token_id,),
         "threshold": 1.0,
         "seed": 11,
     } | changes
-    return asyncio.run(evaluate(engine, problems, config=config, tokenizer=tokenizer, **options))
+    model = Model(tokenizer=tokenizer, stop_token_ids=(tokenizer.eos_token_id,))
+    return asyncio.run(evaluate(engine, problems, config=config, model=model, **options))
 
 
 def test_accuracy_is_the_mean_over_all_rollouts_and_within_domains(tokenizer: Any) -> None:

@@ -15,7 +15,8 @@ PACKAGE = Path(rosd_fast.__file__).parent
 
 LAYERS = (
     "errors types",
-    "config files text verify quickstart",
+    "files text verify quickstart",
+    "config",
     "utils data rollout reflection batch report",
     "model run_lock stop",
     "engines trainer",

@@ -54,6 +54,7 @@ def build_samples(
         samples.append(
             DistillSample(
                 rollout_id=rollout.id,
+                problem_id=problem.id,
                 student_prompt_ids=rollout.prompt_ids,
                 teacher_prompt_ids=prompt_ids,
                 completion_ids=rollout.completion_ids,

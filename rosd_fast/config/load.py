@@ -29,6 +29,7 @@ from rosd_fast.config.messages import explain
 from rosd_fast.config.renamed import RENAMED, legacy_options, old_names, translate
 from rosd_fast.config.toml import find_line, to_toml
 from rosd_fast.errors import UserError
+from rosd_fast.quickstart import QUICKSTART
 
 __all__ = [
     "apply_args",
@@ -42,7 +43,6 @@ __all__ = [
 
 PRESETS = Path(__file__).parent.parent / "presets"
 DEFAULT_PRESET = "quickstart"
-QUICKSTART = "quickstart:"
 
 # What changes neither the data a step sees nor its update.
 NOT_HASHED = {

@@ -9,9 +9,8 @@ import numpy as np
 
 from rosd_fast.data.rows import check_verifier, parse_row, read_rows
 from rosd_fast.errors import UserError
+from rosd_fast.quickstart import QUICKSTART
 from rosd_fast.types import Problem
-
-QUICKSTART = "quickstart:"
 
 
 def load_problems(source: str, *, verifier: str | None = None) -> list[Problem]:

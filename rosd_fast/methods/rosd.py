@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 
 from rosd_fast.batch.samples import build_samples, sample_metrics
 from rosd_fast.config import Config, uses_teacher_weights
+from rosd_fast.config.templates import check_templates
 from rosd_fast.engines.local.grammar_mask import GrammarCompiler
 from rosd_fast.errors import UserError
 from rosd_fast.methods.base import Method, TrainingSet
@@ -22,11 +23,10 @@ from rosd_fast.model.head import head
 from rosd_fast.reflection.locate import locate_errors
 from rosd_fast.reflection.probe import probe_metrics, teacher_helps, wrong_samples
 from rosd_fast.reflection.reflect import (
-    check_templates,
     reflect,
     reflection_metrics,
-    template_name,
 )
+from rosd_fast.reflection.requests import template_name
 from rosd_fast.report.stages import Stage
 from rosd_fast.rollout.sample import sampling_params
 from rosd_fast.text.prompts import fill_template, placeholders, render_prompt
@@ -76,8 +76,7 @@ class Rosd(Method):
             verdicts,
             engine=engine,
             config=config.reflect,
-            tokenizer=self.model.tokenizer,
-            stop_token_ids=self.model.stop_token_ids,
+            model=self.model,
             seed=config.seed,
             step=step,
             on_tokens=progress.tokens,

@@ -10,3 +10,4 @@ from __future__ import annotations
 from pathlib import Path
 
 MODEL_DIR = Path(__file__).parent / "model"
+QUICKSTART = "quickstart:"  # begins the name of a split of the problems, as in quickstart:dev

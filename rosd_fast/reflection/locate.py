@@ -25,14 +25,13 @@ from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
 
 from rosd_fast.text.sentences import sentences
-from rosd_fast.text.token_bytes import REPLACEMENT, TokenBytes
+from rosd_fast.text.token_bytes import REPLACEMENT
 from rosd_fast.types import ErrorSpan
 
 if TYPE_CHECKING:
     from rosd_fast.config import SpanConfig
+    from rosd_fast.text.token_bytes import TokenBytes
     from rosd_fast.types import Group, Reflection, Rollout, Verdict
-
-__all__ = ["Located", "LocatedSpans", "TokenBytes", "locate", "locate_errors", "locate_sentence"]
 
 WHITESPACE = b" \t\n\r\f\v"
 Found = Literal["quote", "normalized", "fuzzy"]

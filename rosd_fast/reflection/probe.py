@@ -1,11 +1,15 @@
-"""Do reflections help? The teacher answers with one in its prompt; that is compared with what the
-plain prompt gave."""
+"""Measure whether reflections help.
+
+The teacher answers problems with a reflection in its prompt; its score is compared with that of the
+plain prompt.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rosd_fast.text.decode import decode
 from rosd_fast.types import GenerationRequest, SamplingParams
 from rosd_fast.verify import score
 
@@ -25,34 +29,28 @@ async def teacher_helps(
     seed: int,
     step: int,
 ) -> tuple[float, float] | None:
-    """(mean score of the samples' groups, mean score of one answer to each teacher prompt).
+    """(mean score of the samples' groups, mean score of one answer per teacher prompt).
 
-    None without samples. `engine` has the teacher's weights.
+    `engine` has the teacher's weights. None without samples.
     """
     if not samples:
         return None
-    home = {rollout.id: group for group in groups for rollout in group.rollouts}
+    group_of = {rollout.id: group for group in groups for rollout in group.rollouts}
     requests = [
         GenerationRequest(
             id=f"step{step}/teach/{sample.rollout_id}",
             prompt_ids=sample.teacher_prompt_ids,
             params=params,
             seed=seed,
-            affinity=home[sample.rollout_id].problem.id,
+            affinity=group_of[sample.rollout_id].problem.id,
         )
         for sample in samples
     ]
     before = after = 0.0
     generations = await engine.generate(requests)
     for sample, generation in zip(samples, generations, strict=True):
-        group = home[sample.rollout_id]
-        problem = group.problem
-        text = tokenizer.decode(
-            list(generation.completion_ids),
-            skip_special_tokens=True,
-            clean_up_tokenization_spaces=False,
-        )
-        after += score(problem, text)[0]
+        group = group_of[sample.rollout_id]
+        after += score(group.problem, decode(tokenizer, generation.completion_ids))[0]
         scores = [verdicts[rollout.id].score for rollout in group.rollouts]
         before += sum(scores) / len(scores)
     return before / len(samples), after / len(samples)
@@ -61,17 +59,16 @@ async def teacher_helps(
 def wrong_samples(
     samples: Sequence[DistillSample], verdicts: Mapping[str, Verdict], limit: int
 ) -> list[DistillSample]:
-    """The first sample of a wrong rollout of each problem, of at most `limit` problems."""
+    """One sample of a wrong rollout per problem, the first, for at most `limit` problems."""
     chosen: dict[str, DistillSample] = {}
     for sample in samples:
-        problem = sample.rollout_id.rpartition("/")[0]
         if not verdicts[sample.rollout_id].success:
-            chosen.setdefault(problem, sample)
+            chosen.setdefault(sample.problem_id, sample)
     return list(chosen.values())[:limit]
 
 
 def probe_metrics(helped: tuple[float, float] | None) -> dict[str, float]:
-    """`reflect/plain_score` and `reflect/teacher_score`, where there was something to look at."""
+    """`reflect/plain_score` and `reflect/teacher_score`; none when nothing was measured."""
     if helped is None:
         return {}
     return {"reflect/plain_score": helped[0], "reflect/teacher_score": helped[1]}

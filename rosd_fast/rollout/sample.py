@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypedDict, Unpack
 
 from rosd_fast.errors import UserError
+from rosd_fast.text.decode import decode
 from rosd_fast.text.prompts import render_prompt
 from rosd_fast.types import GenerationRequest, Group, Rollout, SamplingParams
 
@@ -15,36 +16,27 @@ if TYPE_CHECKING:
     from rosd_fast.types import Generation, Problem
 
 
+class RolloutOptions(TypedDict):
+    """How the groups of a step are sampled: the keyword arguments of `stream_groups`."""
+
+    tokenizer: Any
+    group_size: int  # rollouts per problem
+    params: SamplingParams
+    seed: int  # with step and problem id it fixes the draws, where the engine allows that
+    step: int
+    max_prompt_tokens: int  # a longer prompt is a UserError, raised before any sampling
+
+
 async def sample_groups(
     engine: RolloutEngine,
     problems: Sequence[Problem],
     *,
-    tokenizer: Any,
-    group_size: int,
-    params: SamplingParams,
-    seed: int,
-    step: int,
-    max_prompt_tokens: int,
     on_tokens: Callable[[int], None] | None = None,
+    **options: Unpack[RolloutOptions],
 ) -> list[Group]:
-    """`group_size` rollouts of each problem, in the problems' order.
-
-    Seed, step and problem id fix the draws, where the engine's draws can be fixed. `on_tokens(k)`
-    is called as k further tokens were sampled. Raises UserError, before sampling, when a prompt has
-    more than `max_prompt_tokens`.
-    """
+    """The groups of `stream_groups`, in the problems' order."""
     groups = {}
-    async for group in stream_groups(
-        engine,
-        problems,
-        tokenizer=tokenizer,
-        group_size=group_size,
-        params=params,
-        seed=seed,
-        step=step,
-        max_prompt_tokens=max_prompt_tokens,
-        on_tokens=on_tokens,
-    ):
+    async for group in stream_groups(engine, problems, on_tokens=on_tokens, **options):
         groups[group.problem.id] = group
     return [groups[problem.id] for problem in problems]
 
@@ -53,22 +45,22 @@ async def stream_groups(
     engine: RolloutEngine,
     problems: Sequence[Problem],
     *,
-    tokenizer: Any,
-    group_size: int,
-    params: SamplingParams,
-    seed: int,
-    step: int,
-    max_prompt_tokens: int,
     on_tokens: Callable[[int], None] | None = None,
+    **options: Unpack[RolloutOptions],
 ) -> AsyncIterator[Group]:
-    """As `sample_groups`, but each group as soon as it is whole, in any order."""
+    """Sample `group_size` rollouts per problem; yield each group once it is whole, in any order.
+
+    `on_tokens(k)` is called after k more tokens were sampled. Raises UserError, before sampling,
+    when a prompt has more than `max_prompt_tokens` tokens.
+    """
+    tokenizer = options["tokenizer"]
     requests = [
         GenerationRequest(
-            id=f"step{step}/{problem.id}",
-            prompt_ids=problem_prompt(problem, tokenizer, max_prompt_tokens),
-            params=params,
-            n=group_size,
-            seed=seed,
+            id=f"step{options['step']}/{problem.id}",
+            prompt_ids=problem_prompt(problem, tokenizer, options["max_prompt_tokens"]),
+            params=options["params"],
+            n=options["group_size"],
+            seed=options["seed"],
             affinity=problem.id,
         )
         for problem in problems
@@ -88,9 +80,10 @@ def check_prompts(
     max_prompt_tokens: int,
     context_length: int | None = None,
 ) -> None:
-    """Raise UserError, naming the problem, unless all prompts are within budget and context.
+    """Raise UserError, naming the problem, unless every prompt fits budget and context.
 
-    context_length: positions the model has, of which the answer needs at least one; None: no bound.
+    context_length: tokens a sequence may have, of which the answer needs at least one; None: no
+    limit.
     """
     for problem in problems:
         num_tokens = len(problem_prompt(problem, tokenizer, max_prompt_tokens))
@@ -99,7 +92,7 @@ def check_prompts(
                 f"its prompt has {num_tokens} tokens and the model's context {context_length}, "
                 "which leaves no room for an answer",
                 where=f"problem {problem.id}",
-                fix="Shorten the problem or choose a model with a longer context",
+                fix="Shorten the problem, or choose a model with a longer context",
             )
 
 
@@ -115,14 +108,14 @@ def sampling_params(config: SampleConfig, stop_token_ids: Sequence[int]) -> Samp
 
 
 def problem_prompt(problem: Problem, tokenizer: Any, max_prompt_tokens: int) -> tuple[int, ...]:
-    """The student's prompt. Raises UserError when it has more than `max_prompt_tokens` tokens."""
+    """The student's prompt. Raises UserError when it is longer than `max_prompt_tokens`."""
     prompt_ids = render_prompt(tokenizer, user=problem.prompt, system=problem.system)
     if len(prompt_ids) > max_prompt_tokens:
         raise UserError(
             f"its prompt has {len(prompt_ids)} tokens, more than sample.max_prompt_tokens = "
             f"{max_prompt_tokens}",
             where=f"problem {problem.id}",
-            fix="Shorten the problem or raise sample.max_prompt_tokens",
+            fix="Shorten the problem, or raise sample.max_prompt_tokens",
         )
     return prompt_ids
 
@@ -134,20 +127,21 @@ def collect_groups(
     *,
     tokenizer: Any,
 ) -> list[Group]:
-    """The groups of rollouts that an engine's answer to `requests`, one a problem, stands for.
+    """The groups that an engine's generations make up, given `requests`, one per problem.
 
     Raises ValueError when the generations are not those of the requests, in the requests' order.
     """
     expected = [(request.id, index) for request in requests for index in range(request.n)]
     if expected != [(g.request_id, g.index) for g in generations]:
         raise ValueError(
-            f"the engine gave {len(generations)} completions that are not, in order, the "
-            f"{len(expected)} that {len(requests)} requests ask for"
+            f"the engine returned {len(generations)} completions that are not, in order, the "
+            f"{len(expected)} of {len(requests)} requests"
         )
     groups, left = [], iter(generations)
     for problem, request in zip(problems, requests, strict=True):
-        own = [next(left) for _ in range(request.n)]
-        rollouts = tuple(_rollout(problem, request, generation, tokenizer) for generation in own)
+        rollouts = tuple(
+            _rollout(problem, request, next(left), tokenizer) for _ in range(request.n)
+        )
         groups.append(Group(problem=problem, rollouts=rollouts))
     return groups
 
@@ -161,11 +155,7 @@ def _rollout(
         prompt_ids=request.prompt_ids,
         completion_ids=generation.completion_ids,
         logprobs=generation.logprobs,
-        text=tokenizer.decode(
-            list(generation.completion_ids),
-            skip_special_tokens=True,
-            clean_up_tokenization_spaces=False,  # verifiers and quotes want the bytes as sampled
-        ),
+        text=decode(tokenizer, generation.completion_ids),
         finish_reason=generation.finish_reason,
         policy_version=generation.policy_version,
     )

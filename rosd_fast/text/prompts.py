@@ -11,13 +11,23 @@ from __future__ import annotations
 import inspect
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Protocol
 
 from rosd_fast.errors import UserError
 
 PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
 ELLIPSIS = " [...] "  # stands where the middle of a text was left out
 PROBE = "the-system-turn"
+
+
+class TextModel(Protocol):
+    """A tokenizer, and the ids that end a completion, as a `LoadedModel` holds them."""
+
+    @property
+    def tokenizer(self) -> Any: ...
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]: ...
 
 
 def render_prompt(

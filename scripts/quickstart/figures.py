@@ -14,11 +14,12 @@ from rosd_fast.engines.local.engine import LocalEngine
 from rosd_fast.model.load import load_model
 from rosd_fast.quickstart import MODEL_DIR
 from rosd_fast.quickstart.tasks import IN_DOMAIN, OUT_OF_DOMAIN, load_split
-from rosd_fast.reflection.locate import TokenBytes, locate_errors
+from rosd_fast.reflection.locate import locate_errors
 from rosd_fast.reflection.probe import teacher_helps
 from rosd_fast.reflection.reflect import reflect
 from rosd_fast.rollout.sample import sample_groups
 from rosd_fast.rollout.select import select_groups
+from rosd_fast.text.token_bytes import TokenBytes
 from rosd_fast.types import Group, SamplingParams
 from rosd_fast.utils.distributed import pick_device
 from rosd_fast.verify import verify_all
@@ -68,8 +69,7 @@ async def measure(model_folder: str, *, group_size: int = 8, seed: int = 0) -> F
         verdicts,
         engine=engine,
         config=config.reflect.model_copy(update={"mode": "free"}),
-        tokenizer=model.tokenizer,
-        stop_token_ids=model.stop_token_ids,
+        model=model,
         seed=seed,
         step=0,
     )

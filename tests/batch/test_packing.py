@@ -36,6 +36,7 @@ def sample_lists(draw, max_size=12):
         samples.append(
             DistillSample(
                 rollout_id=f"r{index}",
+                problem_id="p",
                 student_prompt_ids=prompt_ids,
                 teacher_prompt_ids=teacher_ids + draw(ids),
                 completion_ids=completion_ids,
@@ -187,6 +188,7 @@ def test_packing_reads_each_token_fewer_than_three_times(num_ranks):
             samples.append(
                 DistillSample(
                     rollout_id=f"{group}/{index}",
+                    problem_id=str(group),
                     # Equal tokens, not the same objects: these would be equal without being read.
                     student_prompt_ids=tuple(map(Token, range(50))) + tuple(map(Token, prompt)),
                     teacher_prompt_ids=tuple(map(Token, range(50)))
@@ -233,6 +235,7 @@ def test_a_group_shares_its_prompt_and_stays_together():
     groups = [
         DistillSample(
             rollout_id=f"{group}/{index}",
+            problem_id=str(group),
             student_prompt_ids=(group, *range(20)),
             teacher_prompt_ids=(group, *range(20), 70 + index, *range(9)),
             completion_ids=(80 + index, 5, 6, 7),
@@ -268,6 +271,7 @@ def test_a_group_shares_its_prompt_and_stays_together():
 def make_sample(rollout_id, length):
     return DistillSample(
         rollout_id=rollout_id,
+        problem_id="p",
         student_prompt_ids=(100 + length,),
         teacher_prompt_ids=(2,),
         completion_ids=tuple(range(length)),
@@ -355,6 +359,7 @@ def test_gathered_rows_predict_the_distilled_tokens(tiny_llama, min_shared):
     samples = [
         DistillSample(
             rollout_id=f"r{index}",
+            problem_id="p",
             student_prompt_ids=(11, 12, 13),
             teacher_prompt_ids=(21, 22, 23, 24, 25 + index),
             completion_ids=(31, 32, 33, 34 + index, 35),

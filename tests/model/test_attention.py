@@ -131,6 +131,7 @@ def groups(draw):
         samples.append(
             DistillSample(
                 rollout_id=f"r{index}",
+                problem_id="p",
                 student_prompt_ids=student,
                 teacher_prompt_ids=teacher + draw(ids),
                 completion_ids=completion,
@@ -237,6 +238,7 @@ def test_flash_attention_gets_what_sdpa_gets(family, monkeypatch):
     samples = [
         DistillSample(
             rollout_id=f"r{index}",
+            problem_id="p",
             student_prompt_ids=(*range(3, 12),),
             teacher_prompt_ids=(1,),
             completion_ids=(index, 20, 21, 22, 23),

@@ -21,9 +21,10 @@ from rosd_fast.reflection.grammar import (
     sentence_grammar,
     verbatim_grammar,
 )
-from rosd_fast.reflection.locate import TokenBytes, locate
+from rosd_fast.reflection.locate import locate
 from rosd_fast.reflection.parse import parse_reflection
-from rosd_fast.reflection.reflect import split_sentences
+from rosd_fast.reflection.requests import split_sentences
+from rosd_fast.text.token_bytes import TokenBytes
 from rosd_fast.types import GenerationRequest, SamplingParams
 
 ROLLOUTS = [

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 
 from rosd_fast.config import SpanConfig
 from rosd_fast.reflection.locate import (
-    TokenBytes,
     locate,
     locate_errors,
     locate_sentence,
@@ -19,6 +18,7 @@ from rosd_fast.reflection.locate import (
     replace_invalid,
 )
 from rosd_fast.text.sentences import sentences
+from rosd_fast.text.token_bytes import TokenBytes
 from rosd_fast.types import Reflection
 
 KINDS = [

@@ -36,9 +36,10 @@ class Answers:
         return found
 
 
-def make_sample(rollout_id: str) -> DistillSample:
+def make_sample(problem_id: str, index: int) -> DistillSample:
     return DistillSample(
-        rollout_id=rollout_id,
+        rollout_id=f"{problem_id}/{index}",
+        problem_id=problem_id,
         student_prompt_ids=(1, 2),
         teacher_prompt_ids=(3, 4),
         completion_ids=(5,),
@@ -52,7 +53,8 @@ def test_before_and_after(tokenizer, make_group):
     one, verdicts = make_group(["5", "6", "4", "4"], [0.0, 0.0, 1.0, 1.0], id="set:1")
     two, more = make_group(["7", "4", "4", "4"], [0.0, 1.0, 1.0, 1.0], id="set:2")
     verdicts |= more
-    samples = [make_sample(f"set:{name}") for name in ("1/2", "1/0", "1/1", "2/0", "2/3")]
+    places = [("set:1", 2), ("set:1", 0), ("set:1", 1), ("set:2", 0), ("set:2", 3)]
+    samples = [make_sample(problem_id, index) for problem_id, index in places]
     chosen = wrong_samples(samples, verdicts, 9)
     assert [sample.rollout_id for sample in chosen] == ["set:1/0", "set:2/0"]
     assert wrong_samples(samples, verdicts, 1) == chosen[:1]

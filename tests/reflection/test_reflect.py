@@ -5,21 +5,18 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rosd_fast.config import ReflectConfig, TeacherConfig
+from rosd_fast.config import ReflectConfig
 from rosd_fast.errors import UserError
-from rosd_fast.reflection.reflect import (
-    build_reflection_requests,
-    check_templates,
-    parse_reflection,
-    reflect,
-    reflection_metrics,
-)
+from rosd_fast.reflection.parse import parse_reflection
+from rosd_fast.reflection.reflect import reflect, reflection_metrics
+from rosd_fast.reflection.requests import build_reflection_requests
 from rosd_fast.text.prompts import ELLIPSIS
 from rosd_fast.types import Generation
 
@@ -31,13 +28,21 @@ SHORT: dict[str, Any] = {
 }
 
 
+@dataclass(frozen=True)
+class Model:
+    tokenizer: Any
+
+    @property
+    def stop_token_ids(self):
+        return (self.tokenizer.eos_token_id,)
+
+
 def build(tokenizer, group, verdicts, **options):
     return build_reflection_requests(
         [group],
         verdicts,
         config=ReflectConfig(**(SHORT | options)),
-        tokenizer=tokenizer,
-        stop_token_ids=(tokenizer.eos_token_id,),
+        model=Model(tokenizer),
         seed=7,
         step=3,
     )
@@ -235,8 +240,7 @@ def run_reflect(tokenizer, engine, group, verdicts, mode: Any = "free", **option
             verdicts,
             engine=engine,
             config=ReflectConfig(**SHORT, mode=mode),
-            tokenizer=tokenizer,
-            stop_token_ids=(tokenizer.eos_token_id,),
+            model=Model(tokenizer),
             seed=0,
             step=1,
             **options,
@@ -390,48 +394,3 @@ def test_parsing_gives_back_what_was_written(quote, explanation):
         explanation.strip() or None,
         bool(quote.strip() and explanation.strip()),
     )
-
-
-def test_default_templates_pass():
-    check_templates(ReflectConfig(), TeacherConfig())
-    check_templates(ReflectConfig(show_answer=True), TeacherConfig())
-
-
-def test_placeholders_that_may_be_left_out():
-    plain = ReflectConfig(wrong_template="{rollout} {problem}", answer_note="")
-    check_templates(plain, TeacherConfig(wrong_template="{explanation} {problem}"))
-
-
-@pytest.mark.parametrize(
-    ("reflect_options", "teacher_options", "message"),
-    [
-        ({"wrong_template": "{problem} {rolout}"}, {}, r"^reflect\.wrong_template: .*\{rolout\}"),
-        ({"wrong_template": "{problem}"}, {}, r"^reflect\.wrong_template: lacks .*\{rollout\}"),
-        ({"correct_template": "{rollout}"}, {}, r"^reflect\.correct_template: lacks .*\{problem\}"),
-        (
-            {"correct_template": "{problem}{rollout}{demonstration}"},
-            {},
-            r"^reflect\.correct_template: .*unknown placeholder \{demonstration\}",
-        ),
-        ({"answer_note": "{solution}"}, {}, r"^reflect\.answer_note: .*\{solution\}.*\{answer\}"),
-        ({"answer_note": "No.", "show_answer": True}, {}, r"^reflect\.answer_note: lacks"),
-        (
-            {"wrong_template": "{problem}{rollout}", "show_answer": True},
-            {},
-            r"^reflect\.wrong_template: lacks the placeholder \{answer_note\}",
-        ),
-        (
-            {},
-            {"wrong_template": "{problem}{quote}"},
-            r"^teacher\.wrong_template: .*\{explanation\}",
-        ),
-        (
-            {},
-            {"correct_template": "{problem}{explanation}{quote}"},
-            r"^teacher\.correct_template: has an unknown placeholder \{quote\}",
-        ),
-    ],
-)
-def test_bad_templates(reflect_options, teacher_options, message):
-    with pytest.raises(UserError, match=message):
-        check_templates(ReflectConfig(**reflect_options), TeacherConfig(**teacher_options))

@@ -165,6 +165,7 @@ def test_the_samples_of_a_skipped_step_can_be_read_back(tmp_path: Path) -> None:
     samples = [
         DistillSample(
             rollout_id=f"p1/{i}",
+            problem_id="p1",
             student_prompt_ids=(1, 2),
             teacher_prompt_ids=(1, 3, 2),
             completion_ids=(4, 5, 6),

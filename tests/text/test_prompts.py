@@ -135,7 +135,10 @@ def test_fit_prompt_keeps_as_much_as_fits(longest, budget, fixed):
 
 
 def test_the_pure_modules_do_not_import_torch():
-    modules = "prompts select reflect token_bytes spans samples".split()
+    modules = (
+        "text.prompts text.token_bytes rollout.select reflection.reflect reflection.locate "
+        "reflection.requests batch.samples"
+    ).split()
     code = "import sys\n" + "".join(f"import rosd_fast.{module}\n" for module in modules)
     code += "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'jinja2')))"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

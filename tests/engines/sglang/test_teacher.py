@@ -26,6 +26,7 @@ from tests.engines.sglang.fake_sglang import LIMITS, FakeSglang, expected_states
 SAMPLES = [
     DistillSample(
         rollout_id=f"p{index // 2}/{index % 2}",
+        problem_id=f"p{index // 2}",
         student_prompt_ids=(7, 8),
         teacher_prompt_ids=tuple(range(3, 6 + index)),
         completion_ids=tuple(range(20, 26 + index)),

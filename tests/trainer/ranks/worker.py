@@ -105,6 +105,7 @@ def samples_of(case: str, step: int) -> list[DistillSample]:
             samples.append(
                 DistillSample(
                     rollout_id=f"{group}/{member}",
+                    problem_id=str(group),
                     student_prompt_ids=prompt,
                     teacher_prompt_ids=privileged + ids(1, 6),
                     completion_ids=completion,

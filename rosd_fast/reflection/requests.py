@@ -1,0 +1,236 @@
+"""What the reflector is asked: one request per rollout.
+
+A wrong rollout is shown beside a correct sibling, its demonstration. A prompt over the budget loses
+the middle of the rollouts in it, never the problem or the instruction.
+
+In the modes `verbatim` and `sentence` a request has a grammar (`grammar.py`), and its prompt ends
+with the reflection's opening tag.
+"""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from rosd_fast.errors import UserError
+from rosd_fast.reflection.grammar import (
+    explanation_grammar,
+    opening_tag,
+    sentence_grammar,
+    verbatim_grammar,
+)
+from rosd_fast.text.prompts import (
+    cut_middle,
+    fill_template,
+    fit_prompt,
+    placeholders,
+    render_prompt,
+)
+from rosd_fast.text.sentences import sentences
+from rosd_fast.types import GenerationRequest, SamplingParams
+
+if TYPE_CHECKING:
+    from rosd_fast.config import ReflectConfig
+    from rosd_fast.text.prompts import TextModel
+    from rosd_fast.types import Group, Problem, Rollout, Verdict
+
+NUMBERED = re.compile(r"^\[(\d+)\] .*$", re.MULTILINE)
+THINK_TAGS = ("<think>", "</think>")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ReflectionTask:
+    """What the reflector is asked about one rollout."""
+
+    rollout_id: str
+    demonstration_id: str | None  # the correct sibling shown; None: none
+    correct: bool  # whether the rollout is correct
+    request: GenerationRequest
+    prompt_cut: bool  # whether the middle of a rollout was left out
+    opening: str = ""  # the reflection's first tag, which ends the prompt
+    sentences: tuple[str, ...] = ()  # of the rollout, in mode sentence
+
+
+def build_reflection_requests(
+    groups: Sequence[Group],
+    verdicts: Mapping[str, Verdict],
+    *,
+    config: ReflectConfig,
+    model: TextModel,
+    seed: int,
+    step: int,
+) -> list[ReflectionTask]:
+    """One task per rollout, in order.
+
+    A correct rollout has none when `config.on_correct` is skip. A wrong one has none when the
+    template shows a demonstration and its group has no correct rollout, or when nothing in it can
+    be quoted. Raises UserError when a problem and the template alone are over
+    `config.max_prompt_tokens`.
+    """
+    added = model.tokenizer.get_added_vocab()
+    builder = _TaskBuilder(
+        config=config,
+        model=model,
+        think=[tag for tag in THINK_TAGS if tag in added] if config.think else None,
+        seed=seed,
+        step=step,
+    )
+    tasks = []
+    for group in groups:
+        key = f"{seed}/{step}/{group.problem.id}"
+        demonstration = choose_demonstration(group, verdicts, config.demonstration, key=key)
+        for rollout in group.rollouts:
+            correct = verdicts[rollout.id].success
+            task = builder.task(group.problem, rollout, demonstration, correct=correct)
+            if task is not None:
+                tasks.append(task)
+    return tasks
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _TaskBuilder:
+    """What the tasks of a step have in common."""
+
+    config: ReflectConfig
+    model: TextModel
+    think: list[str] | None  # as for the grammars
+    seed: int
+    step: int
+
+    def task(
+        self, problem: Problem, rollout: Rollout, demonstration: Rollout | None, *, correct: bool
+    ) -> ReflectionTask | None:
+        """The task on one rollout, if it has one (see `build_reflection_requests`)."""
+        config = self.config
+        if correct and config.on_correct == "skip":
+            return None
+        template = template_of(config, correct=correct)
+        texts, parts = {"rollout": rollout.text}, ()
+        if config.mode == "sentence" and not correct:
+            parts = split_sentences(rollout.text)
+            texts["rollout"] = number_sentences(parts)
+        shown = demonstration if "demonstration" in placeholders(template) else None
+        if shown is not None:
+            texts["demonstration"] = shown.text
+        elif "demonstration" in placeholders(template):
+            return None
+        opening = opening_tag(config.mode, correct=correct, think=self.think)
+        keep, prompt_ids = self._prompt(problem, template, texts, opening)
+        grammar = None
+        if config.mode != "free":
+            visible = cut_middle(texts["rollout"], keep)
+            grammar = self._grammar(rollout, visible, correct=correct)
+            if grammar is None:
+                return None
+        return ReflectionTask(
+            rollout_id=rollout.id,
+            demonstration_id=None if shown is None else shown.id,
+            correct=correct,
+            request=GenerationRequest(
+                id=f"step{self.step}/reflect/{rollout.id}",
+                prompt_ids=prompt_ids,
+                params=self._params,
+                seed=self.seed,
+                grammar=grammar,
+                affinity=problem.id,
+            ),
+            prompt_cut=keep < max(map(len, texts.values())),
+            sentences=parts,
+            opening=opening,
+        )
+
+    @property
+    def _params(self) -> SamplingParams:
+        return SamplingParams(
+            max_new_tokens=self.config.max_new_tokens,
+            temperature=self.config.temperature,
+            top_p=self.config.top_p,
+            stop_token_ids=tuple(self.model.stop_token_ids),
+        )
+
+    def _grammar(self, rollout: Rollout, visible: str, *, correct: bool) -> str | None:
+        """The grammar of the reflection; None when there is nothing that it could name.
+
+        visible: the rollout as the prompt shows it.
+        """
+        config = self.config
+        limits: dict[str, Any] = {"max_tokens": config.max_new_tokens, "think": self.think}
+        if correct:
+            return explanation_grammar(**limits)
+        if config.mode == "verbatim":
+            return verbatim_grammar(rollout.text, min_words=config.min_quote_words, **limits)
+        return sentence_grammar([int(match[1]) for match in NUMBERED.finditer(visible)], **limits)
+
+    def _prompt(
+        self, problem: Problem, template: str, texts: Mapping[str, str], opening: str
+    ) -> tuple[int, tuple[int, ...]]:
+        """(characters kept of each text, the prompt); texts are cut only as far as they must be."""
+        config, note = self.config, ""
+        if config.show_answer:
+            note = fill_template(config.answer_note, {"answer": problem.answer})
+
+        def render(keep: int) -> tuple[int, ...]:
+            values = {name: cut_middle(text, keep) for name, text in texts.items()}
+            values |= {"problem": problem.prompt, "answer_note": note}
+            return render_prompt(
+                self.model.tokenizer,
+                user=fill_template(template, values),
+                system=problem.system,
+                opening=opening,
+            )
+
+        fitted = fit_prompt(
+            render,
+            longest=max(map(len, texts.values()), default=0),
+            max_tokens=config.max_prompt_tokens,
+        )
+        if fitted is None:
+            raise UserError(
+                f"the reflection prompt has {len(render(0))} tokens without any rollout, over the "
+                f"budget of {config.max_prompt_tokens}",
+                where=f"problem {problem.id}",
+                fix="Raise reflect.max_prompt_tokens, or leave the problem out",
+            )
+        return fitted
+
+
+def template_of(config: ReflectConfig, *, correct: bool) -> str:
+    """The user turn for a rollout."""
+    return getattr(config, template_name(config, correct=correct))
+
+
+def template_name(config: ReflectConfig, *, correct: bool) -> str:
+    """The option that holds the user turn for a rollout."""
+    if correct:
+        return "correct_template"
+    return "sentence_template" if config.mode == "sentence" else "wrong_template"
+
+
+def choose_demonstration(
+    group: Group, verdicts: Mapping[str, Verdict], policy: str, *, key: str = ""
+) -> Rollout | None:
+    """A correct rollout of the group: the `first`, the `shortest` in tokens, or a `random` one.
+
+    key: seeds the random choice. None when no rollout is correct.
+    """
+    correct = [rollout for rollout in group.rollouts if verdicts[rollout.id].success]
+    if policy == "shortest":
+        correct.sort(key=lambda rollout: len(rollout.completion_ids))
+    if policy == "random" and correct:
+        return random.Random(key).choice(correct)
+    return correct[0] if correct else None
+
+
+def split_sentences(text: str) -> tuple[str, ...]:
+    """The sentences of a rollout; sentence n is the one that `locate.locate_sentence(n)` finds."""
+    data = text.encode(errors="replace")
+    return tuple(data[first:last].decode() for first, last in sentences(data))
+
+
+def number_sentences(parts: Sequence[str]) -> str:
+    """One sentence per line, as in "[1] Add the ones."; line breaks within one become spaces."""
+    lines = (" ".join(part.split()) for part in parts)
+    return "\n".join(f"[{number}] {line}" for number, line in enumerate(lines, start=1))
