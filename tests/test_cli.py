@@ -148,7 +148,7 @@ def test_resume_takes_the_runs_own_options(calls: Calls, tmp_path: Path) -> None
 def test_resume_mistakes(calls: Calls, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = str(tmp_path)
     text = mistake(capsys, "train", "--resume", folder, "--optim.lr", "1")
-    assert text.startswith("--optim.lr cannot be changed where a run is resumed")
+    assert text.startswith("--optim.lr cannot be changed when a run is resumed")
     assert "holds no config.toml" in mistake(capsys, "train", "--resume", folder)
     (tmp_path / "config.toml").write_text("steps = 'x'")
     text = mistake(capsys, "train", "--resume", folder)

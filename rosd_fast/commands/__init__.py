@@ -1,6 +1,6 @@
-"""One module a subcommand: its options (`Options`), which arguments go without a name
-(`POSITIONAL`), and what it does (`run`, which returns the exit code).
+"""One module per command.
 
-None of them imports torch before `run` is called, so that mistakes and `--help` are answered at
-once.
+Each has `Options`, `POSITIONAL` (options that may be given without their names), `defaults` (what
+`--help` shows) and `run`, which returns the exit code. None of them imports torch before `run` is
+called, so `--help` and mistakes are answered at once.
 """

@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from statistics import median
 from typing import TYPE_CHECKING, Any
 
-from rosd_fast.config import Section
+from rosd_fast.config import Config, DataConfig, Section, same_as
 from rosd_fast.config.load import apply_args
 from rosd_fast.errors import UserError
 
@@ -19,16 +19,14 @@ MAX_SHOWN = 600  # characters of the example's prompt
 
 
 class Options(Section):
-    """Check every row of a data set, and print counts, domains, verifiers and one example."""
+    """Check every row of a data set and print counts, domains, verifiers and one example."""
 
     source: str | None = None
-    """The data set: a .jsonl file, or quickstart:SPLIT. May be given without its name."""
-    verifier: str | None = None
-    """Verifier for problems that name none (number, choice, exact, contains)."""
+    """The data set: a .jsonl file or quickstart:SPLIT. `--source` may be left out."""
+    verifier: str | None = same_as(DataConfig, "verifier")
     model: str | None = None
-    """Also print the prompts' lengths in tokens of this model."""
-    trust_remote_code: bool = False
-    """Allow a model folder to run Python code of its own."""
+    """Also print the lengths of the prompts in tokens of this model."""
+    trust_remote_code: bool = same_as(Config, "trust_remote_code")
 
 
 def defaults(given: Mapping[str, Any]) -> Options:
@@ -63,7 +61,7 @@ def run(given: Mapping[str, Any]) -> int:
 
 
 def print_domains(console: Any, problems: Sequence[Problem]) -> None:
-    """A row for each domain and verifier."""
+    """Print a row per domain and verifier."""
     from rich.table import Table
     from rich.text import Text
 
@@ -78,7 +76,7 @@ def print_domains(console: Any, problems: Sequence[Problem]) -> None:
 
 
 def print_example(console: Any, problem: Problem) -> None:
-    """The first problem, its texts cut to a readable length."""
+    """Print a problem, its texts cut to a readable length."""
     from rich.table import Table
     from rich.text import Text
 
@@ -93,7 +91,7 @@ def print_example(console: Any, problem: Problem) -> None:
 
 
 def prompt_lengths(problems: Sequence[Problem], options: Options) -> list[int]:
-    """Tokens of each problem's prompt, as the model's chat template renders it."""
+    """The number of tokens of each problem's prompt under the model's chat template."""
     from rosd_fast.model.load import find, load_tokenizer
     from rosd_fast.text.prompts import render_prompt
 

@@ -1,4 +1,4 @@
-"""`rosd-fast doctor`: is everything there that a run needs?"""
+"""`rosd-fast doctor`: check that everything a run needs is installed."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-from rosd_fast.config import Section
+from rosd_fast.config import Config, Section, same_as
 from rosd_fast.config.load import apply_args
 from rosd_fast.errors import UserError
 
@@ -25,18 +25,17 @@ EXTRAS = {
 
 
 class Options(Section):
-    """Check what a run needs, and print the versions. Exit code 1 if something is missing."""
+    """Check what a run needs and print the versions. The exit code is 1 if something is missing."""
 
-    out: str = "runs"
-    """Folder that is to hold run folders."""
+    out: str = same_as(Config, "out")
     gpu: bool = False
-    """Check the divergence's kernels on the CUDA device against float64, and time them against
-    eager PyTorch and Liger: minutes, most of them compiling. Exit code 1 if a check fails."""
+    """Check the divergence's GPU kernels against float64 and time them against eager PyTorch and
+    Liger. This takes minutes, mostly to compile. The exit code is 1 if a check fails."""
 
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One line: `ok` is None for what a run can do without."""
+    """One line of the output. `ok` is None for something that a run can do without."""
 
     name: str
     text: str
@@ -48,7 +47,7 @@ def defaults(given: Mapping[str, Any]) -> Options:
 
 
 def run(given: Mapping[str, Any]) -> int:
-    """Print all findings; 1 if one of them is bad."""
+    """Print all findings; returns 1 if one of them is bad."""
     options = apply_args(Options(), given)
     if options.gpu:
         return accept_gpu()
@@ -67,7 +66,7 @@ def run(given: Mapping[str, Any]) -> int:
 
 
 def accept_gpu() -> int:
-    """Print the checks and timings of the kernels as they come; 1 if a check fails."""
+    """Print checks and timings of the kernels as they finish; returns 1 if a check fails."""
     from rich.console import Console
     from rich.text import Text
 
@@ -95,7 +94,7 @@ def accept_gpu() -> int:
 
 
 def timing_line(timing: Any) -> str:
-    """One candidate of `acceptance.timings`."""
+    """The line for one candidate of `acceptance.timings`."""
     if timing.median_s is None:
         return f"{timing.name:20}{timing.text}"
     peak = "" if timing.peak_bytes is None else f"{timing.peak_bytes / 2**20:9.0f} MiB at the peak"
@@ -103,7 +102,7 @@ def timing_line(timing: Any) -> str:
 
 
 def cuda_device() -> Any:
-    """The device to check. Raises UserError where the kernels cannot run."""
+    """The device to check. Raises UserError when the kernels cannot run."""
     import torch
 
     if not torch.cuda.is_available():
@@ -120,14 +119,14 @@ def cuda_device() -> Any:
 
 
 def examine(options: Options) -> Iterator[Finding]:
-    """Everything there is to say, in the order of a run's needs."""
+    """All findings, in the order in which a run needs the things."""
     yield Finding("rosd-fast", version("rosd-fast") or "not installed, only on the path", None)
     yield Finding("python", f"{platform.python_version()} on {platform.platform()}", None)
     for package in ("torch", "transformers", "tokenizers", "safetensors", "matplotlib"):
         found = version(package)
         yield Finding(package, found or f"pip install {package}", found is not None)
     triton = version("triton")
-    yield Finding("triton", triton or "not installed: GPU kernels are left out", None)
+    yield Finding("triton", triton or "not installed: no GPU kernels", None)
     yield kernels()
     yield find_device()
     yield Finding("machine", machine(), None)
@@ -140,7 +139,7 @@ def examine(options: Options) -> Iterator[Finding]:
 
 
 def version(package: str) -> str | None:
-    """The installed version, None: it is not installed."""
+    """The installed version; None when it is not installed."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:
@@ -156,7 +155,7 @@ def kernels() -> Finding:
 
 
 def find_device() -> Finding:
-    """What torch computes on."""
+    """The devices that torch sees."""
     try:
         import torch
     except ImportError as error:
@@ -173,7 +172,7 @@ def find_device() -> Finding:
 
 
 def machine() -> str:
-    """Cores this process may use, and the memory."""
+    """The cores that this process may use, and the memory."""
     affinity = getattr(os, "sched_getaffinity", None)
     cores = len(affinity(0)) if affinity else os.cpu_count() or 1
     try:
@@ -184,7 +183,7 @@ def machine() -> str:
 
 
 def quickstart_model() -> Finding:
-    """Whether the shipped model is whole enough to load."""
+    """Whether the shipped model has all of its files."""
     from rosd_fast.quickstart import MODEL_DIR
 
     wanted = ("config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json")
@@ -196,7 +195,7 @@ def quickstart_model() -> Finding:
 
 
 def run_folder(out: Path) -> Finding:
-    """Whether a run folder can be made in `out`; leaves nothing behind."""
+    """Whether a run folder can be created in `out`; nothing is left behind."""
     place = out
     while not place.exists() and place != place.parent:
         place = place.parent

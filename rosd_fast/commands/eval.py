@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 from rosd_fast.config import (
+    Config,
+    DataConfig,
+    Device,
+    Dtype,
+    EngineConfig,
     EvalConfig,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveInt,
-    Probability,
+    SampleConfig,
     Section,
+    SelectConfig,
+    same_as,
 )
 from rosd_fast.config.load import apply_args
 
@@ -25,36 +29,31 @@ SPLIT = "data"
 
 
 class Options(Section):
-    """Sample answers to the problems of a data set, and print how many are right, by domain."""
+    """Sample answers to the problems of a data set and print their accuracy, by domain."""
 
-    model: str = "quickstart"
-    """quickstart, smollm2, a model folder such as a run's checkpoint, or a Hugging Face hub id."""
+    model: str = same_as(Config, "model")
     data: str = "quickstart:dev"
-    """Problems: a .jsonl file, or quickstart:SPLIT."""
-    verifier: str | None = None
-    """Verifier for problems that name none (number, choice, exact, contains)."""
-    problems: NonNegativeInt = 0
-    """Only the first this many problems; 0: all."""
-    samples: PositiveInt = 4
-    """Answers sampled for each problem; the figure is their mean accuracy."""
-    max_new_tokens: PositiveInt = 2048
-    """Tokens an answer may have; it also ends where the model's context does."""
-    temperature: NonNegativeFloat = 1.0
-    """Sampling temperature; 0: greedy."""
-    top_p: Probability = 1.0
-    """Nucleus sampling."""
-    threshold: Probability = 1.0
-    """An answer is right when its score is at least this."""
-    seed: NonNegativeInt = 0
-    """Fixes the draws."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Parameter and compute type."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: CUDA where present."""
-    trust_remote_code: bool = False
-    """Allow a model folder to run Python code of its own."""
-    max_rows: PositiveInt = 256
-    """Answers decoded side by side; more wait their turn."""
+    """Problems: a .jsonl file or quickstart:SPLIT."""
+    verifier: str | None = same_as(DataConfig, "verifier")
+    problems: int = same_as(
+        EvalConfig, "problems", description="Number of problems, the first ones; 0: all."
+    )
+    samples: int = same_as(EvalConfig, "samples")
+    max_new_tokens: int = same_as(
+        SampleConfig,
+        "max_new_tokens",
+        default=2048,
+        description="Maximum number of tokens in an answer; it also ends at the model's context "
+        "length.",
+    )
+    temperature: float = same_as(EvalConfig, "temperature")
+    top_p: float = same_as(EvalConfig, "top_p")
+    threshold: float = same_as(SelectConfig, "threshold")
+    seed: int = same_as(Config, "seed", description="Seed of the samples.")
+    dtype: Dtype = same_as(Config, "dtype")
+    device: Device = same_as(Config, "device")
+    trust_remote_code: bool = same_as(Config, "trust_remote_code")
+    max_rows: int = same_as(EngineConfig, "max_rows")
 
 
 def defaults(given: Mapping[str, Any]) -> Options:
@@ -62,7 +61,7 @@ def defaults(given: Mapping[str, Any]) -> Options:
 
 
 def run(given: Mapping[str, Any]) -> int:
-    """Evaluate and print the table."""
+    """Evaluate the model and print the table."""
     options = apply_args(Options(), given)
 
     from rosd_fast.data.problems import load_problems
@@ -75,7 +74,7 @@ def run(given: Mapping[str, Any]) -> int:
 
 
 async def measure(options: Options, problems: Sequence[Problem]) -> dict[str, float]:
-    """The metrics of `evaluate`, with a counter of tokens on a terminal."""
+    """The metrics of `evaluate`; a terminal shows the number of tokens meanwhile."""
     from rich.console import Console
 
     from rosd_fast.engines.local.engine import LocalEngine
@@ -119,7 +118,7 @@ def eval_config(options: Options) -> EvalConfig:
 def print_table(
     options: Options, problems: Sequence[Problem], metrics: Mapping[str, float]
 ) -> None:
-    """Accuracy by domain and in all."""
+    """Print the accuracy by domain and over all problems."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -137,7 +136,7 @@ def print_table(
     console = Console()
     console.print(table)
     console.print(
-        f"{metrics[f'eval/{SPLIT}/tokens_mean']:.1f} tokens an answer, "
+        f"{metrics[f'eval/{SPLIT}/tokens_mean']:.1f} tokens per answer, "
         f"{metrics[f'eval/{SPLIT}/truncated_frac']:.1%} cut off",
         highlight=False,
     )

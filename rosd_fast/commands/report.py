@@ -1,4 +1,4 @@
-"""`rosd-fast report`: draw a run's plots again, show a step token by token, print the outcome."""
+"""`rosd-fast report`: redraw a run's plots, show a step token by token, print the outcome."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ POSITIONAL = ("run",)
 
 
 class Options(Section):
-    """Draw the plots of a run again, and print its accuracy before and after."""
+    """Redraw the plots of a run and print its accuracy before and after training."""
 
     run: str | None = None
-    """The run folder. May be given without its name."""
+    """The run folder. `--run` may be left out."""
     step: PositiveInt | None = None
-    """Also write the page that shows the rollouts of this step, token by token."""
+    """Also write the page that shows this step's rollouts token by token."""
 
 
 def defaults(given: Mapping[str, Any]) -> Options:
@@ -27,7 +27,7 @@ def defaults(given: Mapping[str, Any]) -> Options:
 
 
 def run(given: Mapping[str, Any]) -> int:
-    """Draw and print."""
+    """Draw the plots and print the summary."""
     options = apply_args(Options(), given)
     if options.run is None:
         raise UserError("no run is named", fix="Name its folder: rosd-fast report runs/NAME")

@@ -1,4 +1,4 @@
-"""`rosd-fast train`: run the loop, or go on with a run."""
+"""`rosd-fast train`: start a run or resume one."""
 
 from __future__ import annotations
 
@@ -19,24 +19,26 @@ FREE_ON_RESUME = ("steps",)
 class Options(Config):
     """Train with reflective on-policy self-distillation.
 
-    Later wins: defaults, --preset, --config, options here. Without a model: the preset quickstart.
+    Options are read from the defaults, --preset, --config and the command line; later ones win.
+    Without a model, the preset quickstart is used.
     """
 
     preset: str | None = None
-    """A named set of options that comes with the package: quickstart, smollm2."""
+    """A named set of options that is part of the package: quickstart, smollm2."""
     config: str | None = None
     """A TOML file of options, such as the config.toml of a run."""
     resume: str | None = None
-    """A run folder: go on from its last checkpoint. Besides, only --steps may be given."""
+    """A run folder whose run is continued from its last checkpoint. Only --steps may be given
+    with it."""
 
 
 def defaults(given: Mapping[str, Any]) -> Options:
-    """What the help shows: the defaults under the preset and file that are given."""
+    """The defaults that the help shows: those of the given preset and file."""
     return Options.model_validate(read_config(given).model_dump() | _sources(given))
 
 
 def read_config(given: Mapping[str, Any]) -> Config:
-    """The run's options. Raises UserError for what is wrong with them."""
+    """The options of the run. Raises UserError when one of them is wrong."""
     options = {name: value for name, value in given.items() if name not in SOURCES}
     sources = _sources(given)
     if sources["resume"] is None:
@@ -44,7 +46,7 @@ def read_config(given: Mapping[str, Any]) -> Config:
     fixed = [name for name in given if name not in ("resume", *FREE_ON_RESUME)]
     if fixed:
         raise UserError(
-            f"{as_flag(fixed[0])} cannot be changed where a run is resumed",
+            f"{as_flag(fixed[0])} cannot be changed when a run is resumed",
             fix="Leave it out (only --steps may be given), or start a new run",
         )
     file = resumed_file(sources["resume"])
@@ -52,20 +54,22 @@ def read_config(given: Mapping[str, Any]) -> Config:
 
 
 def resumed_file(resume: str) -> Path:
-    """The config.toml of the run folder."""
+    """The config.toml of the run folder. Raises UserError when there is none."""
     folder = Path(resume).expanduser()
     if not folder.is_dir():
         raise UserError("there is no such run folder", where=resume)
     file = folder / "config.toml"
     if not file.is_file():
         raise UserError(
-            "the folder holds no config.toml, so it is no run", where=resume, fix="Give runs/NAME"
+            "the folder holds no config.toml, so it is not a run",
+            where=resume,
+            fix="Give runs/NAME",
         )
     return file
 
 
 def run(given: Mapping[str, Any]) -> int:
-    """Train. The run folder's path is printed by the run itself."""
+    """Train. The run prints the path of its folder."""
     config = read_config(given)
     resume = _sources(given)["resume"]
 

@@ -1,17 +1,27 @@
 """The options of a run: `Config` and its sections.
 
-`schema` defines every option once, `load` reads them from presets, TOML files and the command line,
-`arguments` names them, `messages` words what is wrong with one, `toml` writes them. Importing this
-package imports neither torch nor transformers.
+    schema      every option, defined once
+    checks      options that do not go together
+    templates   the placeholders of prompt templates
+    renamed     options that had another name before
+    load        reads options from presets, TOML files and the command line
+    arguments   the names of options on the command line
+    toml        writes options to a file
+    messages    one line for a wrong option
+
+Importing this package imports neither torch nor transformers.
 """
 
 from __future__ import annotations
 
+from rosd_fast.config.checks import uses_teacher_weights
 from rosd_fast.config.schema import (
     CheckpointConfig,
     Config,
     DataConfig,
     DecayRate,
+    Device,
+    Dtype,
     EngineConfig,
     EvalConfig,
     LearnerConfig,
@@ -31,7 +41,7 @@ from rosd_fast.config.schema import (
     SelectConfig,
     SpanConfig,
     TeacherConfig,
-    uses_teacher_weights,
+    same_as,
 )
 
 __all__ = [
@@ -39,6 +49,8 @@ __all__ = [
     "Config",
     "DataConfig",
     "DecayRate",
+    "Device",
+    "Dtype",
     "EngineConfig",
     "EvalConfig",
     "LearnerConfig",
@@ -58,5 +70,6 @@ __all__ = [
     "SelectConfig",
     "SpanConfig",
     "TeacherConfig",
+    "same_as",
     "uses_teacher_weights",
 ]

@@ -1,15 +1,20 @@
 """Every option, once: its name, type, default, range and meaning.
 
-A run is described by one `Config`. It is read from a preset or a TOML file and then from the
-command line, later wins; `rosd_fast.cli` does the reading. This module imports neither torch nor
-transformers, so that `--help` stays fast.
+One `Config` describes a run; `load` reads it from a preset, a TOML file and the command line. The
+docstring of an option is its text in `--help`: lines are joined, except that a line which begins
+with a value ("none: ...") stays a line. This module imports neither torch nor transformers, so that
+`--help` stays fast.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+import re
+from copy import copy
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+from rosd_fast.config.checks import conflict
 
 PositiveInt = Annotated[int, Field(ge=1)]
 NonNegativeInt = Annotated[int, Field(ge=0)]
@@ -17,100 +22,126 @@ PositiveFloat = Annotated[float, Field(gt=0)]
 NonNegativeFloat = Annotated[float, Field(ge=0)]
 Probability = Annotated[float, Field(gt=0, le=1)]
 DecayRate = Annotated[float, Field(ge=0, lt=1)]
+Dtype = Literal["float32", "bfloat16"]
+Device = Literal["auto", "cpu", "cuda"]
 
 
 class Section(BaseModel):
-    """A group of options. Unknown keys are errors, and nothing changes after reading."""
+    """A group of options. It is frozen, and an unknown key is an error."""
 
     model_config = ConfigDict(
         frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
     )
+
+    @classmethod
+    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
+        super().__pydantic_init_subclass__(**kwargs)
+        for field in cls.model_fields.values():
+            field.description = re.sub(r"\n(?!\w+: )", " ", field.description or "") or None
+
+
+def same_as(section: type[Section], name: str, **changes: Any) -> Any:
+    """The definition of an option of `section`, for a command that has the same option.
+
+    It brings range, text and default. changes: attributes that differ, as in `default=3`.
+    """
+    field = copy(section.model_fields[name])
+    for attribute, value in changes.items():
+        setattr(field, attribute, value)
+    return field
 
 
 class DataConfig(Section):
     """Where problems come from."""
 
     train: str = "quickstart:train"
-    """Training problems: a .jsonl file, or quickstart:train."""
+    """Training problems: a .jsonl file or quickstart:train."""
     dev: str | None = "quickstart:dev"
-    """In-domain development problems, evaluated on; None: no evaluation in domain."""
+    """In-domain development problems to evaluate on; None: no in-domain evaluation."""
     dev_ood: str | None = None
-    """Out-of-domain development problems; None: no evaluation out of domain."""
+    """Out-of-domain development problems to evaluate on; None: no out-of-domain evaluation."""
     verifier: str | None = None
     """Verifier for problems that name none (number, choice, exact, contains)."""
     shuffle: bool = True
-    """Draw the problems of each pass over the data in a new seeded order."""
+    """Shuffle the problems in every epoch, by the seed."""
 
 
 class SampleConfig(Section):
     """Sampling of rollouts."""
 
     problems_per_step: PositiveInt = 32
-    """Problems a step."""
+    """Problems per step."""
     group_size: PositiveInt = 8
-    """Rollouts of each problem (G). At least 2: a group needs a sibling to learn from."""
+    """Rollouts per problem (G), at least 2: a wrong rollout learns from a correct sibling."""
     max_new_tokens: PositiveInt = 8192
-    """Tokens a rollout may have."""
+    """Maximum number of tokens in a rollout."""
     max_prompt_tokens: PositiveInt = 2048
-    """Tokens a problem's prompt may have; a longer one is an error that names the problem."""
+    """Maximum number of tokens in a problem's prompt; a longer prompt is an error."""
     temperature: PositiveFloat = 1.0
-    """Sampling temperature; the loss uses the same unless loss.temperature is set."""
+    """Sampling temperature. The loss uses the same one unless loss.temperature is set."""
     top_p: Probability = 1.0
-    """Nucleus sampling: keep the smallest set of tokens with this much probability."""
+    """Nucleus sampling: sample from the smallest set of tokens with this total probability."""
     top_k: NonNegativeInt = 0
-    """Keep the k most likely tokens; 0: all."""
+    """Sample from the k most likely tokens; 0: from all."""
 
 
 class SelectConfig(Section):
-    """Which groups are worth a reflection. Dropped groups cost nothing further."""
+    """Which groups are reflected on. A dropped group costs nothing further."""
 
     threshold: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """A rollout is a success when its score is at least this."""
+    """Minimum score of a correct rollout."""
     require_success: bool = True
-    """Drop groups without any success: they have no demonstration."""
+    """Drop groups without a correct rollout: they have no demonstration."""
     drop_zero_variance: bool = False
     """Drop groups whose rollouts all have the same score."""
 
 
 class ReflectConfig(Section):
-    """The reflector: what it sees, and what is asked of it."""
+    """The reflector: what it is shown and what it is asked."""
 
     mode: Literal["verbatim", "sentence", "free"] = "verbatim"
-    """How a reflection names the first error. verbatim: it can quote nothing but words of the
-    rollout; sentence: the number of a sentence; free: any text, which may not be found."""
+    """How a reflection names the first error.
+    verbatim: it quotes the rollout; constrained decoding allows no other words.
+    sentence: it gives the number of a sentence.
+    free: it quotes without constraint, so the quote may not be found."""
     weights: Literal["student", "teacher"] = "student"
-    """Whose weights write the reflections."""
+    """The weights that write the reflections."""
     max_new_tokens: PositiveInt = 4096
-    """Tokens a reflection may have."""
+    """Maximum number of tokens in a reflection."""
     max_prompt_tokens: PositiveInt = 8192
-    """Tokens a reflection prompt may have; the middle of the rollouts is cut to fit."""
+    """Maximum number of tokens in a reflection prompt; rollouts lose their middle to fit."""
     temperature: NonNegativeFloat = 1.0
     """Sampling temperature of reflections; 0: greedy."""
     top_p: Probability = 1.0
     """Nucleus sampling of reflections."""
     min_quote_words: PositiveInt = 3
-    """Words a quote of mode verbatim has at least: short ones stand in several places."""
+    """Minimum number of words in a quote (mode verbatim): a short one may occur several times."""
     think: bool = False
     """Let the reflector think within <think> tags first (modes verbatim and sentence)."""
     demonstration: Literal["first", "shortest", "random"] = "first"
-    """Which correct sibling is shown beside a wrong rollout."""
+    """The correct sibling that is shown beside a wrong rollout."""
     show_answer: bool = False
-    """Show the ground-truth answer to the reflector."""
+    """Show the reflector the right answer."""
     on_correct: Literal["reflect", "skip"] = "reflect"
-    """Correct rollouts: distil them whole under their own reflection, or leave them out."""
+    """What happens to correct rollouts.
+    reflect: they are distilled whole, under a reflection of their own.
+    skip: they are left out."""
     leak: Literal["keep", "redact", "drop"] = "keep"
-    """Explanations that state the final answer: as they are, with the answer blotted out, or not
-    used."""
+    """What happens to an explanation that states the final answer.
+    keep: it is used as it is.
+    redact: the answer in it is replaced by [...].
+    drop: it is not used."""
     min_explanation_words: PositiveInt = 1
-    """Words an explanation has at least; shorter ones are not used."""
+    """Minimum number of words in an explanation; a shorter one is not used."""
     max_copied_frac: Annotated[float, Field(gt=0, le=1)] = 1.0
-    """Share of an explanation's words that may be copied from the correct solution, in runs of
-    eight or more; above it, the explanation is not used."""
+    """Maximum share of an explanation's words that are copied from the correct solution in runs of
+    eight or more; above it the explanation is not used."""
     probe_every: NonNegativeInt = 0
-    """Steps between two looks at whether reflections help: the teacher answers probe_problems
-    problems with a reflection in its prompt; 0: never."""
+    """Measure every this many steps whether reflections help: the teacher answers some problems
+    with a reflection in its prompt.
+    0: never."""
     probe_problems: PositiveInt = 16
-    """Problems of such a look."""
+    """Maximum number of problems in such a measurement."""
     wrong_template: str = (
         "{problem}\n\n"
         "Here is a correct solution:\n<correct_solution>\n{demonstration}\n</correct_solution>\n\n"
@@ -134,7 +165,7 @@ class ReflectConfig(Section):
         "<error_sentence>number</error_sentence>\n"
         "<explanation>the correct idea</explanation>"
     )
-    """User turn for wrong rollouts in mode sentence: as wrong_template."""
+    """User turn for wrong rollouts in mode sentence, with the placeholders of wrong_template."""
     correct_template: str = (
         "{problem}\n\n"
         "Here is a correct solution:\n<correct_solution>\n{rollout}\n</correct_solution>\n"
@@ -145,275 +176,304 @@ class ReflectConfig(Section):
     )
     """User turn for correct rollouts: {problem}, {rollout}, {answer_note}."""
     answer_note: str = "The right answer is {answer}."
-    """Put in place of {answer_note} when show_answer is set; otherwise that place stays empty."""
+    """Replaces {answer_note} when show_answer is set; otherwise {answer_note} is left empty."""
 
 
 class SpanConfig(Section):
     """From a quote to the tokens that are distilled."""
 
     granularity: Literal["suffix", "span", "sentence"] = "suffix"
-    """suffix: from the first token of the quote to the end; span: the quote; sentence: its
-    sentences."""
+    """The tokens of a wrong rollout that are distilled.
+    suffix: from the first token of the quote to the end of the rollout.
+    span: the quote.
+    sentence: the whole sentences that contain the quote."""
     occurrence: Literal["first", "last", "unique_only"] = "first"
-    """Of a quote that stands in several places: the first, the last, or count it as missed."""
+    """Where a quote that occurs several times is taken to be.
+    first: at its first occurrence.
+    last: at its last occurrence.
+    unique_only: nowhere; it counts as missed."""
     on_miss: Literal["skip", "fuzzy", "full"] = "skip"
-    """A quote that is not in the rollout: leave the rollout out, take what is most like it, or
-    distil the whole rollout."""
+    """What happens to a wrong rollout whose quote is missed.
+    skip: it is left out.
+    fuzzy: the most similar passage is used; without one the rollout is left out.
+    full: it is distilled whole."""
     min_score: Annotated[float, Field(ge=0, le=100)] = 90.0
-    """With on_miss fuzzy: how alike, of 100, the quote and what is taken for it must be."""
+    """Minimum similarity of quote and passage (on_miss fuzzy), of 100."""
 
 
 class TeacherConfig(Section):
-    """The teacher: the student's own architecture, shown problem and reflection."""
+    """The teacher: a copy of the student whose prompt holds problem and reflection."""
 
     kind: Literal["frozen", "ema", "live", "trust_region"] = "frozen"
-    """frozen: the initial weights; ema: their moving average with the student's; live: the
-    student's as they are; trust_region: logits between those of frozen and of live."""
+    """The teacher's weights.
+    frozen: the initial weights.
+    ema: an exponential moving average of the student's weights.
+    live: the student's current weights.
+    trust_region: logits interpolated between those of frozen and live."""
     ema_rate: Annotated[float, Field(gt=0, le=1)] = 0.05
-    """Share of the student's weights that enters the average after each step (kind ema)."""
+    """Share of the student's weights in the average after each step (kind ema)."""
     mix: Annotated[float, Field(gt=0, lt=1)] = 0.1
-    """Share of the student's logits (kind trust_region)."""
+    """Share of the student's logits in the interpolation (kind trust_region)."""
     offload: bool = False
-    """Keep the teacher's copy of the weights in host memory while it is not used."""
+    """Keep the teacher's weights in host memory while they are not in use."""
     backend: Literal["trainer", "sglang"] = "trainer"
-    """trainer: a copy in the trainer's process; sglang: on a server, which gives the states that
-    enter the head (kind frozen)."""
+    """Where the teacher runs.
+    trainer: in the trainer's process.
+    sglang: on a server that returns the hidden states before the output head (kind frozen)."""
     url: str = ""
-    """With backend sglang: address of a running server, started with --return-hidden-states-mode
-    full --chunked-prefill-size -1 (several: with commas); empty: one of our own is started, by
+    """URLs of running teacher servers, comma-separated (backend sglang), each started with
+    --return-hidden-states-mode full --chunked-prefill-size -1; empty: the trainer starts one with
     engine.python."""
     gpus: Annotated[str, Field(pattern=r"^(\d+(,\d+)*)?$")] = ""
-    """Devices of a server of our own, as in 6,7; empty: it sees all of them."""
+    """GPUs of a teacher server that the trainer starts, as in 6,7; empty: all."""
     server_args: str = ""
-    """Further arguments of sglang.launch_server for a server of our own, in one text; paths in it
-    must be absolute."""
+    """More arguments of sglang.launch_server for a teacher server that the trainer starts, in one
+    string; paths in it must be absolute."""
     max_logprob_gap: NonNegativeFloat | None = None
-    """At the start, largest difference of a log-probability between the server and a copy in the
-    trainer's process, in nats, over likely tokens; 0: no comparison; None: 0.01 in float32, 0.3 in
-    bfloat16."""
+    """Maximum difference in nats between the log-probabilities of likely tokens on the teacher
+    server and in the trainer, compared once at the start.
+    0: no comparison.
+    None: 0.01 in float32, 0.3 in bfloat16."""
     max_prompt_tokens: PositiveInt = 8192
-    """Tokens a teacher prompt may have; the explanation's end is cut to fit."""
+    """Maximum number of tokens in a teacher prompt; the explanation loses its end to fit."""
     wrong_template: str = (
         "{problem}\n\n"
         "A note on an earlier attempt. It went wrong here: {quote}\n"
         "The correct idea: {explanation}\n"
         "Solve the problem with this in mind."
     )
-    """User turn after a wrong rollout: {problem}, {quote}, {explanation}."""
+    """User turn of the teacher for a wrong rollout: {problem}, {quote}, {explanation}."""
     correct_template: str = (
         "{problem}\n\n"
         "A note on how to solve it: {explanation}\n"
         "Solve the problem with this in mind."
     )
-    """User turn after a correct rollout: {problem}, {explanation}."""
+    """User turn of the teacher for a correct rollout: {problem}, {explanation}."""
 
 
 class LossConfig(Section):
-    """The token-level divergence between student and teacher; see kernels/rosd_kernels."""
+    """The token-level divergence between student and teacher (see docs/kernels.md)."""
 
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "jsd"
-    """Divergence over the full vocabulary."""
+    """Divergence, over the full vocabulary unless loss.top_k is set."""
     beta: Annotated[float, Field(gt=0, lt=1)] = 0.5
-    """Weight of the teacher in the mixture of jsd."""
+    """Weight of the teacher in the mixture (divergence jsd)."""
     temperature: PositiveFloat | None = None
-    """Divides both logits; None: sample.temperature."""
+    """Divides the logits of both sides; None: sample.temperature."""
     top_k: PositiveInt | None = None
-    """Compare on the student's k most likely tokens only; None: on all."""
+    """Compare only the student's k most likely tokens; None: all."""
     tail: bool = True
-    """With top_k: one more bucket holds the remaining mass; otherwise renormalize."""
+    """With top_k: compare the remaining probability as one more token; otherwise renormalize."""
     entry_clip: PositiveFloat | None = None
-    """Bound on each vocabulary entry's contribution; None: no bound."""
+    """Maximum contribution of a vocabulary entry to a token's divergence; None: no limit."""
     importance_clip: PositiveFloat | None = 2.0
-    """Bound on the importance weight exp(student - rollout log-prob); None: no importance
-    weight."""
+    """Maximum importance weight exp(student - rollout log-prob) of a token; None: no importance
+    weights."""
     strategy: Literal["auto", "chunked", "tiled", "reference"] = "auto"
-    """How the divergence is computed; all give the same numbers, rounding aside. auto: tiled with a
-    sparsity, otherwise chunked."""
+    """How the divergence is computed; results agree up to rounding.
+    auto: tiled with a sparsity, chunked otherwise."""
     sparsity: Literal["exact", "entry", "mass"] = "exact"
-    """Parts of the vocabulary that tiled leaves out: none; those where no token has an entry above
-    sparsity_bound; the smallest ones of a token up to that mass."""
+    """Vocabulary tiles that strategy tiled drops.
+    exact: none.
+    entry: tiles without any probability above sparsity_bound.
+    mass: each token's smallest tiles, while their total mass stays below sparsity_bound."""
     sparsity_bound: Annotated[float, Field(gt=0, lt=1)] = 2**-12
-    """Probability that sparsity entry or mass may drop."""
+    """Bound on the probability that is dropped (sparsity entry and mass)."""
     vocabulary_order: bool = True
-    """With sparsity: put likely entries together, by what the first 1024 distilled tokens show."""
+    """With sparsity: move likely entries into common tiles, as found on the first 1024 distilled
+    tokens."""
     workspace_mib: PositiveInt = 256
-    """Memory for logits, whatever the number of tokens."""
+    """Memory for logits in MiB, whatever the number of tokens."""
 
 
 class OptimConfig(Section):
-    """AdamW with linear warm-up to a constant learning rate."""
+    """AdamW, with a linear warm-up to a constant learning rate."""
 
     lr: PositiveFloat = 1e-5
     """Learning rate after warm-up."""
     warmup_steps: NonNegativeInt = 10
-    """Steps over which the learning rate rises linearly."""
+    """Steps of the linear warm-up."""
     betas: tuple[DecayRate, DecayRate] = (0.9, 0.999)
     """AdamW's moment decay rates."""
     eps: PositiveFloat = 1e-8
     """AdamW's epsilon."""
     weight_decay: NonNegativeFloat = 0.01
-    """Decoupled weight decay, on matrices only."""
+    """Decoupled weight decay, applied to matrices only."""
     grad_clip: PositiveFloat = 1.0
-    """Largest global gradient norm."""
+    """Maximum global gradient norm."""
     trainable: str = ""
-    """Names of the parameters to train, as in model.layers.2?.*,lm_head.weight; empty: all."""
+    """Patterns of the names of the parameters to train, comma-separated, as in
+    model.layers.2?.*,lm_head.weight; empty: all."""
 
 
 class LoraConfig(Section):
-    """Low-rank adapters in place of training the weights themselves (needs peft)."""
+    """Low-rank adapters, trained instead of the weights themselves (needs peft)."""
 
     rank: NonNegativeInt = 0
-    """Rank of the adapters; 0: none, the weights are trained."""
+    """Rank of the adapters; 0: no adapters."""
     alpha: PositiveInt = 32
-    """Adapters count alpha / rank times."""
+    """Adapters are scaled by alpha / rank."""
     targets: str = "all-linear"
-    """Layers that get one, as in q_proj,v_proj; all-linear: all but the output head."""
+    """Layers with an adapter, comma-separated, as in q_proj,v_proj; all-linear: every linear layer
+    but the output head."""
 
 
 class LearnerConfig(Section):
-    """How the learner computes."""
+    """How the learner runs the model."""
 
     activation_checkpointing: bool = False
-    """Compute each layer's activations again in the backward pass instead of keeping them: less
-    memory, a third more time."""
+    """Recompute each layer's activations in the backward pass instead of storing them: less memory,
+    a third more time."""
     compile: bool = False
-    """torch.compile the layers; attention is left out."""
+    """Apply torch.compile to the layers, except to attention."""
     liger: Literal["auto", "on", "off"] = "auto"
-    """liger-kernel's norms, rotations and MLPs; auto: on a GPU, where it is installed."""
+    """Use liger-kernel's norms, rotary embeddings and MLPs.
+    auto: on a GPU, if liger-kernel is installed."""
 
 
 class ParallelConfig(Section):
-    """Several ranks, as torchrun starts them."""
+    """Training on several ranks, started by torchrun."""
 
     shard_size: PositiveInt | None = None
-    """Ranks that share one copy of the weights, between which most is sent (those of a node); None:
-    all."""
+    """Ranks that share one copy of the weights, such as the ranks of a node: most communication is
+    among them; None: all."""
     head: Literal["whole", "shard"] = "whole"
-    """Output head of each rank while it learns: whole, or its rows of the vocabulary, to which all
-    ranks send their states: cheaper for fewer distilled tokens than entries, not for tied heads."""
+    """The output head during the learner's step.
+    whole: every rank gathers all of it.
+    shard: every rank keeps its rows of the vocabulary and receives the hidden states of all ranks.
+    Cheaper when there are fewer distilled tokens than vocabulary entries; not for tied heads."""
     timeout_s: PositiveFloat = 1800.0
-    """Seconds after which ranks that wait for one another give up."""
+    """Seconds after which a rank that waits for the others gives up."""
 
 
 class PackConfig(Section):
     """Micro-batches."""
 
     max_tokens: PositiveInt = 16384
-    """Tokens (student plus teacher) of a micro-batch; one longer sample is a micro-batch of its
-    own."""
+    """Maximum number of tokens (student plus teacher) in a micro-batch; a longer sample gets a
+    micro-batch of its own."""
     min_shared: NonNegativeInt = 16
-    """Tokens that sequences must begin with alike for these to go through the model only once; 0:
-    each sequence goes through whole."""
+    """Minimum length of a shared prefix in tokens, which the model computes once; 0: no sharing."""
 
 
 class EvalConfig(Section):
-    """Evaluation on the development splits: before, every few steps, and after."""
+    """Evaluation on the development splits: before training, every few steps, and at the end."""
 
     every: NonNegativeInt = 10
-    """Steps between evaluations; 0: only before and after."""
+    """Steps between evaluations; 0: only before training and at the end."""
     problems: NonNegativeInt = 0
-    """Evaluate on the first this many problems of each split; 0: on all."""
+    """Number of problems per split to evaluate on, the first ones; 0: all."""
     samples: PositiveInt = 4
-    """Rollouts per problem; the figure is their mean accuracy (mean@k)."""
+    """Rollouts per problem; the accuracy is their mean (mean@k)."""
     temperature: NonNegativeFloat = 1.0
-    """Sampling temperature of evaluation; 0: greedy."""
+    """Sampling temperature in evaluation; 0: greedy, with one rollout per problem."""
     top_p: Probability = 1.0
-    """Nucleus sampling of evaluation."""
+    """Nucleus sampling in evaluation."""
 
 
 class CheckpointConfig(Section):
-    """Checkpoints: a Hugging Face model folder plus what a resume needs."""
+    """Checkpoints: a Hugging Face model folder plus the state that resuming needs."""
 
     every: NonNegativeInt = 10
-    """Steps between checkpoints; 0: only at the end and on Ctrl-C."""
+    """Steps between checkpoints; 0: only at the end and on Ctrl-C or SIGTERM."""
     keep_last: PositiveInt = 2
-    """Older checkpoints are deleted."""
+    """Number of recent checkpoints to keep; older ones are deleted."""
     keep_best: bool = True
-    """Besides, keep the one with the best accuracy in domain, of those with an evaluation."""
+    """Also keep the checkpoint with the best in-domain accuracy."""
     asynchronous: bool = True
-    """Write while the run goes on, from a copy in host memory."""
+    """Write checkpoints from a copy in host memory while training continues."""
 
 
 class EngineConfig(Section):
     """The rollout engine."""
 
     kind: Literal["local", "sglang"] = "local"
-    """local: in the trainer's process; sglang: servers, of our own or at given addresses."""
+    """Where rollouts are sampled.
+    local: in the trainer's process.
+    sglang: on SGLang servers."""
     max_rows: PositiveInt = 256
-    """Completions that the local engine decodes side by side; more wait their turn."""
+    """Maximum number of completions that the local engine decodes at once; others wait."""
     launch: Literal["local", "urls"] = "local"
-    """SGLang servers: started on this machine and stopped at the end, or those at engine.urls."""
+    """The SGLang servers.
+    local: the trainer starts them on this machine and stops them at the end.
+    urls: they are running already, at engine.urls."""
     urls: str = ""
-    """Addresses of running servers, as in http://node1:30000,http://node2:30000; their key, if any,
-    is read from the environment variable ROSD_SGLANG_API_KEY."""
+    """URLs of running servers, as in http://node1:30000,http://node2:30000. An API key is read from
+    the environment variable ROSD_SGLANG_API_KEY."""
     servers: PositiveInt = 1
-    """Servers to start. A problem's rollouts and reflections share one server's cache."""
+    """Number of servers to start. A problem's rollouts and reflections use the same server, whose
+    KV cache they share."""
     gpus: Annotated[str, Field(pattern=r"^(\d+(,\d+)*)?$")] = ""
-    """Devices for the servers that are started, as in 0,1,2,3, shared out evenly; empty: each sees
-    all of them."""
+    """GPUs of the servers that the trainer starts, as in 0,1,2,3, split evenly among them; empty:
+    every server sees all."""
     python: str | None = None
-    """Interpreter of an environment with sglang, to start servers with; None: this one."""
+    """Python interpreter of an environment with sglang, which starts the servers; None: the
+    trainer's own."""
     server_args: str = ""
-    """Further arguments of sglang.launch_server in one text, as in
+    """More arguments of sglang.launch_server in one string, as in
     --engine.server-args="--tp-size 2 --mem-fraction-static 0.8"; paths in it must be absolute."""
     start_timeout_s: PositiveFloat = 900.0
-    """Seconds a server may take to start."""
+    """Seconds that a server may take to start."""
     concurrency: PositiveInt = 64
-    """Requests under way at once; each asks for all rollouts of a problem."""
+    """Maximum number of requests in flight; a request asks for all rollouts of a problem."""
     request_timeout_s: PositiveFloat = 3600.0
-    """Seconds a request may take, however often it is tried."""
+    """Seconds that a request may take, all retries included."""
     health_every_s: PositiveFloat = 30.0
-    """Seconds without an answer after which a server's health is looked at; two bad looks in a row
-    and it is taken to hang."""
+    """Interval of health checks on a pending request, in seconds. After two failed checks in a row
+    the server counts as hung."""
     health_timeout_s: PositiveFloat = 30.0
-    """Seconds such a look may take."""
+    """Seconds that a health check may take."""
     max_failures: PositiveInt = 5
-    """Failures of one request in a row that end the run."""
+    """Consecutive failures of a request that end the run."""
     pipeline: Literal["streamed", "barrier"] = "streamed"
-    """SGLang: ask for a group's reflections as soon as its rollouts are there, or after all groups
-    are done."""
+    """When reflections are requested (kind sglang).
+    streamed: for each group, as soon as its rollouts are complete.
+    barrier: for all groups, once every rollout is complete."""
     one_step_ahead: bool = False
-    """SGLang: sample the next step's rollouts, with the weights at hand, while the learner works;
-    loss.importance_clip corrects for their age."""
+    """Sample the next step's rollouts with the current weights while the learner works (kind
+    sglang); importance weights (loss.importance_clip) correct for the older policy."""
     sync: Literal["disk", "distributed"] = "disk"
-    """How weights reach the servers: by a folder that they read; by broadcast from the trainer's
-    memory (NCCL between GPUs, gloo otherwise)."""
+    """How weights are sent to the servers.
+    disk: through a folder that the servers read.
+    distributed: by broadcast from the trainer's memory (NCCL between GPUs, gloo otherwise)."""
     sync_host: str = "127.0.0.1"
-    """With sync distributed: address of this machine under which the servers reach it."""
+    """Address at which the servers reach this machine (sync distributed)."""
     sync_folder: str | None = None
-    """With sync disk: where weights are written for the servers, as in /dev/shm/rosd on one
-    machine, or a folder that all see; None: in the run folder."""
+    """Folder through which weights are sent (sync disk), as in /dev/shm/rosd on one machine or a
+    folder that all machines share; None: a folder in the run folder."""
     max_logprob_gap: NonNegativeFloat | None = None
-    """After each hand-over of weights: largest difference of a log-probability between server and
-    trainer, in nats; 0: no comparison; None: 0.01 in float32, 0.3 in bfloat16."""
+    """Maximum difference in nats between log-probabilities of a server and of the trainer, compared
+    after each weight sync.
+    0: no comparison.
+    None: 0.01 in float32, 0.3 in bfloat16."""
     colocated: bool = False
-    """A server of our own on the trainer's GPU: it gives its memory back while the learner
-    works."""
+    """Run the servers that the trainer starts on the trainer's GPU; they release its memory while
+    the learner works."""
 
 
 class Config(Section):
-    """Options of a training run."""
+    """The options of a training run."""
 
     method: str = "rosd"
     """Training method: what a rollout is trained on."""
     model: str = "quickstart"
-    """quickstart, a model folder, or a Hugging Face hub id."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Parameter and compute type."""
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: CUDA where present."""
+    """quickstart, smollm2, a model folder such as a run's checkpoint, or a Hugging Face hub id."""
+    dtype: Dtype = "float32"
+    """Data type of parameters and computation."""
+    device: Device = "auto"
+    """auto: CUDA if there is a GPU."""
     trust_remote_code: bool = False
-    """Allow a model folder to run Python code of its own."""
+    """Allow a model folder to run its own Python code."""
     seed: NonNegativeInt = 0
-    """Fixes data order, rollouts, reflections and evaluation."""
+    """Seed of data order, rollouts, reflections and evaluation."""
     steps: PositiveInt = 100
-    """Optimizer steps."""
+    """Number of optimizer steps."""
     out: str = "runs"
-    """Folder that holds run folders."""
+    """Folder in which run folders are created."""
     name: str | None = None
-    """Name of the run folder; None: model, date and time."""
+    """Name of the run folder; None: model name, date and time."""
     dump_rollouts: bool = True
-    """Write rollouts/step_*.jsonl."""
+    """Write the rollouts of each step to rollouts/step_*.jsonl."""
     data: DataConfig = DataConfig()
     sample: SampleConfig = SampleConfig()
     select: SelectConfig = SelectConfig()
@@ -432,66 +492,6 @@ class Config(Section):
 
     @model_validator(mode="after")
     def _check(self) -> Config:
-        if self.loss.top_k is not None and (
-            self.loss.strategy == "tiled" or self.loss.sparsity != "exact"
-        ):
-            raise ValueError(
-                f"loss.top_k is {self.loss.top_k}: top-k needs every logit of a token, so "
-                "loss.strategy cannot be tiled nor loss.sparsity other than exact"
-            )
-        if self.loss.sparsity != "exact" and self.loss.strategy not in ("auto", "tiled"):
-            raise ValueError(
-                f"loss.sparsity is {self.loss.sparsity}: only loss.strategy tiled leaves anything "
-                f"out, and it is {self.loss.strategy}"
-            )
-        engine = self.engine
-        if (engine.launch == "urls") != bool(engine.urls):
-            raise ValueError(
-                "engine.launch urls and engine.urls go together: give the addresses, or neither"
-            )
-        if engine.one_step_ahead and (
-            engine.kind != "sglang" or self.reflect.weights == "teacher" or engine.colocated
-        ):
-            raise ValueError(
-                "engine.one_step_ahead samples while the learner works, which needs engine.kind "
-                "sglang, reflect.weights student and no engine.colocated"
-            )
-        teacher = self.teacher
-        if teacher.backend == "sglang" and (teacher.kind != "frozen" or uses_teacher_weights(self)):
-            raise ValueError(
-                "teacher.backend sglang: the server keeps its weights and only scores, which needs "
-                "teacher.kind frozen, reflect.weights student and reflect.probe_every 0"
-            )
-        if uses_teacher_weights(self) and (
-            teacher.kind in ("live", "trust_region") or self.lora.rank
-        ):
-            raise ValueError(
-                "reflect.weights teacher and reflect.probe_every write with the teacher's weights, "
-                "which needs teacher.kind frozen or ema, and no lora.rank"
-            )
-        if teacher.offload and (teacher.kind == "live" or self.lora.rank):
-            raise ValueError(
-                "teacher.offload: this teacher has no copy of the weights (teacher.kind live, or "
-                "adapters that are switched off)"
-            )
-        if self.lora.rank and self.optim.trainable:
-            raise ValueError("optim.trainable and lora.rank go different ways: give one of them")
-        if teacher.backend != "sglang" and teacher.url:
-            raise ValueError("teacher.url needs teacher.backend sglang")
-        if engine.sync == "distributed" and engine.kind != "sglang":
-            raise ValueError("engine.sync distributed needs engine.kind sglang")
-        if engine.colocated and (engine.kind != "sglang" or engine.launch != "local"):
-            raise ValueError("engine.colocated needs engine.kind sglang and engine.launch local")
-        if engine.colocated and engine.sync == "distributed":
-            raise ValueError("engine.colocated needs engine.sync disk: NCCL joins GPUs, not one")
-        if self.sample.group_size < 2:
-            raise ValueError(
-                f"sample.group_size is {self.sample.group_size}: a wrong rollout learns from a "
-                "correct sibling, so a group needs at least 2"
-            )
+        if (message := conflict(self)) is not None:
+            raise ValueError(message)
         return self
-
-
-def uses_teacher_weights(config: Config) -> bool:
-    """Whether something is written with the teacher's weights, besides scoring."""
-    return config.reflect.weights == "teacher" or config.reflect.probe_every > 0

@@ -1,0 +1,87 @@
+"""Options that are right by themselves and do not go together."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rosd_fast.config.schema import Config
+
+
+def uses_teacher_weights(config: Config) -> bool:
+    """Whether anything is sampled with the teacher's weights, which otherwise only score."""
+    return config.reflect.weights == "teacher" or config.reflect.probe_every > 0
+
+
+def conflict(config: Config) -> str | None:
+    """The first conflict between options, in words that begin with an option; None: there is none.
+
+    The option that a message begins with is where an error in a TOML file is reported.
+    """
+    loss, engine, teacher, lora = config.loss, config.engine, config.teacher, config.lora
+    sglang = engine.kind == "sglang"
+    rules = (
+        (
+            loss.top_k is not None and (loss.strategy == "tiled" or loss.sparsity != "exact"),
+            f"loss.top_k is {loss.top_k}: top-k needs every logit of a token, so loss.strategy "
+            "cannot be tiled and loss.sparsity must be exact",
+        ),
+        (
+            loss.sparsity != "exact" and loss.strategy not in ("auto", "tiled"),
+            f"loss.sparsity is {loss.sparsity}: only loss.strategy tiled can drop tiles, and it "
+            f"is {loss.strategy}",
+        ),
+        (
+            (engine.launch == "urls") != bool(engine.urls),
+            "engine.launch urls and engine.urls go together: give both or neither",
+        ),
+        (
+            engine.one_step_ahead
+            and (not sglang or config.reflect.weights == "teacher" or engine.colocated),
+            "engine.one_step_ahead samples while the learner works, which needs engine.kind "
+            "sglang, reflect.weights student and no engine.colocated",
+        ),
+        (
+            teacher.backend == "sglang"
+            and (teacher.kind != "frozen" or uses_teacher_weights(config)),
+            "teacher.backend sglang: the server never changes its weights and only scores, which "
+            "needs teacher.kind frozen, reflect.weights student and reflect.probe_every 0",
+        ),
+        (
+            uses_teacher_weights(config)
+            and (teacher.kind in ("live", "trust_region") or lora.rank > 0),
+            "reflect.weights teacher and reflect.probe_every sample with the teacher's weights, "
+            "which needs teacher.kind frozen or ema, and no lora.rank",
+        ),
+        (
+            teacher.offload and (teacher.kind == "live" or lora.rank > 0),
+            "teacher.offload: this teacher has no weights of its own (teacher.kind is live, or "
+            "adapters are switched off for it)",
+        ),
+        (
+            lora.rank > 0 and bool(config.optim.trainable),
+            "optim.trainable and lora.rank exclude each other: give one of them",
+        ),
+        (
+            teacher.backend != "sglang" and bool(teacher.url),
+            "teacher.url needs teacher.backend sglang",
+        ),
+        (
+            engine.sync == "distributed" and not sglang,
+            "engine.sync distributed needs engine.kind sglang",
+        ),
+        (
+            engine.colocated and (not sglang or engine.launch != "local"),
+            "engine.colocated needs engine.kind sglang and engine.launch local",
+        ),
+        (
+            engine.colocated and engine.sync == "distributed",
+            "engine.colocated needs engine.sync disk: NCCL connects different GPUs",
+        ),
+        (
+            config.sample.group_size < 2,
+            f"sample.group_size is {config.sample.group_size}: a wrong rollout learns from a "
+            "correct sibling, so a group needs at least 2",
+        ),
+    )
+    return next((message for wrong, message in rules if wrong), None)
