@@ -10,7 +10,7 @@ are SmolLM2-135M's, four of them unless --layers says otherwise, with random wei
 
     padded  one row a sequence, all as long as the longest, the model's own attention
     packed  end to end, without padding, each sequence whole
-    shared  the same, what sequences begin with alike only once
+    shared  the same, with shared prefixes computed once
 
 The student goes forward and backward, with a random gradient at the distilled tokens' states, the
 teacher forward. The candidates run in turns in one process; medians are compared. Peak memory is
@@ -283,7 +283,7 @@ def peak_memory(model: LlamaForCausalLM, case: str, args: argparse.Namespace) ->
     run_pass(model, work_of(few, side, candidate), side)  # loads what is loaded once
     work = work_of(build_samples(json.loads(args.lengths)), side, candidate)
     before = resident("VmRSS")
-    Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew
+    Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     run_pass(model, work, side)
     return max(0.0, resident("VmHWM") - before) / 2**20
 

@@ -1,15 +1,19 @@
-"""Are quotes found, are spans exact, and what does the constraint cost?
+"""Measure how many quotes are found, how exact their spans are, and what the constraint costs.
 
     python bench/localization.py                       # quickstart model, some minutes
     python bench/localization.py --model smollm2 --data FILE.jsonl --rollouts 64
     python bench/localization.py --learn               # also six training runs, about ten minutes
 
-The same wrong rollouts are reflected on in each mode, in turns. `found`: the share of reflections
-whose quote stands in the rollout. `exact`: the share whose first and last token are those that hold
-the quote's first and last byte, counted over all reflections with a quote; which bytes a token
-holds is asked of llguidance's reader of the vocabulary, not of the code that is measured. Beside it
-stands the rule of the method's public code: encode the text before the quote again, and count.
-Time is that of a token of the reflection's text, whether sampled or, as a first tag, given.
+All modes reflect on the same wrong rollouts, in turns.
+
+    found    share of reflections whose quote occurs in the rollout
+    exact    share of reflections with a quote whose first and last token contain the quote's first
+             and last byte; llguidance's vocabulary reader, not the measured code, gives the bytes
+             of a token
+
+Each is compared with the rule of the method's public code, which re-tokenizes the text before the
+quote and counts tokens. Time is per token of the reflection's text, including an opening tag that
+is part of the prompt.
 
 Rows go to bench/results/localization.csv, those of --learn to localization_learning.csv.
 """
@@ -48,7 +52,7 @@ CSV = RESULTS / "localization.csv"
 LEARNING_CSV = RESULTS / "localization_learning.csv"
 MODES = ("free", "verbatim", "sentence")
 WITHOUT_DEMONSTRATION = {
-    # Small models seldom have a correct sibling to show.
+    # Small models rarely have a correct sibling to show.
     "smollm2": {
         "show_answer": True,
         "wrong_template": (
@@ -75,7 +79,7 @@ ARMS = {
 
 @dataclass(slots=True)
 class Tally:
-    """Of one mode under one rule."""
+    """Counts for one mode under one rule."""
 
     quotes: int = 0
     found: int = 0
@@ -97,7 +101,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rollouts", type=int, default=500, help="wrong rollouts, at least")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=MODES)
-    parser.add_argument("--learn", action="store_true", help="train with and without, too")
+    parser.add_argument(
+        "--learn", action="store_true", help="also train with and without the constraint"
+    )
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--csv", type=Path, default=CSV, help="file to add rows to")
     return parser.parse_args()
@@ -172,7 +178,7 @@ async def measure(args: argparse.Namespace) -> None:
 async def wrong_rollouts(
     engine: LocalEngine, model: LoadedModel, config: Config, args: argparse.Namespace
 ) -> tuple[list[Group], dict[str, Verdict]]:
-    """Groups that hold so many wrong rollouts, those with a correct sibling where one is shown."""
+    """Groups with `args.rollouts` wrong rollouts; with a correct sibling if one is shown."""
     needs_sibling = args.model not in WITHOUT_DEMONSTRATION
     params = SamplingParams(
         max_new_tokens=config.sample.max_new_tokens, stop_token_ids=model.stop_token_ids
@@ -202,12 +208,14 @@ async def wrong_rollouts(
             verdicts |= {rollout.id: own[rollout.id] for rollout in group.rollouts}
             missing -= wrong
     if missing > 0:
-        raise SystemExit(f"{args.data}: {missing} wrong rollouts too few; give more problems")
+        raise SystemExit(
+            f"{args.data}: {missing} more wrong rollouts are needed; give more problems"
+        )
     return groups, verdicts
 
 
 class Oracle:
-    """Which tokens hold a quote, read from the vocabulary by llguidance."""
+    """The tokens that contain a quote, by llguidance's vocabulary reader."""
 
     def __init__(self, model: LoadedModel) -> None:
         from llguidance.hf import from_tokenizer
@@ -217,7 +225,7 @@ class Oracle:
         self.token_bytes = TokenBytes(model.tokenizer)
 
     def tokens(self, rollout: Rollout, quote: str) -> list[tuple[int, int]]:
-        """Of each place of the quote: the fewest tokens that hold it."""
+        """Per occurrence of the quote, the fewest tokens that contain it."""
         special = set(self.tokenizer.all_special_ids)
         pieces = [
             b"" if token in special else self.reader.decode_bytes([token])
@@ -261,8 +269,8 @@ def count_spans(
 
 
 def encoded_again(quote: str, rollout: Rollout, tokenizer: Any) -> tuple[int, int] | None:
-    """The rule of the method's public code, in our words: tokens of the text before the quote, and
-    of the text up to its end, both encoded anew."""
+    """The rule of the method's public code: re-tokenize the text before the quote and the text up
+    to its end, and count their tokens."""
     place = rollout.text.find(quote)
     if place < 0:
         return None

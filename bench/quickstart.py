@@ -1,10 +1,10 @@
-"""Does the quickstart learn? Three seeds of `rosd-fast train`, before and after.
+"""Train the quickstart with three seeds and record its accuracy before and after.
 
     python bench/quickstart.py             # about 10 minutes on two cores
 
 Writes bench/results/quickstart.csv, the table in README.md and docs/learning_curve.png. The figures
-are mean@4 accuracy at temperature 1 on the dev splits. The test splits are looked at by no part of
-the training or of its tuning.
+are mean@4 accuracy at temperature 1 on the dev splits. Neither training nor tuning uses the test
+splits.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ class Trial:
 
 
 def run_trial(seed: int, out: Path, options: list[str]) -> Trial:
-    """Train in a process of its own, unless the run folder is there already."""
+    """Train in a subprocess, unless the run folder exists already."""
     folder = out / f"seed{seed}"
     if not folder.exists():
         command = [sys.executable, "-m", "rosd_fast", "train", "--preset", "quickstart"]
@@ -66,7 +66,7 @@ def read_trial(seed: int, folder: Path) -> Trial:
 
 
 def table(trials: list[Trial]) -> str:
-    """Markdown: a row per seed and one with the means."""
+    """The Markdown table: a row per seed and one with the means."""
     lines = [
         "| seed | in domain: before | after | change | out of domain: before | after | change |",
         "|---|---|---|---|---|---|---|",
@@ -82,7 +82,7 @@ def table(trials: list[Trial]) -> str:
 
 
 def write_readme(text: str) -> None:
-    """Put the table between its markers."""
+    """Replace the table between its markers in README.md."""
     path = ROOT / "README.md"
     before, rest = path.read_text().split(BEGIN)
     after = rest.split(END)[1]
@@ -109,7 +109,7 @@ def write_csv(trials: list[Trial]) -> None:
 
 
 def draw(trials: list[Trial]) -> None:
-    """The learning curve: the mean over seeds as a line, each seed faintly."""
+    """Draw the learning curve: the mean over seeds as a line, each seed as a faint one."""
     figure = Figure(figsize=(7.2, 4.0), dpi=150, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()

@@ -1,7 +1,7 @@
 """The command line: `rosd-fast train | eval | data | report | doctor`.
 
-Arguments are read and checked before torch is imported. A mistake of the user's is one line on
-stderr and exit code 2; Ctrl-C before training has begun is exit code 130.
+Arguments are read and checked before torch is imported. A user's mistake is one line on stderr and
+exit code 2; Ctrl-C before training starts is exit code 130.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from rosd_fast import __version__
 from rosd_fast.errors import RunFailed, UserError
 
 COMMANDS = {
-    "train": "run the loop: sample, verify, reflect, locate, distil, evaluate",
-    "eval": "accuracy of a model on a data set, by domain",
+    "train": "train a model: sample, verify, reflect, locate, distil, evaluate",
+    "eval": "measure a model's accuracy on a data set, by domain",
     "data": "check a data set and show what is in it",
-    "report": "draw a run's plots again and print its before and after",
-    "doctor": "check that everything is there that a run needs",
+    "report": "redraw a run's plots and print its accuracy before and after",
+    "doctor": "check that everything a run needs is installed",
 }
 FAILED, USAGE_ERROR, INTERRUPTED = 1, 2, 130
 
@@ -32,7 +32,7 @@ def main(args: Sequence[str] | None = None) -> int:
     try:
         return dispatch(args)
     except UserError as error:
-        if not rank():  # the other ranks read the same options and find the same
+        if not rank():  # the other ranks read the same options and fail the same way
             print(f"rosd-fast: error: {error}", file=sys.stderr)
         return USAGE_ERROR
     except RunFailed as error:
@@ -41,18 +41,18 @@ def main(args: Sequence[str] | None = None) -> int:
         return FAILED
     except KeyboardInterrupt:
         return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has gone, as in `rosd-fast ... | head`
+    except BrokenPipeError:  # the reader of the output is gone, as in `rosd-fast ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
 
 
 def rank() -> int:
-    """Of this process among those that torchrun has started, 0: the first or the only one."""
+    """The rank of this process under torchrun; 0 without torchrun."""
     return int(os.environ.get("RANK", "0"))
 
 
 def dispatch(args: Sequence[str]) -> int:
-    """Find the command that `args` begin with, read the rest, and run it."""
+    """Find the command in `args`, read its options and run it; returns the exit code."""
     if not args or args[0] in ("-h", "--help", "help"):
         print(overview())
         return 0
@@ -89,19 +89,19 @@ def overview() -> str:
         "",
         "rosd-fast COMMAND --help lists the options of a command, --version prints the version.",
         "",
-        "  rosd-fast train                      the embedded default, in minutes on a CPU",
+        "  rosd-fast train                      the quickstart, in minutes on a CPU",
         "  rosd-fast train --model DIR_OR_HUB_ID --data.train FILE.jsonl --data.dev FILE.jsonl",
-        "  rosd-fast train --resume runs/NAME   go on with a run",
+        "  rosd-fast train --resume runs/NAME   resume a run",
     ]
     return "\n".join(lines)
 
 
 def print_help(usage: str, defaults: Any) -> None:
-    """Every option of a command with its meaning and default, by tyro from the option models."""
+    """Print every option of a command with its meaning and default."""
     import tyro
 
     try:
         tyro.cli(type(defaults), prog=f"rosd-fast {usage}", args=["--help"], default=defaults)
-    except SystemExit as end:  # how tyro ends after printing the help
+    except SystemExit as end:  # tyro exits after printing the help
         if end.code:
             raise

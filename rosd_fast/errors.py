@@ -1,12 +1,14 @@
-"""The exceptions that end the program with one line: a user's mistake, and a run that failed."""
+"""Exceptions that end the program with one line: a user's mistake, or a failed run."""
 
 from __future__ import annotations
 
 
 class UserError(Exception):
-    """A mistake in what the user gave: printed as one line, exit code 2, no traceback.
+    """A mistake in the user's input; it is printed as one line, without a traceback. Exit code 2.
 
-    what: what is wrong. where: file and line, option or field. fix: how to mend it.
+    what: what is wrong.
+    where: the file and line, option or field.
+    fix: how to fix it.
     """
 
     def __init__(self, what: str, *, where: str = "", fix: str = "") -> None:
@@ -21,4 +23,4 @@ class UserError(Exception):
 
 
 class RunFailed(Exception):
-    """A run that cannot go on although its input is right: printed as one line, exit code 1."""
+    """A run that cannot continue although its input is right; printed as one line. Exit code 1."""

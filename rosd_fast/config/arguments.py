@@ -1,9 +1,9 @@
-"""Options by name, as both TOML files and the command line spell them.
+"""Options by name, in TOML files and on the command line.
 
-The names come from the pydantic models, where each option is defined once: `sample.group_size` is a
-key in a file's [sample] table, and `--sample.group-size` on the command line. tyro renders the help
-from the same models. Reading the arguments is done here and not by tyro, so that every mistake is
-one line that names the option, with the same words as for a file.
+The names come from the pydantic models: `sample.group_size` is a key in a file's [sample] table and
+`--sample.group-size` on the command line. tyro renders the help from the same models. It does not
+read the arguments: that is done here, so that every mistake is one line that names the option, in
+the same words as for a file.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pydantic import BaseModel
 from rosd_fast.config.renamed import RENAMED
 from rosd_fast.errors import UserError
 
-ALIKE = 0.6  # least similarity, of 1, of a name that is offered in place of an unknown one
+MIN_SIMILARITY = 0.6  # of 1, of a name that is suggested for an unknown one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +27,7 @@ class Option:
     """One option of a model. `name` is dotted: `sample.group_size`."""
 
     name: str
-    num_values: int  # on the command line; 0: a switch, written --name or --no-name
+    num_values: int  # values on the command line; 0: a switch, --name or --no-name
     nullable: bool  # whether it can be none
 
     @property
@@ -36,12 +36,12 @@ class Option:
 
 
 def as_flag(name: str) -> str:
-    """sample.group_size -> --sample.group-size"""
+    """The flag of an option: --sample.group-size for sample.group_size."""
     return "--" + name.replace("_", "-")
 
 
 def options_of(model: type[BaseModel], prefix: str = "") -> dict[str, Option]:
-    """Every option of the model and of the models in it, by name."""
+    """The options of a model and of the models nested in it, by name."""
     found: dict[str, Option] = {}
     for key, field in model.model_fields.items():
         kind = field.annotation
@@ -64,29 +64,29 @@ def _num_values(kind: Any) -> int:
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name most like `name`, None: none is like it.
+    """The known name that is most similar to `name`; None when none is similar enough.
 
-    The last part counts by itself too, so `lr` finds `optim.lr`.
+    The last part of a name is also compared by itself, so `lr` finds `optim.lr`.
     """
 
-    def likeness(other: str) -> float:
+    def similarity(other: str) -> float:
         whole = SequenceMatcher(None, name, other).ratio()
         last = SequenceMatcher(None, name.rpartition(".")[2], other.rpartition(".")[2]).ratio()
         return max(whole, 0.85 * last)
 
-    best = max(known, key=likeness, default=None)
-    return best if best is not None and likeness(best) >= ALIKE else None
+    best = max(known, key=similarity, default=None)
+    return best if best is not None and similarity(best) >= MIN_SIMILARITY else None
 
 
 def read_args(
     args: Sequence[str], options: Mapping[str, Option], positional: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """What the arguments set, by option name, as text: {"sample.group_size": "8"}.
+    """The values that the arguments set, by option name, as text: {"sample.group_size": "8"}.
 
-    A switch gives True or False, an option of two values a list of two, and `none` gives None to an
-    option that can be none. `positional` options may be given without their names. A later value
-    replaces an earlier one. Raises UserError for an unknown option, a missing value and an argument
-    too many.
+    The value of a switch is True or False, that of an option with two values is a list of two, and
+    `none` is None where an option can be none. `positional` options may be given without their
+    names. A later value replaces an earlier one. Raises UserError for an unknown option, a missing
+    value and an unexpected argument.
     """
     values: dict[str, Any] = {}
     rest = iter(args)
@@ -111,7 +111,7 @@ def read_args(
 
 
 def _find(arg: str, options: Mapping[str, Option]) -> tuple[Option, bool]:
-    """The option that `arg` names, and False if it says no: --data.no-shuffle."""
+    """(the option that `arg` names, False if it is negated, as in --data.no-shuffle)."""
     name = arg.lstrip("-").replace("-", "_")
     if arg.startswith("--"):
         if name in options:
@@ -128,10 +128,10 @@ def _find(arg: str, options: Mapping[str, Option]) -> tuple[Option, bool]:
 
 
 def _value(option: Option, state: bool, text: str | None, rest: Iterator[str]) -> Any:
-    """The value of `option`: from behind its "=" (`text`), or the arguments that follow."""
+    """The value of `option`: the text after its "=" (`text`), or the arguments that follow."""
     if not option.num_values:
         if text is not None and not state:
-            raise UserError(f"{option.flag} takes no value where it is negated")
+            raise UserError(f"{option.flag} takes no value when it is negated")
         return state if text is None else text
     found = [] if text is None else [text]
     while len(found) < option.num_values:
@@ -154,5 +154,5 @@ def _check_text(arg: str) -> None:
 
 
 def listed(text: str) -> list[str]:
-    """The parts of an option that is a list with commas."""
+    """The parts of a comma-separated option."""
     return [part.strip() for part in text.split(",") if part.strip()]

@@ -1,13 +1,11 @@
-"""From presets, TOML files and the command line to one `Config`, and back to TOML.
+"""Read presets, TOML files and the command line into one `Config`.
 
     Config's defaults < preset < --config FILE.toml < command line
 
-A later layer replaces single options. TOML has no null, so `false` stands for none where an option
-can be none: no such option is a switch, so nothing else is ever meant by it. On the command line it
-is `none`.
+A later layer replaces single options. TOML has no null, so in a file `false` means none for an
+option that can be none (no such option is a switch). On the command line it is `none`.
 
-A layer that brings training problems of its own does not inherit the quickstart's development
-problems.
+A layer with its own training problems does not inherit the quickstart's development problems.
 """
 
 from __future__ import annotations
@@ -44,7 +42,7 @@ __all__ = [
 PRESETS = Path(__file__).parent.parent / "presets"
 DEFAULT_PRESET = "quickstart"
 
-# What changes neither the data a step sees nor its update.
+# Options that change neither the data of a step nor its update.
 NOT_HASHED = {
     "steps": True,
     "out": True,
@@ -61,13 +59,13 @@ Model = TypeVar("Model", bound=BaseModel)
 
 
 def preset_names() -> list[str]:
-    """The presets that come with the package."""
+    """The names of the presets that are part of the package."""
     return sorted(path.stem for path in PRESETS.glob("*.toml"))
 
 
 @cache
 def load_preset(name: str) -> Config:
-    """The options of a preset. Raises UserError when there is none of this name."""
+    """The options of a preset. Raises UserError when there is no such preset."""
     if name not in preset_names():
         near = nearest(name, preset_names())
         known = f"Known are {', '.join(preset_names())}"
@@ -80,10 +78,10 @@ def load_preset(name: str) -> Config:
 def load_config(
     given: Mapping[str, Any], *, preset: str | None = None, file: str | Path | None = None
 ) -> Config:
-    """All layers in order; `given` is what the command line sets, as `read_args` returns it.
+    """Apply all layers in order; `given` is what the command line sets, as `read_args` returns it.
 
-    Without a preset and a file, a model that has a preset of its name comes with it, and no model
-    means the quickstart.
+    Without a preset and a file, the preset with the model's name is used if there is one, and
+    quickstart if no model is given.
     """
     if preset is None and file is None:
         model = given.get("model", DEFAULT_PRESET)
@@ -119,7 +117,7 @@ def apply_toml(base: Config, path: Path, *, accept_old_names: bool = False) -> C
     layer = _false_to_none(layer, Config)
     merged = _merge(_without_quickstart_dev(base, layer).model_dump(mode="json"), layer)
     try:
-        # Through JSON, as only there a list may be a tuple in strict mode.
+        # Strict mode accepts a list for a tuple only in JSON.
         return Config.model_validate_json(json.dumps(merged, default=str), strict=True)
     except ValidationError as error:
         raise explain(
@@ -195,7 +193,7 @@ def _false_to_none(layer: dict[str, Any], model: type[BaseModel]) -> dict[str, A
 
 
 def _without_quickstart_dev(base: Config, layer: Mapping[str, Any]) -> Config:
-    """`base`, less the quickstart's development problems if `layer` has its own for training."""
+    """`base`, without the quickstart's development data if `layer` has other training data."""
     data = layer.get("data")
     train = data.get("train") if isinstance(data, Mapping) else None
     if not isinstance(train, str) or train.startswith(QUICKSTART):

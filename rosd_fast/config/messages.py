@@ -1,4 +1,4 @@
-"""One line for a wrong option, in the same words for a TOML file and the command line."""
+"""The error for a wrong option: one line, in the same words for TOML and the command line."""
 
 from __future__ import annotations
 
@@ -22,7 +22,11 @@ def explain(
     show: Callable[[Any], str],
     where: Callable[[tuple[str, ...]], str],
 ) -> UserError:
-    """The first mistake in one line: which option, its value, what it wants."""
+    """The first mistake in one line: the option, its value, and what it must be.
+
+    spell: writes the name of an option. show: writes a value. where: the place of an option, empty
+    on the command line.
+    """
     first = error.errors(include_url=False)[0]
     keys = tuple(part for part in first["loc"] if isinstance(part, str))
     name = ".".join(keys)
@@ -30,7 +34,7 @@ def explain(
         near = nearest(name, [*options_of(model), *_tables(model)])
         fix = f"Did you mean {spell(near)}?" if near else ""
         return UserError(f"unknown key {name}", where=where(keys), fix=fix)
-    if first["type"] == "value_error":  # of a check on several options, which names them itself
+    if first["type"] == "value_error":  # from `checks.conflict`, which names the options
         text = first["msg"].removeprefix("Value error, ")
         named = re.match(r"[a-z_]+(\.[a-z_]+)*", text)
         return UserError(text, where=where(tuple(named[0].split(".")) if named else ()))
@@ -47,7 +51,7 @@ def _tables(model: type[BaseModel]) -> list[str]:
 
 
 def _wants(error: Any) -> str:
-    """What pydantic says an input should be, in a user's words."""
+    """What the input should be, in plain words instead of pydantic's."""
     kind, context = error["type"], error.get("ctx", {})
     limits = {
         "greater_than": "greater than {gt}",

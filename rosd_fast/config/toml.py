@@ -1,4 +1,4 @@
-"""A `Config` as TOML that reads back to an equal one, and the line where a text sets an option."""
+"""Write a `Config` as TOML that reads back as an equal one, and find the lines of options."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ HEADER = "# Every option of a rosd-fast run. `false` stands for none where an op
 
 
 def to_toml(config: Config) -> str:
-    """Every option and its value, in the order of their definition."""
+    """The TOML text with every option, in the order of definition."""
     plain, tables = [], []
     for key in type(config).model_fields:
         value = getattr(config, key)
@@ -39,7 +39,7 @@ def _value(value: Any) -> str:
 
 
 def _string(text: str) -> str:
-    """A basic string, over several lines if the text has several."""
+    """A TOML string, multi-line if the text has several lines."""
     if "\n" not in text:
         return _escape(text)
     # TOML drops a line break right after the opening quotes.
@@ -48,14 +48,14 @@ def _string(text: str) -> str:
 
 
 def _escape(text: str) -> str:
-    """JSON's escapes are TOML's, but for DEL, which TOML wants escaped too."""
+    """`text` in quotes. TOML's escapes are JSON's, except that DEL must be escaped too."""
     return json.dumps(text, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def find_line(text: str, keys: tuple[str, ...]) -> int:
-    """Where a TOML text sets the option `keys`, or opens that table; line 1 if it is not found."""
+    """The line where a TOML text sets the option `keys` or opens that table; 1 if there is none."""
     table: tuple[str, ...] = ()
-    quotes = None  # of the multi-line string that a line lies in
+    quotes = None  # those of the multi-line string that the line is in
     for number, line in enumerate(text.split("\n"), start=1):
         if quotes is None:
             if header := re.match(r"\s*\[([^\[\]]+)\]", line):

@@ -1,1 +1,1 @@
-"""Data sets: rows of a file become problems."""
+"""Data sets: the rows of a file become problems."""

@@ -1,4 +1,4 @@
-"""Problems from JSON lines, and the order in which a run takes them."""
+"""Load problems from JSON lines, and choose the problems of each step."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from rosd_fast.types import Problem
 
 
 def load_problems(source: str, *, verifier: str | None = None) -> list[Problem]:
-    """The problems of `source`: a file of JSON lines, one JSON list, or `quickstart:SPLIT`.
+    """The problems of `source`: a file of JSON lines or one JSON list, or `quickstart:SPLIT`.
 
-    `verifier` is for rows that name none. Raises UserError, with file and line, for what cannot be
-    read.
+    `verifier` is for rows that name none. Raises UserError, with file and line, for a row that is
+    not a problem.
     """
     if verifier is not None:
         check_verifier(verifier, where="data.verifier")
@@ -38,7 +38,7 @@ def load_problems(source: str, *, verifier: str | None = None) -> list[Problem]:
             raise UserError(
                 f"the id {problem.id!r} was used before, at {lines[problem.id]}",
                 where=where,
-                fix="Give each problem an id of its own",
+                fix="Give each problem its own id",
             )
         lines[problem.id] = where
         problems.append(problem)
@@ -61,11 +61,11 @@ def load_quickstart(source: str) -> list[Problem]:
 
 
 class ProblemStream:
-    """Which problems a step works on: the step number alone decides, so resuming needs no state.
+    """The problems of each step. They depend on the step number alone, so resuming needs no state.
 
-    Each pass over the data (epoch) has a new order, keyed by seed and epoch. It is cut into batches
-    of distinct problems; those that fill no batch sit this pass out. Without shuffling the problems
-    come in file order, over and over.
+    Each epoch shuffles the problems by seed and epoch and cuts them into batches; problems that do
+    not fill the last batch are left out of this epoch. Without shuffling, the problems repeat in
+    the file's order.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class ProblemStream:
             raise UserError(
                 f"the data set has {len(problems)} problems, fewer than the {batch_size} of a step",
                 where="sample.problems_per_step",
-                fix=f"Set it to {len(problems)} at most, or give more problems",
+                fix=f"Set it to at most {len(problems)}, or give more problems",
             )
         self._problems = tuple(problems)
         self._batch_size = batch_size

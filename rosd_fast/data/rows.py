@@ -1,9 +1,9 @@
-"""Reading problems from rows of JSON, with an error that names file and line for what is wrong.
+"""Read problems from rows of JSON; an error names the file and the line.
 
-A row has `prompt` (or `problem`, `question`), `answer`, and if wanted `system`, `verifier`,
-`domain` and `id` (or `idx`). Rows of SciKnowEval as published load as they are: kind "mcq" means
-verifier `choice`, and as `dataset` is the same in all of its domains, the domain is the name of the
-file's folder.
+A row has `prompt` (or `problem` or `question`) and `answer`, and optionally `system`, `verifier`,
+`domain` and `id` (or `idx`). The rows of SciKnowEval load as published: kind "mcq" means verifier
+`choice`, and the domain is the name of the file's folder, since `dataset` is the same in all
+domains.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ KIND_VERIFIERS = {"mcq": "choice"}
 
 
 def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
-    """(where, JSON value) of each line that is not blank; of each item, if the file is one list."""
+    """(where, JSON value) per line that is not blank, or per item if the file is one list."""
     text = read_text(path)
     if text.lstrip().startswith("["):
-        rows = parse_json(text, path, fix="Close the list, or put each object on a line of its own")
+        rows = parse_json(text, path, fix="Close the list, or put each object on its own line")
         for number, row in enumerate(rows, start=1):
             yield f"{path}, item {number} of the list", row
         return
@@ -40,7 +40,7 @@ def read_rows(path: Path) -> Iterator[tuple[str, Any]]:
 
 
 def parse_json(text: str, path: Path, *, first_line: int = 1, fix: str) -> Any:
-    """The value of `text`, which begins at `first_line` of the file."""
+    """The JSON value of `text`, which begins at `first_line` of the file."""
     try:
         return json.loads(text)
     except json.JSONDecodeError as error:
@@ -53,7 +53,7 @@ def parse_json(text: str, path: Path, *, first_line: int = 1, fix: str) -> Any:
 
 
 def read_text(path: Path) -> str:
-    """The file's text; a byte order mark is left out."""
+    """The file's text without a byte order mark."""
     if path.is_dir():
         files = sorted(file.name for file in path.iterdir() if file.suffix in (".jsonl", ".json"))
         fix = f"Give a file in it, such as {path / files[0]}" if files else "Give a .jsonl file"
@@ -76,7 +76,7 @@ def read_text(path: Path) -> str:
 
 
 def parse_row(row: Any, *, where: str, folder: str, number: int, verifier: str | None) -> Problem:
-    """The problem of one row, the `number`-th of its data set."""
+    """The problem that row `number` of its data set describes."""
     if not isinstance(row, dict):
         raise UserError(
             f"is a JSON {type_name(row)}, not an object",
@@ -105,7 +105,7 @@ def parse_row(row: Any, *, where: str, folder: str, number: int, verifier: str |
 
 
 def pick_verifier(row: dict[str, Any], where: str, default: str | None) -> str:
-    """The row's own verifier, else the one given for all, else that of the row's kind."""
+    """The row's own verifier, or else `default`, or else the verifier of the row's kind."""
     named = text_field(row, "verifier", where)
     if named:
         return check_verifier(named, where=where)
@@ -116,18 +116,19 @@ def pick_verifier(row: dict[str, Any], where: str, default: str | None) -> str:
         return KIND_VERIFIERS[kind]
     what = "names no verifier"
     if isinstance(kind, str):
-        what += f", and none fits its kind {kind!r}"
+        what += f", and there is none for its kind {kind!r}"
     elif isinstance(row.get("answer"), list):
-        what += ", and none fits an answer that is a list"
+        what += ", and there is none for an answer that is a list"
     raise UserError(
         what,
         where=where,
-        fix=f'Add a field "verifier" or the option --data.verifier: one of {", ".join(VERIFIERS)}',
+        fix='Add a field "verifier" or the option --data.verifier (--verifier in data and eval): '
+        f"one of {', '.join(VERIFIERS)}",
     )
 
 
 def check_verifier(name: str, *, where: str) -> str:
-    """`name`, if there is such a verifier."""
+    """`name`, if there is such a verifier. Raises UserError otherwise."""
     if name in VERIFIERS:
         return name
     near = difflib.get_close_matches(name, VERIFIERS, n=1)
@@ -140,7 +141,7 @@ def check_verifier(name: str, *, where: str) -> str:
 
 
 def text_field(row: dict[str, Any], name: str, where: str, *, required: bool = False) -> str:
-    """A string field; "" when it is absent, null or blank and not required."""
+    """A string field; "" when it is not required and absent, null or blank."""
     value = row.get(name)
     if value is None and required:
         raise UserError(
@@ -160,7 +161,7 @@ def text_field(row: dict[str, Any], name: str, where: str, *, required: bool = F
 
 
 def answer_field(row: dict[str, Any], where: str) -> str:
-    """The answer as text: a number as it is written, a list as JSON."""
+    """The answer as text: a number as Python writes it, a list as JSON."""
     value = row.get("answer")
     if isinstance(value, bool | dict):
         raise UserError(
@@ -174,7 +175,7 @@ def answer_field(row: dict[str, Any], where: str) -> str:
 
 
 def id_field(row: dict[str, Any], where: str, domain: str, number: int) -> str:
-    """A text as it is; a number, or else the row's own, after the domain: "biology:489"."""
+    """The row's id: a string as it is; a number, or else the row number, after the domain."""
     name = "id" if row.get("id") is not None else "idx"
     value = row.get(name)
     if value is None:
@@ -189,7 +190,7 @@ def id_field(row: dict[str, Any], where: str, domain: str, number: int) -> str:
 
 
 def check_text(value: str, name: str, where: str) -> str:
-    """`value`, if it can be written to a file: JSON can spell half of a surrogate pair."""
+    """`value`, if it can be written to a file: JSON can contain half of a surrogate pair."""
     try:
         value.encode()
     except UnicodeEncodeError:

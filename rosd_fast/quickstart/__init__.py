@@ -1,8 +1,7 @@
-"""The embedded default: a tiny language model, problems it half solves, and the program that made
-it.
+"""The quickstart: a tiny language model and problems of which it solves about half.
 
-Model and tokenizer lie in `MODEL_DIR` in Hugging Face layout. `tasks` draws the problems, `corpus`
-writes the texts the model was trained on, `build` trains it and prints its figures.
+`MODEL_DIR` has model and tokenizer in Hugging Face layout; `tasks` draws the problems. The program
+that built the model is in scripts/quickstart of the repository.
 """
 
 from __future__ import annotations
@@ -10,4 +9,4 @@ from __future__ import annotations
 from pathlib import Path
 
 MODEL_DIR = Path(__file__).parent / "model"
-QUICKSTART = "quickstart:"  # begins the name of a split of the problems, as in quickstart:dev
+QUICKSTART = "quickstart:"  # prefix of the names of splits, as in quickstart:dev

@@ -1,12 +1,12 @@
 """Step-by-step problems of five kinds, drawn from seeded generators.
 
-A problem is a `Plan`: the values it states and the `Step`s that solve it. Three kinds are trained
-on (ledger, ages, shop), two are kept out of domain (clock, pick). A step is *hard* when it needs a
-carry, a borrow, a large product, a turn of the clock or a look at all numbers; each hard step has
-one typical slip.
+A problem is a `Plan`: the values it states and the `Step`s that solve it. Three kinds are in domain
+(ledger, ages, shop), two are held out (clock, pick). A step is *hard* when it needs a carry, a
+borrow, a large product, a turn of the clock or a comparison of all numbers; each hard step has one
+typical slip.
 
-Splits never overlap: a plan's kind and numbers, without wording, are hashed to a bucket, and a
-bucket belongs to one split. The model's own training corpus draws from the train buckets only.
+Splits never overlap: the kind and numbers of a plan, without its wording, are hashed to a bucket,
+and each bucket belongs to one split. The model's training corpus uses the train buckets only.
 """
 
 from __future__ import annotations
@@ -37,16 +37,12 @@ THINGS = "coins stamps cards shells pens apples books beads".split()
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """`left = right`, where a slip writes `slip` in place of `right` (None: an easy step).
-
-    All but `left` are functions of the running value; `idea` says in words how the step is done
-    right.
-    """
+    """A step `left = right`. The callables are functions of the running value."""
 
     left: str  # {} is the running value
     right: Callable[[int], int]
-    slip: Callable[[int], int | None]
-    idea: Callable[[int], str]
+    slip: Callable[[int], int | None]  # what a slip writes instead of `right`; None: an easy step
+    idea: Callable[[int], str]  # how to do the step right, in words
     unit: str = ""
 
     def equation(self, value: int, result: int) -> str:
@@ -55,7 +51,7 @@ class Step:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """A problem before it is put in words."""
+    """A problem: its statement and the steps that solve it."""
 
     kind: str
     numbers: tuple[int, ...]  # what the problem states; with `kind` its identity
@@ -77,12 +73,12 @@ class Plan:
 
 
 def bucket_split(bucket: int) -> Literal["train", "dev", "test"]:
-    """Eight buckets in ten train, one dev, one test."""
+    """The split of a bucket: eight of ten are train, one dev, one test."""
     return "train" if bucket < 8 else "dev" if bucket == 8 else "test"
 
 
 def plus(amount: int) -> Step:
-    """Adding; the slip forgets the carry."""
+    """An addition; the slip forgets the carry."""
 
     def slip(value: int) -> int | None:
         return value + amount - 10 if value % 10 + amount % 10 >= 10 else None
@@ -95,7 +91,7 @@ def plus(amount: int) -> Step:
 
 
 def minus(amount: int) -> Step:
-    """Subtracting; the slip takes the smaller digit from the larger one instead of borrowing."""
+    """A subtraction; the slip subtracts the smaller digit from the larger instead of borrowing."""
 
     def slip(value: int) -> int | None:
         ones = value % 10 - amount % 10
@@ -119,7 +115,7 @@ def times(count: int, price: int) -> Step:
 
 
 def turn(hours: int) -> Step:
-    """Moving on a twelve-hour clock; the slip starts over after ten."""
+    """A move on a twelve-hour clock; the slip starts over after ten."""
 
     def slip(value: int) -> int | None:
         return value + hours - 10 if value + hours > 12 else None
@@ -134,7 +130,7 @@ def turn(hours: int) -> Step:
 
 
 def choose(numbers: tuple[int, ...], largest: bool) -> Step:
-    """The largest or smallest of some numbers; the slip takes the next in order."""
+    """The largest or smallest of some numbers; the slip takes the second."""
     ordered = sorted(numbers, reverse=largest)
     name = "largest" if largest else "smallest"
     return Step(
@@ -161,7 +157,7 @@ def _arithmetic(moves: list[int]) -> tuple[Step, ...]:
 
 
 def ledger(rng: random.Random) -> Plan:
-    """Something is owned; some comes, some goes."""
+    """A person owns things, gets some and loses some."""
     name, thing = rng.choice(NAMES), rng.choice(THINGS)
     start = rng.randint(21, 89)
     moves = _moves(rng, start, 3)
@@ -187,7 +183,7 @@ def ages(rng: random.Random) -> Plan:
 
 
 def shop(rng: random.Random) -> Plan:
-    """Some things at a price each, then a fee and a discount."""
+    """Several things at the same price, then a fee and a discount."""
     name, thing = rng.choice(NAMES), rng.choice(THINGS[1:])
     count, price = rng.randint(3, 9), rng.randint(4, 9)
     total = count * price
@@ -246,7 +242,7 @@ def draw(kind: str, rng: random.Random, split: str) -> Plan:
 
 @cache
 def split_plans(split: Split) -> list[Plan]:
-    """The plans of a split, the same at every call, no two alike; kinds take turns."""
+    """The distinct plans of a split, the same in every call; the kinds alternate."""
     if split not in SPLIT_SIZES:
         raise ValueError(f"split is {split!r}, must be one of {', '.join(SPLIT_SIZES)}")
     kinds = OUT_OF_DOMAIN if split.endswith("_ood") else IN_DOMAIN

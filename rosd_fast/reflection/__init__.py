@@ -1,1 +1,1 @@
-"""Reflections: ask for them, read them, filter them, and locate the first error they name."""
+"""Reflections: request, parse and filter them, and locate the first error that they name."""

@@ -1,10 +1,10 @@
-"""Which explanations are fit to teach with.
+"""Refuse explanations that should not teach.
 
-    leak    it states the final answer: a teacher that reads it need not understand anything
-    empty   it has fewer words than asked for
-    copy    too many of its words are the correct solution's own, in runs of eight or more
+    leak    the explanation states the final answer, which the teacher could simply repeat
+    empty   it has too few words
+    copy    too many of its words are copied from the correct solution, in runs of eight or more
 
-`reflect.leak`, `reflect.min_explanation_words` and `reflect.max_copied_frac` say what is refused.
+The options are `reflect.leak`, `reflect.min_explanation_words` and `reflect.max_copied_frac`.
 """
 
 from __future__ import annotations
@@ -19,22 +19,21 @@ if TYPE_CHECKING:
     from rosd_fast.types import Group, Reflection
 
 WORD = re.compile(r"\w+(?:[.,]\d+)*")
-COPIED_RUN_WORDS = 8  # words: fewer in a row may be alike by chance
+COPIED_RUN_WORDS = 8  # shorter runs may agree by chance
 REDACTED = "[...]"
 
 
 def apply_filters(
     reflections: Mapping[str, Reflection], groups: Sequence[Group], config: ReflectConfig
 ) -> dict[str, Reflection]:
-    """The reflections with what was found: `leaks`, and `refused` with the explanation taken
-    out."""
+    """The reflections with `leaks` and `refused` set; a refused explanation is removed."""
     answers = {rollout.id: group.problem.answer for group in groups for rollout in group.rollouts}
     texts = {rollout.id: rollout.text for group in groups for rollout in group.rollouts}
     return {
-        name: _gate(
+        name: _check(
             reflection,
             answers[name],
-            # A correct rollout is explained with itself in view.
+            # The prompt for a correct rollout shows that rollout.
             texts.get(reflection.demonstration_id or name, "")
             if config.max_copied_frac < 1
             else "",
@@ -44,7 +43,7 @@ def apply_filters(
     }
 
 
-def _gate(reflection: Reflection, answer: str, solution: str, config: ReflectConfig) -> Reflection:
+def _check(reflection: Reflection, answer: str, solution: str, config: ReflectConfig) -> Reflection:
     explanation = reflection.explanation or ""
     place = answer_pattern(answer)
     leaks = place is not None and place.search(explanation) is not None
@@ -64,7 +63,7 @@ def _gate(reflection: Reflection, answer: str, solution: str, config: ReflectCon
 
 
 def answer_pattern(answer: str) -> re.Pattern[str] | None:
-    """Finds `answer` where it stands by itself: not 3 in 13 or in 3.5. None for an empty one."""
+    """A pattern that finds `answer` as a whole word, not 3 in 13 or in 3.5; None if it is empty."""
     answer = answer.strip()
     if not answer:
         return None
@@ -75,7 +74,7 @@ def answer_pattern(answer: str) -> re.Pattern[str] | None:
 
 
 def copied_frac(explanation: str, solution: str) -> float:
-    """Share of the explanation's words within runs of eight that are in the solution as well."""
+    """The share of the explanation's words in runs of eight that occur in the solution too."""
     words, source = WORD.findall(explanation), WORD.findall(solution)
     if not words:
         return 0.0

@@ -1,21 +1,22 @@
-"""What a reflection may look like, as a grammar that is enforced while it is sampled.
+"""Grammars that constrain how a reflection is decoded.
 
     verbatim   <error_quote>words of the rollout</error_quote><explanation>...</explanation>
     sentence   <error_sentence>7</error_sentence><explanation>...</explanation>
-    right      <explanation>...</explanation>, of a correct rollout
+    correct    <explanation>...</explanation>, for a correct rollout
 
-The tag that opens a reflection is no choice, so it is not sampled: it stands at the end of the
-prompt, and the grammar is that of what follows. Only where thoughts may come first is it sampled.
+The opening tag is fixed, so it ends the prompt instead of being sampled; the grammar covers what
+follows. Only when thoughts may come first is the opening tag sampled.
 
-A grammar is a text in llguidance's dialect of Lark; both the local engine and SGLang (field `ebnf`,
-grammar backend llguidance) take it. `substring_words` accepts nothing but runs of words of a given
-text, so that a quote which is not in the rollout cannot be written. A quote that holds its own
-closing tag cannot either: it could not be read back. Where a word is so long that it might not end
-within the tokens there are (a protein, text without spaces), it may be quoted in pieces.
+A grammar is a text in llguidance's dialect of Lark, which the local engine and SGLang (field
+`ebnf`, grammar backend llguidance) both read. `substring_words` accepts only runs of words of a
+given text, so every quote occurs in the rollout. A quote that contains its own closing tag is
+excluded, because it could not be parsed. If the rollout has a word so long that it might not end
+within the quote's tokens (a protein, text without spaces), quotes may be cut within words.
 
-The explanation is free text up to its closing tag, or up to its share of the tokens. Thoughts may
-come first where `think` is given: the names of those of the tags <think> and </think> that are
-tokens of their own, as in reasoning models; an empty tuple if neither is.
+The explanation is free text up to its closing tag or up to its share of the tokens.
+
+The argument `think` allows thoughts first. It lists those of the tags <think> and </think> that are
+tokens of their own, as in reasoning models; it is empty when neither is, and None for no thoughts.
 """
 
 from __future__ import annotations
@@ -25,19 +26,19 @@ import re
 from collections.abc import Collection
 
 QUOTE, SENTENCE, EXPLANATION = "<error_quote>", "<error_sentence>", "<explanation>"
-Think = Collection[str] | None  # None: no thoughts
+Think = Collection[str] | None
 WORD = re.compile(r"\S+")
-# What str.isspace() says: llguidance's \s is another set.
+# The characters of str.isspace(); llguidance's \s is a different set.
 BLANK = r"\t-\r\x1c-\x20\x85\xa0\u{1680}\u{2000}-\u{200a}\u{2028}\u{2029}\u{202f}\u{205f}\u{3000}"
-LONG_WORD = 32  # characters; a word of more, and of more than a quote's tokens, is cut into pieces
+LONG_WORD = 32  # characters; a longer word, if also longer than a quote's tokens, may be cut
 PIECE = re.compile(r"\s+|\S{1,8}")
-WORD_CHARS = 5  # where words are cut, a quote's least length is so many characters a word
-QUOTE_FRAC = 0.4  # of a reflection's tokens may go to the quote
-TAG_TOKENS = 32  # for tags, when each of their characters is a token or two
+WORD_CHARS = 5  # characters per word, for the minimum length of a quote where words may be cut
+QUOTE_FRAC = 0.4  # the quote's share of a reflection's tokens
+TAG_TOKENS = 32  # reserved for the tags, which may take a token per character or more
 
 
 def opening_tag(mode: str, *, correct: bool, think: Think = None) -> str:
-    """What ends the prompt of a reflection in `mode`: its first tag, or nothing."""
+    """The tag that ends the prompt of a reflection in `mode`; empty when the tag is sampled."""
     if mode == "free" or think is not None:
         return ""
     if correct:
@@ -48,9 +49,10 @@ def opening_tag(mode: str, *, correct: bool, think: Think = None) -> str:
 def verbatim_grammar(
     rollout: str, *, min_words: int, max_tokens: int, think: Think = None
 ) -> str | None:
-    """Of a reflection on a wrong rollout; None where there are no words that it could quote.
+    """The grammar of mode verbatim for a wrong rollout; None when it has no words to quote.
 
-    min_words: of a quote, or as many as the rollout has. max_tokens: of the whole reflection.
+    min_words: minimum number of words in a quote, or all words of a shorter rollout.
+    max_tokens: maximum number of tokens in the whole reflection.
     """
     parts = rollout.split("</error_quote>")
     num_words = max(len(WORD.findall(part)) for part in parts)
@@ -66,7 +68,7 @@ def verbatim_grammar(
         text = f'"substring_chunks": {json.dumps(PIECE.findall(rollout))}'
         fewest = min(min_words * WORD_CHARS, max(len(part) for part in parts if part.strip()))
         terms = [f"/(?s:.{{{fewest},}})/", f"/(?s:.*[^{BLANK}].*)/"]
-    if len(parts) > 1:  # seldom, and each term takes its time to compile
+    if len(parts) > 1:  # rarely needed, and each term takes time to compile
         terms.append(r"~/(?s:.*<\/error_quote>.*)/")
     return _grammar(
         QUOTE,
@@ -81,7 +83,7 @@ def verbatim_grammar(
 def sentence_grammar(
     numbers: Collection[int], *, max_tokens: int, think: Think = None
 ) -> str | None:
-    """Of a reflection that names one of the sentences shown; None where none is."""
+    """The grammar of mode sentence; `numbers` are the sentences shown, None when there are none."""
     if not numbers:
         return None
     names = " | ".join(f'"{number}"' for number in sorted(numbers))
@@ -95,18 +97,18 @@ def sentence_grammar(
 
 
 def explanation_grammar(*, max_tokens: int, think: Think = None) -> str:
-    """Of a reflection on a correct rollout."""
+    """The grammar for a correct rollout."""
     explanation = max(1, max_tokens - TAG_TOKENS)
     return _grammar(EXPLANATION, "text", explanation_tokens=explanation, think=think)
 
 
 def _grammar(tag: str, start: str, *rules: str, explanation_tokens: int, think: Think) -> str:
-    """tag: opens the reflection; it is in the grammar only where thoughts may stand before it."""
+    """The grammar with opening tag `tag`, which is part of it only when thoughts may come first."""
     if think is not None:
         start = f'thoughts? "{tag}" {start}'
     lines = ["%llguidance {}", f"start: {start}", *rules]
     if think is not None:
-        # Tokens of their own are no text, and are written without quotation marks.
+        # In the grammar, special tokens are written without quotation marks.
         opening = '("<think>" | <think>)' if "<think>" in think else '"<think>"'
         if "</think>" in think:
             lines += [f"thoughts: {opening} /(?s:.*)/ </think> SPACE"]
@@ -122,7 +124,7 @@ def _grammar(tag: str, start: str, *rules: str, explanation_tokens: int, think: 
 
 
 def _budgets(max_tokens: int) -> tuple[int, int]:
-    """Tokens of the quote, and of the explanation."""
+    """(tokens for the quote, tokens for the explanation)."""
     left = max(2, max_tokens - TAG_TOKENS)
     quote = max(1, int(QUOTE_FRAC * left))
     return quote, left - quote

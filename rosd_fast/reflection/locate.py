@@ -1,18 +1,17 @@
 """From a quote to the tokens that are distilled.
 
-The quote is looked up in the bytes of the sampled ids (`TokenBytes`), so the tokens found are those
-that were sampled: with leading-space tokens the quote "wrong" starts inside the token " wrong",
-which is taken in. It is looked for byte by byte; only where `on_miss` is fuzzy also
+Quotes are matched against the bytes of the sampled token ids (`TokenBytes`), byte by byte; text is
+never re-tokenized. The quote "wrong" may start inside the token " wrong", which then belongs to the
+match. If a quote is missed and `on_miss` is fuzzy, two more matches are tried:
 
     normalized    under Unicode's NFKC, in lower case, with runs of whitespace as one space
-    fuzzy         the stretch of that text most like it (rapidfuzz), if enough like it
+    fuzzy         the most similar passage of that text (rapidfuzz), if it is similar enough
 
-A quote that stands in several places is the first or the last of them, or none (`occurrence`). What
-was found how, and what was not, is counted. A reflection that names a sentence by its number needs
-no search.
+If a quote occurs several times, `occurrence` chooses the first, the last or none. The outcomes are
+counted. A reflection that gives the number of a sentence needs no search.
 
-Granularity `suffix` goes on to the end of the completion, its stop token included; `span` is the
-quote, `sentence` the whole sentences that hold it (see `sentences`).
+Granularity `suffix` is everything from the quote to the end of the completion, its stop token
+included; `span` is the quote; `sentence` is the whole sentences that contain it (see `sentences`).
 """
 
 from __future__ import annotations
@@ -35,46 +34,39 @@ if TYPE_CHECKING:
 
 WHITESPACE = b" \t\n\r\f\v"
 Found = Literal["quote", "normalized", "fuzzy"]
-Origins = list[tuple[int, int]]  # of each unit of a text: the range of another that it stands for
+Origins = list[tuple[int, int]]  # for each unit of a text, the range of its source text
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Located:
-    """Where a quote stands: the fewest tokens that hold all of it, and its whole sentences."""
+    """Where a quote is: the fewest tokens that contain it, and its whole sentences."""
 
     start: int  # tokens [start, end), never empty
     end: int
-    sentence_start: int  # tokens [sentence_start, sentence_end), never less than [start, end)
+    sentence_start: int  # tokens [sentence_start, sentence_end), which include [start, end)
     sentence_end: int
     found: Found
-    ambiguous: bool  # the quote stands in the text more than once
+    ambiguous: bool  # whether the quote occurs more than once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LocatedSpans:
-    """The spans of a step by rollout id, and how the quotes fared.
+    """The spans of a step, and how many quotes were found, and how."""
 
-    num_quotes counts wrong rollouts with an explanation, each of which should have a quote; it is
-    num_found + num_missed. num_ambiguous counts those that stand in several places, found or, with
-    occurrence unique_only, missed; num_normalized and num_fuzzy those found in no other way.
-    """
-
-    spans: dict[str, ErrorSpan]
-    num_quotes: int
+    spans: dict[str, ErrorSpan]  # by rollout id
+    num_quotes: int  # wrong rollouts with an explanation: num_found + num_missed
     num_found: int
-    num_ambiguous: int
-    num_normalized: int
-    num_fuzzy: int
-    start_fracs: tuple[
-        float, ...
-    ]  # of each quote found: its first token / tokens of the completion
+    num_ambiguous: int  # that occur several times; with occurrence unique_only they are missed
+    num_normalized: int  # found only after normalizing
+    num_fuzzy: int  # found only by similarity
+    start_fracs: tuple[float, ...]  # per quote found: its first token / tokens of the completion
 
     @property
     def num_missed(self) -> int:
         return self.num_quotes - self.num_found
 
     def metrics(self) -> dict[str, float]:
-        """The `reflect/*` metrics of locating; those that nothing can be said of are absent."""
+        """The `reflect/*` metrics of locating; a mean over nothing is left out."""
         lengths = [span.end - span.start for span in self.spans.values()]
         metrics = {}
         if self.num_quotes:
@@ -97,12 +89,12 @@ def locate_errors(
     token_bytes: TokenBytes,
     config: SpanConfig,
 ) -> LocatedSpans:
-    """The tokens to distil of each rollout that has an explanation.
+    """Find the tokens to distil of each rollout that has an explanation.
 
-    Correct rollouts get the whole completion. Wrong ones get what `config.granularity` makes of
-    their quote; a quote that is not in the rollout is left out or gets the whole completion, as
-    `config.on_miss` says. Rollouts without a reflection, without an explanation or without tokens
-    have no span.
+    The span of a correct rollout is the whole completion. That of a wrong one follows from its
+    quote and `config.granularity`; if the quote is missed, the rollout has no span or the whole
+    completion, by `config.on_miss`. A rollout without a reflection, an explanation or tokens has no
+    span.
     """
     spans: dict[str, ErrorSpan] = {}
     found: list[tuple[Located, Rollout]] = []
@@ -173,18 +165,21 @@ def locate(
     occurrence: Literal["first", "last"] = "first",
     min_score: float | None = None,
 ) -> Located | None:
-    """Where `quote` stands in a completion, given the bytes of its tokens (`TokenBytes.of`).
+    """Find `quote` in a completion, given the bytes of its tokens (`TokenBytes.of`).
 
-    Byte for byte; whitespace around it is dropped when that is what it takes. min_score: then also
-    normalized and fuzzy, from that likeness of 100 on; None: not. None when it is not there, and
-    for a quote of nothing but whitespace.
+    The match is byte by byte, and if that fails the same without whitespace around the quote.
+
+    min_score: if that fails too, match normalized text, and the most similar passage from this
+    similarity on, of 100; None: neither.
+
+    Returns None when the quote is missed or is only whitespace.
     """
     if not quote.strip():
         return None
     text = _Text(pieces)
     for wanted in (quote, quote.strip()):
-        # UTF-8 is self-synchronizing: bytes are found where characters are. Half a surrogate pair,
-        # which a str may hold, is found nowhere.
+        # UTF-8 is self-synchronizing, so matching bytes are matching characters. Half a surrogate
+        # pair, which a str may contain, never matches.
         needle = wanted.encode(errors="surrogatepass")
         first = text.data.find(needle)
         if first < 0:
@@ -192,11 +187,11 @@ def locate(
         last = text.data.rfind(needle)
         place = first if occurrence == "first" else last
         return text.located(place, place + len(needle), "quote", ambiguous=first != last)
-    return None if min_score is None else _locate_alike(quote, text, occurrence, min_score)
+    return None if min_score is None else _locate_similar(quote, text, occurrence, min_score)
 
 
 def locate_sentence(number: int, pieces: Sequence[bytes]) -> Located | None:
-    """The sentence of that number, counted from 1; None: there are not so many."""
+    """The sentence of that number, counted from 1; None when there are fewer sentences."""
     text = _Text(pieces)
     if not 1 <= number <= len(text.sentences):
         return None
@@ -204,7 +199,7 @@ def locate_sentence(number: int, pieces: Sequence[bytes]) -> Located | None:
 
 
 class _Text:
-    """A completion's text as bytes of UTF-8, and which tokens hold them."""
+    """A completion's text as UTF-8 bytes, and the tokens that they belong to."""
 
     def __init__(self, pieces: Sequence[bytes]) -> None:
         self.data, self.origins = replace_invalid(b"".join(pieces))
@@ -212,7 +207,7 @@ class _Text:
         self.sentences = sentences(self.data)
 
     def tokens(self, first: int, last: int) -> tuple[int, int]:
-        """The tokens that hold bytes first..last of the text."""
+        """The tokens that contain the bytes [first, last) of the text."""
         if self.origins is not None:
             first, last = self.origins[first][0], self.origins[last - 1][1]
         return bisect_right(self.ends, first), bisect_right(self.ends, last - 1) + 1
@@ -230,7 +225,7 @@ class _Text:
         )
 
     def _sentences_around(self, first: int, last: int) -> tuple[int, int]:
-        """The byte range of the sentences that hold those bytes, whitespace around them aside."""
+        """The byte range of the sentences that contain [first, last), without outer whitespace."""
         quote = self.data[first:last]
         inner_first = last - len(quote.lstrip(WHITESPACE))
         inner_last = first + len(quote.rstrip(WHITESPACE))
@@ -240,8 +235,8 @@ class _Text:
         return min(start, first), max(end, last)
 
 
-def _locate_alike(quote: str, text: _Text, occurrence: str, min_score: float) -> Located | None:
-    """Normalized, or fuzzy."""
+def _locate_similar(quote: str, text: _Text, occurrence: str, min_score: float) -> Located | None:
+    """Find `quote` in the normalized text, or else the passage most similar to it."""
     shown, origins = normalize(text.data.decode())
     wanted = normalize(quote)[0].strip()
     if not wanted:
@@ -265,13 +260,15 @@ def _locate_alike(quote: str, text: _Text, occurrence: str, min_score: float) ->
 
 
 def normalize(text: str) -> tuple[str, Origins]:
-    """`text` under NFKC, in lower case, runs of whitespace as one space; and for each character of
-    the result the bytes of `text` that it stands for."""
+    """(normalized text, for each of its characters the range of bytes of `text` it came from).
+
+    Normalized text is NFKC, in lower case, with runs of whitespace as one space.
+    """
     shown: list[str] = []
     origins: Origins = []
     place = byte = 0
     while place < len(text):
-        stop = place + 1  # a character and the marks that combine with it
+        stop = place + 1  # the end of a character and its combining marks
         while stop < len(text) and unicodedata.combining(text[stop]):
             stop += 1
         cluster = text[place:stop]
@@ -288,10 +285,10 @@ def normalize(text: str) -> tuple[str, Origins]:
 
 
 def replace_invalid(data: bytes) -> tuple[bytes, Origins | None]:
-    """`data` as valid UTF-8, as a reader of the text sees it: U+FFFD for what is none.
+    """`data` as valid UTF-8, with U+FFFD for invalid bytes, as decoding replaces them.
 
-    Also returns, for each byte of the result, which range of `data` it stands for; None: `data` is
-    unchanged.
+    Also returns, for each byte of the result, the range of `data` it came from; None when `data` is
+    valid and unchanged.
     """
     text, origins, place = bytearray(), [], 0
     view = memoryview(data)

@@ -1,4 +1,4 @@
-"""Reading a reflection: its quote, its explanation, and what of the format was broken."""
+"""Parse a reflection: its quote, its explanation, and how it departs from the format."""
 
 from __future__ import annotations
 
@@ -11,32 +11,36 @@ SENTENCE = re.compile(r"<error_sentence>\s*(\d{1,9})\s*</error_sentence>", re.IG
 EXPLANATION = re.compile(r"<explanation>(.*?)(</explanation>|\Z)", re.IGNORECASE | re.DOTALL)
 TAG = re.compile(r"</?(?:error_quote|error_sentence|explanation)>", re.IGNORECASE)
 CLOSING = "</explanation>"
-CUT_TAG = re.compile(  # a closing tag that the length limit cut
+CUT_TAG = re.compile(  # a closing tag that was cut by the length limit
     f"({'|'.join(CLOSING[:length] for length in range(len(CLOSING) - 1, 1, -1))})\\Z", re.IGNORECASE
 )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Parsed:
-    """What a reflection's text says."""
+    """The parts of a reflection's text."""
 
     quote: str | None
     explanation: str | None
     sentence: int | None
-    well_formed: bool  # every tag is there, in order, and nothing is empty
-    tolerated: tuple[str, ...]
+    well_formed: bool  # every tag is present, in order, and nothing is empty
+    tolerated: tuple[str, ...]  # departures from the format: "cut", "case", "unclosed"
 
 
 def parse_reflection(text: str, *, correct: bool, sentences: Sequence[str] | None = None) -> Parsed:
-    """Read a reflection. `sentences`: of the rollout, for mode sentence.
+    """Parse the text of a reflection. `sentences`: the rollout's sentences, in mode sentence.
 
-    Whitespace around quote and explanation is dropped; what is empty is None. Three things are
-    tolerated and told: tags in another "case", an explanation that is "unclosed", which runs to the
-    end of the text, and a quote that was "cut" within a character, when its tokens ran out. On
-    correct rollouts no quote is asked for or read.
+    Whitespace around quote and explanation is dropped; an empty one is None. Three departures are
+    tolerated and reported:
+
+        case       tags in another case
+        unclosed   an explanation without its closing tag; it runs to the end of the text
+        cut        a quote that ends within a character, because its tokens ran out
+
+    For a correct rollout no quote is read.
     """
     named = None if correct else (QUOTE if sentences is None else SENTENCE).search(text)
-    # An explanation before the quote, or one that the quote itself speaks of, is second choice.
+    # An explanation after the quote is preferred to one before it.
     explained = EXPLANATION.search(text, named.end() if named else 0)
     in_order = explained is not None and (correct or named is not None)
     if explained is None and named is not None:

@@ -1,4 +1,4 @@
-"""Which groups are reflected on: chosen first, so that a dropped group costs nothing."""
+"""Choose the groups to reflect on, before any reflection, so a dropped group costs nothing."""
 
 from __future__ import annotations
 
@@ -13,18 +13,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Selection:
-    """The groups kept, in their order, and what all groups were like, whatever the rules.
+    """The groups that are kept, and counts over all groups."""
 
-    A group without any success whose scores are all equal counts in both numbers.
-    """
-
-    kept: tuple[Group, ...]
+    kept: tuple[Group, ...]  # in the order of the step's groups
     num_groups: int
-    num_no_success: int
-    num_zero_variance: int
+    num_no_success: int  # groups without a correct rollout
+    num_zero_variance: int  # groups whose scores are all equal; may overlap with the former
 
     def describe(self) -> str:
-        """As in `1 of 16 groups kept; 15 without a success, 16 with equal scores`."""
+        """A summary such as `1 of 16 groups kept; 15 without a success, 16 with equal scores`."""
         return (
             f"{len(self.kept)} of {self.num_groups} groups kept; "
             f"{self.num_no_success} without a success, {self.num_zero_variance} with equal scores"
@@ -34,7 +31,7 @@ class Selection:
 def select_groups(
     groups: Sequence[Group], verdicts: Mapping[str, Verdict], config: SelectConfig
 ) -> Selection:
-    """Drop groups without a demonstration, or without variance, as `config` says.
+    """Drop groups without a correct rollout, or with equal scores, as `config` says.
 
     Raises ValueError when a rollout has no verdict.
     """
@@ -44,9 +41,9 @@ def select_groups(
         missing = [rollout.id for rollout in group.rollouts if rollout.id not in verdicts]
         if missing:
             raise ValueError(f"rollout {missing[0]} has no verdict")
-        own = [verdicts[rollout.id] for rollout in group.rollouts]
-        no_success = not any(verdict.success for verdict in own)
-        zero_variance = len({verdict.score for verdict in own}) <= 1
+        of_group = [verdicts[rollout.id] for rollout in group.rollouts]
+        no_success = not any(verdict.success for verdict in of_group)
+        zero_variance = len({verdict.score for verdict in of_group}) <= 1
         num_no_success += no_success
         num_zero_variance += zero_variance
         if config.require_success and no_success:

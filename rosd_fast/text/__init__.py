@@ -1,1 +1,1 @@
-"""Pure text and token arithmetic: prompts, sentences, and the bytes of each token."""
+"""Text and tokens, without any model: prompts, decoding, sentences, and the bytes of tokens."""

@@ -1,9 +1,9 @@
-"""From text to prompt ids, in one way for students, reflectors and teachers.
+"""From text to prompt ids, the same way for student, reflector and teacher.
 
-A prompt is a user turn, and a system turn where the problem has one, rendered by the tokenizer's
-own chat template up to the tag that opens the answer. Templates of ours are filled in one pass, so
-what a model wrote is never read as a placeholder; a special token spelled out in a text stays text
-where transformers can do that.
+A prompt is a user turn, after a system turn if the problem has one, rendered by the tokenizer's own
+chat template up to the tag that opens the answer. Prompt templates are filled in one pass, so text
+that a model wrote is never read as a placeholder. A special token that is spelled out in a text is
+encoded as text, if transformers supports that.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any, Protocol
 from rosd_fast.errors import UserError
 
 PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
-ELLIPSIS = " [...] "  # stands where the middle of a text was left out
-PROBE = "the-system-turn"
+ELLIPSIS = " [...] "  # replaces the middle of a text that was cut
+SYSTEM_MARK = "the-system-turn"
 
 
 class TextModel(Protocol):
@@ -33,12 +33,11 @@ class TextModel(Protocol):
 def render_prompt(
     tokenizer: Any, *, user: str, system: str | None = None, opening: str = ""
 ) -> tuple[int, ...]:
-    """Ids of the chat template's prompt, with its generation prompt and the answer's `opening`.
+    """The ids of a prompt: chat template, generation prompt, and the answer's `opening`.
 
-    A template that refuses or ignores the system role gets the system text before the user text.
-    opening: without braces, which Jinja would read.
-
-    Raises UserError when the template fails on a user turn.
+    If the template refuses or ignores the system role, the system text precedes the user text.
+    `opening` must not have braces, which Jinja would read. Raises UserError when the template fails
+    on a user turn.
     """
     if system is not None and not has_system_role(tokenizer):
         system, user = None, f"{system}\n\n{user}"
@@ -47,7 +46,7 @@ def render_prompt(
         turns.insert(0, {"role": "system", "content": system})
     options: dict[str, Any] = _sanitize(tokenizer, user, system or "")
     if opening:
-        # In the template, so that it is encoded with what stands before it. Jinja drops a line
+        # As part of the template it is encoded together with the text before it. Jinja drops a line
         # break at the end of a template.
         options["chat_template"] = tokenizer.get_chat_template().removesuffix("\n") + opening
     from jinja2 import TemplateError
@@ -58,31 +57,31 @@ def render_prompt(
             add_generation_prompt=True,
             tokenize=True,
             return_dict=False,
-            tokenizer_kwargs={"verbose": False},  # lengths are checked here, against our own limits
+            tokenizer_kwargs={"verbose": False},  # the callers check lengths
             **options,
         )
     except TemplateError as error:
         raise UserError(
             f"the chat template fails on a user turn ({error})",
             where="tokenizer",
-            fix="Mend chat_template in tokenizer_config.json",
+            fix="Fix chat_template in tokenizer_config.json",
         ) from error
     return tuple(int(token) for token in ids)
 
 
 def has_system_role(tokenizer: Any) -> bool:
-    """Whether a system turn is rendered: some templates raise on it, others leave it out."""
+    """Whether the template renders a system turn: some raise on it, others leave it out."""
     from jinja2 import TemplateError
 
-    turns = [{"role": "system", "content": PROBE}, {"role": "user", "content": "x"}]
+    turns = [{"role": "system", "content": SYSTEM_MARK}, {"role": "user", "content": "x"}]
     try:
-        return PROBE in tokenizer.apply_chat_template(turns, tokenize=False)
+        return SYSTEM_MARK in tokenizer.apply_chat_template(turns, tokenize=False)
     except TemplateError:
         return False
 
 
 def _sanitize(tokenizer: Any, *texts: str) -> dict[str, bool]:
-    """Encode special tokens that stand in the texts as text; older transformers cannot."""
+    """The option that encodes special tokens in the texts as text; older transformers lack it."""
     name = "sanitize_control_tokens"
     if name not in inspect.signature(tokenizer.apply_chat_template).parameters:
         return {}
@@ -91,17 +90,17 @@ def _sanitize(tokenizer: Any, *texts: str) -> dict[str, bool]:
 
 
 def placeholders(template: str) -> set[str]:
-    """The names in braces. Braces around anything else, as in `{"a": 1}` or `{42}`, are text."""
+    """The names in braces. Other braces, as in `{"a": 1}` or `{42}`, are text."""
     return set(PLACEHOLDER.findall(template))
 
 
 def fill_template(template: str, values: Mapping[str, str]) -> str:
-    """Put `values` in place of placeholders, in one pass. Raises KeyError for an unknown name."""
+    """Replace placeholders by `values`, in one pass. Raises KeyError for an unknown name."""
     return PLACEHOLDER.sub(lambda match: values[match[1]], template)
 
 
 def cut_middle(text: str, keep: int) -> str:
-    """The first and last characters of `text`, `keep` in all, with a mark between them."""
+    """The first and last characters of `text`, `keep` in total, around an ellipsis."""
     if len(text) <= keep:
         return text
     tail = keep // 2
@@ -111,11 +110,11 @@ def cut_middle(text: str, keep: int) -> str:
 def fit_prompt(
     render: Callable[[int], tuple[int, ...]], *, longest: int, max_tokens: int
 ) -> tuple[int, tuple[int, ...]] | None:
-    """The prompt with the longest texts that fit `max_tokens`, as (characters kept, ids).
+    """(characters kept, ids) of the prompt with the longest texts that fit `max_tokens`.
 
-    `render(keep)` is the prompt whose texts are cut to `keep` characters each; `longest` is the
-    length of the longest of them, so `render(longest)` cuts nothing. None when not even one
-    character fits.
+    `render(keep)` is the prompt with its texts cut to `keep` characters each; `longest` is the
+    length of the longest text, so `render(longest)` cuts nothing. None when not even one character
+    fits.
     """
     ids = render(longest)
     if len(ids) <= max_tokens:

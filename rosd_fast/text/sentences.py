@@ -1,17 +1,17 @@
-"""Where sentences end in what a model writes: prose with formulas, numbers, code and lists.
+"""Split what a model writes into sentences: prose with formulas, numbers, code and lists.
 
-A sentence ends after `.`, `!`, `?` (or `。`, `！`, `？`), with the quotes and brackets that close
-behind it, when whitespace or the end of the text follows; and before a newline. None ends
+A sentence ends after `.`, `!`, `?` (or `。`, `！`, `？`) and the closing quotes and brackets after
+it, if whitespace or the end of the text follows; and before a newline. No sentence ends
 
     inside a formula          $...$, $$...$$, \\(...\\), \\[...\\], \\begin{x}...\\end{x}
-    inside a line of code     between ``` and ```, and within `...`: only newlines end those
+    inside a line of code     between ``` and ```, and within `...`; only a newline ends those
     at a decimal point        3.5 (no whitespace follows)
     after an abbreviation     e.g. i.e. Fig. Eq. Dr.; after etc. al. approx. no. when the next word
                               begins with a lower-case letter or a digit
     after the number of a step, at the start of a line: "2. Add", "Step 2. Add", "B. Mercury"
     in an ellipsis before a lower-case word
 
-One pass, linear in the text. All positions are bytes of UTF-8.
+Splitting takes one pass, linear in the text. All positions are bytes of UTF-8.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ STEP = re.compile(rb"[ \t]*(?:[-*>#]+[ \t]*)?(?:\*\*)?(?:[Ss]tep[ \t]+)?(?:\d{1,
 
 
 def sentences(text: bytes) -> list[tuple[int, int]]:
-    """The byte ranges of the sentences, in order, without the whitespace around them."""
+    """The byte ranges of the sentences, in order, less the whitespace around them."""
     ranges, start = [], 0
     for end in (*_ends(text), len(text)):
         piece = text[start:end]
@@ -61,7 +61,7 @@ def sentences(text: bytes) -> list[tuple[int, int]]:
 
 
 def _ends(text: bytes) -> Iterator[int]:
-    """Positions where a sentence ends, rising."""
+    """The positions where sentences end, in ascending order."""
     closing = _Closing(text)
     place = line = 0
     in_code = False
@@ -79,19 +79,19 @@ def _ends(text: bytes) -> Iterator[int]:
             name = mark["name"]
             closer = CLOSERS[mark[0]] if name is None else b"\\end{" + name + b"}"
             place = closing.after(closer, place) or place
-        elif kind == "end" and not _goes_on(text, line, mark.start(), place):
+        elif kind == "end" and not _continues(text, line, mark.start(), place):
             yield place
 
 
 class _Closing:
-    """Where formulas close. What is not found once is not looked for again: that stays linear."""
+    """Finds where formulas close. A failed search is never repeated, so it stays linear."""
 
     def __init__(self, text: bytes) -> None:
         self.text = text
-        self.found: dict[bytes, int] = {}  # the last place found of each closer, -1: no more
+        self.found: dict[bytes, int] = {}  # the last match of each closer; -1: no more
 
     def after(self, closer: bytes, start: int) -> int | None:
-        """The end of the first `closer` from `start` on that no blank line comes before."""
+        """The end of the first `closer` from `start` on; None when a blank line comes before it."""
         place = self.found.get(closer, 0)
         if place >= 0 and place < start:
             place = self.found[closer] = self.text.find(closer, start)
@@ -105,8 +105,8 @@ class _Closing:
         return place + len(closer)
 
 
-def _goes_on(text: bytes, line: int, start: int, end: int) -> bool:
-    """Whether the sentence goes on after the mark text[start:end], in the line from `line` on."""
+def _continues(text: bytes, line: int, start: int, end: int) -> bool:
+    """Whether the sentence continues after text[start:end], in the line that starts at `line`."""
     mark = text[start:end]
     if not mark.startswith(b"."):
         return False

@@ -1,10 +1,9 @@
 """The bytes that each sampled token adds to the decoded text, read from the vocabulary.
 
-Text is never encoded again and prefixes are never decoded: both move token boundaries. Instead the
-steps of the tokenizer's own decoder are done on each token by itself, so that the pieces, joined
-and decoded with errors="replace", are `tokenizer.decode(ids, skip_special_tokens=True,
-clean_up_tokenization_spaces=False)`. Byte-level BPE and sentencepiece with or without byte fallback
-are covered.
+Re-tokenizing text and decoding prefixes both move token boundaries. So the steps of the tokenizer's
+own decoder are applied to each token by itself: the pieces, joined and decoded with
+errors="replace", equal `text.decode.decode(tokenizer, ids)`. Byte-level BPE and sentencepiece, with
+or without byte fallback, are supported.
 """
 
 from __future__ import annotations
@@ -17,7 +16,7 @@ from typing import Any
 
 from rosd_fast.errors import UserError
 
-Pieces = list[bytes]  # UTF-8, one a token
+Pieces = list[bytes]  # UTF-8, one per token
 Step = Callable[[Pieces], Pieces]
 
 BYTE_TOKEN = re.compile(rb"<0x([0-9A-Fa-f]{2})>")
@@ -25,7 +24,7 @@ REPLACEMENT = "\ufffd".encode()
 
 
 class TokenBytes:
-    """Bytes of sampled ids. Raises UserError for a tokenizer whose decoder it cannot follow.
+    """The bytes of token ids. Raises UserError for a tokenizer with an unsupported decoder.
 
     >>> TokenBytes(tokenizer).of(tokenizer.encode("12 apples<|end|>"))
     [b'1', b'2', b' apples', b'']
@@ -35,7 +34,7 @@ class TokenBytes:
         backend = getattr(tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise UserError(
-                f"{type(tokenizer).__name__} has no tokenizer.json, where a token's bytes are read",
+                f"{type(tokenizer).__name__} has no tokenizer.json, the source of token bytes",
                 where="tokenizer",
                 fix="Give a model with a fast tokenizer",
             )
@@ -45,11 +44,11 @@ class TokenBytes:
         self._decode = compile_decoder(json.loads(backend.to_str())["decoder"])
 
     def of(self, ids: Sequence[int], /) -> list[bytes]:
-        """One entry an id; b"" for special tokens and for ids that the vocabulary does not have.
+        """One entry per id; b"" for a special token and for an id outside the vocabulary.
 
-        An entry may be part of a character, and depends on its neighbours where the decoder does:
-        the first space of a sentencepiece text is dropped, and byte tokens that are no UTF-8
-        together are U+FFFD each.
+        An entry may be part of a character. It depends on its neighbours where the decoder does:
+        the first space of a sentencepiece text is dropped, and each byte token of an invalid run is
+        U+FFFD.
         """
         names = [self._backend.id_to_token(token) for token in ids]
         shown = {
@@ -62,11 +61,11 @@ class TokenBytes:
 
 
 def compile_decoder(spec: dict[str, Any] | None) -> Step:
-    """The decoder of a tokenizer.json as a function on the tokens' bytes."""
+    """The decoder of a tokenizer.json as a function on the bytes of tokens."""
     if spec is None:
         return space_between
     steps: list[Step] = []
-    fused = False  # whether the decoder sees one text by now, rather than tokens
+    fused = False  # whether the decoder has joined the tokens into one text
     for part in _parts(spec):
         kind = part["type"]
         if kind == "ByteLevel" and not fused:
@@ -84,7 +83,7 @@ def compile_decoder(spec: dict[str, Any] | None) -> Step:
             steps.append(_strip(part["content"], part["start"], part["stop"], whole=fused))
         elif kind != "Fuse":
             raise UserError(
-                f"its decoder {kind} cannot be followed token by token",
+                f"its decoder {kind} does not work token by token",
                 where="tokenizer",
                 fix="Give a model with a byte-level BPE or sentencepiece tokenizer",
             )
@@ -99,7 +98,7 @@ def compile_decoder(spec: dict[str, Any] | None) -> Step:
 
 
 def _parts(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
-    """The steps of a decoder, nested sequences laid flat."""
+    """The steps of a decoder, with nested sequences flattened."""
     if spec["type"] == "Sequence":
         for part in spec["decoders"]:
             yield from _parts(part)
@@ -108,10 +107,10 @@ def _parts(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 class ByteLevel:
-    """Each character stands for a byte. A token with any other character is its own UTF-8."""
+    """Maps each character of the alphabet to a byte; a token with other characters is UTF-8."""
 
     def __init__(self) -> None:
-        # The alphabet of GPT-2: printable Latin-1 is itself, the other bytes follow from U+0100 on.
+        # GPT-2's alphabet: printable Latin-1 is itself; the other bytes start at U+0100.
         printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
         rest = [byte for byte in range(256) if byte not in printable]
         self.byte = {chr(byte): byte for byte in printable}
@@ -129,7 +128,7 @@ class ByteLevel:
 
 
 def byte_fallback(pieces: Pieces) -> Pieces:
-    """<0xE2> is the byte E2; each token of a run that is no UTF-8 is U+FFFD."""
+    """Replace <0xE2> by the byte E2, and each token of a run that is not UTF-8 by U+FFFD."""
     result: Pieces = []
     for is_byte, members in groupby(pieces, key=lambda piece: bool(BYTE_TOKEN.fullmatch(piece))):
         if not is_byte:
@@ -145,12 +144,12 @@ def byte_fallback(pieces: Pieces) -> Pieces:
 
 
 def space_between(pieces: Pieces) -> Pieces:
-    """Without a decoder, tokens are joined with spaces."""
+    """Put a space before each token but the first, as tokenizers without a decoder do."""
     return [piece if place == 0 else b" " + piece for place, piece in enumerate(pieces)]
 
 
 def _replace(old: str, new: str, *, first: str | None = None, last: str | None = None) -> Step:
-    """Replace within each token; with something else in the first or the last one."""
+    """Replace `old` by `new` in each token, by `first` in the first and `last` in the last one."""
 
     def step(pieces: Pieces) -> Pieces:
         result = [piece.replace(old.encode(), new.encode()) for piece in pieces]
@@ -164,7 +163,7 @@ def _replace(old: str, new: str, *, first: str | None = None, last: str | None =
 
 
 def _strip(content: str, start: int, stop: int, *, whole: bool) -> Step:
-    """Drop up to `start` leading and `stop` trailing copies of a character."""
+    """Drop up to `start` leading and `stop` trailing copies of a character, per token or text."""
     char = content.encode()
 
     def strip_text(pieces: Pieces) -> Pieces:

@@ -1,4 +1,4 @@
-"""`choice`: the answer tag holds the letter of the right option, and nothing else."""
+"""`choice`: the answer tag contains the letter of the right option and nothing else."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _LETTER = re.compile(r"\(?\s?([A-Za-z])\s?\)?\.?")
 
 
 def verify_choice(completion: str, answer: str) -> tuple[float, str | None]:
-    """1.0 when the last answer tag holds the letter `answer`; A, a, (a), A. and A) are the same."""
+    """1.0 if the last answer tag contains the letter `answer`; A, a, (a), A. and A) are equal."""
     found = last_answer(completion)
     if found is None:
         return 0.0, None
@@ -19,6 +19,6 @@ def verify_choice(completion: str, answer: str) -> tuple[float, str | None]:
 
 
 def parse_letter(text: str) -> str | None:
-    """The upper-case letter that `text` is, None: it is no single letter."""
+    """The letter that `text` is, in upper case; None when `text` is not a single letter."""
     match = _LETTER.fullmatch(text.strip())
     return match[1].upper() if match else None

@@ -1,4 +1,4 @@
-"""`number`: the answer tag holds a number equal to the right one; 0.5, .50 and 1/2 are equal."""
+"""`number`: the answer tag contains a number equal to the answer; 0.5, .50 and 1/2 are equal."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from fractions import Fraction
 
 from rosd_fast.verify.tags import last_answer
 
-# Plain or grouped in thousands. ASCII digits and no exponent: 1e999999999 would fill the memory.
+# Plain digits or groups of three. No exponents: 1e999999999 would fill the memory.
 _DECIMAL = r"(?:[0-9]{1,3}(?:[, ][0-9]{3})+|[0-9]*)(?:\.[0-9]*)?"
 _NUMBER = re.compile(rf"([+-]?) ?({_DECIMAL})(?: ?/ ?({_DECIMAL}))?")
 MAX_CHARS = 100
 
 
 def verify_number(completion: str, answer: str) -> tuple[float, str | None]:
-    """1.0 when the last answer tag holds the same number as `answer`, exactly; else 0.0."""
+    """1.0 if the last answer tag contains exactly the number `answer`, 0.0 otherwise."""
     found = last_answer(completion)
     if found is None:
         return 0.0, None
@@ -23,9 +23,9 @@ def verify_number(completion: str, answer: str) -> tuple[float, str | None]:
 
 
 def parse_number(text: str) -> Fraction | None:
-    """The value of a decimal number or a fraction of two, None: it is no number.
+    """The value of a decimal number or of a fraction of two; None when `text` is neither.
 
-    Commas and spaces may group thousands, and a dot may end it: "1,234." is 1234.
+    Commas and spaces may group thousands, and a dot may follow: "1,234." is 1234.
     """
     text = text.strip().removesuffix(".").rstrip().replace("\u2212", "-")
     if len(text) > MAX_CHARS or not (match := _NUMBER.fullmatch(text)):

@@ -1,4 +1,4 @@
-"""Finding the answer that a completion gives between `<answer>` and `</answer>`."""
+"""Find the answer that a completion gives between `<answer>` and `</answer>`."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ OPEN, CLOSE = "<answer>", "</answer>"
 
 
 def last_answer(completion: str) -> str | None:
-    """The stripped text of the last closed answer tag, None: there is none. Linear in time.
+    """The stripped text of the last closed answer tag; None when there is none. Takes linear time.
 
     >>> last_answer("<answer>4</answer> no, <answer> 5 </answer>")
     '5'

@@ -1,4 +1,4 @@
-"""`exact` and `contains`: comparison as words, whatever the case and the spacing."""
+"""`exact` and `contains`: answers are compared word by word, ignoring case and spacing."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from rosd_fast.verify.tags import last_answer
 
 
 def verify_exact(completion: str, answer: str) -> tuple[float, str | None]:
-    """1.0 when the last answer tag holds the same words as `answer`."""
+    """1.0 if the last answer tag contains the same words as `answer`, 0.0 otherwise."""
     found = last_answer(completion)
     if found is None:
         return 0.0, None
@@ -16,16 +16,17 @@ def verify_exact(completion: str, answer: str) -> tuple[float, str | None]:
 
 
 def verify_contains(completion: str, answer: str) -> tuple[float, str | None]:
-    """1.0 when `answer` stands anywhere in the completion as whole words. For quick trials only:
-    a completion that lists every possible answer is right too.
+    """1.0 if `answer` occurs anywhere in the completion as whole words, 0.0 otherwise.
+
+    For quick trials only: a completion that lists every possible answer is right too.
     """
     words = normalize(answer)
-    # The look-behind fails at once inside a word, so only starts of words are compared.
+    # The look-behind fails at once inside a word, so only the starts of words are compared.
     if words and re.search(rf"(?<!\w){re.escape(words)}(?!\w)", normalize(completion)):
         return 1.0, answer
     return 0.0, None
 
 
 def normalize(text: str) -> str:
-    """Lower case, one space between words."""
+    """`text` in lower case, with one space between words."""
     return " ".join(text.split()).casefold()

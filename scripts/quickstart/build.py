@@ -1,8 +1,7 @@
-"""Make the quickstart model: `python -m scripts.quickstart.build`.
+"""Build the quickstart model: `python -m scripts.quickstart.build`.
 
-Trains a byte-level BPE tokenizer and a small Llama on `corpus`, saves both to a folder in Hugging
-Face layout, and measures what the loop needs of them (`figures`). Seeded; about 25 minutes on two
-cores.
+It trains a byte-level BPE tokenizer and a small Llama on `corpus`, saves both in Hugging Face
+layout, and measures them (`figures`). It is seeded and takes about 25 minutes on two cores.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ CONTEXT = 1024
 
 
 def build_tokenizer(conversations: list[Conversation]) -> PreTrainedTokenizerFast:
-    """Byte-level BPE, words with their leading space, one token per digit."""
+    """A byte-level BPE tokenizer: words with their leading space, one token per digit."""
     tokenizer = Tokenizer(models.BPE())
     pattern = Regex(r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
@@ -89,11 +88,11 @@ def build_model(tokenizer: PreTrainedTokenizerFast) -> LlamaForCausalLM:
 
 
 Batch = tuple[torch.Tensor, torch.Tensor]  # input ids and the weight of each as a target: [B, T]
-PROMPT_WEIGHT = 0.2  # prompts repeat solutions: learning them too teaches copying early
+PROMPT_WEIGHT = 0.2  # prompts contain solutions, so learning them too teaches copying early
 
 
 def batches(corpus: Corpus, tokenizer: PreTrainedTokenizerFast, tokens: int) -> Iterator[Batch]:
-    """Batches of about `tokens` tokens, each of conversations of similar length."""
+    """Yield batches of about `tokens` tokens, of conversations of similar length."""
     user, assistant, end = (
         token_id(tokenizer, name) for name in ("<|user|>", "<|assistant|>", "<|end|>")
     )
@@ -142,7 +141,7 @@ def optimizers(model: LlamaForCausalLM, lr: float) -> list[torch.optim.Optimizer
 
 
 def fit(model: LlamaForCausalLM, stream: Iterator[Batch], *, steps: int, lr: float) -> None:
-    """Train with a short warm-up and a linear decay to zero over the last 60% of the steps."""
+    """Train, with a short warm-up and a linear decay to zero over the last 60% of the steps."""
     chosen, start, seen, smooth = optimizers(model, lr), time.monotonic(), 0, math.nan
     model.train()
     for step in range(steps):
@@ -172,7 +171,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=MODEL_DIR, help="folder to write")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=2600)
-    parser.add_argument("--tokens", type=int, default=6000, help="tokens a batch")
+    parser.add_argument("--tokens", type=int, default=6000, help="tokens per batch")
     parser.add_argument("--lr", type=float, default=3e-3)
     args = parser.parse_args()
     torch.manual_seed(args.seed)

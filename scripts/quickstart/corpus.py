@@ -1,14 +1,12 @@
-"""The texts the quickstart model is trained on: solutions, reflections, and solutions after a
-reflection.
+"""The training texts of the quickstart model: solutions, reflections, and solutions after one.
 
-The corpus is of mixed quality, as text from the world is. In a plain solution a hard step slips
-with the probability `SLIP`, so a model that has learned the corpus well is right about half the
-time. A solution that follows a reflection never repeats the error it speaks of, and slips at other
-hard steps with the smaller `TEACHER_SLIP`: that is the knowledge which self-distillation brings
-back into the plain prompt.
+The corpus is of mixed quality, like text from the web. In a plain solution a hard step is a slip
+with probability `SLIP`, so a model that has learned the corpus well is right about half the time. A
+solution that follows a reflection never repeats the error that the reflection explains, and slips
+at other hard steps with the smaller probability `TEACHER_SLIP`. Self-distillation moves this
+knowledge into the plain prompt.
 
-Prompts are filled from the templates of the `quickstart` preset, so the model knows the prompts it
-will meet.
+Prompts use the templates of the `quickstart` preset, so the model knows the prompts of the loop.
 """
 
 from __future__ import annotations
@@ -21,15 +19,9 @@ from rosd_fast.quickstart.tasks import Plan, Step, draw
 from rosd_fast.text.prompts import fill_template
 
 SLIP = {"ledger": 0.55, "ages": 0.55, "shop": 0.5, "clock": 0.4, "pick": 0.35}
-SHARE = {
-    "ledger": 2,
-    "ages": 2,
-    "shop": 3,
-    "clock": 2,
-    "pick": 3,
-}  # of the corpus; harder kinds get more
+SHARE = {"ledger": 2, "ages": 2, "shop": 3, "clock": 2, "pick": 3}  # harder kinds get more
 TEACHER_SLIP = 0.08
-BLUNDER = 0.01  # any step, any mode: an error that is no typical slip
+BLUNDER = 0.01  # probability of an error in any step that is not its typical slip
 LEADS = (
     ("", "", "", ""),
     ("First, ", "Then ", "Then ", "Last, "),
@@ -39,7 +31,7 @@ LEADS = (
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One written step: what it says, and what it should say from the value it starts with."""
+    """One written step, from the value `before` to the value `after`, right or not."""
 
     step: Step
     before: int
@@ -75,7 +67,7 @@ class Solution:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """One user turn and the answer to it; only the answer is learned."""
+    """One user turn and its answer."""
 
     user: str
     assistant: str
@@ -89,7 +81,7 @@ def solve(
     hinted: Line | None = None,
     careful: bool = False,
 ) -> Solution:
-    """Write a solution. `hinted` is never done wrong; `careful` makes no error at all."""
+    """Write a solution. The step `hinted` is always right; with `careful` every step is."""
     value, lines = plan.first, []
     for step in plan.steps:
         wrong = step.slip(value)
@@ -118,14 +110,14 @@ def explain_correct(solution: Solution) -> str:
 
 
 class Corpus:
-    """Conversations without end, fixed by the seed, from the train buckets only."""
+    """An endless stream of conversations, fixed by the seed, from the train buckets only."""
 
     def __init__(self, config: Config, seed: int) -> None:
         self.reflect, self.teacher = config.reflect, config.teacher
         self.rng = random.Random(f"corpus:{seed}")
 
     def draw(self) -> list[Conversation]:
-        """The conversations that one problem gives rise to."""
+        """The conversations about one new problem."""
         rng = self.rng
         plan = draw(rng.choices(list(SHARE), list(SHARE.values()))[0], rng, "train")
         slip = SLIP[plan.kind]

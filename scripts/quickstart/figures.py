@@ -1,4 +1,4 @@
-"""What the loop needs of a quickstart model, measured on the dev splits with the loop's own stages.
+"""Measure a quickstart model on the dev splits, with the stages of the training loop.
 
 python -m scripts.quickstart.figures [FOLDER]     # a minute; the shipped model by default
 """
@@ -28,12 +28,13 @@ Figures = dict[str, float]
 
 
 async def measure(model_folder: str, *, group_size: int = 8, seed: int = 0) -> Figures:
-    """Shares in [0, 1], at temperature 1.
+    """Shares in [0, 1], sampled at temperature 1:
 
-    solve/dev, solve/ood: accuracy from the problem alone. reflect/well_formed: unconstrained
-    reflections on wrong rollouts that have both tags and quote a verbatim run of the rollout.
-    teach/before, teach/after: accuracy from the problem alone, and from problem + the model's own
-    reflection, over the same wrong rollouts' problems.
+    solve/dev, solve/ood       accuracy with the plain prompt
+    reflect/well_formed        unconstrained reflections on wrong rollouts that have both tags and
+                               quote the rollout verbatim
+    teach/before, teach/after  accuracy with the plain prompt, and with the model's own reflection
+                               in the prompt, on the problems of wrong rollouts
     """
     config = load_preset("quickstart").model_copy(update={"model": model_folder})
     model = load_model(config.model, dtype=config.dtype, device=pick_device(config.device))

@@ -1,4 +1,4 @@
-"""Names of options, and reading them from arguments."""
+"""The names of options, and reading them from arguments."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_spellings(args: tuple[str, ...], values: dict[str, object]) -> None:
         (["--steps"], "--steps needs a value"),
         (["--steps", "--seed", "1"], "--steps needs a value"),
         (["--optim.betas", "0.9"], "--optim.betas needs 2 values"),
-        (["--data.no-shuffle=false"], "--data.shuffle takes no value where it is negated"),
+        (["--data.no-shuffle=false"], "--data.shuffle takes no value when it is negated"),
         (["steps"], "unexpected argument 'steps'. Did you mean --steps?"),
         (["qqqqqq"], "unexpected argument 'qqqqqq'. Options are written --name value"),
         (["--model", "\udcff"], "the argument '\\udcff' is not UTF-8"),

@@ -1,4 +1,4 @@
-"""Layers of options, their mistakes, and the way back to TOML."""
+"""Layers of options, the errors for wrong ones, and writing them as TOML."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def read(folder: Path, text: str, base: Config | None = None) -> Config:
 
 
 def error_of(folder: Path, text: str) -> str:
-    """The message, less the folder."""
+    """The error message without the folder."""
     with pytest.raises(UserError) as caught:
         read(folder, text)
     message = str(caught.value)
@@ -93,7 +93,7 @@ def test_toml_is_fully_resolved() -> None:
     assert found == set(options_of(Config))
 
 
-def test_false_takes_a_default_away(tmp_path: Path) -> None:
+def test_false_removes_a_default(tmp_path: Path) -> None:
     assert Config().loss.importance_clip is not None
     assert Config().data.dev is not None
     config = read(tmp_path, "data.dev = false\n[loss]\nimportance_clip = false\n")
@@ -125,7 +125,7 @@ def test_no_model_means_the_quickstart_and_a_model_brings_its_preset(tmp_path: P
     assert load_config({}, file=tmp_path / "run.toml") == Config(steps=7)
 
 
-def test_own_training_problems_do_not_come_with_the_quickstarts_dev_problems(
+def test_own_training_problems_drop_the_quickstarts_dev_problems(
     tmp_path: Path,
 ) -> None:
     data = load_config({"data.train": "my.jsonl"}).data
@@ -264,7 +264,7 @@ def test_find_line(keys: tuple[str, ...], line: int) -> None:
     assert find_line(text, keys) == line
 
 
-def test_the_hash_is_of_what_decides_the_learning() -> None:
+def test_the_hash_covers_what_decides_the_learning() -> None:
     config = load_preset("quickstart")
     longer = apply_args(config, {"steps": "999", "out": "elsewhere", "eval.every": "3"})
     assert config_hash(longer) == config_hash(config)
@@ -280,7 +280,7 @@ OLD_RUN = Path(__file__).parent / "old_run.toml"  # as written before options we
 OLD_HASHES = {"old_run": "ea8f93447bca1d5c", "quickstart": "b5a19e2e008f8df1"}
 
 
-def test_a_run_of_before_the_renames_is_read_and_keeps_its_hash(tmp_path: Path) -> None:
+def test_a_run_from_before_the_renames_is_read_and_keeps_its_hash(tmp_path: Path) -> None:
     config = apply_toml(Config(), OLD_RUN, accept_old_names=True)
     assert config.loss.importance_clip == 3.5
     assert config.teacher.backend == "sglang"

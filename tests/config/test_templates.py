@@ -1,4 +1,4 @@
-"""Which placeholders a prompt template must have and may have."""
+"""The placeholders that a prompt template must have and may have."""
 
 from __future__ import annotations
 

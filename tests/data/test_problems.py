@@ -1,4 +1,4 @@
-"""Loading problems, and what is said of rows that cannot be loaded."""
+"""Loading problems, and the errors for rows that are not problems."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ SCIENCE: dict[str, Any] = {
 
 
 def write(folder: Path, *rows: Any, name: str = "train.jsonl") -> str:
-    """A file of one line a row; a row that is a string is written as it is."""
+    """A file with one line per row; a row that is a string is written as it is."""
     path = folder / name
     lines = [row if isinstance(row, str) else json.dumps(row) for row in rows]
     path.write_text("\n".join(lines) + "\n", encoding="utf-8")
@@ -58,7 +58,7 @@ def test_a_full_row(tmp_path: Path) -> None:
     ]
 
 
-def test_what_a_row_leaves_out(tmp_path: Path) -> None:
+def test_defaults_of_missing_fields(tmp_path: Path) -> None:
     (tmp_path / "sums").mkdir()
     source = write(
         tmp_path / "sums",
@@ -84,7 +84,7 @@ def test_published_science_rows_load_without_conversion(tmp_path: Path) -> None:
         assert (second.id, second.system) == (f"{domain}:3", None)
 
 
-def test_a_verifier_given_for_all_counts_more_than_the_kind(tmp_path: Path) -> None:
+def test_a_given_verifier_takes_precedence_over_the_kind(tmp_path: Path) -> None:
     source = write(tmp_path, SCIENCE, {**ROW, "verifier": "number"})
     assert [p.verifier for p in load_problems(source, verifier="contains")] == [
         "contains",
@@ -102,7 +102,7 @@ def test_one_json_list(tmp_path: Path) -> None:
     assert error_of(str(path)).startswith(f"{path}:2: malformed JSON")
 
 
-def test_line_separators_inside_of_strings_end_no_line(tmp_path: Path) -> None:
+def test_line_separators_in_strings_do_not_end_a_line(tmp_path: Path) -> None:
     row = json.dumps({**ROW, "prompt": "a\u2028b\u0085c"}, ensure_ascii=False)
     assert load_problems(write(tmp_path, row))[0].prompt == "a\u2028b\u0085c"
 
@@ -130,8 +130,14 @@ def test_line_separators_inside_of_strings_end_no_line(tmp_path: Path) -> None:
         ({**ROW, "verifier": "numbr"}, "there is no verifier 'numbr'. Did you mean number?"),
         ({**ROW, "verifier": "magic"}, "Known are number, choice, exact, contains"),
         ({"prompt": "x", "answer": "4"}, "names no verifier"),
-        ({"prompt": "x", "answer": "[]", "kind": "tooluse"}, "none fits its kind 'tooluse'"),
-        ({"prompt": "x", "answer": [{"Action": "a"}]}, "none fits an answer that is a list"),
+        (
+            {"prompt": "x", "answer": "[]", "kind": "tooluse"},
+            "none for its kind 'tooluse'",
+        ),
+        (
+            {"prompt": "x", "answer": [{"Action": "a"}]},
+            "none for an answer that is a list",
+        ),
     ],
 )
 def test_bad_rows_are_named_by_file_and_line(tmp_path: Path, bad: Any, message: str) -> None:

@@ -1,4 +1,4 @@
-"""The shipped model keeps what the loop needs of it: the build's figures, with room for noise."""
+"""The shipped model has the figures that the loop needs, within noise."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ def test_splits_have_their_sizes_and_kinds() -> None:
 
 
 def test_splits_never_overlap() -> None:
-    """Kind and numbers make a problem; another name or wording does not make it another one."""
+    """Kind and numbers identify a problem; names and wording do not."""
     owner: dict[tuple[str, tuple[int, ...]], str] = {}
     for split in SPLIT_SIZES:
         for plan in split_plans(split):

@@ -1,4 +1,4 @@
-"""Explanations that say too much, nothing, or nothing of their own."""
+"""Explanations that leak the answer, are empty, or are copied."""
 
 from __future__ import annotations
 
@@ -56,13 +56,13 @@ def test_leaks(make_group, leak, explanation, refused):
         ("a.b", "axb", False),
     ],
 )
-def test_an_answer_that_stands_by_itself(answer, text, leaks):
+def test_an_answer_is_found_as_a_whole_word(answer, text, leaks):
     pattern = answer_pattern(answer)
     assert pattern is not None
     assert (pattern.search(text) is not None) == leaks
 
 
-def test_an_empty_answer_leaks_nowhere(make_group):
+def test_an_empty_answer_never_leaks(make_group):
     assert answer_pattern(" ") is None
     assert not gate(make_group, "anything", answer="", leak="redact").leaks
 

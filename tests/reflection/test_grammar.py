@@ -1,4 +1,4 @@
-"""Reflections sampled under their grammar: what is quoted can always be found."""
+"""Reflections decoded under their grammar: every quote can be located."""
 
 from __future__ import annotations
 
@@ -74,7 +74,7 @@ def sample(
 
 @pytest.mark.parametrize("rollout", ROLLOUTS, ids=range(len(ROLLOUTS)))
 def test_a_verbatim_quote_is_found(engine, tokenizer, rollout):
-    """A random model, which without the grammar would write no tag at all."""
+    """A random model, which would never write a tag without the grammar."""
     pieces = TokenBytes(tokenizer).of(tokenizer.encode(rollout, add_special_tokens=False))
     grammar = verbatim_grammar(rollout, min_words=3, max_tokens=160)
     assert grammar is not None
@@ -86,7 +86,7 @@ def test_a_verbatim_quote_is_found(engine, tokenizer, rollout):
         assert "case" not in parsed.tolerated
 
 
-def test_quotes_have_the_words_asked_for(engine, tokenizer):
+def test_quotes_have_the_minimum_number_of_words(engine, tokenizer):
     rollout = ROLLOUTS[0]
     for min_words in (1, 4, 100):
         grammar = verbatim_grammar(rollout, min_words=min_words, max_tokens=400)
@@ -124,7 +124,7 @@ LONG_WORDS = {
 
 
 @pytest.mark.parametrize("rollout", LONG_WORDS.values(), ids=LONG_WORDS)
-def test_a_quote_ends_in_time_although_a_word_does_not(engine, tokenizer, rollout):
+def test_a_quote_may_end_within_an_overlong_word(engine, tokenizer, rollout):
     grammar = verbatim_grammar(rollout, min_words=3, max_tokens=120)
     options = {"n": 12, "max_new_tokens": 120, "opening": QUOTE}
     for text in sample(engine, tokenizer, grammar, **options):
@@ -164,7 +164,7 @@ def test_explanations_of_correct_rollouts(engine, tokenizer):
 
 @pytest.mark.parametrize("tags", [(), ("<think>",), ("<think>", "</think>")])
 def test_thoughts_may_come_first(tokenizer, tags):
-    """Where the tags are tokens, and where they are spelled out."""
+    """With tags that are tokens, and with tags that are spelled out."""
     from transformers import PreTrainedTokenizerFast
 
     backend = type(tokenizer.backend_tokenizer).from_str(
@@ -182,7 +182,7 @@ def test_thoughts_may_come_first(tokenizer, tags):
         assert follows(constraint, own.encode(text, add_special_tokens=False), len(own)), text
 
 
-def test_without_thoughts_the_quote_comes_at_once(tokenizer):
+def test_without_thoughts_the_quote_comes_first(tokenizer):
     compiler = GrammarCompiler(tokenizer, len(tokenizer))
     for think, thinks, quotes in ((None, False, False), (("<think>",), True, True)):
         grammar = verbatim_grammar("add one", min_words=1, max_tokens=99, think=think)
@@ -213,8 +213,8 @@ def test_a_complete_text_may_only_stop(tokenizer):
     )
 
 
-def test_free_rows_are_left_alone(engine, tokenizer):
-    """What is beside it in the batch changes no row."""
+def test_rows_without_a_grammar_are_unconstrained(engine, tokenizer):
+    """A row does not depend on the other rows of the batch."""
     free = sample(engine, tokenizer, None, n=3, temperature=1.0)
     grammar = verbatim_grammar(ROLLOUTS[0], min_words=1, max_tokens=60)
     params = SamplingParams(max_new_tokens=160, stop_token_ids=(tokenizer.eos_token_id,))
@@ -229,7 +229,7 @@ def test_free_rows_are_left_alone(engine, tokenizer):
         assert text.partition("</error_quote>")[0] in ROLLOUTS[0]
 
 
-def test_log_probs_are_those_of_what_was_allowed(tiny_llama, tokenizer):
+def test_log_probs_are_of_the_constrained_distribution(tiny_llama, tokenizer):
     model = tiny_llama()
     engine = LocalEngine(model, tokenizer=tokenizer)
     stop = tokenizer.eos_token_id

@@ -1,4 +1,4 @@
-"""Quotes are located to the fewest tokens that hold them, and become the spans asked for."""
+"""Quotes are located to the fewest tokens that contain them, and become spans."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def kind(request):
 
 
 def characters(pieces):
-    """The oracle: each character of the text, and the set of tokens that hold a byte of it."""
+    """The oracle: each character of the text with the set of tokens that contain its bytes."""
     data = b"".join(pieces)
     token_of = [token for token, piece in enumerate(pieces) for _ in piece]
     result, place = [], 0
@@ -120,7 +120,7 @@ def test_a_leading_space_token_is_part_of_the_quote_that_starts_inside_it(tokeni
     assert find(" wrong rate", pieces).end == wrong + 2
 
 
-def test_whitespace_around_a_quote_is_dropped_only_if_need_be():
+def test_whitespace_around_a_quote_is_dropped_only_if_needed():
     pieces = [b"15", b" and", b" 5", b"."]
     assert (find("5", pieces).start, find("5", pieces).ambiguous) == (0, True)
     assert (find(" 5", pieces).start, find(" 5", pieces).ambiguous) == (2, False)
@@ -145,7 +145,7 @@ def test_empty_tokens_are_left_out_at_the_ends_only():
     assert (match.start, match.end) == (1, 4)
 
 
-def test_a_damaged_character_is_found_as_it_is_shown():
+def test_a_damaged_character_matches_its_replacement():
     pieces = [b"x\xe2", b"\x82", b"y\xff", b"z"]
     assert find("\ufffdy", pieces).start == 0
     assert find("\ufffdz", pieces).start == 2
@@ -243,7 +243,7 @@ def test_normalize_keeps_track_of_bytes(text):
 
 
 @pytest.mark.parametrize("occurrence", ["first", "last"])
-def test_the_first_or_the_last_of_several_places(occurrence):
+def test_the_first_or_the_last_of_several_occurrences(occurrence):
     pieces = [b"a", b"b", b"a", b"b", b"A"]
     assert find("ab", pieces).ambiguous
     match = locate("ab", pieces, occurrence=occurrence)
@@ -269,7 +269,7 @@ def test_a_sentence_by_its_number(tokenizer):
 
 
 def test_long_rollouts(tokenizer):
-    """A search that is quadratic in the length would not end today."""
+    """A search that is quadratic in the length would take hours."""
     text = "It is 3.5. " * 40_000
     pieces = [text[i : i + 3].encode() for i in range(0, len(text), 3)]
     match = locate("3.5. It", pieces, occurrence="last")
@@ -363,7 +363,7 @@ def test_a_miss_is_skipped_or_distilled_whole_and_counted(tokenizer, step):
         assert (span.start, span.end, span.source) == (0, length, "full")
 
 
-def test_a_quote_in_several_places_may_count_as_missed(tokenizer, step):
+def test_a_quote_that_occurs_twice_may_count_as_missed(tokenizer, step):
     located = locate_step(tokenizer, step, occurrence="unique_only")
     assert list(located.spans) == ["p0/0", "p0/1"]
     assert (located.num_found, located.num_ambiguous, located.num_missed) == (1, 1, 3)
@@ -372,7 +372,7 @@ def test_a_quote_in_several_places_may_count_as_missed(tokenizer, step):
     assert last.start == len(pieces) - 1 - pieces[::-1].index(b" wrong")
 
 
-def test_a_miss_may_become_what_is_most_like_it(tokenizer, step):
+def test_a_missed_quote_may_match_the_most_similar_passage(tokenizer, step):
     group, verdicts, _ = step
     reflections = {
         "p0/1": make_reflection("p0/1", quote="RATE was"),

@@ -1,4 +1,4 @@
-"""Whether the teacher's prompt helps, counted on answers that are known."""
+"""The measurement of whether reflections help, on known answers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from rosd_fast.types import DistillSample, Generation, SamplingParams
 
 
 class Answers:
-    """An engine that says what it is told to, by rollout id."""
+    """An engine with a fixed text per rollout id."""
 
     def __init__(self, tokenizer, texts):
         self.tokenizer, self.texts = tokenizer, texts

@@ -1,4 +1,4 @@
-"""Reflection requests, their budget, and what is read from the answers."""
+"""Reflection requests, their budget, and how the answers are parsed."""
 
 from __future__ import annotations
 
@@ -151,7 +151,7 @@ def test_only_sentences_that_are_shown_can_be_named(tokenizer, make_group):
 
 @pytest.mark.parametrize("mode", ["verbatim", "sentence"])
 @pytest.mark.parametrize("text", ["", " \n", "</error_quote>"])
-def test_nothing_is_asked_where_nothing_can_be_named(tokenizer, make_group, mode, text):
+def test_no_request_when_nothing_can_be_named(tokenizer, make_group, mode, text):
     tasks = build(tokenizer, *make_group([text, "4"], [0.0, 1.0]), mode=mode)
     named = mode == "sentence" and text.strip()
     assert [task.correct for task in tasks] == ([False, True] if named else [True])
@@ -180,7 +180,7 @@ def test_texts_are_never_read_as_templates(tokenizer, make_group):
 
 
 @pytest.mark.parametrize("budget", [85, 100, 150])
-def test_over_the_budget_the_middle_of_the_rollouts_goes(tokenizer, make_group, budget):
+def test_rollouts_lose_their_middle_over_the_budget(tokenizer, make_group, budget):
     wrong = "begin " + "the wrong rate was used " * 40 + "finish"
     right = "start " + "add the ones first " * 40 + "done"
     step = make_group([wrong, right, "4"], [0.0, 1.0, 1.0], system="Be brief.")
@@ -206,7 +206,7 @@ def test_a_problem_over_the_budget_is_a_user_error(tokenizer, make_group):
 
 
 class ScriptedEngine:
-    """Answers each request with the text that its rollout's index picks."""
+    """Answers each request with the text at its rollout's index."""
 
     def __init__(self, tokenizer, texts, *, reverse=False):
         self.tokenizer, self.texts, self.reverse = tokenizer, texts, reverse
@@ -274,7 +274,7 @@ def test_reflect(tokenizer, step):
     assert (wrong.leaks, wrong.refused, none.refused) == (True, None, "empty")
 
 
-def test_the_tag_that_ends_the_prompt_is_part_of_the_text(tokenizer, step):
+def test_the_opening_tag_in_the_prompt_is_part_of_the_text(tokenizer, step):
     texts = ["= 5</error_quote><explanation>Add.</explanation>", "Add.</explanation>", "Add."]
     engine = ScriptedEngine(tokenizer, texts)
     wrong, right, cut = run_reflect(tokenizer, engine, *step, mode="verbatim").values()
@@ -284,7 +284,7 @@ def test_the_tag_that_ends_the_prompt_is_part_of_the_text(tokenizer, step):
     assert (cut.explanation, cut.tolerated) == ("Add.", ("unclosed",))
 
 
-def test_no_groups_ask_nothing(tokenizer):
+def test_no_groups_make_no_requests(tokenizer):
     engine = ScriptedEngine(tokenizer, [])
     assert run_reflect(tokenizer, engine, None, {}) == {} and engine.calls == 0
     assert reflection_metrics({}) == {"reflect/num_reflections": 0.0}
@@ -356,7 +356,7 @@ def test_parse_reflections_on_correct_rollouts(text, expected):
         ("<explanation>", ()),
     ],
 )
-def test_what_is_tolerated_is_told(text, expected):
+def test_tolerated_departures_from_the_format_are_reported(text, expected):
     assert parse_reflection(text, correct=False).tolerated == expected
 
 

@@ -1,4 +1,4 @@
-"""Which groups are kept."""
+"""The choice of the groups that are reflected on."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from rosd_fast.rollout.select import select_groups
 
 @pytest.fixture(scope="module")
 def step(make_group):
-    """Groups by name: mixed, all wrong alike, all wrong but not alike, all right."""
+    """Groups: mixed, wrong with equal scores, wrong with different scores, right."""
     scores = {"mixed": (1.0, 0.0), "wrong": (0.0, 0.0), "partly": (0.5, 0.0), "right": (1.0, 1.0)}
     groups, verdicts = [], {}
     for name, own in scores.items():

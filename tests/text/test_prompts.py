@@ -1,4 +1,4 @@
-"""Prompts: chat templates of every temper, and templates filled with hostile texts."""
+"""Prompts: different chat templates, and templates filled with hostile texts."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_render_prompt_ends_with_the_generation_prompt(tokenizer):
 @pytest.mark.parametrize("end", ["", "\n", "{% if x %}{% endif %}\n", "\n\n"])
 @pytest.mark.parametrize("name", ["tokenizer", "sentencepiece_tokenizer", "metaspace_tokenizer"])
 def test_an_opening_is_encoded_with_the_prompt(tokenizer, name, end, request):
-    """The ids are those of the whole text, also where words begin with a mark for the space."""
+    """The ids equal those of the whole text, even if a space is part of the next word's token."""
     own = with_template(request.getfixturevalue(name), tokenizer.chat_template + end)
     without = own.decode(render_prompt(own, user="2 + 2 = ?"))
     ids = render_prompt(own, user="2 + 2 = ?", opening="<error_quote>")
@@ -136,8 +136,8 @@ def test_fit_prompt_keeps_as_much_as_fits(longest, budget, fixed):
 
 def test_the_pure_modules_do_not_import_torch():
     modules = (
-        "text.prompts text.token_bytes rollout.select reflection.reflect reflection.locate "
-        "reflection.requests batch.samples"
+        "text.prompts text.token_bytes text.decode text.sentences rollout.select "
+        "reflection.reflect reflection.locate reflection.requests batch.samples config.load verify data.problems"
     ).split()
     code = "import sys\n" + "".join(f"import rosd_fast.{module}\n" for module in modules)
     code += "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'jinja2')))"

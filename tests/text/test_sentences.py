@@ -1,4 +1,4 @@
-"""Sentences of the kind of text that models write."""
+"""Sentences of texts like those that models write."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_a_single_letter_in_prose_ends_a_sentence():
     assert split("The answer is B. It is blue.") == ["The answer is B.", "It is blue."]
 
 
-def test_a_sentence_like_those_of_science_questions():
+def test_a_sentence_from_a_science_question():
     text = (
         "The sample (2.50 g, approx. 0.01 mol) was heated at 85.5 °C for 3 h. According to Eq. 4, "
         "$\\Delta G = -RT \\ln K.$ Hence ΔG < 0.\n\n1. Mass balance: m = 2.5 g.\n2. Therefore "
@@ -100,7 +100,7 @@ def test_every_character_but_whitespace_is_in_one_sentence(text):
     ["\\(", "$", "$$", "`", ".", ".)", "\\begin{a}", "a. ", "\n", "etc. ", "```", "。", "1. "],
 )
 def test_long_hostile_texts(text):
-    """A pass that is quadratic in these would not end today."""
+    """A pass that is quadratic in the length would take hours."""
     data = (text * 500_000)[:500_000].encode()
     found = sentences(data)
     assert all(a[1] <= b[0] for a, b in pairwise(found))

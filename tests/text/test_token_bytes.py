@@ -39,7 +39,7 @@ def kind(request):
 @given(data=st.data())
 def test_bytes_of_random_ids_are_the_decoded_text(kind, data):
     tokenizer, token_bytes = kind
-    # Two ids more than there are: models often have more embeddings than tokens.
+    # Two ids too many: models often have more embeddings than tokens.
     ids = data.draw(st.lists(st.integers(0, len(tokenizer) + 1), max_size=12))
     pieces = token_bytes.of(ids)
     assert len(pieces) == len(ids)
@@ -135,7 +135,7 @@ def test_every_decoder_is_followed(name, ids):
 def test_a_decoder_that_mixes_tokens_is_refused(decoder):
     backend = Tokenizer(models.BPE(vocab={"a": 0}, merges=[]))
     backend.decoder = decoder
-    with pytest.raises(UserError, match="cannot be followed"):
+    with pytest.raises(UserError, match="does not work token by token"):
         TokenBytes(PreTrainedTokenizerFast(tokenizer_object=backend))
 
 

@@ -1,4 +1,4 @@
-"""A verifier of one's own: one registration is all that it takes."""
+"""A new verifier takes one registration and nothing else."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ def group_of(problem: Problem, *texts: str) -> Group:
     return Group(problem=problem, rollouts=rollouts)
 
 
-def test_a_data_set_can_name_it_and_its_verdicts_count(tmp_path: Path) -> None:
+def test_a_registered_verifier_can_be_named_and_judges(tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": "2 + 2 = ?", "answer": "4"}\n')
     (problem,) = load_problems(str(data), verifier="boxed")

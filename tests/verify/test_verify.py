@@ -76,7 +76,7 @@ def test_equal_numbers(found: str, answer: str) -> None:
         "\u0664\u0662",
     ],
 )
-def test_no_or_other_numbers(found: str) -> None:
+def test_other_texts_are_wrong(found: str) -> None:
     assert VERIFIERS["number"](tag(found), "42") == (0.0, found)
 
 
@@ -120,7 +120,7 @@ def test_exact_ignores_case_and_spacing_only() -> None:
         ("", 0.0),
     ],
 )
-def test_contains_wants_whole_words(completion: str, score: float) -> None:
+def test_contains_matches_whole_words(completion: str, score: float) -> None:
     assert VERIFIERS["contains"](completion, "12")[0] == score
 
 
@@ -187,7 +187,7 @@ def make_group(verifier: str, texts: list[str]) -> Group:
     return Group(problem=problem, rollouts=rollouts)
 
 
-def test_verify_all_gives_one_verdict_a_rollout() -> None:
+def test_verify_all_gives_one_verdict_per_rollout() -> None:
     verdicts = verify_all([make_group("number", [tag("4"), tag("5"), "none"])], threshold=1.0)
     assert list(verdicts) == ["p:1/0", "p:1/1", "p:1/2"]
     assert [v.success for v in verdicts.values()] == [True, False, False]
