@@ -137,7 +137,8 @@ def test_fit_prompt_keeps_as_much_as_fits(longest, budget, fixed):
 def test_the_pure_modules_do_not_import_torch():
     modules = (
         "text.prompts text.token_bytes text.decode text.sentences rollout.select "
-        "reflection.reflect reflection.locate reflection.requests batch.samples config.load verify data.problems"
+        "reflection.reflect reflection.locate reflection.requests batch.samples config.load "
+        "verify data.problems"
     ).split()
     code = "import sys\n" + "".join(f"import rosd_fast.{module}\n" for module in modules)
     code += "sys.exit(any(name in sys.modules for name in ('torch', 'transformers', 'jinja2')))"
