@@ -264,6 +264,7 @@ class PackedBatch:
     """
 
     rollout_ids: tuple[str, ...]  # [B]
+    problem_ids: tuple[str, ...]  # [B], of those rollouts; samples of one share a long prefix
     student: PackedSequences
     teacher: PackedSequences
     token_ids: Tensor  # [N] int64, the distilled tokens

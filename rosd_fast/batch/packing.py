@@ -128,6 +128,7 @@ class StepSequences:
         counts = torch.tensor([sample.num_distilled for sample in samples])
         return PackedBatch(
             rollout_ids=tuple(sample.rollout_id for sample in samples),
+            problem_ids=tuple(sample.problem_id for sample in samples),
             student=self._packed(self.student, indices),
             teacher=self._packed(self.teacher, indices),
             token_ids=rows(lambda s: s.completion_ids[s.start : s.end], torch.int64),
@@ -269,6 +270,7 @@ def empty_batch() -> PackedBatch:
     )
     return PackedBatch(
         rollout_ids=(),
+        problem_ids=(),
         student=sequences,
         teacher=sequences,
         token_ids=nothing,

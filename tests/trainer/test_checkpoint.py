@@ -87,6 +87,7 @@ def batch(seed: int) -> PackedBatch:
 
     return PackedBatch(
         rollout_ids=("a", "b"),
+        problem_ids=("a", "b"),
         student=sequences([8, 6]),
         teacher=sequences([12, 9]),
         token_ids=torch.randint(0, 300, (3,), generator=g),

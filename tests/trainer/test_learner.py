@@ -92,6 +92,7 @@ def batch(samples: list[dict]) -> PackedBatch:
     counts = torch.tensor([len(s["completion"]) - s["start"] for s in samples])
     return PackedBatch(
         rollout_ids=tuple(s["id"] for s in samples),
+        problem_ids=tuple(s["id"] for s in samples),
         student=packed(samples, "student"),
         teacher=packed(samples, "teacher"),
         token_ids=torch.cat([s["completion"][s["start"] :] for s in samples]),

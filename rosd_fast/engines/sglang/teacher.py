@@ -181,9 +181,9 @@ def _sequences(batch: PackedBatch) -> list[tuple[list[int], int, str]]:
     Samples of equal affinity, those of one problem, share a server's prefix cache.
     """
     sequences = []
-    for index, rollout_id in enumerate(batch.rollout_ids):
+    for index, problem_id in enumerate(batch.problem_ids):
         positions = batch.teacher.gather[batch.sample_index == index]
         # A sequence ends at its last distilled token, and a span has no gaps.
         ids = batch.teacher.sequence(int(positions[-1]))
-        sequences.append((ids, len(ids) - len(positions), rollout_id.rpartition("/")[0]))
+        sequences.append((ids, len(ids) - len(positions), problem_id))
     return sequences
