@@ -112,7 +112,7 @@ class Run:
         )
 
     async def check_teacher_server(self, server: SglangTeacher) -> None:
-        """Compare the teacher's server with the initial weights, then free these on a single rank.
+        """Compare the teacher's server with the initial weights; one rank then frees them.
 
         A run that resumes on several ranks no longer has the initial weights and skips the check,
         which was made when the run began. Raises RunFailed when they differ.
@@ -285,7 +285,7 @@ def restore(folder: Path, config: Config, learners: LearnerGroup) -> int:
 
 
 def finish(run: Run) -> None:
-    """Draw the plots and the token page of the last step, and say what the run came to."""
+    """Draw the plots and the token page of the last step, and print the summary."""
     draw_plots(run.folder)
     if run.config.dump_rollouts and run.last_step:
         render_tokens_html(run.folder, run.last_step)

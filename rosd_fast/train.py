@@ -79,7 +79,7 @@ async def run_steps(run: Run) -> None:
 
 
 async def start(run: Run, engines: Engines) -> None:
-    """Bring servers to the weights that the run begins with, and compare them with the trainer."""
+    """Load the run's initial weights into the servers, and compare them with the trainer."""
     if engines.teacher_server is not None:
         await run.check_teacher_server(engines.teacher_server)
     await run.sync_weights(engines, run.first_step - 1)

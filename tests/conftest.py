@@ -14,7 +14,7 @@ os.environ["TRITON_INTERPRET"] = "1"
 # Test processes side by side share the cores: threads that wait for one another's are many times
 # slower. Read when torch is imported, here and in the processes that tests start.
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // workers)))
+    os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast

@@ -111,9 +111,10 @@ def apply_toml(base: Config, path: Path, *, accept_old_names: bool = False) -> C
         raise UserError(f"malformed TOML ({what})", where=f"{path}:{number}") from None
     if accept_old_names:
         layer = translate(layer)
-    for old in old_names(layer):
-        line = find_line(text, tuple(old.split(".")))
-        raise UserError(f"{old} is now {RENAMED[old]}", where=f"{path}:{line}")
+    if found := old_names(layer):
+        line = find_line(text, tuple(found[0].split(".")))
+        names = ", ".join(f"{old} is now {RENAMED[old]}" for old in found)
+        raise UserError(names, where=f"{path}:{line}")
     layer = _false_to_none(layer, Config)
     merged = _merge(_without_quickstart_dev(base, layer).model_dump(mode="json"), layer)
     try:

@@ -188,7 +188,7 @@ class SpanConfig(Section):
     span: the quote.
     sentence: the whole sentences that contain the quote."""
     occurrence: Literal["first", "last", "unique_only"] = "first"
-    """Where a quote that occurs several times is taken to be.
+    """Which occurrence of a repeated quote is used.
     first: at its first occurrence.
     last: at its last occurrence.
     unique_only: nowhere; it counts as missed."""
@@ -202,7 +202,7 @@ class SpanConfig(Section):
 
 
 class TeacherConfig(Section):
-    """The teacher: a copy of the student whose prompt holds problem and reflection."""
+    """The teacher: a copy of the student whose prompt contains the problem and the reflection."""
 
     kind: Literal["frozen", "ema", "live", "trust_region"] = "frozen"
     """The teacher's weights.
@@ -263,7 +263,7 @@ class LossConfig(Section):
     top_k: PositiveInt | None = None
     """Compare only the student's k most likely tokens; None: all."""
     tail: bool = True
-    """With top_k: compare the remaining probability as one more token; otherwise renormalize."""
+    """With top_k: treat the remaining probability as one extra token; otherwise renormalize."""
     entry_clip: PositiveFloat | None = None
     """Maximum contribution of a vocabulary entry to a token's divergence; None: no limit."""
     importance_clip: PositiveFloat | None = 2.0
@@ -280,7 +280,7 @@ class LossConfig(Section):
     sparsity_bound: Annotated[float, Field(gt=0, lt=1)] = 2**-12
     """Bound on the probability that is dropped (sparsity entry and mass)."""
     vocabulary_order: bool = True
-    """With sparsity: move likely entries into common tiles, as found on the first 1024 distilled
+    """With sparsity: group likely entries into shared tiles, learned from the first 1024 distilled
     tokens."""
     workspace_mib: PositiveInt = 256
     """Memory for logits in MiB, whatever the number of tokens."""

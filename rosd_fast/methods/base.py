@@ -20,8 +20,10 @@ How the methods of the field fit in (`docs/method.md` has the table of the famil
     grpo    nothing                  no teacher prompt; `weight` holds the group's advantage
     sft     nothing                  no teacher prompt; correct rollouts, all tokens
 
-The first four need nothing but a file beside `rosd.py`. The last two train without a teacher: they
-add a sample whose `teacher_prompt_ids` is empty, and a loss for it in `rosd_fast.trainer.loss`.
+SDPO needs only a file beside `rosd.py`. OPSD also needs a reference solution in `Problem`, OPD a
+teacher loaded from another model. GRPO and SFT train without a teacher: `DistillSample` must first
+allow an empty `teacher_prompt_ids`, packing a micro-batch without a teacher's side, and
+`rosd_fast.trainer.loss` needs their loss.
 """
 
 from __future__ import annotations
@@ -47,13 +49,27 @@ class TrainingSet:
     """What a step trains on, as `Method.build` returns it.
 
     samples: at most one per rollout; the order decides nothing.
-    spans: the trained tokens by rollout id, for the report; a rollout without one is not trained.
+    spans: by rollout id, the trained tokens of each sample and how they were found. A rollout that
+        has a span and no sample is not trained.
     metrics: of the method's own stages, with names such as `reflect/num_reflections`.
+
+    Raises ValueError for two samples of one rollout, and for a sample that is not its span.
     """
 
     samples: Sequence[DistillSample]
-    spans: Mapping[str, ErrorSpan] = field(default_factory=dict)
+    spans: Mapping[str, ErrorSpan]
     metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if len({sample.rollout_id for sample in self.samples}) < len(self.samples):
+            raise ValueError("a rollout has two samples; a step trains each rollout once")
+        for sample in self.samples:
+            span = self.spans.get(sample.rollout_id)
+            if span is None or (span.start, span.end) != (sample.start, sample.end):
+                raise ValueError(
+                    f"{sample.rollout_id}: the sample trains tokens [{sample.start}, {sample.end}) "
+                    f"and its span is {span}"
+                )
 
 
 class Method(ABC):
@@ -64,7 +80,7 @@ class Method(ABC):
     token_bytes: the bytes that each sampled token stands for.
     """
 
-    annotate_stage: Stage = Stage.REFLECT  # the stage that the time of `annotate` is counted under
+    annotate_stage: Stage = Stage.REFLECT  # counts the time of `annotate`; streamed, sampling does
 
     def __init__(self, config: Config, model: LoadedModel, token_bytes: TokenBytes) -> None:
         self.config = config
@@ -106,7 +122,7 @@ class Method(ABC):
         annotations: Mapping[str, Reflection],
         progress: Progress | Hidden,
     ) -> TrainingSet:
-        """Return what the kept `groups` of a step train, given what `annotate` returned."""
+        """Return what the step trains on, given what `annotate` returned."""
 
     async def measure(
         self,

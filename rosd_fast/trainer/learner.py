@@ -59,7 +59,7 @@ class Learner:
     fit the model.
 
     config: the run's options.
-    dtype: that the layers compute in.
+    dtype: the dtype that the layers compute in.
     world: this process among the ranks.
     full_model: rank 0's model with all weights, None elsewhere; on one process it is the student.
     fingerprint: of the initial weights, on rank 0.
@@ -124,7 +124,7 @@ class Learner:
             self._gathered = self.optimizer.num_updates
 
     def gather_teacher(self, into: PreTrainedModel | None) -> None:
-        """Write the teacher's current weights into `into`, which is None on ranks beside rank 0."""
+        """Write the teacher's current weights into `into`, which is None on ranks other than 0."""
         self.teacher.policy.gather_weights(into)
 
     def step(

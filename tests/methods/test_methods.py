@@ -101,3 +101,24 @@ def test_the_loop_names_no_stage_of_rosd() -> None:
         modules = {node.module or "" for node in ast.walk(tree) if isinstance(node, ast.ImportFrom)}
         assert not [module for module in modules if module.startswith("rosd_fast.reflection")]
         assert "rosd_fast.methods.rosd" not in modules
+
+
+def test_a_set_whose_samples_are_not_their_spans_is_refused_before_training() -> None:
+    sample = DistillSample(
+        rollout_id="p/0",
+        problem_id="p",
+        student_prompt_ids=(1,),
+        teacher_prompt_ids=(1,),
+        completion_ids=(2, 3),
+        logprobs=(-1.0, -1.0),
+        start=0,
+        end=2,
+    )
+    whole = ErrorSpan(rollout_id="p/0", start=0, end=2, source="full")
+    assert TrainingSet(samples=[sample], spans={"p/0": whole}).samples == [sample]
+    other = ErrorSpan(rollout_id="p/0", start=1, end=2, source="quote")
+    for spans in ({}, {"p/0": other}):
+        with pytest.raises(ValueError, match=r"p/0: the sample trains tokens \[0, 2\)"):
+            TrainingSet(samples=[sample], spans=spans)
+    with pytest.raises(ValueError, match="two samples"):
+        TrainingSet(samples=[sample, sample], spans={"p/0": whole})
