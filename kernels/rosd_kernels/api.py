@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from rosd_kernels.auto import choose, remember
+from rosd_kernels.checks import check_ids, check_order
 from rosd_kernels.chunked import run_chunked
 from rosd_kernels.records import (
     Divergence,
@@ -162,9 +163,9 @@ def _run(
             "vocab_group: got a group with strategy 'reference', which needs whole heads; want "
             "'chunked', 'tiled' or 'auto'"
         )
-    _check_order(inputs, options)
+    check_order(options.sparsity, inputs.vocab_size)
     vocabulary = Vocabulary(inputs.vocab_size, vocab_group, inputs.student_hidden.device)
-    _check_ids(inputs, options, vocabulary)
+    _check_sizes(inputs, options, vocabulary)
     if options.top_k == vocabulary.size:  # nothing is left for a tail
         options = replace(options, top_k=None)
     if options.top_k is not None and strategy == "tiled":
@@ -181,15 +182,7 @@ def _run(
     return output
 
 
-def _check_order(inputs: SpanInputs, options: SpanOptions) -> None:
-    order = options.sparsity.order
-    if order is not None and order.vocab_size != inputs.vocab_size:
-        raise ValueError(
-            f"sparsity: got an order of {order.vocab_size} entries, want V = {inputs.vocab_size}"
-        )
-
-
-def _check_ids(inputs: SpanInputs, options: SpanOptions, vocabulary: Vocabulary) -> None:
+def _check_sizes(inputs: SpanInputs, options: SpanOptions, vocabulary: Vocabulary) -> None:
     """The checks that depend on the whole vocabulary's size, or on several arguments."""
     if options.importance_clip is not None:
         for name in ("token_ids", "rollout_logprobs"):
@@ -199,10 +192,4 @@ def _check_ids(inputs: SpanInputs, options: SpanOptions, vocabulary: Vocabulary)
                 )
     if options.top_k is not None and options.top_k > vocabulary.size:
         raise ValueError(f"top_k: got {options.top_k}, want at most V = {vocabulary.size}")
-    ids = inputs.token_ids
-    # Only on a CPU, where the check costs no synchronization.
-    if ids is not None and ids.device.type == "cpu" and len(ids):
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= vocabulary.size:
-            wrong = low if low < 0 else high
-            raise ValueError(f"token_ids: got id {wrong}, want 0 <= id < V = {vocabulary.size}")
+    check_ids(inputs.token_ids, vocabulary)
