@@ -99,6 +99,20 @@ def check_devices(**tensors: Tensor | None) -> None:
             raise ValueError(f"{name}: is on {device}, want {wanted}, where {first} is")
 
 
+def check_strategy(strategy: str, strategies: tuple[str, ...]) -> None:
+    if strategy != "auto" and strategy not in strategies:
+        names = ", ".join(repr(name) for name in ("auto", *strategies))
+        raise ValueError(f"strategy: got {strategy!r}, want one of {names}")
+
+
+def check_group(vocab_group: object, strategy: str) -> None:
+    if vocab_group is not None and strategy == "reference":
+        raise ValueError(
+            "vocab_group: got a group with strategy 'reference', which needs whole heads; want "
+            "'chunked', 'tiled' or 'auto'"
+        )
+
+
 def check_order(sparsity: Sparsity, vocab_size: int) -> None:
     order = sparsity.order
     if order is not None and order.vocab_size != vocab_size:
