@@ -183,6 +183,7 @@ def _measure(
         bound = 2 * e_bound + student_mass * (total.abs() + e_bound)
     else:
         bound = e_bound + student_mass
+    bound = bound / options.temperature  # it is of the gradient w.r.t. scaled logits
     return measured(active, torch.maximum(student_mass, teacher_mass), bound, vocabulary)
 
 
