@@ -193,6 +193,9 @@ class Learner:
         num_policy = int(self.world.sum(sum(batch.num_policy for batch in batches)))
         metrics = {
             "loss/num_distilled_tokens": float(total),
+            "loss/num_input_tokens": float(
+                self.world.sum(sum(batch.num_tokens for batch in batches))
+            ),
             "loss/lr": self.optimizer.lr,
             "loss/skipped": 0.0,
         }
