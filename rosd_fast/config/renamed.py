@@ -18,7 +18,7 @@ RENAMED = {
     "optim.only": "optim.trainable",
 }
 
-ADDED_LATER = ("method",)
+ADDED_LATER = ("method", "chat", "span.thinking")
 """Options, or whole sections, that runs did not have when hashing began. Each counts in the hash
 only where it differs from its default. A new option that decides what is learned belongs here."""
 

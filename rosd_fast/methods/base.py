@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from rosd_fast.engines.lifecycle import Engines
     from rosd_fast.model.load import LoadedModel
     from rosd_fast.report.progress import Hidden, Progress
+    from rosd_fast.text.chat import Chats
     from rosd_fast.text.token_bytes import TokenBytes
     from rosd_fast.types import DistillSample, ErrorSpan, Group, Problem, Reflection, Verdict
 
@@ -78,14 +79,18 @@ class Method(ABC):
     config: all options; a method documents the sections that it reads.
     model: the student as loaded, with its tokenizer and stop tokens.
     token_bytes: the bytes that each sampled token stands for.
+    chats: how the prompts of each role are rendered.
     """
 
     annotate_stage: Stage = Stage.REFLECT  # counts the time of `annotate`; streamed, sampling does
 
-    def __init__(self, config: Config, model: LoadedModel, token_bytes: TokenBytes) -> None:
+    def __init__(
+        self, config: Config, model: LoadedModel, token_bytes: TokenBytes, chats: Chats
+    ) -> None:
         self.config = config
         self.model = model
         self.token_bytes = token_bytes
+        self.chats = chats
 
     @classmethod  # noqa: B027
     def check_options(cls, config: Config) -> None:

@@ -29,11 +29,12 @@ from rosd_fast.reflection.reflect import (
 from rosd_fast.reflection.requests import template_name
 from rosd_fast.report.stages import Stage
 from rosd_fast.rollout.sample import sampling_params
-from rosd_fast.text.prompts import fill_template, placeholders, render_prompt
+from rosd_fast.text.prompts import fill_template, placeholders
 
 if TYPE_CHECKING:
     from rosd_fast.engines.lifecycle import Engines
     from rosd_fast.report.progress import Hidden, Progress
+    from rosd_fast.text.chat import Chats
     from rosd_fast.types import Group, Problem, Reflection, Verdict
 
 
@@ -54,7 +55,7 @@ class Rosd(Method):
         """Raise UserError when the longest problem fills a template's budget, or when quotes
         cannot be constrained with this tokenizer."""
         longest = max(problems, key=lambda problem: len(problem.prompt))
-        check_budgets(self.config, self.model.tokenizer, longest)
+        check_budgets(self.config, self.chats, longest)
         if self.config.reflect.mode != "free":
             vocab_size = head(self.model.model).weight.shape[0]
             GrammarCompiler(self.model.tokenizer, vocab_size).check(self.model.stop_token_ids)
@@ -76,7 +77,8 @@ class Rosd(Method):
             verdicts,
             engine=engine,
             config=config.reflect,
-            model=self.model,
+            chats=self.chats,
+            stop_token_ids=self.model.stop_token_ids,
             seed=config.seed,
             step=step,
             on_tokens=progress.tokens,
@@ -90,6 +92,7 @@ class Rosd(Method):
         progress: Progress | Hidden,
     ) -> TrainingSet:
         """Locate each quote in the sampled tokens, and put both prompts before them."""
+        thinks = self.config.span.thinking
         with progress.stage(Stage.LOCATE):
             located = locate_errors(
                 groups,
@@ -97,13 +100,14 @@ class Rosd(Method):
                 annotations,
                 token_bytes=self.token_bytes,
                 config=self.config.span,
+                thinking={} if thinks else self.chats.thinking_lengths(groups),
             )
         with progress.stage(Stage.BUILD):
             samples = build_samples(
                 groups,
                 annotations,
                 located.spans,
-                tokenizer=self.model.tokenizer,
+                chat=self.chats.teacher,
                 config=self.config.teacher,
             )
         return TrainingSet(
@@ -144,7 +148,7 @@ class Rosd(Method):
         return probe_metrics(helped)
 
 
-def check_budgets(config: Config, tokenizer: object, problem: Problem) -> None:
+def check_budgets(config: Config, chats: Chats, problem: Problem) -> None:
     """Raise UserError when `problem`, the longest, and a template alone are over their budget.
 
     Only the templates that the run uses are checked.
@@ -154,7 +158,8 @@ def check_budgets(config: Config, tokenizer: object, problem: Problem) -> None:
         template = getattr(options, name)
         texts = {**dict.fromkeys(placeholders(template), ""), "problem": problem.prompt}
         user = fill_template(template, texts)
-        length = len(render_prompt(tokenizer, user=user, system=problem.system))
+        chat = chats.teacher if section == "teacher" else chats.reflector
+        length = len(chat.render(user, system=problem.system))
         if length >= options.max_prompt_tokens:
             raise UserError(
                 f"{section}.{name} and the problem have {length} tokens together, and "
