@@ -10,6 +10,7 @@ A special token that is spelled out in a text is encoded as text, if transformer
 from __future__ import annotations
 
 import inspect
+import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -55,8 +56,8 @@ class ChatFormat:
         """The ids of a prompt: chat template, generation prompt, and the answer's `opening`.
 
         system: the problem's own system turn, which replaces the role's. If the template has no
-        system role, the system text precedes the user text. `opening` must not have braces, which
-        Jinja would read. Raises UserError when the template fails.
+        system role, the system text precedes the user text. Raises UserError when the template
+        fails.
         """
         system = self.system if system is None else system
         if system is not None and not self.system_role:
@@ -64,8 +65,9 @@ class ChatFormat:
         options = _sanitize(self.tokenizer, user, system or "")
         if opening := self.prefix + opening:
             # As part of the template it is encoded together with the text before it. Jinja drops a
-            # line break at the end of a template.
-            options["chat_template"] = self.source.removesuffix("\n") + opening
+            # line break at the end of a template, and one that follows a block.
+            written = f"{{{{ {json.dumps(opening)} }}}}"
+            options["chat_template"] = self.source.removesuffix("\n") + written
         elif self.template is not None:
             options["chat_template"] = self.template
         try:
