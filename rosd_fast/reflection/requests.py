@@ -10,7 +10,6 @@ with the reflection's opening tag; thinking that the chat template opens is clos
 
 from __future__ import annotations
 
-import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -24,6 +23,7 @@ from rosd_fast.reflection.grammar import (
     sentence_grammar,
     verbatim_grammar,
 )
+from rosd_fast.rollout.siblings import choose_demonstration
 from rosd_fast.text.prompts import (
     cut_middle,
     fill_template,
@@ -87,8 +87,9 @@ def build_reflection_requests(
     tasks = []
     for group in groups:
         key = f"{seed}/{step}/{group.problem.id}"
-        showable = [rollout for rollout in group.rollouts if _has_text(chats, rollout)]
-        demonstration = choose_demonstration(showable, verdicts, config.demonstration, key=key)
+        demonstration = choose_demonstration(
+            group, verdicts, config.demonstration, key=key, chats=chats
+        )
         for rollout in group.rollouts:
             correct = verdicts[rollout.id].success
             task = builder.task(group.problem, rollout, demonstration, correct=correct)
@@ -117,7 +118,7 @@ class _TaskBuilder:
         if correct and config.on_correct == "skip":
             return None
         template = template_of(config, correct=correct)
-        if not _has_text(self.chats, rollout):
+        if not self.chats.shows(rollout):
             return None
         text, shown_from = self.chats.shown(rollout)
         texts, parts = {"rollout": text}, ()
@@ -235,27 +236,6 @@ def template_name(config: ReflectConfig, *, correct: bool) -> str:
     if correct:
         return "correct_template"
     return "sentence_template" if config.mode == "sentence" else "wrong_template"
-
-
-def _has_text(chats: Chats, rollout: Rollout) -> bool:
-    """Whether prompts show anything of a rollout; one that only thinks may have nothing."""
-    text, shown_from = chats.shown(rollout)
-    return bool(text) or not shown_from
-
-
-def choose_demonstration(
-    rollouts: Sequence[Rollout], verdicts: Mapping[str, Verdict], policy: str, *, key: str = ""
-) -> Rollout | None:
-    """A correct rollout: the `first`, the `shortest` in tokens, or a `random` one.
-
-    key: seeds the random choice. None when no rollout is correct.
-    """
-    correct = [rollout for rollout in rollouts if verdicts[rollout.id].success]
-    if policy == "shortest":
-        correct.sort(key=lambda rollout: len(rollout.completion_ids))
-    if policy == "random" and correct:
-        return random.Random(key).choice(correct)
-    return correct[0] if correct else None
 
 
 def split_sentences(text: str) -> tuple[str, ...]:

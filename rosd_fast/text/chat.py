@@ -204,8 +204,14 @@ class Chats:
             start = self.thinking.last_paragraph(ids, start)
         return decode(self.tokenizer, ids[start:]).lstrip(), start
 
+    def shows(self, rollout: Rollout) -> bool:
+        """Whether prompts show anything of a rollout; one that only thinks may have nothing."""
+        text, start = self.shown(rollout)
+        return bool(text) or not start
+
     @property
     def tokenizer(self) -> Any:
+        """The tokenizer of all roles."""
         return self.student.tokenizer
 
 

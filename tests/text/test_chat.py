@@ -29,7 +29,7 @@ USER_ONLY = (
 )
 
 
-def test_render_prompt_ends_with_the_generation_prompt(tokenizer):
+def test_a_prompt_ends_with_the_generation_prompt(tokenizer):
     ids = chat_format(tokenizer).render("2 + 2 = ?", system="Be brief.")
     assert isinstance(ids, tuple) and all(type(token) is int for token in ids)
     assert tokenizer.decode(ids) == (
