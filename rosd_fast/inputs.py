@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rosd_fast.config import Config
+from rosd_fast.config.chat import make_chats, read_templates
 from rosd_fast.config.load import preset_names
 from rosd_fast.data.problems import ProblemStream, load_problems
 from rosd_fast.engines.factory import check_engine
@@ -14,6 +15,7 @@ from rosd_fast.model.adapters import choose_trainable
 from rosd_fast.model.load import LoadedModel, full_model_device, load_model
 from rosd_fast.quickstart import QUICKSTART
 from rosd_fast.rollout.sample import check_prompts
+from rosd_fast.text.chat import Chats
 from rosd_fast.text.token_bytes import TokenBytes
 from rosd_fast.types import Problem
 
@@ -22,8 +24,9 @@ from rosd_fast.types import Problem
 class Inputs:
     """What a run is made of, checked.
 
-    config: all options, with absolute paths.
+    config: all options, with absolute paths and the texts of chat templates.
     model: the student with its initial weights.
+    chats: how the prompts of each role are rendered.
     problems: the training problems.
     dev_splits: "dev" and "ood", those that were given.
     stream: the problems of each step.
@@ -33,6 +36,7 @@ class Inputs:
 
     config: Config
     model: LoadedModel
+    chats: Chats
     problems: list[Problem]
     dev_splits: dict[str, list[Problem]]
     stream: ProblemStream
@@ -62,14 +66,17 @@ def load_inputs(config: Config) -> Inputs:
         device=full_model_device(config.device, config.engine),
         trust_remote_code=config.trust_remote_code,
     )
-    check_prompts(
-        [*problems, *(problem for split in dev_splits.values() for problem in split)],
-        tokenizer=model.tokenizer,
-        max_prompt_tokens=config.sample.max_prompt_tokens,
-        context_length=model.context_length,
-    )
+    chats = make_chats(config.chat, model.tokenizer)
+    dev_problems = [problem for split in dev_splits.values() for problem in split]
+    for chat, asked in ((chats.student, problems), (chats.eval, dev_problems)):
+        check_prompts(
+            asked,
+            chat=chat,
+            max_prompt_tokens=config.sample.max_prompt_tokens,
+            context_length=model.context_length,
+        )
     token_bytes = TokenBytes(model.tokenizer)
-    method = method_type(config, model, token_bytes)
+    method = method_type(config, model, token_bytes, chats)
     method.check_problems(problems)
     choose_trainable(
         model.model, lora=config.lora, trainable=config.optim.trainable, seed=config.seed
@@ -77,6 +84,7 @@ def load_inputs(config: Config) -> Inputs:
     return Inputs(
         config=config,
         model=model,
+        chats=chats,
         problems=problems,
         dev_splits=dev_splits,
         stream=stream,
@@ -99,7 +107,10 @@ def load_data(config: Config) -> tuple[list[Problem], dict[str, list[Problem]]]:
 
 
 def with_absolute_paths(config: Config) -> Config:
-    """Return options that name the same files from whatever folder the run is resumed in."""
+    """Return options that name the same files from whatever folder the run is resumed in.
+
+    A chat template's text replaces its path, so a resumed run has the template it began with.
+    """
 
     def absolute(source: str | None) -> str | None:
         if source is None or source.startswith(QUICKSTART):
@@ -116,6 +127,7 @@ def with_absolute_paths(config: Config) -> Config:
         update={
             "model": model,
             "data": data.model_copy(update=sources),
+            "chat": read_templates(config.chat),
             "engine": engine.model_copy(update=places),
         }
     )

@@ -85,7 +85,7 @@ class Run:
         """The prompt on which servers are compared with the trainer: a training problem's."""
         return problem_prompt(
             self.inputs.problems[0],
-            self.inputs.model.tokenizer,
+            self.inputs.chats.student,
             self.config.sample.max_prompt_tokens,
         )[:WEIGHT_CHECK_TOKENS]
 

@@ -3,6 +3,7 @@
     schema      every option, defined once
     checks      options that do not go together
     templates   the placeholders of prompt templates
+    chat        the options of chat templates: their arguments and files
     renamed     options that had another name before
     load        reads options from presets, TOML files and the command line
     arguments   the names of options on the command line
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 from rosd_fast.config.checks import uses_teacher_weights
 from rosd_fast.config.schema import (
+    ChatConfig,
     CheckpointConfig,
     Config,
     DataConfig,
@@ -37,6 +39,7 @@ from rosd_fast.config.schema import (
     PositiveInt,
     Probability,
     ReflectConfig,
+    RoleChat,
     SampleConfig,
     Section,
     SelectConfig,
@@ -46,6 +49,7 @@ from rosd_fast.config.schema import (
 )
 
 __all__ = [
+    "ChatConfig",
     "CheckpointConfig",
     "Config",
     "DataConfig",
@@ -67,6 +71,7 @@ __all__ = [
     "PositiveInt",
     "Probability",
     "ReflectConfig",
+    "RoleChat",
     "SampleConfig",
     "Section",
     "SelectConfig",

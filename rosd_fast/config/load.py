@@ -49,6 +49,7 @@ NOT_HASHED = {
     "name": True,
     "dump_rollouts": True,
     "data": {"dev", "dev_ood"},
+    "chat": {"eval"},
     "eval": True,
     "checkpoint": True,
     "parallel": True,
@@ -152,9 +153,10 @@ def config_hash(config: Config) -> str:
 
     Checkpoints hold it, so it must not change when an option is renamed or added.
     """
-    options = legacy_options(
-        config.model_dump(mode="json", exclude=NOT_HASHED), Config().model_dump(mode="json")
+    hashed, defaults = (
+        options.model_dump(mode="json", exclude=NOT_HASHED) for options in (config, Config())
     )
+    options = legacy_options(hashed, defaults)
     text = json.dumps(options, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -20,6 +20,8 @@ RENAMED = {
 
 ADDED_LATER = (
     "method",
+    "chat",
+    "span.thinking",
     "policy",
     "loss.distill_weight",
     "loss.policy_weight",

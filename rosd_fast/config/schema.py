@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from rosd_fast.config.chat import wrong_kwargs
 from rosd_fast.config.checks import conflict
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -64,6 +65,46 @@ class DataConfig(Section):
     """Verifier for problems that name none (number, choice, exact, contains)."""
     shuffle: bool = True
     """Shuffle the problems in every epoch, by the seed."""
+
+
+class RoleChat(Section):
+    """The prompts of one role. What is left at None is not set, or for eval as the student's."""
+
+    kwargs: str | None = None
+    """Arguments of the chat template for this role, on top of chat.kwargs."""
+    system: str | None = None
+    """System prompt for problems that have none; a problem's own system turn replaces it.
+    None: no system prompt (eval: the student's, and an empty text for none)."""
+    template: str | None = None
+    """A Jinja file that replaces the tokenizer's chat template. Its text is kept with the run.
+    None: the tokenizer's (eval: the student's)."""
+
+
+class ChatConfig(Section):
+    """Chat templates: how prompts are rendered, for each role (see docs/chat.md)."""
+
+    kwargs: str = ""
+    """Arguments of the chat template for all roles, as in
+    enable_thinking=false,reasoning_effort=low."""
+    thinking: Literal["keep", "strip", "last"] = "keep"
+    """The thinking of rollouts that a prompt shows: demonstrations, and rollouts to reflect on.
+    keep: it is shown.
+    strip: only the answer after it is shown.
+    last: the last paragraph of it and the answer are shown."""
+    student: RoleChat = RoleChat()
+    """Rollouts."""
+    reflector: RoleChat = RoleChat()
+    """Reflections."""
+    teacher: RoleChat = RoleChat()
+    """The teacher's prompts, which contain a reflection."""
+    eval: RoleChat = RoleChat()
+    """Evaluation, as the student unless set."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ChatConfig:
+        if (message := wrong_kwargs(self)) is not None:
+            raise ValueError(message)
+        return self
 
 
 class SampleConfig(Section):
@@ -199,6 +240,9 @@ class SpanConfig(Section):
     full: it is distilled whole."""
     min_score: Annotated[float, Field(ge=0, le=100)] = 90.0
     """Minimum similarity of quote and passage (on_miss fuzzy), of 100."""
+    thinking: bool = False
+    """Distil thinking too. Otherwise a rollout's spans begin after its thinking, and a quote of
+    thinking counts as missed."""
 
 
 class TeacherConfig(Section):
@@ -516,6 +560,7 @@ class Config(Section):
     dump_rollouts: bool = True
     """Write the rollouts of each step to rollouts/step_*.jsonl."""
     data: DataConfig = DataConfig()
+    chat: ChatConfig = ChatConfig()
     sample: SampleConfig = SampleConfig()
     select: SelectConfig = SelectConfig()
     reflect: ReflectConfig = ReflectConfig()

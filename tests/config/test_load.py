@@ -84,13 +84,11 @@ def test_texts_survive_toml(tmp_path: Path, text: str) -> None:
 
 
 def test_toml_is_fully_resolved() -> None:
-    tables = tomllib.loads(to_toml(Config()))
-    found = {
-        f"{key}.{name}" if isinstance(value, dict) else key
-        for key, value in tables.items()
-        for name in (value if isinstance(value, dict) else [""])
-    }
-    assert found == set(options_of(Config))
+    def names(table: dict[str, Any], prefix: str = "") -> set[str]:
+        inner = [names(v, f"{prefix}{k}.") for k, v in table.items() if isinstance(v, dict)]
+        return {prefix + k for k, v in table.items() if not isinstance(v, dict)}.union(*inner)
+
+    assert names(tomllib.loads(to_toml(Config()))) == set(options_of(Config))
 
 
 def test_false_removes_a_default(tmp_path: Path) -> None:
