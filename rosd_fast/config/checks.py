@@ -19,6 +19,7 @@ def conflict(config: Config) -> str | None:
     The option that a message begins with is where an error in a TOML file is reported.
     """
     loss, engine, teacher, lora = config.loss, config.engine, config.teacher, config.lora
+    optim = config.optim
     sglang = engine.kind == "sglang"
     rules = (
         (
@@ -61,6 +62,14 @@ def conflict(config: Config) -> str | None:
         (
             lora.rank > 0 and bool(config.optim.trainable),
             "optim.trainable and lora.rank exclude each other: give one of them",
+        ),
+        (
+            (optim.warmup_steps is None) == (optim.warmup_frac is None),
+            "optim.warmup_frac and optim.warmup_steps exclude each other: set one of them to none",
+        ),
+        (
+            optim.kind == "adamw8bit" and optim.offload,
+            "optim.offload needs optim.kind adamw: host memory has room for moments of 32 bits",
         ),
         (
             teacher.backend != "sglang" and bool(teacher.url),
