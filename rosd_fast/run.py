@@ -25,6 +25,7 @@ from rosd_fast.engines.weight_check import allowed_gap, check_teacher_server
 from rosd_fast.errors import UserError
 from rosd_fast.files import write_atomic
 from rosd_fast.inputs import Inputs, load_inputs
+from rosd_fast.model.adapter_files import adapter_weights
 from rosd_fast.model.blocks import describe
 from rosd_fast.model.load import LoadedModel
 from rosd_fast.report import (
@@ -132,8 +133,11 @@ class Run:
     async def sync_weights(self, engines: Engines, version: int) -> None:
         """Give the current weights to every engine that samples with them."""
         self.learners.gather_weights()
-        shared = engines.student.shares_learner_weights
-        weights = {} if shared else self.learners.learner.weights
+        learner, weights = self.learners.learner, {}
+        if self.config.engine.sync == "adapter" and learner.full_model is not None:
+            weights = adapter_weights(learner.full_model)
+        elif not engines.student.shares_learner_weights:
+            weights = learner.weights
         await engines.student.load_weights(weights, version=version)
         if engines.teacher is not None and self.learners.world.size > 1:
             self.learners.gather_teacher(engines.teacher.model)

@@ -80,6 +80,11 @@ def conflict(config: Config) -> str | None:
             "engine.sync distributed needs engine.kind sglang",
         ),
         (
+            engine.sync == "adapter" and (not sglang or not lora.rank or engine.colocated),
+            "engine.sync adapter sends LoRA adapters to servers that keep the base weights, which "
+            "needs engine.kind sglang, lora.rank and no engine.colocated",
+        ),
+        (
             engine.colocated and (not sglang or engine.launch != "local"),
             "engine.colocated needs engine.kind sglang and engine.launch local",
         ),

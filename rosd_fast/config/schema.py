@@ -459,15 +459,16 @@ class EngineConfig(Section):
     one_step_ahead: bool = False
     """Sample the next step's rollouts with the current weights while the learner works (kind
     sglang); importance weights (loss.importance_clip) correct for the older policy."""
-    sync: Literal["disk", "distributed"] = "disk"
+    sync: Literal["disk", "distributed", "adapter"] = "disk"
     """How weights are sent to the servers.
     disk: through a folder that the servers read.
-    distributed: by broadcast from the trainer's memory (NCCL between GPUs, gloo otherwise)."""
+    distributed: by broadcast from the trainer's memory (NCCL between GPUs, gloo otherwise).
+    adapter: LoRA adapters alone, through the folder; the servers keep the base weights."""
     sync_host: str = "127.0.0.1"
     """Address at which the servers reach this machine (sync distributed)."""
     sync_folder: str | None = None
-    """Folder through which weights are sent (sync disk), as in /dev/shm/rosd on one machine or a
-    folder that all machines share; None: a folder in the run folder."""
+    """Folder through which weights are sent (sync disk and adapter), as in /dev/shm/rosd on one
+    machine or a folder that all machines share; None: a folder in the run folder."""
     max_logprob_gap: NonNegativeFloat | None = None
     """Maximum difference in nats between log-probabilities of a server and of the trainer, compared
     after each weight sync.

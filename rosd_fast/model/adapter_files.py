@@ -1,6 +1,6 @@
 """Adapters in peft's layout: `adapter_config.json` and `adapter_model.safetensors`.
 
-    peft.PeftModel.from_pretrained(base_model, folder)
+peft.PeftModel.from_pretrained(base_model, folder)
 """
 
 from __future__ import annotations

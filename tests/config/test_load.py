@@ -257,6 +257,7 @@ SGLANG = {"engine.kind": "sglang"}
             {"engine.colocated": True, "engine.sync": "distributed"} | SGLANG,
             "engine.colocated needs engine.sync disk",
         ),
+        ({"engine.sync": "adapter"} | SGLANG, "engine.sync adapter sends LoRA adapters"),
         ({"engine.one_step_ahead": True}, "engine.one_step_ahead samples while"),
         ({"optim.warmup_steps": None}, "optim.warmup_frac and optim.warmup_steps exclude"),
         ({"optim.kind": "adamw8bit", "optim.offload": True}, "optim.offload needs optim.kind"),

@@ -177,7 +177,9 @@ def test_peft_loads_the_adapter_of_a_checkpoint(
     assert isinstance(loaded, peft.PeftModelForCausalLM)
     difference = (loaded(input_ids=IDS).logits - model(IDS).logits).abs().max()
     assert difference <= (1e-6 if dtype == torch.float32 else 0.05)
-    assert (model(IDS).logits - make_model("Llama", dtype)(IDS).logits).abs().max() > 10 * difference
+    assert (
+        model(IDS).logits - make_model("Llama", dtype)(IDS).logits
+    ).abs().max() > 10 * difference
     loaded.save_pretrained(tmp_path / "theirs")
     ours, theirs = (
         load_file(folder / "adapter_model.safetensors")
@@ -194,9 +196,7 @@ def test_a_checkpoint_without_adapters_has_no_adapter_folder(
     make_model, tokenizer, tmp_path: Path
 ) -> None:
     learner = Learner(make_model("Llama", torch.float32), config_of())
-    path = write_checkpoint(
-        tmp_path, Snapshot.of(learner, tokenizer, step=1, config_hash="abc")
-    )
+    path = write_checkpoint(tmp_path, Snapshot.of(learner, tokenizer, step=1, config_hash="abc"))
     assert not (path / "adapter").exists()
 
 
