@@ -14,7 +14,7 @@ from rosd_fast.config import Config, OptimConfig
 
 def num_updates(config: Config) -> int:
     """The number of optimizer updates of the run, the horizon of its schedule."""
-    return config.steps
+    return config.steps * config.optim.updates_per_step
 
 
 def learning_rate(update: int, horizon: int, options: OptimConfig) -> float:

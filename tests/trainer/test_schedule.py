@@ -112,3 +112,5 @@ def test_a_longer_run_says_what_it_changes() -> None:
 
 def test_the_horizon_is_the_number_of_updates() -> None:
     assert num_updates(Config(steps=7)) == 7
+    config = Config.model_validate({"steps": 7, "optim": {"updates_per_step": 3}})
+    assert num_updates(config) == 21
