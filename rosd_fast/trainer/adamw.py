@@ -9,7 +9,6 @@ torchao: https://github.com/pytorch/ao/tree/main/torchao/optim
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import nullcontext
 from importlib.util import find_spec
@@ -45,29 +44,23 @@ def make_adamw(groups: list[dict[str, Any]], options: OptimConfig) -> torch.opti
     common: dict[str, Any] = {"lr": options.lr, "betas": options.betas, "eps": options.eps}
     if options.kind == "adamw":
         adamw: Any = torch.optim.AdamW(groups, **common, fused=True)
-        zeros = lambda p, signed: torch.zeros_like(p.detach())  # noqa: E731
     else:
-        adamw = adamw_8bit_type()(groups, **common)
-        zeros = adamw._new_buffer
-    for group in adamw.param_groups:  # early, so that every checkpoint has the moments
-        for parameter in group["params"]:
-            device = parameter.device if options.kind == "adamw" else "cpu"
-            adamw.state[parameter] = {
-                "step": torch.zeros((), dtype=torch.float32, device=device),
-                **{name: zeros(parameter, signed) for name, signed in MOMENTS.items()},
-            }
+        from torchao.optim import AdamW8bit
+
+        adamw = AdamW8bit(groups, **common)
+    for group in adamw.param_groups:
+        for parameter in group["params"]:  # early, so that every checkpoint has the moments
+            adamw.state[parameter] = first_state(adamw, parameter)
     return adamw
 
 
-def adamw_8bit_type() -> Any:
-    """torchao's AdamW8bit, without the warnings of torchao's import about kernels that it lacks."""
-    before = logging.root.manager.disable
-    logging.disable(logging.WARNING)
-    try:
-        from torchao.optim import AdamW8bit
-    finally:
-        logging.disable(before)
-    return AdamW8bit
+def first_state(adamw: Any, parameter: Parameter) -> dict[str, Tensor]:
+    """The state of a parameter before its first update."""
+    if isinstance(adamw, torch.optim.AdamW):
+        step = torch.zeros((), dtype=torch.float32, device=parameter.device)
+        return {"step": step, **{name: torch.zeros_like(parameter.detach()) for name in MOMENTS}}
+    moments = {name: adamw._new_buffer(parameter, signed) for name, signed in MOMENTS.items()}
+    return {"step": torch.zeros(()), **moments}
 
 
 def step_adamw(adamw: torch.optim.Optimizer, lr: float) -> None:
