@@ -17,14 +17,18 @@ from rosd_fast.quickstart import QUICKSTART
 from rosd_fast.rollout.sample import check_prompts
 from rosd_fast.text.chat import Chats
 from rosd_fast.text.token_bytes import TokenBytes
+from rosd_fast.trainer.adamw import check_adamw
+from rosd_fast.trainer.param_groups import lr_scales, parse_scales
 from rosd_fast.types import Problem
+from rosd_fast.utils.distributed import launched
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
     """What a run is made of, checked.
 
-    config: all options, with absolute paths and the texts of chat templates.
+    config: all options, with absolute paths, the texts of chat templates, and steps instead of
+        epochs.
     model: the student with its initial weights.
     chats: how the prompts of each role are rendered.
     problems: the training problems.
@@ -53,6 +57,8 @@ def load_inputs(config: Config) -> Inputs:
     method_type = find_method(config.method)
     method_type.check_options(config)
     check_engine(config.engine, config.teacher, config.device)
+    check_adamw(config.optim, several_ranks=launched())
+    parse_scales(config.optim.lr_scale)
     problems, dev_splits = load_data(config)
     stream = ProblemStream(
         problems,
@@ -60,6 +66,7 @@ def load_inputs(config: Config) -> Inputs:
         seed=config.seed,
         shuffle=config.data.shuffle,
     )
+    config = with_resolved_epochs(config, stream)
     model = load_model(
         config.model,
         dtype=config.dtype,
@@ -81,6 +88,7 @@ def load_inputs(config: Config) -> Inputs:
     choose_trainable(
         model.model, lora=config.lora, trainable=config.optim.trainable, seed=config.seed
     )
+    lr_scales(list(model.model.named_parameters(remove_duplicate=False)), config.optim.lr_scale)
     return Inputs(
         config=config,
         model=model,
@@ -104,6 +112,14 @@ def load_data(config: Config) -> tuple[list[Problem], dict[str, list[Problem]]]:
     }
     first = config.eval.problems or None
     return train, {name: problems[:first] for name, problems in splits.items()}
+
+
+def with_resolved_epochs(config: Config, stream: ProblemStream) -> Config:
+    """Return options with the number of steps that `epochs` asks for, instead of epochs."""
+    if config.epochs is None:
+        return config
+    steps = max(1, round(config.epochs * stream.steps_per_epoch))
+    return config.model_copy(update={"steps": steps, "epochs": None})
 
 
 def with_absolute_paths(config: Config) -> Config:

@@ -13,7 +13,7 @@ from rosd_fast.errors import UserError
 
 POSITIONAL: tuple[str, ...] = ()
 SOURCES = ("preset", "config", "resume")
-FREE_ON_RESUME = ("steps",)
+FREE_ON_RESUME = ("steps", "epochs")
 
 
 class Options(Config):
@@ -28,8 +28,8 @@ class Options(Config):
     config: str | None = None
     """A TOML file of options, such as the config.toml of a run."""
     resume: str | None = None
-    """A run folder whose run is continued from its last checkpoint. Only --steps may be given
-    with it."""
+    """A run folder whose run is continued from its last checkpoint. Only --steps or --epochs may be
+    given with it."""
 
 
 def defaults(given: Mapping[str, Any]) -> Options:
@@ -47,7 +47,7 @@ def read_config(given: Mapping[str, Any]) -> Config:
     if fixed:
         raise UserError(
             f"{as_flag(fixed[0])} cannot be changed when a run is resumed",
-            fix="Leave it out (only --steps may be given), or start a new run",
+            fix="Leave it out (only --steps or --epochs may be given), or start a new run",
         )
     file = resumed_file(sources["resume"])
     return apply_args(apply_toml(Config(), file, accept_old_names=True), options)

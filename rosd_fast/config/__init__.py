@@ -1,14 +1,15 @@
 """The options of a run: `Config` and its sections.
 
-    schema      every option, defined once
-    checks      options that do not go together
-    templates   the placeholders of prompt templates
-    chat        the options of chat templates: their arguments and files
-    renamed     options that had another name before
-    load        reads options from presets, TOML files and the command line
-    arguments   the names of options on the command line
-    toml        writes options to a file
-    messages    one line for a wrong option
+    schema        every option, defined once
+    alternatives  options that say the same thing in two ways
+    checks        options that do not go together
+    templates     the placeholders of prompt templates
+    chat          the options of chat templates: their arguments and files
+    renamed       options that had another name before
+    load          reads options from presets, TOML files and the command line
+    arguments     the names of options on the command line
+    toml          writes options to a file
+    messages      one line for a wrong option
 
 Importing this package imports neither torch nor transformers.
 """
