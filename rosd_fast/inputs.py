@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rosd_fast.config import Config
-from rosd_fast.config.load import preset_names
+from rosd_fast.config.load import is_built_in
 from rosd_fast.data.problems import ProblemStream, load_problems
 from rosd_fast.engines.factory import check_engine
 from rosd_fast.methods import Method, find_method
@@ -109,7 +109,7 @@ def with_absolute_paths(config: Config) -> Config:
     data, engine = config.data, config.engine
     sources = {name: absolute(getattr(data, name)) for name in ("train", "dev", "dev_ood")}
     folder = Path(config.model).expanduser()
-    named = config.model in preset_names() or not folder.is_dir()
+    named = is_built_in(config.model) or not folder.is_dir()
     model = config.model if named else str(folder.absolute())
     places = {name: absolute(getattr(engine, name)) for name in ("python", "sync_folder")}
     return config.model_copy(

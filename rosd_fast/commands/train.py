@@ -23,8 +23,9 @@ class Options(Config):
     Without a model, the preset quickstart is used.
     """
 
-    preset: str | None = None
-    """A named set of options that is part of the package: quickstart, smollm2."""
+    preset: tuple[str, ...] = ()
+    """Named sets of options, as in --preset paper --preset qwen3-4b or --preset paper,qwen3-4b; a
+    later one replaces single options of those before it. rosd-fast presets lists them."""
     config: str | None = None
     """A TOML file of options, such as the config.toml of a run."""
     resume: str | None = None
@@ -42,7 +43,7 @@ def read_config(given: Mapping[str, Any]) -> Config:
     options = {name: value for name, value in given.items() if name not in SOURCES}
     sources = _sources(given)
     if sources["resume"] is None:
-        return load_config(options, preset=sources["preset"], file=sources["config"])
+        return load_config(options, presets=sources["preset"], file=sources["config"])
     fixed = [name for name in given if name not in ("resume", *FREE_ON_RESUME)]
     if fixed:
         raise UserError(
@@ -79,5 +80,5 @@ def run(given: Mapping[str, Any]) -> int:
     return 0
 
 
-def _sources(given: Mapping[str, Any]) -> dict[str, str | None]:
-    return {name: given.get(name) for name in SOURCES}
+def _sources(given: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: given.get(name, Options.model_fields[name].default) for name in SOURCES}
