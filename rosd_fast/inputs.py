@@ -9,9 +9,11 @@ from rosd_fast.config import Config
 from rosd_fast.config.load import is_built_in
 from rosd_fast.data.problems import ProblemStream, load_problems
 from rosd_fast.engines.factory import check_engine
+from rosd_fast.machine import check_memory
 from rosd_fast.methods import Method, find_method
 from rosd_fast.model.adapters import choose_trainable
 from rosd_fast.model.load import LoadedModel, full_model_device, load_model
+from rosd_fast.model.skeleton import build_skeleton, load_skeleton
 from rosd_fast.quickstart import QUICKSTART
 from rosd_fast.rollout.sample import check_prompts
 from rosd_fast.text.token_bytes import TokenBytes
@@ -40,15 +42,16 @@ class Inputs:
     method: Method
 
 
-def load_inputs(config: Config) -> Inputs:
+def load_inputs(config: Config, *, weights: bool = True) -> Inputs:
     """Load model and data. Raises UserError for everything that can be known to be wrong by then.
 
     The cheap checks come first: a model may take minutes to load.
+
+    weights: False: load only the shapes of the model, and do not check this machine.
     """
     config = with_absolute_paths(config)
     method_type = find_method(config.method)
     method_type.check_options(config)
-    check_engine(config.engine, config.teacher, config.device)
     problems, dev_splits = load_data(config)
     stream = ProblemStream(
         problems,
@@ -56,12 +59,18 @@ def load_inputs(config: Config) -> Inputs:
         seed=config.seed,
         shuffle=config.data.shuffle,
     )
-    model = load_model(
-        config.model,
-        dtype=config.dtype,
-        device=full_model_device(config.device, config.engine),
-        trust_remote_code=config.trust_remote_code,
-    )
+    if weights:
+        check_machine(config)
+        model = load_model(
+            config.model,
+            dtype=config.dtype,
+            device=full_model_device(config.device, config.engine),
+            trust_remote_code=config.trust_remote_code,
+        )
+    else:
+        model = load_skeleton(
+            config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code
+        )
     check_prompts(
         [*problems, *(problem for split in dev_splits.values() for problem in split)],
         tokenizer=model.tokenizer,
@@ -83,6 +92,16 @@ def load_inputs(config: Config) -> Inputs:
         token_bytes=token_bytes,
         method=method,
     )
+
+
+def check_machine(config: Config) -> None:
+    """Raise UserError if the run does not fit this machine, or needs what it does not have."""
+    model = build_skeleton(
+        config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code
+    )
+    choose_trainable(model, lora=config.lora, trainable=config.optim.trainable, seed=config.seed)
+    check_memory(config, model, teacher=True)
+    check_engine(config.engine, config.teacher, config.device)
 
 
 def load_data(config: Config) -> tuple[list[Problem], dict[str, list[Problem]]]:

@@ -104,10 +104,10 @@ def full_model_device(device: str, engine: EngineConfig) -> torch.device:
     return pick_device(device) if on_device or not launched() else torch.device("cpu")
 
 
-def find(model: str) -> Path | str:
+def find(model: str, *, weights: bool = True) -> Path | str:
     """The folder that `model` names, or the hub id itself.
 
-    Raises UserError for a folder that is missing or has no safetensors weights.
+    Raises UserError for a folder that is missing or, with `weights`, has no safetensors weights.
     """
     if model == "quickstart":
         folder = MODEL_DIR
@@ -127,7 +127,7 @@ def find(model: str) -> Path | str:
         )
     if not (folder / "config.json").is_file():
         raise UserError("the model folder has no config.json", where=str(folder))
-    if not any(folder.glob("*.safetensors")):
+    if weights and not any(folder.glob("*.safetensors")):
         pickled = any(path for pattern in PICKLES for path in folder.glob(pattern))
         raise UserError(
             "the weights are in pickle files only, which can run code when loaded"
