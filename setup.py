@@ -53,7 +53,7 @@ def extension() -> dict[str, Any]:
     module = CppExtension(
         f"rosd_kernels._C_{capability}",
         ["csrc/ops.cpp"],
-        depends=["csrc/logits.h", "csrc/stats.h", "csrc/terms.h"],
+        depends=[f"csrc/{name}.h" for name in ("checks", "logits", "logprob", "stats", "terms")],
         extra_compile_args=[
             *("-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"),
             "-Wno-maybe-uninitialized",  # in the vector headers of GCC 12

@@ -41,7 +41,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rosd_fast.batch.packing import pack
 from rosd_fast.model.attention import hidden_states, packed_forward
-from rosd_fast.types import DistillSample, PackedSequences
+from rosd_fast.types import PackedSequences, TrainSample
 
 CASES = ("512,8,128", "256,8,256", "2048,8,256", "sciknoweval")
 CANDIDATES = ("padded", "packed", "shared")
@@ -205,7 +205,7 @@ def sciknoweval_lengths(data: Path) -> list[tuple[int, list[int]]]:
     ]
 
 
-def build_samples(lengths: Sequence[tuple[int, list[int]]]) -> list[DistillSample]:
+def build_samples(lengths: Sequence[tuple[int, list[int]]]) -> list[TrainSample]:
     """Samples of random tokens; half of a completion is distilled."""
     draw = random.Random(0)
 
@@ -217,7 +217,7 @@ def build_samples(lengths: Sequence[tuple[int, list[int]]]) -> list[DistillSampl
         prompt_ids = ids(prompt_length)
         for index, length in enumerate(completions):
             samples.append(
-                DistillSample(
+                TrainSample(
                     rollout_id=f"{group}/{index}",
                     problem_id=str(group),
                     student_prompt_ids=prompt_ids,
@@ -231,7 +231,7 @@ def build_samples(lengths: Sequence[tuple[int, list[int]]]) -> list[DistillSampl
     return samples
 
 
-def work_of(samples: Sequence[DistillSample], side: str, candidate: str) -> Work:
+def work_of(samples: Sequence[TrainSample], side: str, candidate: str) -> Work:
     min_shared = 16 if candidate == "shared" else 0
     batches = pack(samples, max_tokens=MAX_TOKENS, min_shared=min_shared)
     return Work([getattr(batch, side) for batch in batches], padded=candidate == "padded")

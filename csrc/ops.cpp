@@ -2,6 +2,8 @@
 // the rows; one thread sums a row in a fixed sequence, so equal calls give equal bits for any
 // number of threads. GEMMs are torch's own; fake implementations and callers are in Python.
 
+#include "checks.h"
+#include "logprob.h"
 #include "stats.h"
 #include "terms.h"
 
@@ -24,21 +26,6 @@ constexpr int64_t kGrain = 16384;
 
 int64_t rows_per_thread(int64_t columns) {
   return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, columns));
-}
-
-void check_matrix(const char* name, const Tensor& tensor) {
-  TORCH_CHECK_VALUE(
-      tensor.dim() == 2 && (tensor.stride(1) == 1 || tensor.size(1) <= 1), name,
-      ": got shape ", tensor.sizes(), " and strides ", tensor.strides(),
-      ", want [R, C] with columns side by side");
-}
-
-void check_vector(const char* name, const Tensor& tensor, int64_t size, at::ScalarType dtype) {
-  TORCH_CHECK_VALUE(
-      tensor.dim() == 1 && tensor.size(0) == size && tensor.is_contiguous() &&
-          tensor.scalar_type() == dtype,
-      name, ": got ", tensor.scalar_type(), " of shape ", tensor.sizes(), ", want contiguous ",
-      dtype, " of shape [", size, "]");
 }
 
 template <typename scalar_t>
@@ -154,8 +141,6 @@ Tensor terms_(
       teacher.sizes() == student.sizes() && teacher.scalar_type() == student.scalar_type(),
       "teacher: got ", teacher.scalar_type(), " of shape ", teacher.sizes(), ", want ",
       student.scalar_type(), " of shape ", student.sizes());
-  TORCH_CHECK_VALUE(
-      divergence >= 0 && divergence <= 2, "divergence: got ", divergence, ", want 0, 1 or 2");
   check_vector("student_lse", student_lse, student.size(0), student.scalar_type());
   check_vector("teacher_lse", teacher_lse, student.size(0), student.scalar_type());
   Tensor result = at::empty({2, student.size(0)}, student.options());
@@ -187,9 +172,46 @@ Tensor terms_(
         return with_flags.template operator()<Divergence::reverse_kl>();
       case Divergence::jsd:
         return with_flags.template operator()<Divergence::jsd>();
+      default:
+        TORCH_CHECK_VALUE(false, "divergence: got ", divergence, ", want 0, 1 or 2");
     }
   });
   return result;
+}
+
+// Turns logits into the gradient of their row's loss; see logprob.h. factors [3, R]: a, b, total.
+void logprob_grad_(
+    Tensor& logits,
+    const std::optional<Tensor>& bias,
+    const Tensor& columns,
+    const Tensor& lse,
+    const Tensor& factors,
+    std::optional<double> softcap,
+    double temperature) {
+  check_matrix("logits", logits);
+  const int64_t num_rows = logits.size(0), num_columns = logits.size(1);
+  check_vector("columns", columns, num_rows, at::kLong);
+  check_vector("lse", lse, num_rows, logits.scalar_type());
+  check_matrix("factors", factors);
+  check_vector("factors", factors.reshape(-1), 3 * num_rows, logits.scalar_type());
+  AT_DISPATCH_FLOATING_TYPES(logits.scalar_type(), "rosd::logprob_grad_", [&] {
+    const auto transform = transform_of<scalar_t>("bias", bias, logits, softcap, temperature);
+    scalar_t* const data = logits.data_ptr<scalar_t>();
+    const int64_t* const column = columns.const_data_ptr<int64_t>();
+    const scalar_t* const of_lse = lse.const_data_ptr<scalar_t>();
+    const scalar_t* const factor = factors.const_data_ptr<scalar_t>();
+    at::parallel_for(0, num_rows, rows_per_thread(num_columns), [&](int64_t first, int64_t last) {
+      for (int64_t r = first; r < last; ++r) {
+        scalar_t* const row = data + r * logits.stride(0);
+        const int64_t y = column[r] < num_columns ? column[r] : -1;
+        const RowFactors<scalar_t> of_row{
+            factor[r], factor[num_rows + r], factor[2 * num_rows + r]};
+        softcap.has_value()
+            ? logprob_grad_row<scalar_t, true>(row, num_columns, y, transform, of_lse[r], of_row)
+            : logprob_grad_row<scalar_t, false>(row, num_columns, y, transform, of_lse[r], of_row);
+      }
+    });
+  });
 }
 
 }  // namespace
@@ -202,11 +224,15 @@ TORCH_LIBRARY(rosd, m) {
       "terms_(Tensor(a!) student, Tensor(b!) teacher, Tensor? student_bias, Tensor? teacher_bias, "
       "Tensor student_lse, Tensor teacher_lse, int divergence, float beta, float? entry_clip, "
       "float? softcap, float temperature) -> Tensor");
+  m.def(
+      "logprob_grad_(Tensor(a!) logits, Tensor? bias, Tensor columns, Tensor lse, Tensor factors, "
+      "float? softcap, float temperature) -> ()");
 }
 
 TORCH_LIBRARY_IMPL(rosd, CPU, m) {
   m.impl("stats", &stats);
   m.impl("terms_", &terms_);
+  m.impl("logprob_grad_", &logprob_grad_);
 }
 
 }  // namespace rosd

@@ -47,7 +47,7 @@ from rosd_fast.utils.distributed import SINGLE_PROCESS, World, pick_device
 if TYPE_CHECKING:
     from rosd_fast.methods import TrainingSet
     from rosd_fast.pipeline import Sampled
-    from rosd_fast.types import DistillSample
+    from rosd_fast.types import TrainSample
 
 CONFIG_FILE = "config.toml"
 WEIGHT_CHECK_TOKENS = 64
@@ -97,11 +97,10 @@ class Run:
         """
         model, teacher_model = self.inputs.model, None
         if self.inputs.method.needs_teacher_engine:
-            teacher_model = (
-                self.learners.learner.teacher.model
-                if self.learners.world.size == 1
-                else copy.deepcopy(model.model)
-            )
+            own = self.learners.learner.teacher
+            assert own is not None
+            single = self.learners.world.size == 1
+            teacher_model = own.model if single else copy.deepcopy(model.model)
         return open_engines(
             self.config,
             model,
@@ -118,6 +117,7 @@ class Run:
         which was made when the run began. Raises RunFailed when they differ.
         """
         teacher, single = self.learners.learner.teacher, self.learners.world.size == 1
+        assert teacher is not None
         if single or self.first_step == 1:
             await check_teacher_server(
                 server,
@@ -161,7 +161,7 @@ class Run:
                 kept=sampled.selection.kept,
             )
 
-    def write_skipped(self, step: int, samples: Sequence[DistillSample]) -> None:
+    def write_skipped(self, step: int, samples: Sequence[TrainSample]) -> None:
         """Write the samples of a step that was skipped to RUN/skipped/."""
         write_skipped(self.folder, step, samples)
 
@@ -199,7 +199,14 @@ def opened(config: Config, resume: Path | None, world: World, lock: RunLock) -> 
             lock.take(resume)
         inputs = load_inputs(config)
         config, model = inputs.config, inputs.model
-    with closing(LearnerGroup.create(model.model, config, world, model.tokenizer)) as learners:
+    group = LearnerGroup.create(
+        model.model,
+        config,
+        world,
+        model.tokenizer,
+        teacher="initial" if inputs.method.needs_teacher else None,
+    )
+    with closing(group) as learners:
         if resume is None:
             folder, first_step = make_folder(config, model), 1
             lock.take(folder)

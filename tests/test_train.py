@@ -27,7 +27,7 @@ from rosd_fast.quickstart.tasks import load_split
 from rosd_fast.report.metrics import read_metrics
 from rosd_fast.train import train
 from rosd_fast.trainer import learner as learner_module
-from rosd_fast.types import DistillSample
+from rosd_fast.types import TrainSample
 
 SMALL: dict[str, Any] = {
     "steps": 2,
@@ -194,8 +194,8 @@ def test_steps_that_are_not_finite_are_dumped_and_five_end_the_run(
     assert [row.get("loss/skipped") for row in rows] == [None, 0, 1, 1, 1, 1]
     dumps = sorted((run / "skipped").iterdir())
     assert [path.name for path in dumps] == [f"step_{i:06d}.jsonl" for i in range(2, 7)]
-    samples = [DistillSample(**json.loads(line)) for line in dumps[0].read_text().splitlines()]
-    assert sum(sample.num_distilled for sample in samples) == rows[2]["loss/num_distilled_tokens"]
+    samples = [TrainSample(**json.loads(line)) for line in dumps[0].read_text().splitlines()]
+    assert sum(sample.num_tokens for sample in samples) == rows[2]["loss/num_distilled_tokens"]
     first, last = (run / "checkpoints" / f"step_00000{i}" for i in (4, 5))
     weights = [load_file(path / "model.safetensors") for path in (first, last)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

@@ -1,6 +1,8 @@
-"""Token-level divergences between student and teacher, from hidden states, without full logits.
+"""Token-level losses from hidden states, without full logits.
 
-`span_divergence` is the one entry point; see its docstring for shapes, options and errors.
+`span_divergence` is the divergence between a student and a teacher; `span_logprob` the sampled
+tokens' log-probabilities and entropies, for policy gradients and cross entropy. Their docstrings
+have shapes, options and errors.
 
 Shape legend, used in every file: N distilled tokens, V vocabulary, H hidden width of the student,
 Ht hidden width of the teacher, R rows (tokens) of a chunk or block.
@@ -16,8 +18,10 @@ Ht hidden width of the teacher, R rows (tokens) of a chunk or block.
     vocabulary.py   heads that are sharded over a process group
     rows.py         statistics of rows from those of their tiles
     autograd.py     gradients that are computed in forward
+    checks.py       checks of arguments
     divergences.py  the formulas, in plain PyTorch
 
+    logprob/        the same parts of `span_logprob`
     elementwise.py  passes over logits: in C++ (native.py, csrc/) or plain PyTorch (plain.py)
     gemm_tiles.py   the dense work of "tiled" with library GEMMs
     gpu/            Triton: the dense work of "tiled", the elementwise pass of "chunked"
@@ -28,6 +32,8 @@ Ht hidden width of the teacher, R rows (tokens) of a chunk or block.
 from __future__ import annotations
 
 from rosd_kernels.api import span_divergence
+from rosd_kernels.logprob.api import span_logprob
+from rosd_kernels.logprob.records import SpanLogprobOutput
 from rosd_kernels.order import VocabularyOrder
 from rosd_kernels.records import SpanDivergenceOutput, SpanDivergenceStats
 from rosd_kernels.sparsity import entry, mass
@@ -37,9 +43,11 @@ __version__ = "0.1.0"
 __all__ = [
     "SpanDivergenceOutput",
     "SpanDivergenceStats",
+    "SpanLogprobOutput",
     "VocabularyOrder",
     "__version__",
     "entry",
     "mass",
     "span_divergence",
+    "span_logprob",
 ]

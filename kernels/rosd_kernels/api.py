@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from rosd_kernels.auto import choose, remember
+from rosd_kernels.auto import choose, kind_of, remember
+from rosd_kernels.checks import check_group, check_ids, check_order, check_strategy
 from rosd_kernels.chunked import run_chunked
 from rosd_kernels.records import (
     Divergence,
@@ -122,9 +123,7 @@ def span_divergence(
         ValueError: an argument breaks the contract above. Names the argument, what it got and what
             it wants.
     """
-    if strategy != "auto" and strategy not in STRATEGIES:
-        names = ", ".join(repr(name) for name in ("auto", *STRATEGIES))
-        raise ValueError(f"strategy: got {strategy!r}, want one of {names}")
+    check_strategy(strategy, tuple(STRATEGIES))
     options = SpanOptions(
         divergence=divergence,
         beta=beta,
@@ -157,14 +156,10 @@ def _run(
     strategy: str, inputs: SpanInputs, options: SpanOptions, vocab_group: ProcessGroup | None
 ) -> SpanDivergenceOutput:
     """The last checks, which need the whole vocabulary's size, then the strategy."""
-    if vocab_group is not None and strategy == "reference":
-        raise ValueError(
-            "vocab_group: got a group with strategy 'reference', which needs whole heads; want "
-            "'chunked', 'tiled' or 'auto'"
-        )
-    _check_order(inputs, options)
+    check_group(vocab_group, strategy)
+    check_order(options.sparsity, inputs.vocab_size)
     vocabulary = Vocabulary(inputs.vocab_size, vocab_group, inputs.student_hidden.device)
-    _check_ids(inputs, options, vocabulary)
+    _check_sizes(inputs, options, vocabulary)
     if options.top_k == vocabulary.size:  # nothing is left for a tail
         options = replace(options, top_k=None)
     if options.top_k is not None and strategy == "tiled":
@@ -172,24 +167,20 @@ def _run(
             f"top_k: got {options.top_k} with strategy 'tiled', which has no top-k; "
             "want 'chunked' or 'auto'"
         )
-    name = choose(inputs, options, vocabulary) if strategy == "auto" else strategy
+    kind = None
+    if options.top_k is None:
+        heads = inputs.student_head, inputs.teacher_head
+        kind = kind_of("span_divergence", options.sparsity, heads, vocabulary)
+    name = choose(kind) if strategy == "auto" else strategy
     # Autocast would run in bfloat16 the GEMMs that are in float32 on purpose.
     with torch.autocast(device_type=inputs.student_hidden.device.type, enabled=False):
         output = STRATEGIES[name](inputs, options, vocabulary)
     if strategy == "auto":
-        remember(inputs, options, vocabulary, output.stats)
+        remember(kind, output.stats, inputs.num_tokens)
     return output
 
 
-def _check_order(inputs: SpanInputs, options: SpanOptions) -> None:
-    order = options.sparsity.order
-    if order is not None and order.vocab_size != inputs.vocab_size:
-        raise ValueError(
-            f"sparsity: got an order of {order.vocab_size} entries, want V = {inputs.vocab_size}"
-        )
-
-
-def _check_ids(inputs: SpanInputs, options: SpanOptions, vocabulary: Vocabulary) -> None:
+def _check_sizes(inputs: SpanInputs, options: SpanOptions, vocabulary: Vocabulary) -> None:
     """The checks that depend on the whole vocabulary's size, or on several arguments."""
     if options.importance_clip is not None:
         for name in ("token_ids", "rollout_logprobs"):
@@ -199,10 +190,4 @@ def _check_ids(inputs: SpanInputs, options: SpanOptions, vocabulary: Vocabulary)
                 )
     if options.top_k is not None and options.top_k > vocabulary.size:
         raise ValueError(f"top_k: got {options.top_k}, want at most V = {vocabulary.size}")
-    ids = inputs.token_ids
-    # Only on a CPU, where the check costs no synchronization.
-    if ids is not None and ids.device.type == "cpu" and len(ids):
-        low, high = int(ids.min()), int(ids.max())
-        if low < 0 or high >= vocabulary.size:
-            wrong = low if low < 0 else high
-            raise ValueError(f"token_ids: got id {wrong}, want 0 <= id < V = {vocabulary.size}")
+    check_ids(inputs.token_ids, vocabulary)

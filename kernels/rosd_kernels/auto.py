@@ -1,21 +1,28 @@
 """Strategy "auto": the cheaper of "chunked" and "tiled".
 
-"chunked" costs 4 GEMM sweeps over the head and "tiled" 2 + 6f, where f is the active fraction. So
-"tiled" is cheaper below f = 1/3, and never with sparsity "exact". With another sparsity the last f
-that a call of the same kind measured decides. It is read one call later, when it is usually there;
-while "chunked" is in use, every 64th call measures again. The choice therefore depends on earlier
-calls, and results differ by what `sparsity` skips: name the strategy where runs must be repeatable
-to the bit.
+Both cost GEMM sweeps over the head, "tiled" in proportion to the active fraction f:
+
+    function           chunked   tiled    tiled is cheaper below
+    span_divergence    4         2 + 6f   f = 1/3
+    span_logprob       3         1 + 3f   f = 2/3
+
+With sparsity "exact" it never is. With another sparsity the last f that a call of the same kind
+measured decides. It is read one call later, when it is usually there; while "chunked" is in use,
+every 64th call measures again. The choice therefore depends on earlier calls, and results differ by
+what `sparsity` skips: name the strategy where runs must be repeatable to the bit.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 
-from rosd_kernels.records import SpanDivergenceStats, SpanInputs, SpanOptions
+from torch import Tensor
+
+from rosd_kernels.records import SpanDivergenceStats
+from rosd_kernels.sparsity import Sparsity
 from rosd_kernels.vocabulary import Vocabulary
 
-BREAK_EVEN = 1 / 3
+BREAK_EVEN = {"span_divergence": 1 / 3, "span_logprob": 2 / 3}
 MEASURE_EVERY = 64  # calls of "chunked"
 
 
@@ -27,34 +34,38 @@ class Memory:
     since: int = 0  # calls of "chunked" after it
 
 
-_memories: dict[tuple[object, ...], Memory] = {}
+Kind = tuple[object, ...]  # the name of the function first
+_memories: dict[Kind, Memory] = {}
 
 
-def choose(inputs: SpanInputs, options: SpanOptions, vocabulary: Vocabulary) -> str:
+def kind_of(
+    function: str, sparsity: Sparsity, heads: tuple[Tensor, ...], vocabulary: Vocabulary
+) -> Kind | None:
+    """What calls have in common whose active fractions are similar; None: all is computed."""
+    if sparsity.rule == "exact":
+        return None
+    widths = tuple(head.shape[1] for head in heads)
+    order = id(sparsity.order) if sparsity.order is not None else None
+    sizes = vocabulary.size, vocabulary.num_shards
+    return function, *sizes, widths, sparsity.rule, sparsity.bound, order
+
+
+def choose(kind: Kind | None) -> str:
     """Return the strategy for a call; with shards, the same one on every rank."""
-    if options.sparsity.rule == "exact" or options.top_k is not None:
+    if kind is None:
         return "chunked"
-    memory = _memories.get(_kind(inputs, options, vocabulary))
+    memory = _memories.get(kind)
     if memory is None or memory.stats is None or memory.since >= MEASURE_EVERY:
         return "tiled"
-    return "tiled" if memory.stats.active_frac < BREAK_EVEN else "chunked"
+    return "tiled" if memory.stats.active_frac < BREAK_EVEN[str(kind[0])] else "chunked"
 
 
-def remember(
-    inputs: SpanInputs, options: SpanOptions, vocabulary: Vocabulary, stats: SpanDivergenceStats
-) -> None:
+def remember(kind: Kind | None, stats: SpanDivergenceStats, num_tokens: int) -> None:
     """Record the result of a call whose strategy `choose` returned."""
-    if inputs.num_tokens == 0 or options.sparsity.rule == "exact":
+    if num_tokens == 0 or kind is None:
         return
-    memory = _memories.setdefault(_kind(inputs, options, vocabulary), Memory())
+    memory = _memories.setdefault(kind, Memory())
     if stats.strategy == "tiled":
         memory.stats, memory.since = stats, 0
     else:
         memory.since += 1
-
-
-def _kind(inputs: SpanInputs, options: SpanOptions, vocabulary: Vocabulary) -> tuple[object, ...]:
-    sparsity = options.sparsity
-    widths = inputs.student_head.shape[1], inputs.teacher_head.shape[1]
-    order = id(sparsity.order) if sparsity.order is not None else None
-    return vocabulary.size, vocabulary.num_shards, widths, sparsity.rule, sparsity.bound, order

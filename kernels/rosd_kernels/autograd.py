@@ -17,6 +17,7 @@ from rosd_kernels.records import SpanDivergenceOutput, SpanDivergenceStats, Span
 from rosd_kernels.workspace import CAST_BYTES
 
 Needed = tuple[bool, bool, bool]  # which gradients: hidden states, head, bias
+Leaves = tuple[Tensor, Tensor, Tensor | None]  # hidden states, head, bias
 
 
 class TokenResults(NamedTuple):
@@ -50,15 +51,38 @@ def differentiable(
     inputs: SpanInputs, compute: Callable[[Needed], Computed]
 ) -> SpanDivergenceOutput:
     """Run `compute` without autograd and connect its loss to the student's tensors."""
-    # ctx.needs_input_grad would stay true under torch.no_grad.
-    hidden, head, bias = (
-        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad
-        for tensor in inputs.students
-    )
+    needed = needed_of(inputs.students)
     with torch.no_grad():
-        computed = compute((hidden, head, bias))
-    loss = _Precomputed.apply(*inputs.students, computed.loss, computed.gradients)
+        computed = compute(needed)
+    loss = precomputed("span_divergence", inputs.students, computed.loss, computed.gradients)
     return SpanDivergenceOutput(loss=loss, **computed.results._asdict(), stats=computed.stats)
+
+
+def needed_of(leaves: Leaves) -> Needed:
+    """Which gradients a call has to provide; none under torch.no_grad."""
+    # ctx.needs_input_grad would stay true there.
+    hidden, head, bias = (
+        torch.is_grad_enabled() and tensor is not None and tensor.requires_grad for tensor in leaves
+    )
+    return hidden, head, bias
+
+
+def zero_gradients(leaves: Leaves, needed: Needed, dtype: torch.dtype) -> Gradients:
+    """Zeros in the dtype in which the parts of a gradient are summed."""
+    return Gradients(
+        *(
+            tensor.new_zeros(tensor.shape, dtype=dtype) if need and tensor is not None else None
+            for tensor, need in zip(leaves, needed, strict=True)
+        )
+    )
+
+
+def precomputed(function: str, leaves: Leaves, loss: Tensor, gradients: Gradients) -> Tensor:
+    """The loss, connected to the leaves by gradients that exist already.
+
+    function: the public function, for error messages.
+    """
+    return _Precomputed.apply(*leaves, loss, gradients, function)
 
 
 class _Precomputed(torch.autograd.Function):
@@ -67,40 +91,47 @@ class _Precomputed(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any,
-        student_hidden: Tensor,
-        student_head: Tensor,
-        student_bias: Tensor | None,
+        hidden: Tensor,
+        head: Tensor,
+        bias: Tensor | None,
         loss: Tensor,
         gradients: Gradients,
+        function: str,
     ) -> Tensor:
-        ctx.gradients = gradients
-        ctx.dtypes = tuple(
-            None if tensor is None else tensor.dtype
-            for tensor in (student_hidden, student_head, student_bias)
-        )
+        ctx.gradients, ctx.function = gradients, function
+        ctx.dtypes = dtypes_of((hidden, head, bias))
         return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled():
-            raise RuntimeError(
-                "span_divergence: create_graph=True is supported only with strategy='reference'"
-            )
+        refuse_second_derivative(ctx.function)
         if ctx.gradients is None:
             raise RuntimeError(
-                "span_divergence: backward() was called twice on one loss, whose gradients were "
-                "released by the first call; call span_divergence again, or use "
+                f"{ctx.function}: backward() was called twice on one loss, whose gradients were "
+                f"released by the first call; call {ctx.function} again, or use "
                 "strategy='reference'"
             )
         gradients, ctx.gradients = ctx.gradients, None
         scaled = (
-            None if gradient is None else _scale_(gradient, grad_loss, dtype)
+            None if gradient is None else scale_(gradient, grad_loss, dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         )
-        return (*scaled, None, None)
+        return (*scaled, None, None, None)
 
 
-def _scale_(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
+def dtypes_of(leaves: Leaves) -> tuple[torch.dtype | None, ...]:
+    return tuple(None if tensor is None else tensor.dtype for tensor in leaves)
+
+
+def refuse_second_derivative(function: str) -> None:
+    """Raise RuntimeError in a backward that is itself to be differentiated."""
+    if torch.is_grad_enabled():
+        raise RuntimeError(
+            f"{function}: create_graph=True is supported only with strategy='reference'"
+        )
+
+
+def scale_(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """`factor * gradient`, rounded once to `dtype`: in place, or else part by part."""
     if gradient.dtype == dtype:
         return gradient.mul_(factor)

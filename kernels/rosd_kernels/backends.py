@@ -44,6 +44,11 @@ def gpu_rows(like: Tensor, dtype: torch.dtype) -> Callable[..., Any] | None:
     return block_divergence
 
 
+def gpu_logprob(like: Tensor, dtype: torch.dtype) -> Any:
+    """The module of `span_logprob`'s elementwise passes, or None as in `gpu_rows`."""
+    return None
+
+
 def make_tiles(inputs: SpanInputs, options: SpanOptions, permutation: Tensor | None) -> Any:
     """The dense work of "tiled": a `rosd_kernels.tiled.Tiles`."""
     if uses_triton(inputs.student_hidden, inputs.compute_dtype):

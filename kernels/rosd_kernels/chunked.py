@@ -26,11 +26,20 @@ import math
 import torch
 from torch import Tensor
 
-from rosd_kernels.autograd import Computed, Gradients, Needed, TokenResults, differentiable, ranges
+from rosd_kernels.autograd import (
+    Computed,
+    Gradients,
+    Needed,
+    TokenResults,
+    differentiable,
+    ranges,
+    zero_gradients,
+)
 from rosd_kernels.backends import gpu_rows
 from rosd_kernels.divergences import entry_terms, known_total, row_value
 from rosd_kernels.elementwise import stats, subtract_total, terms_, uses_native
 from rosd_kernels.logits import SCALED, LogitTransform, transform_
+from rosd_kernels.plain import NUM_SCRATCH
 from rosd_kernels.records import (
     SpanDivergenceOutput,
     SpanDivergenceStats,
@@ -57,10 +66,17 @@ def _compute(
     is_fused = rows_kernel is not None or uses_native(
         hidden.new_empty(0, dtype=inputs.compute_dtype)
     )
-    plan = WorkspacePlan.of(inputs, options, vocabulary, is_fused=is_fused)
+    student_side = inputs.student_hidden, inputs.student_head
+    plan = WorkspacePlan.of(
+        [student_side, (inputs.teacher_hidden, inputs.teacher_head)],
+        vocabulary,
+        workspace_mib=options.workspace_mib,
+        scratch_rows=_scratch_rows(inputs, options, vocabulary, is_fused=is_fused),
+        is_fused=is_fused and options.top_k is None,
+    )
     workspace = Workspace(plan, hidden.device)
     results = _empty_results(inputs)
-    gradients = _zero_gradients(inputs, needed)
+    gradients = zero_gradients(inputs.students, needed, inputs.compute_dtype)
     transforms = inputs.transforms(options)
     block_divergence = rows_kernel or (
         _block_divergence if options.top_k is None else _block_divergence_top_k
@@ -94,6 +110,16 @@ def _compute(
         gradients=gradients,
         stats=SpanDivergenceStats(strategy="chunked", workspace_bytes=plan.num_bytes),
     )
+
+
+def _scratch_rows(
+    inputs: SpanInputs, options: SpanOptions, vocabulary: Vocabulary, *, is_fused: bool
+) -> int:
+    """Buffers of one row of logits that the elementwise work on a row allocates."""
+    found = 0 if is_fused else NUM_SCRATCH + (options.softcap is not None)
+    if options.top_k is not None:  # the soft cap's slope, and about 20 buffers of k buckets
+        found += 1 + -(-options.top_k * 20 // vocabulary.largest)
+    return found
 
 
 def _project(chunk: SpanInputs, workspace: Workspace) -> tuple[Tensor, Tensor]:
@@ -222,18 +248,6 @@ def _store(
     for result, part in zip(results, found, strict=True):
         if result is not None and part is not None:
             result[rows] = part
-
-
-def _zero_gradients(inputs: SpanInputs, needed: Needed) -> Gradients:
-    """Zeros in the compute dtype, in which the chunks are summed."""
-    return Gradients(
-        *(
-            tensor.new_zeros(tensor.shape, dtype=inputs.compute_dtype)
-            if need and tensor is not None
-            else None
-            for tensor, need in zip(inputs.students, needed, strict=True)
-        )
-    )
 
 
 def _add_gradients(

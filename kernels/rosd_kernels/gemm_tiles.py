@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from rosd_kernels.autograd import Gradients, Needed, ranges
+from rosd_kernels.autograd import Gradients, Needed, ranges, zero_gradients
 from rosd_kernels.elementwise import stats, subtract_total, terms_
 from rosd_kernels.records import SpanInputs, SpanOptions
 from rosd_kernels.sparsity import Sparsity, Sweep, TileStats, select_tiles, sweep_sides
@@ -135,12 +135,7 @@ class GemmTiles:
         needed: Needed,
     ) -> Gradients:
         """Gradients from the active tiles, in the compute dtype."""
-        hidden, head, bias = (
-            tensor.new_zeros(tensor.shape, dtype=self.dtype)
-            if need and tensor is not None
-            else None
-            for tensor, need in zip(self.inputs.students, needed, strict=True)
-        )
+        hidden, head, bias = zero_gradients(self.inputs.students, needed, self.dtype)
         weighted = self.hidden[0] * row_scale[:, None] if head is not None else None
         for tiles, heads in self._tile_ranges(active, is_student_only=self.kept is not None):
             if self.kept is None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 
@@ -32,6 +33,12 @@ class LogitTransform(NamedTuple):
 
 
 SCALED = LogitTransform(None, None, 1.0)  # the identity: for logits that are scaled already
+
+
+def compute_dtype(*operands: Tensor) -> torch.dtype:
+    """float64 where a hidden state or head is float64, otherwise float32."""
+    is_double = any(operand.dtype == torch.float64 for operand in operands)
+    return torch.float64 if is_double else torch.float32
 
 
 def transform_(logits: Tensor, transform: LogitTransform) -> Tensor:

@@ -19,6 +19,7 @@ from rosd_kernels.records import DIVERGENCES, SpanOptions
 # From the newest vector instructions to none; a library is named after those it was built for.
 CAPABILITIES = ("AVX512", "AVX2", "DEFAULT")
 DTYPES = (torch.float32, torch.float64)
+OPERATORS = ("stats", "terms_", "logprob_grad_")
 
 
 @cache
@@ -32,8 +33,10 @@ def is_available() -> bool:
         except OSError as error:  # built for another torch
             reason = f"{library.name} cannot be loaded ({str(error).splitlines()[0]})"
         else:
-            register_fakes()
-            return True
+            if all(hasattr(torch.ops.rosd, name) for name in OPERATORS):
+                register_fakes()
+                return True
+            reason = f"{library.name} was built from older sources"
     warnings.warn(
         f"rosd_kernels computes in plain PyTorch, which is slower: {reason}; with a C++ compiler, "
         "`pip install --no-build-isolation` builds it",
@@ -64,6 +67,10 @@ def register_fakes() -> None:
     @torch.library.register_fake("rosd::terms_")
     def _(student, teacher, *rest):
         return student.new_empty(2, student.shape[0])
+
+    @torch.library.register_fake("rosd::logprob_grad_")
+    def _(logits, *rest):
+        return None
 
 
 def stats(
@@ -102,3 +109,12 @@ def terms_(
     if options.entry_clip is None:  # a divergence is never negative; its rounded sum may be
         result[0].clamp_(min=0)
     return result
+
+
+def logprob_grad_(
+    logits: Tensor, transform: LogitTransform, columns: Tensor, lse: Tensor, factors: Tensor
+) -> None:
+    """See logprob/elementwise.py: `gradient`, in place; factors [3, R] are its `row_factors`."""
+    torch.ops.rosd.logprob_grad_(
+        logits, transform.bias, columns, lse, factors, transform.softcap, transform.temperature
+    )

@@ -7,7 +7,6 @@ a `ValueError` that names the argument.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Literal
@@ -15,14 +14,23 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from rosd_kernels.logits import LogitTransform
-from rosd_kernels.order import VocabularyOrder
+from rosd_kernels.checks import (
+    check_devices,
+    check_matrix,
+    check_scales,
+    check_sparsity,
+    check_token_ids,
+    check_vector,
+    forbid_gradient,
+    is_positive,
+    shape_text,
+)
+from rosd_kernels.logits import LogitTransform, compute_dtype
 from rosd_kernels.sparsity import Sparsity
 from rosd_kernels.vocabulary import Vocabulary
 
 Divergence = Literal["forward_kl", "reverse_kl", "jsd"]
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
-FLOAT_DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,22 +51,19 @@ class SpanOptions:
     def __post_init__(self) -> None:
         if self.divergence not in DIVERGENCES:
             raise ValueError(f"divergence: got {self.divergence!r}, want one of {DIVERGENCES}")
-        if self.divergence == "jsd" and not (_is_positive(self.beta) and self.beta < 1):
+        if self.divergence == "jsd" and not (is_positive(self.beta) and self.beta < 1):
             raise ValueError(
                 f"beta: got {self.beta!r}, want a number in the open interval (0, 1); "
                 "its ends are the divergences 'forward_kl' and 'reverse_kl'"
             )
-        for name in ("temperature", "softcap", "importance_clip", "entry_clip", "workspace_mib"):
-            value = getattr(self, name)
-            optional = name in ("softcap", "importance_clip", "entry_clip")
-            if not (value is None and optional) and not _is_positive(value):
-                wish = "None or a finite number > 0" if optional else "a finite number > 0"
-                raise ValueError(f"{name}: got {value!r}, want {wish}")
+        check_scales(temperature=self.temperature, workspace_mib=self.workspace_mib)
+        clips = {"importance_clip": self.importance_clip, "entry_clip": self.entry_clip}
+        check_scales(softcap=self.softcap, **clips, optional=True)
         if self.top_k is not None and not (type(self.top_k) is int and self.top_k >= 1):
             raise ValueError(f"top_k: got {self.top_k!r}, want None or an int from 1 to V")
         if not isinstance(self.tail, bool):
             raise ValueError(f"tail: got {self.tail!r}, want True or False")
-        _check_sparsity(self.sparsity)
+        check_sparsity(self.sparsity)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -94,32 +99,32 @@ class SpanInputs:
         rollout_logprobs: Tensor | None,
     ) -> SpanInputs:
         """Check every tensor against the shape legend. Raises ValueError."""
-        _check_matrix("student_hidden", student_hidden, "[N, H]")
-        _check_matrix("teacher_hidden", teacher_hidden, "[N, Ht]")
-        _check_matrix("student_head", student_head, "[V, H]")
+        check_matrix("student_hidden", student_hidden, "[N, H]")
+        check_matrix("teacher_hidden", teacher_hidden, "[N, Ht]")
+        check_matrix("student_head", student_head, "[V, H]")
         num_tokens, width = student_hidden.shape
         vocab = student_head.shape[0]
         if vocab == 0:
-            raise ValueError(_shape_text("student_head", student_head, "[V, H] with V >= 1"))
+            raise ValueError(shape_text("student_head", student_head, "[V, H] with V >= 1"))
         if student_head.shape[1] != width:
-            raise ValueError(_shape_text("student_head", student_head, f"[V, H] = [V, {width}]"))
+            raise ValueError(shape_text("student_head", student_head, f"[V, H] = [V, {width}]"))
         if teacher_hidden.shape[0] != num_tokens:
             raise ValueError(
-                _shape_text("teacher_hidden", teacher_hidden, f"[N, Ht] = [{num_tokens}, Ht]")
+                shape_text("teacher_hidden", teacher_hidden, f"[N, Ht] = [{num_tokens}, Ht]")
             )
-        _forbid_gradient(teacher_hidden=teacher_hidden, weights=weights)
-        _forbid_gradient(rollout_logprobs=rollout_logprobs)
+        forbid_gradient(teacher_hidden=teacher_hidden, weights=weights)
+        forbid_gradient(rollout_logprobs=rollout_logprobs)
         teacher_width = teacher_hidden.shape[1]
         if teacher_head is None:
             if teacher_width != width:
                 wish = f"[N, H] = [{num_tokens}, {width}], as teacher_head is None"
-                raise ValueError(_shape_text("teacher_hidden", teacher_hidden, wish))
+                raise ValueError(shape_text("teacher_hidden", teacher_hidden, wish))
             teacher_head = student_head
             teacher_bias = student_bias if teacher_bias is None else teacher_bias
-        _check_matrix("teacher_head", teacher_head, "[V, Ht]")
+        check_matrix("teacher_head", teacher_head, "[V, Ht]")
         if tuple(teacher_head.shape) != (vocab, teacher_width):
             wish = f"[V, Ht] = [{vocab}, {teacher_width}]"
-            raise ValueError(_shape_text("teacher_head", teacher_head, wish))
+            raise ValueError(shape_text("teacher_head", teacher_head, wish))
         for name, tensor, want in (
             ("student_bias", student_bias, ("V", vocab)),
             ("teacher_bias", teacher_bias, ("V", vocab)),
@@ -127,10 +132,10 @@ class SpanInputs:
             ("rollout_logprobs", rollout_logprobs, ("N", num_tokens)),
         ):
             if tensor is not None:
-                _check_vector(name, tensor, *want)
+                check_vector(name, tensor, *want)
         if token_ids is not None:
-            token_ids = _check_token_ids(token_ids, num_tokens)
-        _check_devices(
+            token_ids = check_token_ids(token_ids, num_tokens)
+        check_devices(
             student_hidden=student_hidden,
             teacher_hidden=teacher_hidden,
             student_head=student_head,
@@ -191,15 +196,9 @@ class SpanInputs:
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """float64 where a hidden state or head is float64, otherwise float32."""
-        tensors = (
-            self.student_hidden,
-            self.teacher_hidden,
-            self.student_head,
-            self.teacher_head,
-        )
-        is_double = any(tensor.dtype == torch.float64 for tensor in tensors)
-        return torch.float64 if is_double else torch.float32
+        """The dtype of logits, sums and results."""
+        heads = self.student_head, self.teacher_head
+        return compute_dtype(self.student_hidden, self.teacher_hidden, *heads)
 
     def rows(self, start: int, stop: int) -> SpanInputs:
         """The inputs of tokens start..stop only, as views."""
@@ -272,82 +271,6 @@ class SpanDivergenceOutput:
 
 
 Strategy = Callable[[SpanInputs, SpanOptions, Vocabulary], SpanDivergenceOutput]
-
-
-def _is_positive(value: object) -> bool:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
-        return False
-    return math.isfinite(value) and value > 0
-
-
-def _shape_text(name: str, tensor: Tensor, wish: str) -> str:
-    return f"{name}: got shape {list(tensor.shape)}, want {wish}"
-
-
-def _check_float(name: str, tensor: Tensor, wish: str) -> None:
-    if not isinstance(tensor, Tensor):
-        raise ValueError(f"{name}: got {type(tensor).__name__}, want a tensor {wish}")
-    if tensor.dtype not in FLOAT_DTYPES:
-        names = ", ".join(str(dtype).removeprefix("torch.") for dtype in FLOAT_DTYPES)
-        raise ValueError(f"{name}: got dtype {tensor.dtype}, want one of {names}")
-
-
-def _check_matrix(name: str, tensor: Tensor, wish: str) -> None:
-    _check_float(name, tensor, wish)
-    if tensor.ndim != 2:
-        raise ValueError(_shape_text(name, tensor, wish))
-
-
-def _check_vector(name: str, tensor: Tensor, letter: str, size: int) -> None:
-    wish = f"[{letter}] = [{size}]"
-    _check_float(name, tensor, wish)
-    if tuple(tensor.shape) != (size,):
-        raise ValueError(_shape_text(name, tensor, wish))
-
-
-def _check_sparsity(sparsity: object) -> None:
-    if not isinstance(sparsity, Sparsity):
-        raise ValueError(f"sparsity: got {sparsity!r}, want 'exact', entry(eps) or mass(tol)")
-    if sparsity.rule == "exact":
-        return
-    if not (_is_positive(sparsity.bound) and sparsity.bound < 1):
-        name = {"entry": "eps", "mass": "tol"}[sparsity.rule]
-        raise ValueError(
-            f"sparsity: got {sparsity.rule}({sparsity.bound!r}), want {name} in the open interval "
-            "(0, 1); 'exact' computes everything"
-        )
-    if sparsity.order is not None and not isinstance(sparsity.order, VocabularyOrder):
-        raise ValueError(
-            f"sparsity: got an order of type {type(sparsity.order).__name__}, want a "
-            "VocabularyOrder or None"
-        )
-
-
-def _check_token_ids(token_ids: Tensor, num_tokens: int) -> Tensor:
-    wish = f"[N] = [{num_tokens}]"
-    if not isinstance(token_ids, Tensor):
-        raise ValueError(f"token_ids: got {type(token_ids).__name__}, want a tensor {wish}")
-    if token_ids.dtype not in (torch.int64, torch.int32):
-        raise ValueError(f"token_ids: got dtype {token_ids.dtype}, want int64 or int32")
-    if tuple(token_ids.shape) != (num_tokens,):
-        raise ValueError(_shape_text("token_ids", token_ids, wish))
-    return token_ids.long().contiguous()
-
-
-def _forbid_gradient(**tensors: Tensor | None) -> None:
-    for name, tensor in tensors.items():
-        if isinstance(tensor, Tensor) and tensor.requires_grad:
-            raise ValueError(
-                f"{name}: requires a gradient, but none flows into it; pass {name}.detach()"
-            )
-
-
-def _check_devices(**tensors: Tensor | None) -> None:
-    devices = {name: tensor.device for name, tensor in tensors.items() if tensor is not None}
-    wanted = devices["student_hidden"]
-    for name, device in devices.items():
-        if device != wanted:
-            raise ValueError(f"{name}: is on {device}, want {wanted}, where student_hidden is")
 
 
 def same_memory(a: Tensor, b: Tensor) -> bool:

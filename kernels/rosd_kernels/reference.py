@@ -37,8 +37,9 @@ def run_reference(
     dtype = inputs.compute_dtype
     student = (inputs.student_hidden, inputs.student_head, inputs.student_bias)
     teacher = (inputs.teacher_hidden, inputs.teacher_head, inputs.teacher_bias)
-    log_p = log_probs(*student, options=options, dtype=dtype)  # [N, V]
-    log_q = log_probs(*teacher, options=options, dtype=dtype)  # [N, V]
+    scaling = {"softcap": options.softcap, "temperature": options.temperature}
+    log_p = log_probs(*student, **scaling, dtype=dtype)  # [N, V]
+    log_q = log_probs(*teacher, **scaling, dtype=dtype)  # [N, V]
     student_logprob, student_entropy = describe(log_p.detach(), inputs.token_ids)
     teacher_logprob, teacher_entropy = describe(log_q, inputs.token_ids)
 
@@ -64,15 +65,21 @@ def run_reference(
 
 
 def log_probs(
-    hidden: Tensor, head: Tensor, bias: Tensor | None, *, options: SpanOptions, dtype: torch.dtype
+    hidden: Tensor,
+    head: Tensor,
+    bias: Tensor | None,
+    *,
+    softcap: float | None,
+    temperature: float,
+    dtype: torch.dtype,
 ) -> Tensor:
     """[N, V] `log_softmax(softcap(hidden head^T + bias) / temperature)`."""
     logits = hidden.to(dtype) @ head.to(dtype).T
     if bias is not None:
         logits = logits + bias.to(dtype)
-    if options.softcap is not None:
-        logits = options.softcap * torch.tanh(logits / options.softcap)
-    return torch.log_softmax(logits / options.temperature, dim=-1)
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    return torch.log_softmax(logits / temperature, dim=-1)
 
 
 def describe(log_p: Tensor, token_ids: Tensor | None) -> tuple[Tensor | None, Tensor]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from rosd_kernels.plain import NUM_SCRATCH
-from rosd_kernels.records import SpanInputs, SpanOptions
+from rosd_kernels.logits import compute_dtype
 from rosd_kernels.vocabulary import Vocabulary
 
 MIB = 1 << 20
@@ -33,7 +32,8 @@ class WorkspacePlan:
     dtype: torch.dtype  # of logits and sums
     gemm_dtype: torch.dtype  # of the GEMMs' operands: `dtype`, or bfloat16 where all inputs are
     vocab_size: int
-    rows: int  # rows of a chunk, whose logits of both sides are held: [2 * rows, V]
+    sides: int  # 2 for student and teacher
+    rows: int  # rows of a chunk, whose logits of all sides are held: [sides * rows, V]
     block: int  # rows that are turned from logits into gradients at a time
     cast_rows: int  # rows of a head that are converted at a time; 0: no conversion is needed
     cast_width: int  # columns of such a head
@@ -41,18 +41,28 @@ class WorkspacePlan:
 
     @classmethod
     def of(
-        cls, inputs: SpanInputs, options: SpanOptions, vocabulary: Vocabulary, *, is_fused: bool
+        cls,
+        sides: Sequence[tuple[Tensor, Tensor]],
+        vocabulary: Vocabulary,
+        *,
+        workspace_mib: float,
+        scratch_rows: int,
+        is_fused: bool,
     ) -> WorkspacePlan:
-        """Return the largest plan within `options.workspace_mib`, with at least one row.
+        """Return the largest plan within `workspace_mib`, with at least one row.
 
-        `is_fused`: the elementwise passes need no scratch memory. Where the vocabulary is sharded,
-        every rank gets the same plan, the one for the largest shard.
+        sides: hidden states [N, H] and head [V, H] of each. scratch_rows: buffers of one row of
+        logits that elementwise work on a row allocates. is_fused: that work is one launch for any
+        number of rows. Where the vocabulary is sharded, every rank gets the same plan, the one for
+        the largest shard.
         """
-        dtype, vocab_size = inputs.compute_dtype, vocabulary.largest
-        budget = int(options.workspace_mib * MIB)
-        heads = (inputs.student_head, inputs.teacher_head)
-        operands = (inputs.student_hidden, inputs.teacher_hidden, *heads)
-        is_narrow = inputs.student_hidden.device.type in NARROW_DEVICES and all(
+        vocab_size = vocabulary.largest
+        operands = [operand for side in sides for operand in side]
+        hidden, heads = sides[0][0], [head for _, head in sides]
+        num_tokens, device = hidden.shape[0], hidden.device
+        dtype = compute_dtype(*operands)
+        budget = int(workspace_mib * MIB)
+        is_narrow = device.type in NARROW_DEVICES and all(
             operand.dtype == torch.bfloat16 for operand in operands
         )
         gemm_dtype = torch.bfloat16 if is_narrow else dtype
@@ -64,39 +74,40 @@ class WorkspacePlan:
             cast_budget = min(CAST_BYTES, budget // 4)
             cast_rows = min(max(1, cast_budget // (cast_width * gemm_dtype.itemsize)), vocab_size)
         cast_bytes = cast_rows * cast_width * gemm_dtype.itemsize
-        row_bytes = vocab_size * dtype.itemsize
-        num_scratch = 0 if is_fused else NUM_SCRATCH + (options.softcap is not None)
-        if options.top_k is not None:  # the soft cap's slope, and about 20 buffers of k buckets
-            num_scratch += 1 + -(-options.top_k * 20 * dtype.itemsize // row_bytes)
+        scratch_bytes = scratch_rows * vocab_size * dtype.itemsize
+        held_bytes = len(sides) * vocab_size * dtype.itemsize  # of a row, from GEMM to GEMM
+        if is_narrow and len(sides) == 1:
+            held_bytes += vocab_size * gemm_dtype.itemsize
 
-        num_row_buffers = max(0, budget - cast_bytes) // row_bytes
-        block = max(1, num_row_buffers // (2 + num_scratch))
-        is_cpu = inputs.student_hidden.device.type == "cpu"
+        free = max(0, budget - cast_bytes)
+        block = max(1, free // (held_bytes + scratch_bytes))
+        is_cpu = device.type == "cpu"
         if is_cpu:
             block = min(block, max(1, CPU_BLOCK_ELEMENTS // vocab_size))
-        rows = max(1, (num_row_buffers - num_scratch * block) // 2)
+        rows = max(1, (free - scratch_bytes * block) // held_bytes)
         if is_cpu:
             rows = min(rows, CPU_CHUNK_ROWS)
         if vocabulary.is_sharded:
             # Ranks communicate per chunk and block, so all need the same sizes, whatever the layout
             # of their heads and with or without the C++ extension.
-            mine = torch.tensor([-rows, -block, -is_fused], device=inputs.student_hidden.device)
+            mine = torch.tensor([-rows, -block, -is_fused], device=device)
             fewest = vocabulary.max_(mine).tolist()
             rows, block, is_fused = -fewest[0], -fewest[1], fewest[2] != 0
-        num_chunks = max(1, -(-inputs.num_tokens // rows))
-        rows = -(-inputs.num_tokens // num_chunks)  # chunks of equal size: no thin GEMM at the end
-        if is_fused and (vocabulary.is_sharded or not is_cpu) and options.top_k is None:
+        num_chunks = max(1, -(-num_tokens // rows))
+        rows = -(-num_tokens // num_chunks)  # chunks of equal size: no thin GEMM at the end
+        if is_fused and (vocabulary.is_sharded or not is_cpu):
             block = rows  # one collective, or one launch, per chunk
         block = min(block, rows)
         return cls(
             dtype=dtype,
             gemm_dtype=gemm_dtype,
-            vocab_size=inputs.vocab_size,
+            vocab_size=vocabulary.local_size,
+            sides=len(sides),
             rows=rows,
             block=block,
             cast_rows=cast_rows,
             cast_width=cast_width,
-            num_bytes=(2 * rows + num_scratch * block) * row_bytes + cast_bytes,
+            num_bytes=held_bytes * rows + scratch_bytes * block + cast_bytes,
         )
 
 
@@ -105,7 +116,11 @@ class Workspace:
 
     def __init__(self, plan: WorkspacePlan, device: torch.device) -> None:
         self.plan = plan
-        self.logits = torch.empty(2 * plan.rows, plan.vocab_size, dtype=plan.dtype, device=device)
+        shape = plan.sides * plan.rows, plan.vocab_size
+        self.logits = torch.empty(shape, dtype=plan.dtype, device=device)
+        self.narrow: Tensor | None = None
+        if plan.sides == 1 and plan.gemm_dtype != plan.dtype:
+            self.narrow = torch.empty(shape, dtype=plan.gemm_dtype, device=device)
         num_cast = plan.cast_rows * plan.cast_width
         self.cast = torch.empty(num_cast, dtype=plan.gemm_dtype, device=device)
 
@@ -117,8 +132,10 @@ class Workspace:
         """G, [R, V], in the dtype of the GEMMs' operands.
 
         G is where the student's logits were. A narrow copy overwrites the teacher's logits, which
-        are no longer needed.
+        are no longer needed; where there is one side only, G is written into `narrow`.
         """
+        if self.narrow is not None:
+            return self.narrow[:num_rows]
         grad_logits = self.logits[:num_rows]
         if self.plan.gemm_dtype == self.plan.dtype:
             return grad_logits

@@ -18,7 +18,7 @@ from rosd_fast.text.prompts import (
     placeholders,
     render_prompt,
 )
-from rosd_fast.types import DistillSample
+from rosd_fast.types import TrainSample
 
 if TYPE_CHECKING:
     from rosd_fast.config import TeacherConfig
@@ -32,7 +32,7 @@ def build_samples(
     *,
     tokenizer: Any,
     config: TeacherConfig,
-) -> list[DistillSample]:
+) -> list[TrainSample]:
     """One sample per rollout that has a span and every text that its teacher template uses.
 
     Raises UserError if a problem and the template alone exceed `config.max_prompt_tokens`.
@@ -52,7 +52,7 @@ def build_samples(
             problem, template, present, tokenizer=tokenizer, max_tokens=config.max_prompt_tokens
         )
         samples.append(
-            DistillSample(
+            TrainSample(
                 rollout_id=rollout.id,
                 problem_id=problem.id,
                 student_prompt_ids=rollout.prompt_ids,
@@ -102,7 +102,7 @@ def teacher_prompt(
     return prompt_ids, keep < longest
 
 
-def sample_metrics(samples: Sequence[DistillSample]) -> dict[str, float]:
+def sample_metrics(samples: Sequence[TrainSample]) -> dict[str, float]:
     """`reflect/cut_frac`: the share of samples whose reflection was cut to fit."""
     if not samples:
         return {}

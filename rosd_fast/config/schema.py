@@ -249,10 +249,25 @@ class TeacherConfig(Section):
         "Solve the problem with this in mind."
     )
     """User turn of the teacher for a correct rollout: {problem}, {explanation}."""
+    solution_template: str = (
+        "{problem}\n\n"
+        "Here is a correct solution:\n<correct_solution>\n{demonstration}\n</correct_solution>\n"
+        "{feedback}\n"
+        "Solve the problem in your own words."
+    )
+    """User turn of the teacher for the methods that show it a solution (sdpo, opsd): {problem},
+    {demonstration}, {feedback}."""
+    show_feedback: bool = False
+    """Replace {feedback} by what the verifier says about a wrong rollout; otherwise it is empty."""
 
 
 class LossConfig(Section):
     """The token-level divergence between student and teacher (see docs/kernels.md)."""
+
+    distill_weight: NonNegativeFloat | None = None
+    """Weight of the divergence in the loss; None: 1, and 0 for the methods grpo and sft."""
+    policy_weight: NonNegativeFloat | None = None
+    """Weight of the policy gradient in the loss; None: 0, and 1 for the methods grpo and sft."""
 
     divergence: Literal["forward_kl", "reverse_kl", "jsd"] = "jsd"
     """Divergence, over the full vocabulary unless loss.top_k is set."""
@@ -286,6 +301,30 @@ class LossConfig(Section):
     """Memory for logits in MiB, whatever the number of tokens."""
 
 
+class PolicyConfig(Section):
+    """The policy gradient (GRPO), where loss.policy_weight is above 0."""
+
+    advantage: Literal["group_std", "group_mean"] = "group_std"
+    """The advantage of a rollout in its group.
+    group_std: (score - mean) / standard deviation.
+    group_mean: score - mean (Dr. GRPO)."""
+    clip_low: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """The ratio of student to rollout probability is clipped at 1 - clip_low."""
+    clip_high: PositiveFloat = 0.2
+    """The ratio is clipped at 1 + clip_high; 0.28 is DAPO's clip-higher."""
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    """Maximum ratio of a token with a negative advantage; None: no limit."""
+    normalize: Literal["token", "sequence", "constant"] = "token"
+    """What the sum over tokens is divided by.
+    token: the number of tokens of the update.
+    sequence: the rollout's own number of tokens, then the number of rollouts.
+    constant: sample.max_new_tokens times the number of rollouts (Dr. GRPO)."""
+    mask_truncated: bool = False
+    """Leave out rollouts that reached sample.max_new_tokens."""
+    entropy_weight: NonNegativeFloat = 0.0
+    """Weight of an entropy bonus per token."""
+
+
 class OptimConfig(Section):
     """AdamW, with a linear warm-up to a constant learning rate."""
 
@@ -301,6 +340,8 @@ class OptimConfig(Section):
     """Decoupled weight decay, applied to matrices only."""
     grad_clip: PositiveFloat = 1.0
     """Maximum global gradient norm."""
+    updates_per_step: PositiveInt = 1
+    """Optimizer updates per step: its problems are split into this many mini-batches."""
     trainable: str = ""
     """Patterns of the names of the parameters to train, comma-separated, as in
     model.layers.2?.*,lm_head.weight; empty: all."""
@@ -481,6 +522,7 @@ class Config(Section):
     span: SpanConfig = SpanConfig()
     teacher: TeacherConfig = TeacherConfig()
     loss: LossConfig = LossConfig()
+    policy: PolicyConfig = PolicyConfig()
     optim: OptimConfig = OptimConfig()
     lora: LoraConfig = LoraConfig()
     learner: LearnerConfig = LearnerConfig()

@@ -9,7 +9,6 @@ with the reflection's opening tag.
 
 from __future__ import annotations
 
-import random
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from rosd_fast.reflection.grammar import (
     sentence_grammar,
     verbatim_grammar,
 )
+from rosd_fast.rollout.siblings import choose_demonstration
 from rosd_fast.text.prompts import (
     cut_middle,
     fill_template,
@@ -207,21 +207,6 @@ def template_name(config: ReflectConfig, *, correct: bool) -> str:
     if correct:
         return "correct_template"
     return "sentence_template" if config.mode == "sentence" else "wrong_template"
-
-
-def choose_demonstration(
-    group: Group, verdicts: Mapping[str, Verdict], policy: str, *, key: str = ""
-) -> Rollout | None:
-    """A correct rollout of the group: the `first`, the `shortest` in tokens, or a `random` one.
-
-    key: seeds the random choice. None when no rollout is correct.
-    """
-    correct = [rollout for rollout in group.rollouts if verdicts[rollout.id].success]
-    if policy == "shortest":
-        correct.sort(key=lambda rollout: len(rollout.completion_ids))
-    if policy == "random" and correct:
-        return random.Random(key).choice(correct)
-    return correct[0] if correct else None
 
 
 def split_sentences(text: str) -> tuple[str, ...]:

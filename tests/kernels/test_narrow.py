@@ -93,6 +93,7 @@ def test_the_narrow_copy_lies_in_the_workspace():
         dtype=torch.float32,
         gemm_dtype=BF16,
         vocab_size=7,
+        sides=2,
         rows=3,
         block=3,
         cast_rows=0,

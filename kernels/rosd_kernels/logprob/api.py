@@ -1,0 +1,131 @@
+"""The public function: it checks its arguments, chooses a strategy and runs it."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+from torch.distributed import ProcessGroup
+
+from rosd_kernels.auto import kind_of, remember
+from rosd_kernels.checks import check_group, check_ids, check_order, check_strategy
+from rosd_kernels.logprob.chunked import run_chunked
+from rosd_kernels.logprob.records import (
+    LogprobInputs,
+    LogprobOptions,
+    SpanLogprobOutput,
+    Strategy,
+    TokenLoss,
+)
+from rosd_kernels.logprob.reference import run_reference
+from rosd_kernels.sparsity import Sparsity
+from rosd_kernels.vocabulary import Vocabulary
+
+STRATEGIES: dict[str, Strategy] = {"chunked": run_chunked, "reference": run_reference}
+
+
+def span_logprob(
+    hidden: Tensor,  # [N, H]
+    head: Tensor,  # [V, H]
+    token_ids: Tensor,  # [N]
+    *,
+    token_loss: TokenLoss | None = None,
+    temperature: float = 1.0,
+    softcap: float | None = None,
+    bias: Tensor | None = None,  # [V]
+    sparsity: Literal["exact"] | Sparsity = "exact",
+    strategy: Literal["auto", "tiled", "chunked", "reference"] = "auto",
+    workspace_mib: float = 256,
+    vocab_group: ProcessGroup | None = None,
+) -> SpanLogprobOutput:
+    """Log-probabilities of sampled tokens and entropies, from hidden states, without [N, V] logits.
+
+    With logits `s = softcap(h W^T + b) / temperature`, `p = softmax(s)` and the sampled token y,
+
+        logprob = log p_y        dlogprob/ds_v = [v = y] - p_v
+        entropy = -sum_v p_v log p_v        dentropy/ds_v = -p_v (log p_v + entropy)
+
+    A loss that is a sum over tokens of some function of these two, such as a clipped policy
+    gradient with an entropy bonus, goes into `token_loss`: loss and gradients then come from one
+    pass over the vocabulary. Cross entropy is `token_loss=lambda logprob, entropy, rows: -logprob`.
+
+    Args:
+        hidden: [N, H], after the final norm, of the tokens of the loss only. N may be 0: the loss
+            is zero and backpropagates zeros.
+        head: [V, H]. Without a gradient (LoRA), its gradient is not computed.
+        token_ids: [N] sampled ids, int64 or int32.
+        token_loss: called as `token_loss(logprob, entropy, rows)` on a few tokens at a time while
+            their logits are in memory: [n] log-probs and entropies of the tokens `rows`, a slice
+            of 0..N. Returns their [n] losses. Autograd differentiates it w.r.t. its two arguments,
+            and w.r.t. nothing else that it reads. None: `logprob` and `entropy` are differentiable
+            themselves, at the price of computing the logits again in backward.
+        temperature: divides the logits, after the soft cap.
+        softcap: `softcap(x) = cap tanh(x / cap)`. None: the identity.
+        bias: [V], finite, added before the soft cap. None: no bias.
+        sparsity: "exact", all entries are computed; `entry(eps)` or `mass(tol)`, "tiled" skips
+            tiles of the vocabulary that hold almost no probability in the gradient, and `stats`
+            reports how much they held (see sparsity.py). Log-probs and entropies are exact in any
+            case. "chunked" and "reference" always compute everything.
+        strategy: "chunked", dense GEMMs through a bounded workspace; "tiled", one tile of the
+            vocabulary at a time, and with `sparsity` only those that matter; "reference", plain
+            PyTorch on whole [N, V] logits, for tests; "auto", see auto.py. They agree up to
+            rounding and what `sparsity` skips.
+        workspace_mib: bound on all logit-sized buffers together. One row ("chunked") or one tile
+            ("tiled") is held in any case.
+        vocab_group: a torch.distributed process group over which the vocabulary is sharded: head
+            and bias are this rank's rows, in rank order, of any number; hidden states and ids (of
+            the whole vocabulary) are the same on all ranks, and `token_loss` computes the same. So
+            are the results, and each rank's gradient of `hidden` is the whole one. A collective,
+            and without `token_loss` so is its backward. Not for "reference".
+
+    Returns:
+        `SpanLogprobOutput`. With `token_loss`, its `loss` is differentiable w.r.t. `hidden`, `head`
+        and `bias`, once, and the rest is detached. Without, `loss` is None, and `logprob` and
+        `entropy` are differentiable. All but "reference" refuse `create_graph=True` with a
+        RuntimeError. Dtypes, rounding and repeatability are those of `span_divergence`. Under
+        torch.compile the graph breaks here.
+
+        Cost in sweeps of the head's GEMM: "chunked" 3 with `token_loss`, 4 without; one less where
+        the head has no gradient; 1 without any gradient. "tiled" 1 + 3f, with f the active fraction
+        of the vocabulary.
+
+    Raises:
+        ValueError: an argument breaks the contract above. Names the argument, what it got and what
+            it wants.
+    """
+    check_strategy(strategy, tuple(STRATEGIES))
+    if token_loss is not None and not callable(token_loss):
+        raise ValueError(f"token_loss: got {type(token_loss).__name__}, want a callable or None")
+    options = LogprobOptions(
+        temperature=temperature,
+        softcap=softcap,
+        sparsity=Sparsity() if sparsity == "exact" else sparsity,
+        workspace_mib=workspace_mib,
+    )
+    inputs = LogprobInputs.of(hidden=hidden, head=head, bias=bias, token_ids=token_ids)
+    # A tracer would unroll the loops over chunks; it cannot trace collectives or auto's memory.
+    run: Any = torch.compiler.disable(_run) if torch.compiler.is_compiling() else _run
+    return run(strategy, inputs, options, vocab_group, token_loss)
+
+
+def _run(
+    strategy: str,
+    inputs: LogprobInputs,
+    options: LogprobOptions,
+    vocab_group: ProcessGroup | None,
+    token_loss: TokenLoss | None,
+) -> SpanLogprobOutput:
+    """The last checks, which need the whole vocabulary's size, then the strategy."""
+    check_group(vocab_group, strategy)
+    check_order(options.sparsity, inputs.vocab_size)
+    vocabulary = Vocabulary(inputs.vocab_size, vocab_group, inputs.hidden.device)
+    check_ids(inputs.token_ids, vocabulary)
+    kind = kind_of("span_logprob", options.sparsity, (inputs.head,), vocabulary)
+    name = "chunked" if strategy == "auto" else strategy
+    # Autocast would run in bfloat16 the GEMMs that are in float32 on purpose.
+    with torch.autocast(device_type=inputs.hidden.device.type, enabled=False):
+        output = STRATEGIES[name](inputs, options, vocabulary, token_loss)
+    if strategy == "auto":
+        remember(kind, output.stats, inputs.num_tokens)
+    return output
