@@ -7,12 +7,14 @@ from pathlib import Path
 
 from rosd_fast.config import Config
 from rosd_fast.config.chat import make_chats, read_templates
-from rosd_fast.config.load import preset_names
+from rosd_fast.config.load import is_built_in
 from rosd_fast.data.problems import ProblemStream, load_problems
 from rosd_fast.engines.factory import check_engine
+from rosd_fast.machine import check_memory
 from rosd_fast.methods import Method, find_method
 from rosd_fast.model.adapters import choose_trainable
 from rosd_fast.model.load import LoadedModel, full_model_device, load_model
+from rosd_fast.model.skeleton import build_skeleton, load_skeleton
 from rosd_fast.quickstart import QUICKSTART
 from rosd_fast.rollout.sample import check_prompts
 from rosd_fast.text.chat import Chats
@@ -48,15 +50,16 @@ class Inputs:
     method: Method
 
 
-def load_inputs(config: Config) -> Inputs:
+def load_inputs(config: Config, *, weights: bool = True) -> Inputs:
     """Load model and data. Raises UserError for everything that can be known to be wrong by then.
 
     The cheap checks come first: a model may take minutes to load.
+
+    weights: False: load only the shapes of the model, and do not check this machine.
     """
     config = with_absolute_paths(config)
     method_type = find_method(config.method)
     method_type.check_options(config)
-    check_engine(config.engine, config.teacher, config.device)
     check_adamw(config.optim, several_ranks=launched())
     parse_scales(config.optim.lr_scale)
     problems, dev_splits = load_data(config)
@@ -67,12 +70,18 @@ def load_inputs(config: Config) -> Inputs:
         shuffle=config.data.shuffle,
     )
     config = with_resolved_epochs(config, stream)
-    model = load_model(
-        config.model,
-        dtype=config.dtype,
-        device=full_model_device(config.device, config.engine),
-        trust_remote_code=config.trust_remote_code,
-    )
+    if weights:
+        check_machine(config, needs_teacher=method_type.weights(config)[0] > 0)
+        model = load_model(
+            config.model,
+            dtype=config.dtype,
+            device=full_model_device(config.device, config.engine),
+            trust_remote_code=config.trust_remote_code,
+        )
+    else:
+        model = load_skeleton(
+            config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code
+        )
     chats = make_chats(config.chat, model.tokenizer)
     dev_problems = [problem for split in dev_splits.values() for problem in split]
     for chat, asked in ((chats.student, problems), (chats.eval, dev_problems)):
@@ -99,6 +108,16 @@ def load_inputs(config: Config) -> Inputs:
         token_bytes=token_bytes,
         method=method,
     )
+
+
+def check_machine(config: Config, *, needs_teacher: bool) -> None:
+    """Raise UserError if the run does not fit this machine, or needs what it does not have."""
+    model = build_skeleton(
+        config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code
+    )
+    choose_trainable(model, lora=config.lora, trainable=config.optim.trainable, seed=config.seed)
+    check_memory(config, model, teacher=needs_teacher)
+    check_engine(config.engine, config.teacher, config.device)
 
 
 def load_data(config: Config) -> tuple[list[Problem], dict[str, list[Problem]]]:
@@ -136,7 +155,7 @@ def with_absolute_paths(config: Config) -> Config:
     data, engine = config.data, config.engine
     sources = {name: absolute(getattr(data, name)) for name in ("train", "dev", "dev_ood")}
     folder = Path(config.model).expanduser()
-    named = config.model in preset_names() or not folder.is_dir()
+    named = is_built_in(config.model) or not folder.is_dir()
     model = config.model if named else str(folder.absolute())
     places = {name: absolute(getattr(engine, name)) for name in ("python", "sync_folder")}
     return config.model_copy(
