@@ -41,7 +41,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from rosd_fast.batch.packing import pack
 from rosd_fast.model.attention import hidden_states, packed_forward
-from rosd_fast.types import DistillSample, PackedSequences
+from rosd_fast.types import PackedSequences, TrainSample
 
 CASES = ("512,8,128", "256,8,256", "2048,8,256", "sciknoweval")
 CANDIDATES = ("padded", "packed", "shared")
@@ -177,19 +177,20 @@ def sciknoweval_lengths(data: Path) -> list[tuple[int, list[int]]]:
     from rosd_fast.data.problems import load_problems
     from rosd_fast.engines.local.engine import LocalEngine
     from rosd_fast.model.smollm2 import smollm2_folder
-    from rosd_fast.text.prompts import render_prompt
+    from rosd_fast.text.chat import chat_format
     from rosd_fast.types import GenerationRequest, SamplingParams
 
     folder = smollm2_folder()
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    chat = chat_format(tokenizer)
     problems = load_problems(str(data))[:GROUPS]
     stop = tokenizer.eos_token_id
     params = SamplingParams(max_new_tokens=LONGEST, stop_token_ids=(stop,))
     requests = [
         GenerationRequest(
             id=problem.id,
-            prompt_ids=render_prompt(tokenizer, user=problem.prompt, system=problem.system),
+            prompt_ids=chat.render(problem.prompt, system=problem.system),
             params=params,
             n=ROLLOUTS,
         )
@@ -205,7 +206,7 @@ def sciknoweval_lengths(data: Path) -> list[tuple[int, list[int]]]:
     ]
 
 
-def build_samples(lengths: Sequence[tuple[int, list[int]]]) -> list[DistillSample]:
+def build_samples(lengths: Sequence[tuple[int, list[int]]]) -> list[TrainSample]:
     """Samples of random tokens; half of a completion is distilled."""
     draw = random.Random(0)
 
@@ -217,7 +218,7 @@ def build_samples(lengths: Sequence[tuple[int, list[int]]]) -> list[DistillSampl
         prompt_ids = ids(prompt_length)
         for index, length in enumerate(completions):
             samples.append(
-                DistillSample(
+                TrainSample(
                     rollout_id=f"{group}/{index}",
                     problem_id=str(group),
                     student_prompt_ids=prompt_ids,
@@ -231,7 +232,7 @@ def build_samples(lengths: Sequence[tuple[int, list[int]]]) -> list[DistillSampl
     return samples
 
 
-def work_of(samples: Sequence[DistillSample], side: str, candidate: str) -> Work:
+def work_of(samples: Sequence[TrainSample], side: str, candidate: str) -> Work:
     min_shared = 16 if candidate == "shared" else 0
     batches = pack(samples, max_tokens=MAX_TOKENS, min_shared=min_shared)
     return Work([getattr(batch, side) for batch in batches], padded=candidate == "padded")

@@ -11,7 +11,7 @@ the annotations of its own group only.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -66,7 +66,7 @@ async def _behind_barrier(
         )
     with progress.stage(Stage.VERIFY):
         verdicts = verify_all(groups, threshold=config.select.threshold)
-        selection = select_groups(groups, verdicts, config.select)
+        selection = _select(inputs, groups, verdicts)
     with progress.stage(method.annotate_stage):
         annotations = await method.annotate(step, selection.kept, verdicts, engines, progress)
     return Sampled(groups=groups, verdicts=verdicts, selection=selection, annotations=annotations)
@@ -92,7 +92,7 @@ async def _streamed(
                 ):
                     groups[group.problem.id] = group
                     verdicts |= verify_all([group], threshold=config.select.threshold)
-                    kept = select_groups([group], verdicts, config.select).kept
+                    kept = _select(inputs, [group], verdicts).kept
                     if kept:
                         tasks.create_task(annotate(kept))
     except BaseExceptionGroup as failed:  # one line for the user, not a tree
@@ -101,8 +101,15 @@ async def _streamed(
     return Sampled(
         groups=ordered,
         verdicts=verdicts,
-        selection=select_groups(ordered, verdicts, config.select),
+        selection=_select(inputs, ordered, verdicts),
         annotations=annotations,
+    )
+
+
+def _select(inputs: Inputs, groups: Sequence[Group], verdicts: Mapping[str, Verdict]) -> Selection:
+    """The groups that the options and the method keep."""
+    return select_groups(
+        groups, verdicts, inputs.config.select, needs_success=inputs.method.needs_success
     )
 
 
@@ -110,7 +117,7 @@ def _options(inputs: Inputs, step: int) -> RolloutOptions:
     """How groups are sampled."""
     config, model = inputs.config, inputs.model
     return {
-        "tokenizer": model.tokenizer,
+        "chat": inputs.chats.student,
         "group_size": config.sample.group_size,
         "params": sampling_params(config.sample, model.stop_token_ids),
         "seed": config.seed,

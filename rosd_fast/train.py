@@ -16,6 +16,7 @@ from pathlib import Path
 from torch import Tensor
 
 from rosd_fast.batch.packing import pack
+from rosd_fast.batch.weights import mini_batches, normalized
 from rosd_fast.config import Config
 from rosd_fast.engines.lifecycle import Engines
 from rosd_fast.evaluate import evaluate_splits
@@ -26,7 +27,7 @@ from rosd_fast.report.stages import Stage
 from rosd_fast.run import Run, open_run
 from rosd_fast.trainer.learner import StepResult, TrainingDiverged
 from rosd_fast.trainer.ranks import run_worker
-from rosd_fast.types import PackedBatch
+from rosd_fast.types import PackedBatch, TrainSample
 from rosd_fast.utils.distributed import open_world
 
 
@@ -86,21 +87,44 @@ async def start(run: Run, engines: Engines) -> None:
 
 
 async def train_on(run: Run, engines: Engines, step: int, sampled: Sampled) -> dict[str, float]:
-    """Do one optimizer step on what was sampled; return the step's metrics."""
-    config, progress, method = run.config, run.progress, run.inputs.method
+    """Do the step's optimizer updates on what was sampled; return the step's metrics."""
+    progress, method = run.progress, run.inputs.method
     verdicts, selection = sampled.verdicts, sampled.selection
     training = method.build(selection.kept, verdicts, sampled.annotations, progress)
+    measured = await method.measure(step, training, selection.kept, verdicts, engines, progress)
+    if not training.samples:
+        progress.note(f"step {step}: nothing to train on ({selection.describe()})")
+    updates = mini_batches(training.samples, run.config.optim.updates_per_step)
+    learned = StepResult.merge([await update(run, engines, step, part) for part in updates])
+    with progress.stage(Stage.SYNC):
+        await run.sync_weights(engines, step)
+    run.write_rollouts(step, sampled, training, learned.per_token)
+    return {
+        **training.metrics,
+        **measured,
+        **learned.metrics,
+        **rollout_metrics(sampled.groups, verdicts, training.samples, selection, step - 1),
+        **engines.student.take_metrics(),
+    }
+
+
+async def update(
+    run: Run, engines: Engines, step: int, samples: Sequence[TrainSample]
+) -> StepResult:
+    """Do one optimizer update on a mini-batch of the step."""
+    config, progress = run.config, run.progress
     with progress.stage(Stage.BUILD):
         batches = pack(
-            training.samples,
+            normalized(
+                samples,
+                config.policy.normalize,
+                max_new_tokens=config.sample.max_new_tokens,
+            ),
             max_tokens=config.pack.max_tokens,
             min_shared=config.pack.min_shared,
             num_ranks=run.learners.world.size,
             hidden_size=run.inputs.model.hidden_size,
         )
-    measured = await method.measure(step, training, selection.kept, verdicts, engines, progress)
-    if not batches:
-        progress.note(f"step {step}: nothing to train on ({selection.describe()})")
     teacher_states = None
     if engines.teacher_server is not None:
         with progress.stage(Stage.TEACHER):
@@ -108,27 +132,18 @@ async def train_on(run: Run, engines: Engines, step: int, sampled: Sampled) -> d
     await engines.student.release_memory()
     with progress.stage(Stage.LEARN):
         try:
-            learned = await update(run, batches, teacher_states)
+            learned = await learn(run, batches, teacher_states)
         except TrainingDiverged:
-            run.write_skipped(step, training.samples)
+            run.write_skipped(step, samples)
             raise
         progress.tokens(sum(batch.num_tokens for batch in batches))
     if learned.metrics["loss/skipped"]:
         progress.note(f"step {step} is skipped: its loss or gradient is not finite")
-        run.write_skipped(step, training.samples)
-    with progress.stage(Stage.SYNC):
-        await run.sync_weights(engines, step)
-    run.write_rollouts(step, sampled, training, learned.per_token)
-    return {
-        **learned.metrics,
-        **rollout_metrics(sampled.groups, verdicts, len(training.samples), selection, step - 1),
-        **engines.student.take_metrics(),
-        **training.metrics,
-        **measured,
-    }
+        run.write_skipped(step, samples)
+    return learned
 
 
-async def update(
+async def learn(
     run: Run, batches: Sequence[PackedBatch], teacher_states: Sequence[Tensor] | None
 ) -> StepResult:
     """Update the weights; in a thread where requests of the next step are in flight."""

@@ -3,7 +3,7 @@
 One optimizer step moves through them from left to right. Each refers to the one before it by id, so
 no stage keeps parallel lists:
 
-    Problem -> Group[Rollout] -> Verdict -> Reflection -> ErrorSpan -> DistillSample -> PackedBatch
+    Problem -> Group[Rollout] -> Verdict -> Reflection -> ErrorSpan -> TrainSample -> PackedBatch
 
 Token positions are always positions in `completion_ids`, the ids that were sampled: text is never
 re-tokenized. Ranges are half-open. Log-probabilities are in nats.
@@ -37,6 +37,7 @@ class Problem:
     answer: str  # what the verifier compares with
     verifier: str  # a name in rosd_fast.verify.VERIFIERS
     system: str | None = None  # the system turn, None: no system turn
+    reference: str | None = None  # a worked solution of the data set, None: it has none
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -122,6 +123,15 @@ class Verdict:
     success: bool
     answer: str | None  # the answer found in the completion, None: none found
 
+    @property
+    def feedback(self) -> str:
+        """What the verifier tells a solver, without the right answer; empty for a success."""
+        if self.success:
+            return ""
+        if self.answer is None:
+            return "No answer was found."
+        return f"The answer {self.answer} is wrong."
+
     def __post_init__(self) -> None:
         if not 0.0 <= self.score <= 1.0:
             raise ValueError(f"{self.rollout_id}: score {self.score} is outside [0, 1]")
@@ -146,6 +156,7 @@ class Reflection:
     sentence: int | None = None  # number of the quoted sentence, from 1; None: found by the quote
     mode: str = "free"  # reflect.mode that it was written in
     prompt_cut: bool = False  # whether the middle of a rollout was left out of the prompt
+    shown_from: int = 0  # first token of the rollout that the prompt showed; above 0: not all of it
     tolerated: tuple[str, ...] = ()  # accepted faults of the format: "case", "unclosed", "cut"
     leaks: bool = False  # whether the explanation stated the final answer
     refused: str | None = None  # why the explanation is not used: "leak", "empty" or "copy"
@@ -158,7 +169,7 @@ class ErrorSpan:
     rollout_id: str
     start: int
     end: int
-    source: SpanSource  # how the quote was found, or "full": the whole completion
+    source: SpanSource  # how the quote was found, or "full": the whole completion, or answer
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.end:
@@ -166,19 +177,30 @@ class ErrorSpan:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class DistillSample:
-    """One rollout under both prompts. The teacher reads the same completion ids after its own
-    prompt."""
+class TrainSample:
+    """One loss on one range of a rollout's tokens: `completion_ids[start:end]`.
+
+    The fields that are given name the loss of a token:
+
+        teacher_prompt_ids   divergence from the teacher, which reads the same completion ids after
+                             its own prompt
+        advantage            policy gradient: clipped ratio times advantage
+        neither              likelihood: -log p of the token
+
+    A rollout may have two samples, a divergence and one of the others; packing then runs its tokens
+    through the student once.
+    """
 
     rollout_id: str
     problem_id: str
     student_prompt_ids: tuple[int, ...]
-    teacher_prompt_ids: tuple[int, ...]
     completion_ids: tuple[int, ...]
     logprobs: tuple[float, ...]  # of the rollout engine, [len(completion_ids)]
-    start: int  # distilled tokens: completion_ids[start:end]
+    start: int
     end: int
-    weight: float = 1.0  # multiplies the divergence of each of its tokens
+    teacher_prompt_ids: tuple[int, ...] | None = None
+    advantage: float | None = None
+    weight: float = 1.0  # multiplies the loss of each of its tokens
     reflection_cut: bool = False  # whether the reflection had to be cut to fit the teacher's prompt
 
     def __post_init__(self) -> None:
@@ -192,14 +214,25 @@ class DistillSample:
                 f"{self.rollout_id}: {len(self.completion_ids)} tokens but "
                 f"{len(self.logprobs)} logprobs"
             )
-        if not self.student_prompt_ids or not self.teacher_prompt_ids:
+        if not self.student_prompt_ids or self.teacher_prompt_ids == ():
             raise ValueError(
                 f"{self.rollout_id}: a prompt is empty: no state precedes the first token"
             )
+        if self.teacher_prompt_ids is not None and self.advantage is not None:
+            raise ValueError(
+                f"{self.rollout_id}: a sample has one loss; give the divergence and the policy "
+                "gradient a sample each"
+            )
 
     @property
-    def num_distilled(self) -> int:
+    def num_tokens(self) -> int:
+        """Number of trained tokens."""
         return self.end - self.start
+
+    @property
+    def is_distilled(self) -> bool:
+        """Whether its loss is the divergence from the teacher."""
+        return self.teacher_prompt_ids is not None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -257,26 +290,52 @@ class PackedSequences:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class PackedBatch:
-    """A micro-batch: the same B samples under the student's and the teacher's prompt.
+class PolicyTokens:
+    """The tokens of a micro-batch whose loss needs no teacher: policy gradient and likelihood.
 
-    Row i of every [N] tensor, and of both `gather`s, is the same distilled token.
+    Row i of every [M] tensor is the same token.
+    """
+
+    gather: Tensor  # [M] int64, the row of the student's states that predicts it
+    token_ids: Tensor  # [M] int64
+    weights: Tensor  # [M] float32; the loss is the weighted sum
+    advantages: Tensor  # [M] float32; 0 for a likelihood
+    is_likelihood: Tensor  # [M] bool
+    rollout_logprobs: Tensor  # [M] float32
+    sample_index: Tensor  # [M] int64, which of the B samples a row belongs to
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class PackedBatch:
+    """A micro-batch of B samples: all under the student's prompt, the distilled ones also under the
+    teacher's.
+
+    Row i of every [N] tensor, and of both `gather`s, is the same distilled token. `teacher` is None
+    in a step without distilled tokens, `policy` in a step that has nothing else; all micro-batches
+    of a step agree in that, because the ranks compute the same losses at the same time.
     """
 
     rollout_ids: tuple[str, ...]  # [B]
     problem_ids: tuple[str, ...]  # [B], of those rollouts; samples of one share a long prefix
     student: PackedSequences
-    teacher: PackedSequences
+    teacher: PackedSequences | None
     token_ids: Tensor  # [N] int64, the distilled tokens
     weights: Tensor  # [N] float32
     rollout_logprobs: Tensor  # [N] float32
     sample_index: Tensor  # [N] int64, which of the B samples a row belongs to
+    policy: PolicyTokens | None = None
 
     @property
     def num_distilled(self) -> int:
         return self.token_ids.shape[0]
 
     @property
+    def num_policy(self) -> int:
+        """Number of tokens whose loss needs no teacher."""
+        return 0 if self.policy is None else self.policy.token_ids.shape[0]
+
+    @property
     def num_tokens(self) -> int:
         """Tokens that go through the model, student's plus teacher's."""
-        return self.student.cu_seqlens[-1] + self.teacher.cu_seqlens[-1]
+        teacher = 0 if self.teacher is None else self.teacher.cu_seqlens[-1]
+        return self.student.cu_seqlens[-1] + teacher

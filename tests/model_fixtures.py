@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from rosd_fast.types import DistillSample
+from rosd_fast.types import TrainSample
 from tests.tiny import VOCAB, tiny_model
 
 
@@ -19,7 +19,7 @@ def make_model() -> Callable[..., Any]:
 
 
 @pytest.fixture
-def distill_samples() -> list[DistillSample]:
+def distill_samples() -> list[TrainSample]:
     """Four samples: two groups of two."""
     g = torch.Generator().manual_seed(5)
 
@@ -28,7 +28,7 @@ def distill_samples() -> list[DistillSample]:
 
     prompts = [(ids(6), ids(9)), (ids(4), ids(11))]
     return [
-        DistillSample(
+        TrainSample(
             rollout_id=f"{index // 2}/{index % 2}",
             problem_id=str(index // 2),
             student_prompt_ids=prompts[index // 2][0],

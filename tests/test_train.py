@@ -27,7 +27,7 @@ from rosd_fast.quickstart.tasks import load_split
 from rosd_fast.report.metrics import read_metrics
 from rosd_fast.train import train
 from rosd_fast.trainer import learner as learner_module
-from rosd_fast.types import DistillSample
+from rosd_fast.types import TrainSample
 
 SMALL: dict[str, Any] = {
     "steps": 2,
@@ -143,6 +143,30 @@ def test_a_resumed_run_keeps_its_vocabulary_order(tmp_path: Path) -> None:
     assert read_metrics(run / "metrics.jsonl")[-1]["loss/active_frac"] <= 1
 
 
+def test_epochs_and_a_schedule_that_a_longer_run_stretches(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_set = tmp_path / "train.jsonl"
+    rows = [{"prompt": p.prompt, "answer": p.answer} for p in load_split("train")[:8]]
+    train_set.write_text("".join(json.dumps(row | {"verifier": "number"}) + "\n" for row in rows))
+    options: dict[str, Any] = {
+        "data__train": str(train_set),
+        "optim__schedule": "linear",
+        "optim__warmup_steps": 0,
+        "eval__every": 0,
+    }
+    config = small(tmp_path, **options)
+    run = train(apply_args(config, {"epochs": "1"}))
+    assert "epochs: 1 are 2 steps" in capsys.readouterr().out
+    written = apply_toml(Config(), run / "config.toml")
+    assert (written.steps, written.epochs) == (2, None)
+    train(apply_args(written, {"steps": "4"}), resume=run)
+    assert "follows the new length of 4 updates, not 2" in capsys.readouterr().out
+    lr = config.optim.lr
+    rates = [row["loss/lr"] for row in read_metrics(run / "metrics.jsonl") if row["step"]]
+    assert rates == pytest.approx([lr, lr / 2, lr / 2, lr / 4])
+
+
 @pytest.mark.parametrize("kind", ["frozen", "ema"])
 def test_adapters_resume_to_the_same_bits(kind: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {"lora__rank": 4, "teacher__kind": kind, "eval__every": 0}
@@ -194,8 +218,8 @@ def test_steps_that_are_not_finite_are_dumped_and_five_end_the_run(
     assert [row.get("loss/skipped") for row in rows] == [None, 0, 1, 1, 1, 1]
     dumps = sorted((run / "skipped").iterdir())
     assert [path.name for path in dumps] == [f"step_{i:06d}.jsonl" for i in range(2, 7)]
-    samples = [DistillSample(**json.loads(line)) for line in dumps[0].read_text().splitlines()]
-    assert sum(sample.num_distilled for sample in samples) == rows[2]["loss/num_distilled_tokens"]
+    samples = [TrainSample(**json.loads(line)) for line in dumps[0].read_text().splitlines()]
+    assert sum(sample.num_tokens for sample in samples) == rows[2]["loss/num_distilled_tokens"]
     first, last = (run / "checkpoints" / f"step_00000{i}" for i in (4, 5))
     weights = [load_file(path / "model.safetensors") for path in (first, last)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])

@@ -1,35 +1,36 @@
 """Packing: samples into micro-batches without padding, with shared prefixes stored once.
 
-A micro-batch holds each of its samples twice, after the student's prompt and after the teacher's.
-Token t of a completion is predicted at the row before it, so a sequence is
+A micro-batch holds each of its samples after the student's prompt, and each distilled sample also
+after the teacher's. Token t of a completion is predicted at the row before it, so a sequence is
 
     input  = prompt + completion[: end - 1]
     gather = len(prompt) - 1 + [start, ..., end - 1]
 
-and neither the last distilled token nor what follows it is an input.
+and neither the last trained token nor what follows it is an input.
 
 The sequences of a micro-batch form a prefix tree. A prefix of at least `min_shared` tokens that two
 or more of them have in common is one segment and goes through the model once: the student's prompt
-of a group, the teacher's system turn and problem, and more where reflections agree. In a causal
-model a hidden state depends only on earlier tokens, so sharing changes the cost and nothing else.
+of a group, the teacher's system turn and problem, more where reflections agree, and all of a
+rollout that has two samples. In a causal model a hidden state depends only on earlier tokens, so
+sharing changes the cost and nothing else.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 
 from rosd_fast.batch.prefixes import PrefixIndex
-from rosd_fast.types import DistillSample, PackedBatch, PackedSequences
+from rosd_fast.types import PackedBatch, PackedSequences, PolicyTokens, TrainSample
 
 MIN_SHARED = 16  # tokens; a shorter segment costs more than it saves
 
 
 def pack(
-    samples: Sequence[DistillSample],
+    samples: Sequence[TrainSample],
     *,
     max_tokens: int,
     min_shared: int = MIN_SHARED,
@@ -84,16 +85,20 @@ class StepSequences:
     """The input sequences of a step's samples, each read once for all subsets.
 
     samples: the samples of the step.
-    student, teacher: the sequences after the student's prompts and after the teacher's.
+    student, teacher: the sequences after the student's prompts and after the teacher's; a sample
+        without a teacher's prompt has an empty one.
+    has_distilled, has_policy: whether any sample is distilled, and whether any has another loss.
     min_shared, hidden_size: as in `pack`.
     """
 
     def __init__(
-        self, samples: Sequence[DistillSample], *, min_shared: int, hidden_size: int
+        self, samples: Sequence[TrainSample], *, min_shared: int, hidden_size: int
     ) -> None:
         self.samples = samples
         self.student = PrefixIndex([inputs(s.student_prompt_ids, s) for s in samples])
         self.teacher = PrefixIndex([inputs(s.teacher_prompt_ids, s) for s in samples])
+        self.has_distilled = any(s.is_distilled for s in samples)
+        self.has_policy = not all(s.is_distilled for s in samples)
         self.min_shared = min_shared
         self.hidden_size = hidden_size
 
@@ -104,8 +109,9 @@ class StepSequences:
         student's backward pass costs as much as two forward passes.
         """
         num_tokens, flops = 0, 0.0
-        for index, passes in ((self.student, 3), (self.teacher, 1)):
-            tree = index.tree(indices, min_shared=self.min_shared)
+        sides = ((self.student, indices, 3), (self.teacher, self.distilled(indices), 1))
+        for index, members, passes in sides:
+            tree = index.tree(members, min_shared=self.min_shared) if members else []
             num_tokens += sum(segment.length for segment in tree)
             flops += passes * sum(
                 segment.length
@@ -114,58 +120,123 @@ class StepSequences:
             )
         return Part(tuple(indices), num_tokens, flops)
 
+    def distilled(self, indices: Sequence[int]) -> list[int]:
+        """Those of these samples that are distilled."""
+        return [index for index in indices if self.samples[index].is_distilled]
+
     def batch(self, indices: Sequence[int]) -> PackedBatch:
-        """The micro-batch of these samples."""
-        if not indices:
-            return empty_batch()
+        """The micro-batch of these samples; without samples, of one token whose state nobody reads,
+        for a rank that only takes part in the collectives."""
         samples = [self.samples[index] for index in indices]
-
-        def rows(
-            value: Callable[[DistillSample], Sequence[float]], dtype: torch.dtype
-        ) -> torch.Tensor:
-            return torch.tensor([x for sample in samples for x in value(sample)], dtype=dtype)
-
-        counts = torch.tensor([sample.num_distilled for sample in samples])
+        distilled = self.distilled(indices)
+        student, student_rows = self._packed(self.student, indices)
+        teacher, teacher_rows = self._packed(self.teacher, distilled)
+        rows = SampleRows(samples, [index for index, s in enumerate(samples) if s.is_distilled])
         return PackedBatch(
             rollout_ids=tuple(sample.rollout_id for sample in samples),
             problem_ids=tuple(sample.problem_id for sample in samples),
-            student=self._packed(self.student, indices),
-            teacher=self._packed(self.teacher, indices),
-            token_ids=rows(lambda s: s.completion_ids[s.start : s.end], torch.int64),
-            weights=rows(lambda s: [s.weight] * s.num_distilled, torch.float32),
-            rollout_logprobs=rows(lambda s: s.logprobs[s.start : s.end], torch.float32),
-            sample_index=torch.repeat_interleave(torch.arange(len(samples)), counts),
+            student=replace(student, gather=self._gather(student_rows, distilled)),
+            teacher=replace(teacher, gather=self._gather(teacher_rows, distilled))
+            if self.has_distilled
+            else None,
+            token_ids=rows.token_ids,
+            weights=rows.weights,
+            rollout_logprobs=rows.rollout_logprobs,
+            sample_index=rows.sample_index,
+            policy=self._policy(samples, indices, student_rows) if self.has_policy else None,
         )
 
-    def _packed(self, index: PrefixIndex, members: Sequence[int]) -> PackedSequences:
-        """The sequences `members` end to end; a sequence's last rows, one per distilled token, are
-        gathered."""
+    def _policy(
+        self,
+        samples: Sequence[TrainSample],
+        indices: Sequence[int],
+        student_rows: Mapping[int, list[int]],
+    ) -> PolicyTokens:
+        """The tokens of the samples that are not distilled."""
+        places = [place for place, sample in enumerate(samples) if not sample.is_distilled]
+        rows = SampleRows(samples, places)
+        return PolicyTokens(
+            gather=self._gather(student_rows, [indices[place] for place in places]),
+            token_ids=rows.token_ids,
+            weights=rows.weights,
+            advantages=rows.tensor(lambda s: [s.advantage or 0.0] * s.num_tokens),
+            is_likelihood=rows.tensor(lambda s: [s.advantage is None] * s.num_tokens, torch.bool),
+            rollout_logprobs=rows.rollout_logprobs,
+            sample_index=rows.sample_index,
+        )
+
+    def _packed(
+        self, index: PrefixIndex, members: Sequence[int]
+    ) -> tuple[PackedSequences, dict[int, list[int]]]:
+        """The sequences `members` end to end, and by member the rows of all its tokens.
+
+        Nothing is gathered yet. Without members: one token.
+        """
         input_ids: list[int] = []
         position_ids: list[int] = []
         cu_seqlens = [0]
-        rows: dict[int, list[int]] = {member: [] for member in members}  # of all its tokens
-        tree = index.tree(members, min_shared=self.min_shared)
+        rows: dict[int, list[int]] = {member: [] for member in members}
+        tree = index.tree(members, min_shared=self.min_shared) if members else []
         for segment in tree:
             for member in segment.members:
                 rows[member] += range(len(input_ids), len(input_ids) + segment.length)
             input_ids += index.sequences[segment.members[0]][segment.start : segment.end]
             position_ids += range(segment.start, segment.end)
             cu_seqlens.append(len(input_ids))
-        gather = [
-            row for member in members for row in rows[member][-self.samples[member].num_distilled :]
-        ]
-        return PackedSequences(
+        if not tree:
+            input_ids, position_ids, cu_seqlens = [0], [0], [0, 1]
+        packed = PackedSequences(
             input_ids=torch.tensor(input_ids, dtype=torch.int64),
             position_ids=torch.tensor(position_ids, dtype=torch.int64),
             cu_seqlens=tuple(cu_seqlens),
-            gather=torch.tensor(gather, dtype=torch.int64),
+            gather=torch.empty(0, dtype=torch.int64),
             parents=tuple(segment.parent for segment in tree),
         )
+        return packed, rows
+
+    def _gather(self, rows: Mapping[int, list[int]], members: Sequence[int]) -> torch.Tensor:
+        """The rows that predict the trained tokens of `members`: the last ones of each sequence."""
+        gather = [
+            row for member in members for row in rows[member][-self.samples[member].num_tokens :]
+        ]
+        return torch.tensor(gather, dtype=torch.int64)
 
 
-def inputs(prompt_ids: tuple[int, ...], sample: DistillSample) -> tuple[int, ...]:
-    """The input ids of a sample after one of its prompts."""
-    return (*prompt_ids, *sample.completion_ids[: sample.end - 1])
+class SampleRows:
+    """Tensors with one row per trained token of some samples of a micro-batch.
+
+    samples: all samples of the micro-batch. places: the indices of those that have rows.
+    """
+
+    def __init__(self, samples: Sequence[TrainSample], places: Sequence[int]) -> None:
+        self.chosen = [samples[place] for place in places]
+        counts = torch.tensor([sample.num_tokens for sample in self.chosen], dtype=torch.int64)
+        self.sample_index = torch.repeat_interleave(torch.tensor(places, dtype=torch.int64), counts)
+
+    def tensor(
+        self,
+        values: Callable[[TrainSample], Sequence[float]],
+        dtype: torch.dtype = torch.float32,
+    ) -> torch.Tensor:
+        """The values of each sample's tokens, end to end."""
+        return torch.tensor([x for sample in self.chosen for x in values(sample)], dtype=dtype)
+
+    @property
+    def token_ids(self) -> torch.Tensor:
+        return self.tensor(lambda s: s.completion_ids[s.start : s.end], torch.int64)
+
+    @property
+    def weights(self) -> torch.Tensor:
+        return self.tensor(lambda s: [s.weight] * s.num_tokens)
+
+    @property
+    def rollout_logprobs(self) -> torch.Tensor:
+        return self.tensor(lambda s: s.logprobs[s.start : s.end])
+
+
+def inputs(prompt_ids: tuple[int, ...] | None, sample: TrainSample) -> tuple[int, ...]:
+    """The input ids of a sample after one of its prompts; empty where it has no such prompt."""
+    return () if prompt_ids is None else (*prompt_ids, *sample.completion_ids[: sample.end - 1])
 
 
 def divide(step: StepSequences, max_tokens: int) -> list[Part]:
@@ -254,27 +325,3 @@ def fill_least_loaded(parts: Sequence[Part], max_tokens: int, count: int) -> lis
         load[place] += part.flops
         room[place] -= part.num_tokens
     return [bins[i] for i in sorted(range(count), key=lambda i: -load[i])]
-
-
-def empty_batch() -> PackedBatch:
-    """A micro-batch without samples, for a rank that only takes part in the collectives.
-
-    It has one token, and no state of it is read.
-    """
-    nothing = torch.empty(0, dtype=torch.int64)
-    sequences = PackedSequences(
-        input_ids=torch.zeros(1, dtype=torch.int64),
-        position_ids=torch.zeros(1, dtype=torch.int64),
-        cu_seqlens=(0, 1),
-        gather=nothing,
-    )
-    return PackedBatch(
-        rollout_ids=(),
-        problem_ids=(),
-        student=sequences,
-        teacher=sequences,
-        token_ids=nothing,
-        weights=torch.empty(0),
-        rollout_logprobs=torch.empty(0),
-        sample_index=nothing,
-    )

@@ -8,7 +8,7 @@ re-tokenized.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rosd_fast.errors import UserError
 from rosd_fast.text.prompts import (
@@ -16,12 +16,12 @@ from rosd_fast.text.prompts import (
     fill_template,
     fit_prompt,
     placeholders,
-    render_prompt,
 )
-from rosd_fast.types import DistillSample
+from rosd_fast.types import TrainSample
 
 if TYPE_CHECKING:
     from rosd_fast.config import TeacherConfig
+    from rosd_fast.text.chat import ChatFormat
     from rosd_fast.types import ErrorSpan, Group, Problem, Reflection, Rollout
 
 
@@ -30,9 +30,9 @@ def build_samples(
     reflections: Mapping[str, Reflection],
     spans: Mapping[str, ErrorSpan],
     *,
-    tokenizer: Any,
+    chat: ChatFormat,
     config: TeacherConfig,
-) -> list[DistillSample]:
+) -> list[TrainSample]:
     """One sample per rollout that has a span and every text that its teacher template uses.
 
     Raises UserError if a problem and the template alone exceed `config.max_prompt_tokens`.
@@ -49,10 +49,10 @@ def build_samples(
         if len(present) < len(texts):
             continue  # such as a reflection without a quote under on_miss = "full"
         prompt_ids, cut = teacher_prompt(
-            problem, template, present, tokenizer=tokenizer, max_tokens=config.max_prompt_tokens
+            problem, template, present, chat=chat, max_tokens=config.max_prompt_tokens
         )
         samples.append(
-            DistillSample(
+            TrainSample(
                 rollout_id=rollout.id,
                 problem_id=problem.id,
                 student_prompt_ids=rollout.prompt_ids,
@@ -72,7 +72,7 @@ def teacher_prompt(
     template: str,
     texts: Mapping[str, str],
     *,
-    tokenizer: Any,
+    chat: ChatFormat,
     max_tokens: int,
 ) -> tuple[tuple[int, ...], bool]:
     """The teacher's prompt, and whether the reflection was cut to fit.
@@ -87,7 +87,7 @@ def teacher_prompt(
             for name, text in texts.items()
         }
         user = fill_template(template, {**values, "problem": problem.prompt})
-        return render_prompt(tokenizer, user=user, system=problem.system)
+        return chat.render(user, system=problem.system)
 
     longest = max(map(len, texts.values()), default=0)
     fitted = fit_prompt(render, longest=longest, max_tokens=max_tokens)
@@ -102,7 +102,7 @@ def teacher_prompt(
     return prompt_ids, keep < longest
 
 
-def sample_metrics(samples: Sequence[DistillSample]) -> dict[str, float]:
+def sample_metrics(samples: Sequence[TrainSample]) -> dict[str, float]:
     """`reflect/cut_frac`: the share of samples whose reflection was cut to fit."""
     if not samples:
         return {}

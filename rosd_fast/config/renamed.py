@@ -18,7 +18,24 @@ RENAMED = {
     "optim.only": "optim.trainable",
 }
 
-ADDED_LATER = ("method",)
+ADDED_LATER = (
+    "method",
+    "chat",
+    "span.thinking",
+    "optim.schedule",
+    "optim.warmup_frac",
+    "optim.min_lr_frac",
+    "optim.decay_frac",
+    "optim.lr_scale",
+    "optim.decay",
+    "optim.kind",
+    "policy",
+    "loss.distill_weight",
+    "loss.policy_weight",
+    "optim.updates_per_step",
+    "teacher.solution_template",
+    "teacher.show_feedback",
+)
 """Options, or whole sections, that runs did not have when hashing began. Each counts in the hash
 only where it differs from its default. A new option that decides what is learned belongs here."""
 

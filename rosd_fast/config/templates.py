@@ -6,38 +6,51 @@ from rosd_fast.config.schema import ReflectConfig, TeacherConfig
 from rosd_fast.errors import UserError
 from rosd_fast.text.prompts import placeholders
 
+Allowed = tuple[set[str], set[str]]
+"""The placeholders that a template must have, and those that it may have."""
+
 
 def check_templates(reflect: ReflectConfig, teacher: TeacherConfig) -> None:
     """Raise UserError for a template with an unknown placeholder, or without a needed one."""
     answer = {"answer"} if reflect.show_answer else set()
     note = {"answer_note"} if reflect.show_answer else set()
     attempt = ({"problem", "rollout"} | note, {"demonstration", "answer_note"})
-    for option, template, (needed, optional) in (
-        ("reflect.wrong_template", reflect.wrong_template, attempt),
-        ("reflect.sentence_template", reflect.sentence_template, attempt),
-        (
-            "reflect.correct_template",
-            reflect.correct_template,
-            ({"problem", "rollout"}, {"answer_note"}),
-        ),
-        ("reflect.answer_note", reflect.answer_note, (answer, {"answer"})),
-        ("teacher.wrong_template", teacher.wrong_template, ({"problem", "explanation"}, {"quote"})),
-        ("teacher.correct_template", teacher.correct_template, ({"problem", "explanation"}, set())),
-    ):
-        found = placeholders(template)
-        known = needed | optional
-        if unknown := sorted(found - known):
-            raise UserError(
-                f"has an unknown placeholder {{{unknown[0]}}}",
-                where=option,
-                fix=f"It may have {_listed(known)}",
-            )
-        if missing := sorted(needed - found):
-            raise UserError(
-                f"lacks the placeholder {{{missing[0]}}}",
-                where=option,
-                fix=f"It must have {_listed(needed)}",
-            )
+    correct = ({"problem", "rollout"}, {"answer_note"})
+    check_template("reflect.wrong_template", reflect.wrong_template, attempt)
+    check_template("reflect.sentence_template", reflect.sentence_template, attempt)
+    check_template("reflect.correct_template", reflect.correct_template, correct)
+    check_template("reflect.answer_note", reflect.answer_note, (answer, {"answer"}))
+    taught = {"problem", "explanation"}
+    check_template("teacher.wrong_template", teacher.wrong_template, (taught, {"quote"}))
+    check_template("teacher.correct_template", teacher.correct_template, (taught, set()))
+
+
+def check_solution_template(teacher: TeacherConfig) -> None:
+    """Raise UserError as `check_templates`, for the methods whose teacher reads a solution."""
+    feedback = {"feedback"} if teacher.show_feedback else set()
+    check_template(
+        "teacher.solution_template",
+        teacher.solution_template,
+        ({"problem", "demonstration"} | feedback, {"feedback"}),
+    )
+
+
+def check_template(option: str, template: str, allowed: Allowed) -> None:
+    """Raise UserError for a template with an unknown placeholder, or without a needed one."""
+    needed, optional = allowed
+    found, known = placeholders(template), needed | optional
+    if unknown := sorted(found - known):
+        raise UserError(
+            f"has an unknown placeholder {{{unknown[0]}}}",
+            where=option,
+            fix=f"It may have {_listed(known)}",
+        )
+    if missing := sorted(needed - found):
+        raise UserError(
+            f"lacks the placeholder {{{missing[0]}}}",
+            where=option,
+            fix=f"It must have {_listed(needed)}",
+        )
 
 
 def _listed(names: set[str]) -> str:

@@ -101,6 +101,7 @@ def parse_row(row: Any, *, where: str, folder: str, number: int, verifier: str |
         answer=answer,
         verifier=chosen,
         system=text_field(row, "system", where) or None,
+        reference=text_field(row, "reference", where) or None,
     )
 
 

@@ -1,4 +1,4 @@
-"""Training methods: what a rollout is trained on. `base` says what one is, `rosd` is the first.
+"""Training methods: what a rollout is trained on. `base` says what one is, each has a file.
 
 `register_method` adds one, here or in a script of your own before it calls `train`.
 """
@@ -11,9 +11,14 @@ from types import MappingProxyType
 from rosd_fast.config.arguments import nearest
 from rosd_fast.errors import UserError
 from rosd_fast.methods.base import Method, TrainingSet
+from rosd_fast.methods.grpo import Grpo
+from rosd_fast.methods.opd import Opd
+from rosd_fast.methods.opsd import Opsd
 from rosd_fast.methods.rosd import Rosd
+from rosd_fast.methods.sdpo import Sdpo
+from rosd_fast.methods.sft import Sft
 
-__all__ = ["METHODS", "Method", "Rosd", "TrainingSet", "find_method", "register_method"]
+__all__ = ["METHODS", "Method", "TrainingSet", "find_method", "register_method"]
 
 _REGISTERED: dict[str, type[Method]] = {}
 METHODS: Mapping[str, type[Method]] = MappingProxyType(_REGISTERED)
@@ -44,3 +49,8 @@ def find_method(name: str) -> type[Method]:
 
 
 register_method("rosd", Rosd)
+register_method("sdpo", Sdpo)
+register_method("opsd", Opsd)
+register_method("opd", Opd)
+register_method("grpo", Grpo)
+register_method("sft", Sft)

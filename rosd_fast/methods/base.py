@@ -10,29 +10,28 @@ trains on whatever samples the method builds. A method therefore answers three q
     which tokens are trained, under which teacher prompt?  `build`
     what has to be checked before the run starts?          `check_options`, `check_problems`
 
-How the methods of the field fit in (`docs/method.md` has the table of the family):
+The methods of this package (`docs/methods.md` has the table of the family):
 
-    method  annotate                 build: one sample per rollout
+    method  annotate                 build: the samples of a rollout
     rosd    reflections (an engine)  teacher prompt with the reflection; from the located error
     sdpo    nothing                  teacher prompt with a correct sibling; all tokens
     opsd    nothing                  teacher prompt with the reference solution; all tokens
-    opd     nothing                  teacher prompt = student prompt; all tokens
-    grpo    nothing                  no teacher prompt; `weight` holds the group's advantage
-    sft     nothing                  no teacher prompt; correct rollouts, all tokens
+    opd     nothing                  teacher prompt = student prompt, another model; all tokens
+    grpo    nothing                  the group's advantage; all tokens
+    sft     nothing                  the likelihood of correct rollouts; all tokens
 
-SDPO needs only a file beside `rosd.py`. OPSD also needs a reference solution in `Problem`, OPD a
-teacher loaded from another model. GRPO and SFT train without a teacher: `DistillSample` must first
-allow an empty `teacher_prompt_ids`, packing a micro-batch without a teacher's side, and
-`rosd_fast.trainer.loss` needs their loss.
+Any method that distils can add the policy gradient (`loss.policy_weight`), and grpo the divergence.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, ClassVar, Literal
 
+from rosd_fast.errors import UserError
+from rosd_fast.methods.targets import policy_samples, whole
 from rosd_fast.report.stages import Stage
 
 if TYPE_CHECKING:
@@ -40,30 +39,42 @@ if TYPE_CHECKING:
     from rosd_fast.engines.lifecycle import Engines
     from rosd_fast.model.load import LoadedModel
     from rosd_fast.report.progress import Hidden, Progress
+    from rosd_fast.text.chat import Chats
     from rosd_fast.text.token_bytes import TokenBytes
-    from rosd_fast.types import DistillSample, ErrorSpan, Group, Problem, Reflection, Verdict
+    from rosd_fast.types import (
+        ErrorSpan,
+        Group,
+        Problem,
+        Reflection,
+        Rollout,
+        TrainSample,
+        Verdict,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class TrainingSet:
     """What a step trains on, as `Method.build` returns it.
 
-    samples: at most one per rollout; the order decides nothing.
-    spans: by rollout id, the trained tokens of each sample and how they were found. A rollout that
-        has a span and no sample is not trained.
+    samples: at most two per rollout, of which at most one is distilled; the order decides nothing.
+    spans: by rollout id, the tokens of each distilled sample and how they were found. A rollout
+        that has a span and no sample is not distilled.
     metrics: of the method's own stages, with names such as `reflect/num_reflections`.
 
-    Raises ValueError for two samples of one rollout, and for a sample that is not its span.
+    Raises ValueError for two samples of one rollout with the same kind of loss, and for a distilled
+    sample that is not its span.
     """
 
-    samples: Sequence[DistillSample]
-    spans: Mapping[str, ErrorSpan]
+    samples: Sequence[TrainSample]
+    spans: Mapping[str, ErrorSpan] = field(default_factory=dict)
     metrics: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if len({sample.rollout_id for sample in self.samples}) < len(self.samples):
-            raise ValueError("a rollout has two samples; a step trains each rollout once")
+        if len({(s.rollout_id, s.is_distilled) for s in self.samples}) < len(self.samples):
+            raise ValueError("a rollout has two samples of one kind; a step trains each once")
         for sample in self.samples:
+            if not sample.is_distilled:
+                continue
             span = self.spans.get(sample.rollout_id)
             if span is None or (span.start, span.end) != (sample.start, sample.end):
                 raise ValueError(
@@ -78,18 +89,75 @@ class Method(ABC):
     config: all options; a method documents the sections that it reads.
     model: the student as loaded, with its tokenizer and stop tokens.
     token_bytes: the bytes that each sampled token stands for.
+    chats: how the prompts of each role are rendered.
     """
 
     annotate_stage: Stage = Stage.REFLECT  # counts the time of `annotate`; streamed, sampling does
+    default_weights: ClassVar[tuple[float, float]] = (1.0, 0.0)  # divergence, policy gradient
+    needs_success: ClassVar[bool] = True  # whether a group without a correct rollout is dropped
 
-    def __init__(self, config: Config, model: LoadedModel, token_bytes: TokenBytes) -> None:
+    def __init__(
+        self, config: Config, model: LoadedModel, token_bytes: TokenBytes, chats: Chats
+    ) -> None:
         self.config = config
         self.model = model
         self.token_bytes = token_bytes
+        self.chats = chats
 
-    @classmethod  # noqa: B027
+    @classmethod
     def check_options(cls, config: Config) -> None:
-        """Raise UserError for options that do not fit the method. Runs before a model is loaded."""
+        """Raise UserError for options that do not fit the method. Runs before a model is loaded.
+
+        A method that overrides this calls it first.
+        """
+        if not any(cls.weights(config)):
+            raise UserError(
+                "both are 0, so nothing would be trained",
+                where="loss.distill_weight and loss.policy_weight",
+                fix="Give one of them",
+            )
+        if not cls.weights(config)[0] and config.teacher.backend == "sglang":
+            raise UserError(
+                "nothing is distilled, so the teacher's server would never be used",
+                where="teacher.backend: sglang",
+                fix="Leave it out, or set loss.distill_weight",
+            )
+
+    @classmethod
+    def weights(cls, config: Config) -> tuple[float, float]:
+        """The weights of the divergence and of the policy gradient in the loss."""
+        loss, (distill, policy) = config.loss, cls.default_weights
+        return (
+            distill if loss.distill_weight is None else loss.distill_weight,
+            policy if loss.policy_weight is None else loss.policy_weight,
+        )
+
+    @classmethod
+    def refuse_weight(
+        cls, config: Config, name: Literal["distill_weight", "policy_weight"]
+    ) -> None:
+        """Raise UserError where `loss.NAME`, which the method has no use for, is above 0."""
+        if getattr(config.loss, name):
+            raise UserError(
+                f"the method {config.method} has no such loss",
+                where=f"loss.{name}",
+                fix="Leave it out, or choose another method",
+            )
+
+    @property
+    def distill_weight(self) -> float:
+        """Weight of the divergence in the loss."""
+        return self.weights(self.config)[0]
+
+    @property
+    def policy_weight(self) -> float:
+        """Weight of the policy gradient in the loss."""
+        return self.weights(self.config)[1]
+
+    @property
+    def needs_teacher(self) -> bool:
+        """Whether anything is distilled; without it no teacher is kept."""
+        return self.distill_weight > 0
 
     @property
     def needs_teacher_engine(self) -> bool:
@@ -123,6 +191,37 @@ class Method(ABC):
         progress: Progress | Hidden,
     ) -> TrainingSet:
         """Return what the step trains on, given what `annotate` returned."""
+
+    def distilled_span(self, rollout: Rollout) -> ErrorSpan | None:
+        """The span of all tokens, or unless `span.thinking` of those after the rollout's thinking.
+
+        None when there are none.
+        """
+        start = 0 if self.config.span.thinking else self.chats.num_thinking(rollout)
+        return whole(rollout, start) if start < len(rollout.completion_ids) else None
+
+    def training_set(
+        self,
+        samples: Sequence[TrainSample],
+        spans: Mapping[str, ErrorSpan],
+        groups: Sequence[Group],
+        verdicts: Mapping[str, Verdict],
+        metrics: Mapping[str, float] | None = None,
+    ) -> TrainingSet:
+        """The training set of distilled `samples` under the method's weights, with the policy
+        gradient of all rollouts in `groups` where that has a weight.
+
+        groups, verdicts, metrics: as for `build` and `TrainingSet`.
+        """
+        distill, policy = self.weights(self.config)
+        weighted = [
+            sample if distill == 1 else replace(sample, weight=distill * sample.weight)
+            for sample in samples
+            if distill
+        ]
+        if policy:
+            weighted += policy_samples(groups, verdicts, self.config.policy, weight=policy)
+        return TrainingSet(samples=weighted, spans=spans, metrics=metrics or {})
 
     async def measure(
         self,

@@ -17,19 +17,15 @@ from rosd_fast.batch.samples import build_samples, sample_metrics
 from rosd_fast.config import Config, uses_teacher_weights
 from rosd_fast.config.templates import check_templates
 from rosd_fast.engines.local.grammar_mask import GrammarCompiler
-from rosd_fast.errors import UserError
 from rosd_fast.methods.base import Method, TrainingSet
+from rosd_fast.methods.budgets import check_budgets
 from rosd_fast.model.head import head
 from rosd_fast.reflection.locate import locate_errors
 from rosd_fast.reflection.probe import probe_metrics, teacher_helps, wrong_samples
-from rosd_fast.reflection.reflect import (
-    reflect,
-    reflection_metrics,
-)
+from rosd_fast.reflection.reflect import reflect, reflection_metrics
 from rosd_fast.reflection.requests import template_name
 from rosd_fast.report.stages import Stage
 from rosd_fast.rollout.sample import sampling_params
-from rosd_fast.text.prompts import fill_template, placeholders, render_prompt
 
 if TYPE_CHECKING:
     from rosd_fast.engines.lifecycle import Engines
@@ -43,6 +39,7 @@ class Rosd(Method):
     @classmethod
     def check_options(cls, config: Config) -> None:
         """Raise UserError for a template with a wrong or a missing placeholder."""
+        super().check_options(config)
         check_templates(config.reflect, config.teacher)
 
     @property
@@ -54,7 +51,7 @@ class Rosd(Method):
         """Raise UserError when the longest problem fills a template's budget, or when quotes
         cannot be constrained with this tokenizer."""
         longest = max(problems, key=lambda problem: len(problem.prompt))
-        check_budgets(self.config, self.model.tokenizer, longest)
+        check_budgets(self.config, self.chats, longest, used_templates(self.config))
         if self.config.reflect.mode != "free":
             vocab_size = head(self.model.model).weight.shape[0]
             GrammarCompiler(self.model.tokenizer, vocab_size).check(self.model.stop_token_ids)
@@ -76,7 +73,8 @@ class Rosd(Method):
             verdicts,
             engine=engine,
             config=config.reflect,
-            model=self.model,
+            chats=self.chats,
+            stop_token_ids=self.model.stop_token_ids,
             seed=config.seed,
             step=step,
             on_tokens=progress.tokens,
@@ -90,6 +88,7 @@ class Rosd(Method):
         progress: Progress | Hidden,
     ) -> TrainingSet:
         """Locate each quote in the sampled tokens, and put both prompts before them."""
+        thinks = self.config.span.thinking
         with progress.stage(Stage.LOCATE):
             located = locate_errors(
                 groups,
@@ -97,23 +96,22 @@ class Rosd(Method):
                 annotations,
                 token_bytes=self.token_bytes,
                 config=self.config.span,
+                thinking={} if thinks else self.chats.thinking_lengths(groups),
             )
         with progress.stage(Stage.BUILD):
             samples = build_samples(
                 groups,
                 annotations,
                 located.spans,
-                tokenizer=self.model.tokenizer,
+                chat=self.chats.teacher,
                 config=self.config.teacher,
             )
-        return TrainingSet(
-            samples=samples,
-            spans=located.spans,
-            metrics={
-                **reflection_metrics(annotations),
-                **sample_metrics(samples),
-                **located.metrics(),
-            },
+        return self.training_set(
+            samples,
+            located.spans,
+            groups,
+            verdicts,
+            {**reflection_metrics(annotations), **sample_metrics(samples), **located.metrics()},
         )
 
     async def measure(
@@ -142,26 +140,6 @@ class Rosd(Method):
                 step=step,
             )
         return probe_metrics(helped)
-
-
-def check_budgets(config: Config, tokenizer: object, problem: Problem) -> None:
-    """Raise UserError when `problem`, the longest, and a template alone are over their budget.
-
-    Only the templates that the run uses are checked.
-    """
-    for section, name in used_templates(config):
-        options = getattr(config, section)
-        template = getattr(options, name)
-        texts = {**dict.fromkeys(placeholders(template), ""), "problem": problem.prompt}
-        user = fill_template(template, texts)
-        length = len(render_prompt(tokenizer, user=user, system=problem.system))
-        if length >= options.max_prompt_tokens:
-            raise UserError(
-                f"{section}.{name} and the problem have {length} tokens together, and "
-                f"{section}.max_prompt_tokens is {options.max_prompt_tokens}",
-                where=f"problem {problem.id}",
-                fix=f"Raise {section}.max_prompt_tokens, or leave the problem out",
-            )
 
 
 def used_templates(config: Config) -> list[tuple[str, str]]:

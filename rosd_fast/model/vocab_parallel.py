@@ -19,7 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import accumulate
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -30,9 +30,15 @@ from transformers import PreTrainedModel
 
 from rosd_fast.errors import UserError
 from rosd_fast.model.head import output_layer
-from rosd_fast.types import PackedBatch
+from rosd_fast.types import PackedBatch, PolicyTokens
 from rosd_fast.utils.distributed import World
-from rosd_kernels import SpanDivergenceOutput
+from rosd_kernels import SpanDivergenceOutput, SpanLogprobOutput
+
+Output = TypeVar("Output", SpanDivergenceOutput, SpanLogprobOutput)
+PER_TOKEN = (
+    "per_token student_logprob teacher_logprob student_entropy teacher_entropy logprob entropy"
+).split()
+"""The fields of an output with a row per token."""
 
 
 def check_shardable(model: PreTrainedModel) -> None:
@@ -84,7 +90,7 @@ def _average(gradient: Any, *, world: World) -> Any:
 
 @dataclass(frozen=True, slots=True)
 class GatheredTokens:
-    """The distilled tokens of all ranks in a micro-batch, in rank order.
+    """The tokens of all ranks that one loss of a micro-batch is computed on, in rank order.
 
     counts: number of tokens of each rank of the group.
     group: the ranks that share one copy of the weights.
@@ -94,11 +100,11 @@ class GatheredTokens:
     group: ProcessGroup
 
     @classmethod
-    def of(cls, batch: PackedBatch, group: ProcessGroup, device: torch.device) -> GatheredTokens:
-        """Gather the token counts of this micro-batch. A collective of the group."""
-        count = torch.tensor([batch.num_distilled], device=device)
-        counts = [torch.empty_like(count) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(counts, count, group=group)
+    def of(cls, count: int, group: ProcessGroup, device: torch.device) -> GatheredTokens:
+        """Gather the ranks' numbers of tokens, `count` on this rank. A collective of the group."""
+        local = torch.tensor([count], device=device)
+        counts = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(counts, local, group=group)
         return cls(tuple(int(each) for each in counts), group)
 
     @property
@@ -121,13 +127,16 @@ class GatheredTokens:
             rollout_logprobs=self.gather(local.rollout_logprobs.to(device)),
         )
 
-    def local_part(self, output: SpanDivergenceOutput) -> SpanDivergenceOutput:
+    def policy_tokens(self, local: PolicyTokens, device: torch.device) -> PolicyTokens:
+        """`local` with what the loss reads of the tokens of all ranks."""
+        names = "token_ids weights advantages is_likelihood rollout_logprobs".split()
+        rows = {name: self.gather(getattr(local, name).to(device)) for name in names}
+        return replace(local, **rows)
+
+    def local_part(self, output: Output) -> Output:
         """Cut the per-token results back to this rank's tokens; the loss stays the total."""
-        names = "per_token student_logprob teacher_logprob student_entropy teacher_entropy".split()
-        rows = {name: getattr(output, name) for name in names}
-        local = {
-            name: None if value is None else value[self.local_rows] for name, value in rows.items()
-        }
+        rows = {name: getattr(output, name, None) for name in PER_TOKEN}
+        local = {name: value[self.local_rows] for name, value in rows.items() if value is not None}
         return replace(output, **local)
 
 

@@ -67,6 +67,16 @@ class Plan:
         return value
 
     @property
+    def solution(self) -> str:
+        """All steps, each done right, and the answer in its tag."""
+        value, lines = self.first, []
+        for step in self.steps:
+            result = step.right(value)
+            lines.append(f"{step.equation(value, result)}.")
+            value = result
+        return f"{' '.join(lines)} <answer>{value}</answer>"
+
+    @property
     def bucket(self) -> int:
         key = f"{self.kind}:{','.join(map(str, self.numbers))}"
         return hashlib.blake2b(key.encode(), digest_size=2).digest()[0] % 10
@@ -263,6 +273,7 @@ def load_split(split: Split) -> list[Problem]:
             prompt=plan.text,
             answer=str(plan.answer),
             verifier="number",
+            reference=plan.solution,
         )
         for number, plan in enumerate(split_plans(split))
     ]

@@ -15,12 +15,12 @@ from rosd_fast.verify import score
 
 if TYPE_CHECKING:
     from rosd_fast.engines.base import RolloutEngine
-    from rosd_fast.types import DistillSample, Group, Verdict
+    from rosd_fast.types import Group, TrainSample, Verdict
 
 
 async def teacher_helps(
     engine: RolloutEngine,
-    samples: Sequence[DistillSample],
+    samples: Sequence[TrainSample],
     groups: Sequence[Group],
     verdicts: Mapping[str, Verdict],
     *,
@@ -39,7 +39,7 @@ async def teacher_helps(
     requests = [
         GenerationRequest(
             id=f"step{step}/teach/{sample.rollout_id}",
-            prompt_ids=sample.teacher_prompt_ids,
+            prompt_ids=sample.teacher_prompt_ids or (),
             params=params,
             seed=seed,
             affinity=group_of[sample.rollout_id].problem.id,
@@ -57,12 +57,13 @@ async def teacher_helps(
 
 
 def wrong_samples(
-    samples: Sequence[DistillSample], verdicts: Mapping[str, Verdict], limit: int
-) -> list[DistillSample]:
-    """One sample of a wrong rollout per problem, the first, for at most `limit` problems."""
-    chosen: dict[str, DistillSample] = {}
+    samples: Sequence[TrainSample], verdicts: Mapping[str, Verdict], limit: int
+) -> list[TrainSample]:
+    """One distilled sample of a wrong rollout per problem, the first, for at most `limit`
+    problems."""
+    chosen: dict[str, TrainSample] = {}
     for sample in samples:
-        if not verdicts[sample.rollout_id].success:
+        if sample.is_distilled and not verdicts[sample.rollout_id].success:
             chosen.setdefault(sample.problem_id, sample)
     return list(chosen.values())[:limit]
 

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from types import TracebackType
 
     from rosd_fast.rollout.select import Selection
-    from rosd_fast.types import Group, Verdict
+    from rosd_fast.types import Group, TrainSample, Verdict
 
 FILE_NAME = "metrics.jsonl"
 
@@ -144,13 +144,14 @@ class MetricsLog:
 def rollout_metrics(
     groups: Sequence[Group],
     verdicts: Mapping[str, Verdict],
-    num_distilled_rollouts: int,
+    samples: Sequence[TrainSample],
     selection: Selection,
     version: int,
 ) -> dict[str, float]:
     """Return the `rollout/*` metrics of a step, over all sampled rollouts, kept or dropped.
 
     verdicts: the verdict of every rollout, by rollout id.
+    samples: what the step trains on.
     version: the version of the weights that are trained; `policy_lag_mean` is the mean number of
         versions by which the sampling weights are older.
 
@@ -160,12 +161,15 @@ def rollout_metrics(
     if not rollouts:
         raise ValueError("there is no rollout to measure")
     total = len(rollouts)
+    distilled = {sample.rollout_id for sample in samples if sample.is_distilled}
+    trained = {sample.rollout_id for sample in samples}
     return {
         "rollout/accuracy": sum(verdicts[r.id].success for r in rollouts) / total,
         "rollout/tokens_mean": sum(len(r.completion_ids) for r in rollouts) / total,
         "rollout/truncated_frac": sum(r.finish_reason == "length" for r in rollouts) / total,
         "rollout/groups_kept_frac": len(selection.kept) / len(groups),
-        "rollout/distilled_frac": num_distilled_rollouts / total,
+        "rollout/distilled_frac": len(distilled) / total,
+        "rollout/trained_frac": len(trained) / total,
         "rollout/policy_lag_mean": sum(version - r.policy_version for r in rollouts) / total,
         "rollout/num_rollouts": float(total),
     }

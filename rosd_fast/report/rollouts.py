@@ -16,12 +16,12 @@ from rosd_fast.files import write_atomic
 if TYPE_CHECKING:
     from rosd_fast.text.token_bytes import TokenBytes
     from rosd_fast.types import (
-        DistillSample,
         ErrorSpan,
         Group,
         Problem,
         Reflection,
         Rollout,
+        TrainSample,
         Verdict,
     )
 
@@ -116,7 +116,7 @@ def read_rollouts(path: str | Path) -> list[dict[str, Any]]:
     return rows
 
 
-def write_skipped(run: Path, step: int, samples: Sequence[DistillSample]) -> Path:
+def write_skipped(run: Path, step: int, samples: Sequence[TrainSample]) -> Path:
     """Write the samples of a skipped step to `RUN/skipped/step_*.jsonl`, one JSON object per line.
 
     Returns the path. These are the samples whose loss or gradient was not finite.

@@ -29,9 +29,15 @@ class Selection:
 
 
 def select_groups(
-    groups: Sequence[Group], verdicts: Mapping[str, Verdict], config: SelectConfig
+    groups: Sequence[Group],
+    verdicts: Mapping[str, Verdict],
+    config: SelectConfig,
+    *,
+    needs_success: bool = True,
 ) -> Selection:
     """Drop groups without a correct rollout, or with equal scores, as `config` says.
+
+    needs_success: of the method; one that learns from wrong rollouts alone keeps such groups.
 
     Raises ValueError when a rollout has no verdict.
     """
@@ -46,7 +52,7 @@ def select_groups(
         zero_variance = len({verdict.score for verdict in of_group}) <= 1
         num_no_success += no_success
         num_zero_variance += zero_variance
-        if config.require_success and no_success:
+        if config.require_success and needs_success and no_success:
             continue
         if config.drop_zero_variance and zero_variance:
             continue

@@ -1,7 +1,8 @@
-"""The learner: teacher states, student states, fused divergence, AdamW, teacher update.
+"""The learner: teacher states, student states, fused loss, AdamW, teacher update.
 
-The loss is a mean over all distilled tokens of the step, on all ranks together. So neither the
-packing of samples into micro-batches nor their assignment to ranks changes the gradient.
+The divergence is a mean over all distilled tokens of the step, on all ranks together, and the
+weights of all other tokens contain their normalizer. So neither the packing of samples into
+micro-batches nor their assignment to ranks changes the gradient.
 """
 
 from __future__ import annotations
@@ -9,8 +10,11 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from typing import Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
@@ -24,15 +28,19 @@ from rosd_fast.model.fsdp import shard, skeleton
 from rosd_fast.model.head import Head, head
 from rosd_fast.model.policy import PolicyModel
 from rosd_fast.model.vocab_parallel import GatheredTokens, check_shardable
-from rosd_fast.trainer.loss import span_loss, vocabulary_order
+from rosd_fast.trainer.loss import policy_loss, span_loss, vocabulary_order
 from rosd_fast.trainer.optim import Optimizer
+from rosd_fast.trainer.schedule import num_updates
 from rosd_fast.trainer.step_stats import MicroBatchStats
 from rosd_fast.trainer.teacher import Teacher, needs_copy
-from rosd_fast.types import PackedBatch
+from rosd_fast.types import PackedBatch, PolicyTokens
 from rosd_fast.utils.distributed import SINGLE_PROCESS, World, full
-from rosd_kernels import SpanDivergenceOutput, VocabularyOrder
+from rosd_kernels import SpanDivergenceOutput, SpanLogprobOutput, VocabularyOrder
 
 MAX_SKIPPED = 5  # steps in a row
+
+TeacherSource = Literal["initial"] | None
+"""The teacher's weights: the student's initial ones, or None where nothing is distilled."""
 
 
 class TrainingDiverged(RunFailed):
@@ -41,14 +49,47 @@ class TrainingDiverged(RunFailed):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
-    """What a step did.
+    """What an optimizer update did, or the updates of a step.
 
-    metrics: `loss/...`; a metric that is undefined for a step without distilled tokens is absent.
+    metrics: `loss/...`; a metric that is undefined for the step's tokens is absent.
     per_token: rollout id -> divergence in nats of each of its distilled tokens, in their order.
     """
 
     metrics: dict[str, float]
     per_token: dict[str, list[float]] = field(default_factory=dict)
+
+    @classmethod
+    def merge(cls, results: Sequence[StepResult]) -> StepResult:
+        """The result of several updates of a step.
+
+        Counts add up, maxima are taken, the learning rate is the last one, and everything else is a
+        mean over the updates' trained tokens.
+        """
+        if len(results) == 1:
+            return results[0]
+        merged: dict[str, float] = {}
+        for name in dict.fromkeys(name for result in results for name in result.metrics):
+            having = [result for result in results if name in result.metrics]
+            values = [result.metrics[name] for result in having]
+            if name.startswith("loss/num_") or name == "loss/skipped":
+                merged[name] = sum(values)
+            elif name.endswith(("_max", "_bound")):
+                merged[name] = max(values)
+            elif name == "loss/lr":
+                merged[name] = values[-1]
+            else:
+                weights = [max(1.0, result.num_tokens) for result in having]
+                merged[name] = float(np.average(values, weights=weights))
+        per_token = {
+            name: values for result in results for name, values in result.per_token.items()
+        }
+        return cls(metrics=merged, per_token=per_token)
+
+    @property
+    def num_tokens(self) -> float:
+        """Number of trained tokens."""
+        distilled = self.metrics["loss/num_distilled_tokens"]
+        return distilled + self.metrics.get("loss/num_policy_tokens", 0.0)
 
 
 class Learner:
@@ -65,14 +106,19 @@ class Learner:
     fingerprint: of the initial weights, on rank 0.
     vocab_parallel: whether each rank keeps only some rows of the output head.
     policy: the student as this rank computes with it.
-    teacher: scores the student's tokens.
+    teacher: scores the student's tokens; None where nothing is distilled.
     optimizer: steps the student's trainable parameters.
     order: this rank's vocabulary order; None if the loss needs none.
     num_skipped: steps in a row that were not finite.
     """
 
     def __init__(
-        self, model: PreTrainedModel, config: Config, world: World = SINGLE_PROCESS
+        self,
+        model: PreTrainedModel,
+        config: Config,
+        world: World = SINGLE_PROCESS,
+        *,
+        teacher: TeacherSource = "initial",
     ) -> None:
         """Take over `model`, whose trainable parameters `choose_trainable` has marked.
 
@@ -92,12 +138,18 @@ class Learner:
         self.vocab_parallel = world.mesh is not None and config.parallel.head == "shard"
         if self.vocab_parallel:
             check_shardable(model)
-        teacher = self._teacher_copy(model)  # before the student's blocks are prepared
+        # Before the student's blocks are prepared.
+        own = self._teacher_copy(model) if teacher is not None else None
         self.policy = self._placed(model, stored=torch.float32)
-        self.teacher = Teacher(self.policy, config.teacher, teacher)
-        if world.mesh is not None and config.teacher.backend == "sglang":
+        self.teacher = None if teacher is None else Teacher(self.policy, config.teacher, own)
+        on_server = world.mesh is not None and config.teacher.backend == "sglang"
+        if self.teacher is not None and on_server:
             self.teacher.discard_model(copied_head(self.policy.head, self.dtype))
-        self.optimizer = Optimizer(self.model.named_parameters(), config.optim)
+        self.optimizer = Optimizer(
+            self.model.named_parameters(remove_duplicate=False),
+            config.optim,
+            horizon=num_updates(config),
+        )
         self.order = vocabulary_order(config.loss, self.policy.head.weight.shape[0])
         self.num_skipped = 0
         self._gathered: int | None = None  # number of updates that `full_model` has seen
@@ -125,6 +177,7 @@ class Learner:
 
     def gather_teacher(self, into: PreTrainedModel | None) -> None:
         """Write the teacher's current weights into `into`, which is None on ranks other than 0."""
+        assert self.teacher is not None
         self.teacher.policy.gather_weights(into)
 
     def step(
@@ -132,7 +185,7 @@ class Learner:
     ) -> StepResult:
         """Run one optimizer step on the micro-batches of all ranks.
 
-        A step without distilled tokens changes nothing. A loss or gradient that is not finite skips
+        A step without trained tokens changes nothing. A loss or gradient that is not finite skips
         the update (`loss/skipped` is 1). Rank 0 returns the result of all ranks, another rank only
         that of its own micro-batches. Raises TrainingDiverged when 5 steps in a row are skipped.
 
@@ -142,22 +195,28 @@ class Learner:
         states: Sequence[Tensor | None] = teacher_states or [None] * len(batches)
         pairs = list(zip(batches, states, strict=True))
         total = int(self.world.sum(sum(batch.num_distilled for batch in batches)))
+        num_policy = int(self.world.sum(sum(batch.num_policy for batch in batches)))
         metrics = {
             "loss/num_distilled_tokens": float(total),
+            "loss/num_input_tokens": float(
+                self.world.sum(sum(batch.num_tokens for batch in batches))
+            ),
             "loss/lr": self.optimizer.lr,
             "loss/skipped": 0.0,
         }
-        if total == 0:
+        if num_policy:
+            metrics["loss/num_policy_tokens"] = float(num_policy)
+        if total + num_policy == 0:
             return StepResult(metrics=metrics)
-        collected = MicroBatchStats(self.config.loss.importance_clip)
+        collected = MicroBatchStats(self.config.loss.importance_clip, self.config.policy)
         self.optimizer.zero_grad()
         for batch, server_states in pairs:
-            collected.add(batch, self._backward(batch, server_states, total))
+            collected.add(batch, *self._backward(batch, server_states, total), total)
         grad_norm = self._update(self.world.sum(float(collected.loss)))
         stats = collected.totals()
         for other in (self.world.gather(stats) or [])[1:]:
             stats.merge(other)
-        metrics |= stats.metrics(total)
+        metrics |= stats.metrics(total, num_policy)
         if grad_norm is None:
             return StepResult(metrics=metrics | {"loss/skipped": 1.0})
         return StepResult(
@@ -189,7 +248,8 @@ class Learner:
         """Take over `state`. Raises KeyError or RuntimeError if it belongs to another model."""
         self.optimizer.load_state_dict(with_prefix(state, "optimizer."))
         self._gathered = None
-        self.teacher.load_state_dict(with_prefix(state, "teacher."))
+        if self.teacher is not None:
+            self.teacher.load_state_dict(with_prefix(state, "teacher."))
         order = with_prefix(state, f"order.{self.world.rank}.")
         if self.order is not None and order:  # a portable state has none: a new order is learned
             self.order.load_state_dict(order)
@@ -230,50 +290,46 @@ class Learner:
 
     def _backward(
         self, batch: PackedBatch, server_states: Tensor | None, total: int
-    ) -> SpanDivergenceOutput:
-        """Add a micro-batch's gradient; its graph is freed before the next one starts."""
-        rows = batch.student.gather.to(self.policy.device)
-        with packed_forward(self.model):
-            with self.teacher.scoring(batch.teacher, server_states) as (teacher_hidden, teacher):
-                student_hidden = self.policy.hidden_states(batch.student).index_select(0, rows)
-                loss = self._vocab_parallel_loss if self.vocab_parallel else self._loss
-                output = loss(student_hidden, teacher_hidden, teacher, batch)
-            # Gradients are averaged over the ranks, but each rank's loss is a part of the sum.
-            (output.loss * self.world.size / total).backward()
-        self.optimizer.accumulate()
-        return output
+    ) -> tuple[SpanDivergenceOutput | None, SpanLogprobOutput | None]:
+        """Add a micro-batch's gradient; its graph is freed before the next one starts.
 
-    def _vocab_parallel_loss(
-        self,
-        student_hidden: Tensor,
-        teacher_hidden: Tensor,
-        teacher_head: Head,
-        batch: PackedBatch,
-    ) -> SpanDivergenceOutput:
-        """Vocab-parallel loss: each rank holds some head rows and sees the tokens of all ranks.
-
-        Per-token results are cut back to this rank's tokens. `loss` stays the total, so that the
-        gradient of this rank's rows is complete.
+        total: number of distilled tokens of the step, on all ranks.
         """
-        group, device = self.world.shard_group, student_hidden.device
-        assert group is not None
-        tokens = GatheredTokens.of(batch, group, device)
-        output = self._loss(
-            tokens.gather(student_hidden),
-            tokens.gather(teacher_hidden),
-            teacher_head,
-            tokens.batch(batch, device),
-        )
-        return tokens.local_part(output)
+        divergence = policy = None
+        losses: list[Tensor] = []
+        with packed_forward(self.model), ExitStack() as stack:
+            scored = None
+            if batch.teacher is not None:
+                assert self.teacher is not None
+                scored = stack.enter_context(self.teacher.scoring(batch.teacher, server_states))
+            states = self.policy.hidden_states(batch.student)
+            if scored is not None:
+                divergence = self._divergence(states, *scored, batch)
+                losses.append(divergence.loss / max(1, total))
+            if batch.policy is not None:
+                policy = self._policy_loss(states, batch.policy)
+                losses.append(policy.loss)
+            # Gradients are averaged over the ranks, but each rank's loss is a part of the sum.
+            (torch.stack(losses).sum() * self.world.size).backward()
+        self.optimizer.accumulate()
+        return divergence, policy
 
-    def _loss(
-        self,
-        student_hidden: Tensor,
-        teacher_hidden: Tensor,
-        teacher_head: Head,
-        batch: PackedBatch,
+    def _divergence(
+        self, states: Tensor, teacher_hidden: Tensor, teacher_head: Head, batch: PackedBatch
     ) -> SpanDivergenceOutput:
-        return span_loss(
+        """The divergence at the micro-batch's distilled tokens.
+
+        Vocab-parallel, each rank holds some head rows and sees the tokens of all ranks. Per-token
+        results are cut back to this rank's tokens. `loss` stays the total, so that the gradient of
+        this rank's rows is complete.
+        """
+        student_hidden = states.index_select(0, batch.student.gather.to(states.device))
+        gathered = self._gathered_tokens(batch.num_distilled, states.device)
+        if gathered is not None:
+            student_hidden = gathered.gather(student_hidden)
+            teacher_hidden = gathered.gather(teacher_hidden)
+            batch = gathered.batch(batch, states.device)
+        output = span_loss(
             student_hidden,
             teacher_hidden,
             batch,
@@ -284,13 +340,42 @@ class Learner:
             order=self.order,
             vocab_group=self.world.shard_group if self.vocab_parallel else None,
         )
+        return output if gathered is None else gathered.local_part(output)
+
+    def _policy_loss(self, states: Tensor, tokens: PolicyTokens) -> SpanLogprobOutput:
+        """The loss at the micro-batch's other tokens; vocab-parallel as `_divergence`."""
+        hidden = states.index_select(0, tokens.gather.to(states.device))
+        gathered = self._gathered_tokens(len(tokens.token_ids), states.device)
+        if gathered is not None:
+            hidden = gathered.gather(hidden)
+            tokens = gathered.policy_tokens(tokens, states.device)
+        output = policy_loss(
+            hidden,
+            tokens,
+            student_head=self.policy.head,
+            config=self.config.loss,
+            policy=self.config.policy,
+            temperature=self.config.sample.temperature,
+            order=self.order,
+            vocab_group=self.world.shard_group if self.vocab_parallel else None,
+        )
+        return output if gathered is None else gathered.local_part(output)
+
+    def _gathered_tokens(self, count: int, device: torch.device) -> GatheredTokens | None:
+        """How the tokens of all ranks are gathered, of which this rank has `count`; None where the
+        head is not sharded."""
+        if not self.vocab_parallel:
+            return None
+        assert self.world.shard_group is not None
+        return GatheredTokens.of(count, self.world.shard_group, device)
 
     def _update(self, loss: float) -> float | None:
         """Apply the gradients; returns their norm, or None if the step was skipped."""
         grad_norm = self.optimizer.step() if math.isfinite(loss) else math.nan
         if math.isfinite(grad_norm):
             self.num_skipped = 0
-            self.teacher.update(self.optimizer.masters)
+            if self.teacher is not None:
+                self.teacher.update(self.optimizer.masters)
             return grad_norm
         self.optimizer.zero_grad()
         self.num_skipped += 1

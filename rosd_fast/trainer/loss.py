@@ -1,10 +1,14 @@
-"""From hidden states to the loss: a thin layer over `rosd_kernels.span_divergence`.
+"""From hidden states to the loss: a thin layer over `rosd_kernels`.
 
 The loss of an optimizer step, over its N distilled tokens in all micro-batches:
 
     1/N sum_i weight_i * min(exp(student_lp_i - rollout_lp_i), importance_clip) * divergence_i
 
-The importance weight is detached; it is 1 if `importance_clip` is None.
+The importance weight is detached; it is 1 if `importance_clip` is None. To this the tokens without
+a teacher add, with ratio_j = exp(student_lp_j - rollout_lp_j):
+
+    sum_j weight_j * -min(ratio_j A_j, clip(ratio_j, 1 - clip_low, 1 + clip_high) A_j)
+    sum_k weight_k * -student_lp_k                                                    (likelihood)
 """
 
 from __future__ import annotations
@@ -15,10 +19,18 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from rosd_fast.config import LossConfig
+from rosd_fast.config import LossConfig, PolicyConfig
 from rosd_fast.model.head import Head
-from rosd_fast.types import PackedBatch
-from rosd_kernels import SpanDivergenceOutput, VocabularyOrder, entry, mass, span_divergence
+from rosd_fast.types import PackedBatch, PolicyTokens
+from rosd_kernels import (
+    SpanDivergenceOutput,
+    SpanLogprobOutput,
+    VocabularyOrder,
+    entry,
+    mass,
+    span_divergence,
+    span_logprob,
+)
 
 
 def span_loss(
@@ -69,6 +81,64 @@ def span_loss(
         vocab_group=vocab_group,
         **sparsity(config, order),
     )
+
+
+def policy_loss(
+    student_hidden: Tensor,  # [M, H], rows gathered at the tokens
+    tokens: PolicyTokens,
+    *,
+    student_head: Head,
+    config: LossConfig,
+    policy: PolicyConfig,
+    temperature: float,
+    order: VocabularyOrder | None = None,
+    vocab_group: ProcessGroup | None = None,
+) -> SpanLogprobOutput:
+    """The micro-batch's weighted sum of policy gradient and likelihood losses.
+
+    The arguments are those of `span_loss`. Differentiable with respect to the student's states and
+    head; log-probs and entropies are detached.
+    """
+    device = student_hidden.device
+    return span_logprob(
+        scaled(student_hidden, student_head),
+        student_head.weight,
+        tokens.token_ids.to(device),
+        token_loss=PolicyTokenLoss(tokens, policy, device),
+        temperature=temperature if config.temperature is None else config.temperature,
+        softcap=student_head.softcap,
+        bias=scaled_bias(student_head),
+        strategy=strategy(config),
+        workspace_mib=config.workspace_mib,
+        vocab_group=vocab_group,
+        **sparsity(config, order),
+    )
+
+
+class PolicyTokenLoss:
+    """The losses of tokens as a function of their log-probs and entropies; see the module."""
+
+    def __init__(self, tokens: PolicyTokens, config: PolicyConfig, device: torch.device) -> None:
+        self.config = config
+        self.weights = tokens.weights.to(device)
+        self.advantages = tokens.advantages.to(device)
+        self.is_likelihood = tokens.is_likelihood.to(device)
+        self.rollout_logprobs = tokens.rollout_logprobs.to(device)
+
+    def __call__(self, logprob: Tensor, entropy: Tensor, rows: slice) -> Tensor:
+        """[n] losses of the tokens in `rows`, given their [n] log-probs and entropies."""
+        config, advantages = self.config, self.advantages[rows].to(logprob)
+        ratio = (logprob - self.rollout_logprobs[rows].to(logprob)).exp()
+        clipped = ratio.clamp(1 - config.clip_low, 1 + config.clip_high)
+        gain = torch.minimum(ratio * advantages, clipped * advantages)
+        if config.dual_clip is not None:
+            floor = config.dual_clip * advantages
+            gain = torch.where(advantages < 0, torch.maximum(gain, floor), gain)
+        likelihood = self.is_likelihood[rows]
+        losses = torch.where(likelihood, -logprob, -gain)
+        if config.entropy_weight:
+            losses = losses - config.entropy_weight * entropy
+        return self.weights[rows].to(logprob) * losses
 
 
 def strategy(config: LossConfig) -> Literal["chunked", "tiled", "reference"]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rosd_fast.model.fsdp import skeleton
-from rosd_fast.trainer.learner import Learner, StepResult
+from rosd_fast.trainer.learner import Learner, StepResult, TeacherSource
 from rosd_fast.trainer.saver import Saver
 from rosd_fast.utils.distributed import World, ignore_stop_signals
 
@@ -43,9 +43,11 @@ class LearnerGroup:
         config: Config,
         world: World,
         tokenizer: PreTrainedTokenizerBase | None,
+        *,
+        teacher: TeacherSource = "initial",
     ) -> None:
         self.world = world
-        self.learner = Learner(model, config, world)
+        self.learner = Learner(model, config, world, teacher=teacher)
         self.saver = Saver(self.learner, tokenizer, config)
         self._in_call = False  # a call has begun and not returned: the workers may be in it, too
 
@@ -56,14 +58,16 @@ class LearnerGroup:
         config: Config,
         world: World,
         tokenizer: PreTrainedTokenizerBase | None,
+        *,
+        teacher: TeacherSource = "initial",
     ) -> LearnerGroup:
         """Create the group on rank 0 and send config and model skeleton to the workers.
 
-        model: with its initial weights. tokenizer: for the checkpoints.
+        model: with its initial weights. tokenizer: for the checkpoints. teacher: as for `Learner`.
         """
         if world.size > 1:
-            world.broadcast((config, skeleton(model)))
-        return cls(model, config, world, tokenizer)
+            world.broadcast((config, skeleton(model), teacher))
+        return cls(model, config, world, tokenizer, teacher=teacher)
 
     def step(
         self, batches: Sequence[PackedBatch], teacher_states: Sequence[Tensor] | None = None
@@ -140,8 +144,8 @@ def run_worker(world: World) -> None:
     received = world.scatter(None)
     if received is None:
         return
-    config, model = received
-    group = LearnerGroup(model, config, world, tokenizer=None)
+    config, model, teacher = received
+    group = LearnerGroup(model, config, world, tokenizer=None, teacher=teacher)
     while (call := world.scatter(None)) is not None:
         name, arguments = call
         group.method(name)(*arguments)

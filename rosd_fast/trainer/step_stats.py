@@ -8,17 +8,21 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from rosd_fast.trainer.loss import importance_weights
-from rosd_fast.types import PackedBatch
-from rosd_kernels import SpanDivergenceOutput, SpanDivergenceStats
+from rosd_fast.config import PolicyConfig
+from rosd_fast.trainer.loss import PolicyTokenLoss, importance_weights
+from rosd_fast.types import PackedBatch, PolicyTokens
+from rosd_kernels import SpanDivergenceOutput, SpanDivergenceStats, SpanLogprobOutput
+
+SUMMED = frozenset({"policy/loss"})
+"""Metrics that are sums over the tokens, whose weights contain the normalizer."""
 
 
 @dataclass(slots=True)
 class StepStats:
     """The numbers of one rank, or of several ranks once `merge` has added them.
 
-    num_batches: micro-batches with distilled tokens.
-    sums: metric name -> sum over the distilled tokens.
+    num_batches: micro-batches with trained tokens.
+    sums: metric name -> sum over the tokens.
     maxima: metric name -> maximum over the micro-batches.
     per_token: rollout id -> divergence in nats of each of its distilled tokens, in their order.
     """
@@ -42,14 +46,21 @@ class StepStats:
         """Raise the maximum of `key` to `value` if it is lower."""
         self.maxima[key] = max(self.maxima.get(key, value), value)
 
-    def metrics(self, num_tokens: int) -> dict[str, float]:
-        """The finite metrics: means over the step's `num_tokens` distilled tokens, and maxima.
+    def metrics(self, num_distilled: int, num_policy: int) -> dict[str, float]:
+        """The finite metrics: means over the step's tokens, sums (`SUMMED`), and maxima.
+
+        num_distilled: tokens that the means `loss/...` are taken over.
+        num_policy: tokens that the means `policy/...` are taken over.
 
         Empty if no micro-batch has been added.
         """
         if not self.num_batches:
             return {}
-        means = {key: value / num_tokens for key, value in self.sums.items()}
+        counts = {"loss": num_distilled, "policy": num_policy}
+        means = {
+            key: value if key in SUMMED else value / max(1, counts[key.partition("/")[0]])
+            for key, value in self.sums.items()
+        }
         metrics = means | self.maxima | {"loss/num_micro_batches": float(self.num_batches)}
         return {key: value for key, value in metrics.items() if math.isfinite(value)}
 
@@ -60,34 +71,52 @@ class MicroBatchStats:
     Nothing here waits for the device before `totals`.
 
     importance_clip: `loss.importance_clip`.
+    policy: the options of the policy gradient.
+    num_batches: micro-batches with trained tokens.
     loss: sum of the micro-batches' losses.
-    sums: metric name -> sum over the distilled tokens.
+    sums: metric name -> sum over the tokens.
     gaps: largest |student - rollout log-probability| of each micro-batch.
     rows: each micro-batch with the [N] divergences of its distilled tokens.
     stats: what the kernels dropped in each micro-batch.
     """
 
-    def __init__(self, importance_clip: float | None) -> None:
+    def __init__(self, importance_clip: float | None, policy: PolicyConfig) -> None:
         self.importance_clip = importance_clip
+        self.policy = policy
+        self.num_batches = 0
         self.loss: Tensor | float = 0.0
         self.sums: dict[str, Tensor | float] = defaultdict(float)
         self.gaps: list[Tensor] = []
         self.rows: list[tuple[PackedBatch, Tensor]] = []
         self.stats: list[SpanDivergenceStats] = []
 
-    def add(self, batch: PackedBatch, output: SpanDivergenceOutput) -> None:
-        """Add a micro-batch; one without distilled tokens changes nothing."""
-        if not batch.num_distilled:
-            return
+    def add(
+        self,
+        batch: PackedBatch,
+        divergence: SpanDivergenceOutput | None,
+        policy: SpanLogprobOutput | None,
+        num_distilled: int,
+    ) -> None:
+        """Add a micro-batch; one without trained tokens changes nothing.
+
+        num_distilled: distilled tokens of the step, on all ranks.
+        """
+        if divergence is not None and batch.num_distilled:
+            self._add_divergence(batch, divergence)
+            self.loss += divergence.loss.detach() / num_distilled
+        if policy is not None and batch.policy is not None and batch.num_policy:
+            self._add_policy(batch.policy, policy)
+            self.loss += policy.loss.detach()
+        self.num_batches += batch.num_distilled + batch.num_policy > 0
+
+    def _add_divergence(self, batch: PackedBatch, output: SpanDivergenceOutput) -> None:
         divergence, logprob = output.per_token, output.student_logprob
         assert logprob is not None  # token_ids were given
         assert output.student_entropy is not None and output.teacher_entropy is not None
-        weights = batch.weights.to(divergence)
         importance = importance_weights(
             logprob, batch.rollout_logprobs.to(logprob), self.importance_clip
         )
-        self.loss += output.loss.detach()
-        self.sums["loss/divergence"] += (weights * divergence).sum()
+        self.sums["loss/divergence"] += (batch.weights.to(divergence) * divergence).sum()
         self.sums["loss/importance_weight_mean"] += importance.sum()
         gap = (logprob - batch.rollout_logprobs.to(logprob)).abs()
         self.sums["loss/logprob_gap_mean"] += gap.sum()
@@ -99,9 +128,24 @@ class MicroBatchStats:
         self.rows.append((batch, divergence))
         self.stats.append(output.stats)
 
+    def _add_policy(self, tokens: PolicyTokens, output: SpanLogprobOutput) -> None:
+        logprob, config = output.logprob, self.policy
+        delta = logprob - tokens.rollout_logprobs.to(logprob)
+        ratio, advantages = delta.exp(), tokens.advantages.to(logprob)
+        clipped = (ratio > 1 + config.clip_high) & (advantages > 0)
+        clipped |= (ratio < 1 - config.clip_low) & (advantages < 0)
+        # Not `output.loss`: a vocab-parallel one is the sum over all ranks.
+        losses = PolicyTokenLoss(tokens, config, logprob.device)
+        self.sums["policy/loss"] += losses(logprob, output.entropy, slice(None)).sum()
+        self.sums["policy/ratio_mean"] += ratio.sum()
+        self.sums["policy/clipped_frac"] += clipped.sum()
+        self.sums["policy/entropy_mean"] += output.entropy.sum()
+        self.sums["policy/logprob_mean"] += logprob.sum()
+        self.gaps.append(delta.abs().max())
+
     def totals(self) -> StepStats:
         """The collected statistics as numbers; waits for the device."""
-        totals = StepStats(num_batches=len(self.rows))
+        totals = StepStats(num_batches=self.num_batches)
         for key, value in self.sums.items():
             totals.sums[key] += float(value)
         for gap in self.gaps:

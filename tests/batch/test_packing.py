@@ -14,7 +14,7 @@ from rosd_fast.batch.packing import Part, StepSequences, pack
 from rosd_fast.batch.prefixes import PrefixIndex, common_length
 from rosd_fast.model.attention import hidden_states
 from rosd_fast.model.head import head, logits
-from rosd_fast.types import DistillSample
+from rosd_fast.types import TrainSample
 
 
 def part_of(samples, *, min_shared=16, hidden_size=1024) -> Part:
@@ -34,7 +34,7 @@ def sample_lists(draw, max_size=12):
         completion_ids = draw(ids)
         start = draw(st.integers(0, len(completion_ids) - 1))
         samples.append(
-            DistillSample(
+            TrainSample(
                 rollout_id=f"r{index}",
                 problem_id="p",
                 student_prompt_ids=prompt_ids,
@@ -68,7 +68,7 @@ def test_packing(samples, max_tokens, min_shared, num_ranks):
     by_id = {sample.rollout_id: sample for sample in samples}
     order = [rollout_id for batch in batches for rollout_id in batch.rollout_ids]
     assert sorted(order) == sorted(by_id)
-    assert sum(batch.num_distilled for batch in batches) == sum(s.num_distilled for s in samples)
+    assert sum(batch.num_distilled for batch in batches) == sum(s.num_tokens for s in samples)
     for batch in batches:
         members = [by_id[rollout_id] for rollout_id in batch.rollout_ids]
         check_batch(batch, members, min_shared)
@@ -186,7 +186,7 @@ def test_packing_reads_each_token_fewer_than_three_times(num_ranks):
         for index in range(8):
             completion = ids(150)
             samples.append(
-                DistillSample(
+                TrainSample(
                     rollout_id=f"{group}/{index}",
                     problem_id=str(group),
                     # Equal tokens, not the same objects: these would be equal without being read.
@@ -233,7 +233,7 @@ def num_tokens_alone(batch, samples):
 
 def test_a_group_shares_its_prompt_and_stays_together():
     groups = [
-        DistillSample(
+        TrainSample(
             rollout_id=f"{group}/{index}",
             problem_id=str(group),
             student_prompt_ids=(group, *range(20)),
@@ -269,7 +269,7 @@ def test_a_group_shares_its_prompt_and_stays_together():
 
 
 def make_sample(rollout_id, length):
-    return DistillSample(
+    return TrainSample(
         rollout_id=rollout_id,
         problem_id="p",
         student_prompt_ids=(100 + length,),
@@ -357,7 +357,7 @@ def test_nothing_to_pack_and_no_budget():
 def test_gathered_rows_predict_the_distilled_tokens(tiny_llama, min_shared):
     model = tiny_llama(dtype=torch.float64)
     samples = [
-        DistillSample(
+        TrainSample(
             rollout_id=f"r{index}",
             problem_id="p",
             student_prompt_ids=(11, 12, 13),

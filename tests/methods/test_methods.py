@@ -17,7 +17,7 @@ from rosd_fast.methods import Method, TrainingSet, register_method
 from rosd_fast.report import read_rollouts, rollouts_path
 from rosd_fast.report.metrics import read_metrics
 from rosd_fast.train import train
-from rosd_fast.types import DistillSample, ErrorSpan, Group, Reflection, Verdict
+from rosd_fast.types import ErrorSpan, Group, Reflection, TrainSample, Verdict
 
 
 class SelfTeaching(Method):
@@ -37,7 +37,7 @@ class SelfTeaching(Method):
             for r in correct
         }
         samples = [
-            DistillSample(
+            TrainSample(
                 rollout_id=r.id,
                 problem_id=r.problem_id,
                 student_prompt_ids=r.prompt_ids,
@@ -104,7 +104,7 @@ def test_the_loop_names_no_stage_of_rosd() -> None:
 
 
 def test_a_set_whose_samples_are_not_their_spans_is_refused_before_training() -> None:
-    sample = DistillSample(
+    sample = TrainSample(
         rollout_id="p/0",
         problem_id="p",
         student_prompt_ids=(1,),

@@ -25,7 +25,7 @@ from rosd_fast.model.attention import (
     packed_forward,
 )
 from rosd_fast.model.head import head, logits
-from rosd_fast.types import DistillSample, PackedSequences
+from rosd_fast.types import PackedSequences, TrainSample
 from tests.tiny import tiny_model
 
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -129,7 +129,7 @@ def groups(draw):
         (student, teacher), completion = draw(st.sampled_from(prompts)), draw(ids)
         start = draw(st.integers(0, len(completion) - 1))
         samples.append(
-            DistillSample(
+            TrainSample(
                 rollout_id=f"r{index}",
                 problem_id="p",
                 student_prompt_ids=student,
@@ -152,7 +152,7 @@ def test_shared_tokens_change_nothing(family, samples, min_shared, max_tokens):
     batches = pack(samples, max_tokens=max_tokens, min_shared=min_shared)
     by_id = {sample.rollout_id: sample for sample in samples}
     seeds = {
-        name: torch.randn(sample.num_distilled, 32, dtype=torch.float64)
+        name: torch.randn(sample.num_tokens, 32, dtype=torch.float64)
         for name, sample in by_id.items()
     }
     for side in ("student", "teacher"):
@@ -236,7 +236,7 @@ def test_flash_attention_gets_what_sdpa_gets(family, monkeypatch):
 
     model = tiny(family, torch.float32)
     samples = [
-        DistillSample(
+        TrainSample(
             rollout_id=f"r{index}",
             problem_id="p",
             student_prompt_ids=(*range(3, 12),),

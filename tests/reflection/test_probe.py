@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from rosd_fast.reflection.probe import probe_metrics, teacher_helps, wrong_samples
-from rosd_fast.types import DistillSample, Generation, SamplingParams
+from rosd_fast.types import Generation, SamplingParams, TrainSample
 
 
 class Answers:
@@ -36,8 +36,8 @@ class Answers:
         return found
 
 
-def make_sample(problem_id: str, index: int) -> DistillSample:
-    return DistillSample(
+def make_sample(problem_id: str, index: int) -> TrainSample:
+    return TrainSample(
         rollout_id=f"{problem_id}/{index}",
         problem_id=problem_id,
         student_prompt_ids=(1, 2),

@@ -19,7 +19,7 @@ from rosd_fast.errors import UserError
 from rosd_fast.report import read_rollouts, rollouts_path, write_rollouts
 from rosd_fast.report.rollouts import token_texts, write_skipped
 from rosd_fast.text.token_bytes import TokenBytes
-from rosd_fast.types import DistillSample, ErrorSpan, Group, Problem, Reflection, Rollout, Verdict
+from rosd_fast.types import ErrorSpan, Group, Problem, Reflection, Rollout, TrainSample, Verdict
 
 
 def byte_tokens() -> TokenBytes:
@@ -163,7 +163,7 @@ def test_damage_is_reported_with_its_line(tmp_path: Path) -> None:
 
 def test_the_samples_of_a_skipped_step_can_be_read_back(tmp_path: Path) -> None:
     samples = [
-        DistillSample(
+        TrainSample(
             rollout_id=f"p1/{i}",
             problem_id="p1",
             student_prompt_ids=(1, 2),
@@ -183,7 +183,7 @@ def test_the_samples_of_a_skipped_step_can_be_read_back(tmp_path: Path) -> None:
     fields: list[dict[str, Any]] = [
         {k: tuple(v) if k in lists else v for k, v in row.items()} for row in rows
     ]
-    assert samples == [DistillSample(**own) for own in fields]
+    assert samples == [TrainSample(**own) for own in fields]
 
 
 @given(st.text(max_size=12), st.lists(st.integers(0, 48), max_size=6))

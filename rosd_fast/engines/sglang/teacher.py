@@ -176,13 +176,18 @@ class SglangTeacher:
 
 
 def _sequences(batch: PackedBatch) -> list[tuple[list[int], int, str]]:
-    """For each sample: its token ids, the first position whose state is needed, and the affinity.
+    """For each distilled sample: its token ids, the first position whose state is needed, and the
+    affinity.
 
     Samples of equal affinity, those of one problem, share a server's prefix cache.
     """
     sequences = []
+    if batch.teacher is None:
+        return sequences
     for index, problem_id in enumerate(batch.problem_ids):
         positions = batch.teacher.gather[batch.sample_index == index]
+        if not len(positions):
+            continue
         # A sequence ends at its last distilled token, and a span has no gaps.
         ids = batch.teacher.sequence(int(positions[-1]))
         sequences.append((ids, len(ids) - len(positions), problem_id))

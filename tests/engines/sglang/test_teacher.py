@@ -20,11 +20,11 @@ from rosd_fast.engines.weight_check import check_teacher_server
 from rosd_fast.errors import RunFailed, UserError
 from rosd_fast.model.attention import hidden_states
 from rosd_fast.trainer.learner import Learner
-from rosd_fast.types import DistillSample, PackedSequences
+from rosd_fast.types import PackedSequences, TrainSample
 from tests.engines.sglang.fake_sglang import LIMITS, FakeSglang, expected_states
 
 SAMPLES = [
-    DistillSample(
+    TrainSample(
         rollout_id=f"p{index // 2}/{index % 2}",
         problem_id=f"p{index // 2}",
         student_prompt_ids=(7, 8),

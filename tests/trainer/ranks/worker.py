@@ -25,7 +25,7 @@ from rosd_fast.config import Config
 from rosd_fast.trainer.learner import StepResult
 from rosd_fast.trainer.optim import Optimizer
 from rosd_fast.trainer.ranks import LearnerGroup, run_worker
-from rosd_fast.types import DistillSample
+from rosd_fast.types import TrainSample
 from rosd_fast.utils.distributed import World, full, open_world
 from tests.tiny import SHAPE, VOCAB, mark_trainable, tiny_model
 
@@ -41,6 +41,11 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "lora": ("Llama", TIED, {"lora": {"rank": 4}}),
     "lora ema": ("Qwen3", UNTIED, {"lora": {"rank": 4}, "teacher": {"kind": "ema"}}),
     "some": ("Llama", UNTIED, {"optim": {"trainable": "model.layers.1.*, lm_head.weight"}}),
+    "host": (
+        "Llama",
+        TIED,
+        {"optim": {"offload": True, "schedule": "cosine", "lr_scale": "lm_head.*=0.1"}},
+    ),
     "recomputed": ("Llama", TIED, {"learner": {"activation_checkpointing": True}}),
     "fixed head": (
         "Llama",
@@ -86,7 +91,7 @@ def model_of(case: str, config: Config) -> Any:
     return model
 
 
-def samples_of(case: str, step: int) -> list[DistillSample]:
+def samples_of(case: str, step: int) -> list[TrainSample]:
     """Samples in groups of unequal sizes; the samples of a group share their prompts."""
     g = torch.Generator().manual_seed(step)
 
@@ -103,7 +108,7 @@ def samples_of(case: str, step: int) -> list[DistillSample]:
             completion = ids(4, 14)
             start = number(0, len(completion) - 1)
             samples.append(
-                DistillSample(
+                TrainSample(
                     rollout_id=f"{group}/{member}",
                     problem_id=str(group),
                     student_prompt_ids=prompt,

@@ -1,0 +1,37 @@
+"""Does the longest problem leave room in the prompts that a method renders?"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import TYPE_CHECKING
+
+from rosd_fast.errors import UserError
+from rosd_fast.text.prompts import fill_template, placeholders
+
+if TYPE_CHECKING:
+    from rosd_fast.config import Config
+    from rosd_fast.text.chat import Chats
+    from rosd_fast.types import Problem
+
+
+def check_budgets(
+    config: Config, chats: Chats, problem: Problem, templates: Iterable[tuple[str, str]]
+) -> None:
+    """Raise UserError when `problem`, the longest, and a template alone are over their budget.
+
+    templates: the (section, option) of each user turn that the run renders.
+    """
+    for section, name in templates:
+        options = getattr(config, section)
+        template = getattr(options, name)
+        texts = {**dict.fromkeys(placeholders(template), ""), "problem": problem.prompt}
+        user = fill_template(template, texts)
+        chat = chats.teacher if section == "teacher" else chats.reflector
+        length = len(chat.render(user, system=problem.system))
+        if length >= options.max_prompt_tokens:
+            raise UserError(
+                f"{section}.{name} and the problem have {length} tokens together, and "
+                f"{section}.max_prompt_tokens is {options.max_prompt_tokens}",
+                where=f"problem {problem.id}",
+                fix=f"Raise {section}.max_prompt_tokens, or leave the problem out",
+            )

@@ -1,0 +1,84 @@
+"""Methods whose teacher reads a correct solution of the problem: SDPO and OPSD.
+
+build   all tokens of a rollout; the teacher's prompt is `teacher.solution_template`
+"""
+
+from __future__ import annotations
+
+from abc import abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING
+
+from rosd_fast.batch.samples import sample_metrics, teacher_prompt
+from rosd_fast.config.templates import check_solution_template
+from rosd_fast.methods.base import Method, TrainingSet
+from rosd_fast.methods.budgets import check_budgets
+from rosd_fast.methods.targets import distilled
+from rosd_fast.report.stages import Stage
+from rosd_fast.text.prompts import placeholders
+
+if TYPE_CHECKING:
+    from rosd_fast.config import Config
+    from rosd_fast.report.progress import Hidden, Progress
+    from rosd_fast.types import ErrorSpan, Group, Problem, Reflection, Rollout, TrainSample, Verdict
+
+
+class SolutionMethod(Method):
+    """Distills whole rollouts from a teacher that has read a solution."""
+
+    @classmethod
+    def check_options(cls, config: Config) -> None:
+        """Raise UserError for a template with a wrong or a missing placeholder."""
+        super().check_options(config)
+        check_solution_template(config.teacher)
+
+    def check_problems(self, problems: Sequence[Problem]) -> None:
+        """Raise UserError when the longest problem fills the template's budget."""
+        longest = max(problems, key=lambda problem: len(problem.prompt))
+        check_budgets(self.config, self.chats, longest, [("teacher", "solution_template")])
+
+    @abstractmethod
+    def solution(
+        self, group: Group, rollout: Rollout, verdicts: Mapping[str, Verdict]
+    ) -> str | None:
+        """The solution that the teacher reads for this rollout; None: the rollout is left out."""
+
+    def build(
+        self,
+        groups: Sequence[Group],
+        verdicts: Mapping[str, Verdict],
+        annotations: Mapping[str, Reflection],
+        progress: Progress | Hidden,
+    ) -> TrainingSet:
+        """Put the teacher's prompt with a solution before each rollout that has one."""
+        samples: list[TrainSample] = []
+        spans: dict[str, ErrorSpan] = {}
+        with progress.stage(Stage.BUILD):
+            for group in groups:
+                for rollout in group.rollouts:
+                    solution = self.solution(group, rollout, verdicts)
+                    span = self.distilled_span(rollout)
+                    if not solution or span is None:
+                        continue
+                    spans[rollout.id] = span
+                    prompt_ids, cut = self._prompt(group.problem, solution, verdicts[rollout.id])
+                    samples.append(distilled(rollout, span, prompt_ids, cut=cut))
+        return self.training_set(samples, spans, groups, verdicts, sample_metrics(samples))
+
+    def _prompt(
+        self, problem: Problem, solution: str, verdict: Verdict
+    ) -> tuple[tuple[int, ...], bool]:
+        """The teacher's prompt, and whether a text in it was cut to fit."""
+        options = self.config.teacher
+        template = options.solution_template
+        texts = {
+            "demonstration": solution,
+            "feedback": verdict.feedback if options.show_feedback else "",
+        }
+        return teacher_prompt(
+            problem,
+            template,
+            {name: text for name, text in texts.items() if name in placeholders(template)},
+            chat=self.chats.teacher,
+            max_tokens=options.max_prompt_tokens,
+        )
