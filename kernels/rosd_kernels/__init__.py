@@ -35,15 +35,15 @@ from rosd_kernels.api import span_divergence
 from rosd_kernels.logprob.api import span_logprob
 from rosd_kernels.logprob.records import SpanLogprobOutput
 from rosd_kernels.order import VocabularyOrder
-from rosd_kernels.records import SpanDivergenceOutput, SpanDivergenceStats
+from rosd_kernels.records import SpanDivergenceOutput, SpanStats
 from rosd_kernels.sparsity import entry, mass
 
 __version__ = "0.1.0"
 
 __all__ = [
     "SpanDivergenceOutput",
-    "SpanDivergenceStats",
     "SpanLogprobOutput",
+    "SpanStats",
     "VocabularyOrder",
     "__version__",
     "entry",

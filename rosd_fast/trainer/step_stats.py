@@ -11,7 +11,7 @@ from torch import Tensor
 from rosd_fast.config import PolicyConfig
 from rosd_fast.trainer.loss import PolicyTokenLoss, importance_weights
 from rosd_fast.types import PackedBatch, PolicyTokens
-from rosd_kernels import SpanDivergenceOutput, SpanDivergenceStats, SpanLogprobOutput
+from rosd_kernels import SpanDivergenceOutput, SpanLogprobOutput, SpanStats
 
 SUMMED = frozenset({"policy/loss"})
 """Metrics that are sums over the tokens, whose weights contain the normalizer."""
@@ -88,7 +88,7 @@ class MicroBatchStats:
         self.sums: dict[str, Tensor | float] = defaultdict(float)
         self.gaps: list[Tensor] = []
         self.rows: list[tuple[PackedBatch, Tensor]] = []
-        self.stats: list[SpanDivergenceStats] = []
+        self.stats: list[SpanStats] = []
 
     def add(
         self,
