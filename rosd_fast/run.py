@@ -99,10 +99,11 @@ class Run:
         """
         model, teacher_model = self.inputs.model, None
         if self.inputs.method.needs_teacher_engine:
-            own = self.learners.learner.teacher
-            assert own is not None
-            single = self.learners.world.size == 1
-            teacher_model = own.model if single else copy.deepcopy(model.model)
+            teacher_model = (
+                self.learners.learner.teacher.model
+                if self.learners.world.size == 1
+                else copy.deepcopy(model.model)
+            )
         return open_engines(
             self.config,
             model,
@@ -119,7 +120,6 @@ class Run:
         which was made when the run began. Raises RunFailed when they differ.
         """
         teacher, single = self.learners.learner.teacher, self.learners.world.size == 1
-        assert teacher is not None
         if single or self.first_step == 1:
             await check_teacher_server(
                 server,
