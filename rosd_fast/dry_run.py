@@ -66,7 +66,7 @@ def dry_run(
     print_budgets(console, prompts, inputs)
     print_memory(console, inputs, num_gpus=ranks, available=available)
     try:
-        check_machine(inputs.config)
+        check_machine(inputs.config, type(inputs.method))
         console.print("This machine can run it.")
     except UserError as error:
         console.print(Text(f"On this machine a run would be refused: {error}"))
@@ -196,7 +196,7 @@ def print_memory(console: Console, inputs: Inputs, *, num_gpus: int, available: 
     """Print the memory of a GPU row by row, and whether it fits."""
     config = inputs.config
     shape = ModelShape.of(inputs.model.model)
-    plan = memory_plan(shape, config, num_ranks=num_gpus, teacher=True)
+    plan = memory_plan(shape, config, num_ranks=num_gpus, teacher=inputs.method.needs_teacher)
     console.print(
         f"Memory of rank 0, of {num_gpus} with a GPU each: {shape.trained:,} of "
         f"{shape.parameters:,} parameters are trained in {config.dtype}"

@@ -60,7 +60,7 @@ def load_inputs(config: Config, *, weights: bool = True) -> Inputs:
         shuffle=config.data.shuffle,
     )
     if weights:
-        check_machine(config)
+        check_machine(config, method_type)
         model = load_model(
             config.model,
             dtype=config.dtype,
@@ -94,13 +94,13 @@ def load_inputs(config: Config, *, weights: bool = True) -> Inputs:
     )
 
 
-def check_machine(config: Config) -> None:
+def check_machine(config: Config, method: type[Method]) -> None:
     """Raise UserError if the run does not fit this machine, or needs what it does not have."""
     model = build_skeleton(
         config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code
     )
     choose_trainable(model, lora=config.lora, trainable=config.optim.trainable, seed=config.seed)
-    check_memory(config, model, teacher=True)
+    check_memory(config, model, teacher=method.weights(config)[0] > 0)
     check_engine(config.engine, config.teacher, config.device)
 
 

@@ -17,6 +17,7 @@ from __future__ import annotations
 from rosd_fast.config.checks import uses_teacher_weights
 from rosd_fast.config.schema import (
     CheckpointConfig,
+    CompatConfig,
     Config,
     DataConfig,
     DecayRate,
@@ -47,6 +48,7 @@ from rosd_fast.config.schema import (
 
 __all__ = [
     "CheckpointConfig",
+    "CompatConfig",
     "Config",
     "DataConfig",
     "DecayRate",

@@ -20,10 +20,12 @@ RENAMED = {
 
 ADDED_LATER = (
     "method",
+    "compat",
     "policy",
     "loss.distill_weight",
     "loss.policy_weight",
     "optim.updates_per_step",
+    "teacher.demonstration_note",
     "teacher.solution_template",
     "teacher.show_feedback",
 )

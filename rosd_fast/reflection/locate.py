@@ -21,8 +21,9 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import accumulate
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from rosd_fast.reflection.reencode import reencoded_start
 from rosd_fast.text.sentences import sentences
 from rosd_fast.text.token_bytes import REPLACEMENT
 from rosd_fast.types import ErrorSpan
@@ -88,6 +89,7 @@ def locate_errors(
     *,
     token_bytes: TokenBytes,
     config: SpanConfig,
+    reencode_with: Any = None,
 ) -> LocatedSpans:
     """Find the tokens to distil of each rollout that has an explanation.
 
@@ -95,6 +97,9 @@ def locate_errors(
     quote and `config.granularity`; if the quote is missed, the rollout has no span or the whole
     completion, by `config.on_miss`. A rollout without a reflection, an explanation or tokens has no
     span.
+
+    reencode_with: a tokenizer, to begin spans where the public code does (`reencode`, a known bug);
+    None: at the quote's first token.
     """
     spans: dict[str, ErrorSpan] = {}
     found: list[tuple[Located, Rollout]] = []
@@ -103,7 +108,11 @@ def locate_errors(
         match = None
         if not verdicts[rollout.id].success:
             num_quotes += 1
-            match = _locate_reflection(reflection, token_bytes.of(rollout.completion_ids), config)
+            if reencode_with is None:
+                pieces = token_bytes.of(rollout.completion_ids)
+                match = _locate_reflection(reflection, pieces, config)
+            else:
+                match = _locate_reencoded(reflection, rollout, reencode_with)
             if match is not None and match.ambiguous:
                 num_ambiguous += 1
                 match = None if config.occurrence == "unique_only" else match
@@ -111,7 +120,8 @@ def locate_errors(
                 found.append((match, rollout))
             elif config.on_miss != "full":
                 continue
-        spans[rollout.id] = _span(rollout, match, config.granularity)
+        if match is None or match.start < len(rollout.completion_ids):
+            spans[rollout.id] = _span(rollout, match, config.granularity)
     return LocatedSpans(
         spans=spans,
         num_quotes=num_quotes,
@@ -143,6 +153,22 @@ def _locate_reflection(
         pieces,
         occurrence="last" if config.occurrence == "last" else "first",
         min_score=config.min_score if config.on_miss == "fuzzy" else None,
+    )
+
+
+def _locate_reencoded(reflection: Reflection, rollout: Rollout, tokenizer: Any) -> Located | None:
+    """The match of the public code, up to the end of the completion; it may be empty."""
+    length = len(rollout.completion_ids)
+    start = reencoded_start(tokenizer, rollout.completion_ids, reflection.quote or "")
+    if start is None:
+        return None
+    return Located(
+        start=start,
+        end=length,
+        sentence_start=start,
+        sentence_end=length,
+        found="quote",
+        ambiguous=False,
     )
 
 
