@@ -6,6 +6,7 @@ exit code 2; Ctrl-C before training starts is exit code 130.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -24,12 +25,16 @@ COMMANDS = {
     "report": "redraw a run's plots and print its accuracy before and after",
     "doctor": "check that everything a run needs is installed",
 }
+# transformers imports torchao if it is there, which warns of kernels that it has for GPUs only.
+NOISY = ("torchao", "torch.utils._pytree")
 FAILED, USAGE_ERROR, INTERRUPTED = 1, 2, 130
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     args = sys.argv[1:] if args is None else list(args)
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         return dispatch(args)
     except UserError as error:

@@ -14,7 +14,7 @@ from rosd_fast.errors import UserError
 POSITIONAL: tuple[str, ...] = ()
 SOURCES = ("preset", "config", "resume")
 DRY_RUN = ("dry_run", "num_gpus", "gpu_memory_gib")
-FREE_ON_RESUME = ("steps",)
+FREE_ON_RESUME = ("steps", "epochs")
 
 
 class Options(Config):
@@ -30,8 +30,8 @@ class Options(Config):
     config: str | None = None
     """A TOML file of options, such as the config.toml of a run."""
     resume: str | None = None
-    """A run folder whose run is continued from its last checkpoint. Only --steps may be given
-    with it."""
+    """A run folder whose run is continued from its last checkpoint. Only --steps or --epochs may be
+    given with it."""
     dry_run: bool = False
     """Print each role's prompt, token budgets and the memory plan, and end. Needs the model's
     config.json and tokenizer, but no weights and no GPU; writes nothing."""
@@ -57,7 +57,7 @@ def read_config(given: Mapping[str, Any]) -> Config:
     if fixed:
         raise UserError(
             f"{as_flag(fixed[0])} cannot be changed when a run is resumed",
-            fix="Leave it out (only --steps may be given), or start a new run",
+            fix="Leave it out (only --steps or --epochs may be given), or start a new run",
         )
     file = resumed_file(sources["resume"])
     return apply_args(apply_toml(Config(), file, accept_old_names=True), options)

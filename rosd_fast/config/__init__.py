@@ -1,13 +1,15 @@
 """The options of a run: `Config` and its sections.
 
-    schema      every option, defined once
-    checks      options that do not go together
-    templates   the placeholders of prompt templates
-    renamed     options that had another name before
-    load        reads options from presets, TOML files and the command line
-    arguments   the names of options on the command line
-    toml        writes options to a file
-    messages    one line for a wrong option
+    schema        every option, defined once
+    alternatives  options that say the same thing in two ways
+    checks        options that do not go together
+    templates     the placeholders of prompt templates
+    chat          the options of chat templates: their arguments and files
+    renamed       options that had another name before
+    load          reads options from presets, TOML files and the command line
+    arguments     the names of options on the command line
+    toml          writes options to a file
+    messages      one line for a wrong option
 
 Importing this package imports neither torch nor transformers.
 """
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 from rosd_fast.config.checks import uses_teacher_weights
 from rosd_fast.config.schema import (
+    ChatConfig,
     CheckpointConfig,
     CompatConfig,
     Config,
@@ -38,6 +41,7 @@ from rosd_fast.config.schema import (
     PositiveInt,
     Probability,
     ReflectConfig,
+    RoleChat,
     SampleConfig,
     Section,
     SelectConfig,
@@ -47,6 +51,7 @@ from rosd_fast.config.schema import (
 )
 
 __all__ = [
+    "ChatConfig",
     "CheckpointConfig",
     "CompatConfig",
     "Config",
@@ -69,6 +74,7 @@ __all__ = [
     "PositiveInt",
     "Probability",
     "ReflectConfig",
+    "RoleChat",
     "SampleConfig",
     "Section",
     "SelectConfig",

@@ -5,6 +5,8 @@
 A later layer replaces single options. TOML has no null, so in a file `false` means none for an
 option that can be none (no such option is a switch). On the command line it is `none`.
 
+Of two options that say the same thing, such as steps and epochs, the later layer's counts.
+
 A layer with its own training problems does not inherit the quickstart's development problems.
 """
 
@@ -22,6 +24,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from rosd_fast.config import Config
+from rosd_fast.config.alternatives import both_given, with_alternatives
 from rosd_fast.config.arguments import as_flag, nearest, options_of
 from rosd_fast.config.messages import explain
 from rosd_fast.config.renamed import RENAMED, legacy_options, old_names, translate
@@ -45,14 +48,17 @@ DEFAULT_PRESET = "quickstart"
 # Options that change neither the data of a step nor its update.
 NOT_HASHED = {
     "steps": True,
+    "epochs": True,
     "out": True,
     "name": True,
     "dump_rollouts": True,
     "data": {"dev", "dev_ood"},
+    "chat": {"eval"},
     "eval": True,
     "checkpoint": True,
     "parallel": True,
     "learner": True,
+    "optim": {"offload"},
 }
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -144,6 +150,10 @@ def apply_toml(base: Config, path: Path, *, accept_old_names: bool = False) -> C
         names = ", ".join(f"{old} is now {RENAMED[old]}" for old in found)
         raise UserError(names, where=f"{path}:{line}")
     layer = _false_to_none(layer, Config)
+    if (both := both_given(layer)) is not None:
+        line = find_line(text, tuple(both[0].split(".")))
+        raise UserError(f"{both[0]} and {both[1]} exclude each other", where=f"{path}:{line}")
+    layer = with_alternatives(layer)
     merged = _merge(_without_quickstart_dev(base, layer).model_dump(mode="json"), layer)
     try:
         # Strict mode accepts a list for a tuple only in JSON.
@@ -167,6 +177,9 @@ def apply_args(base: Model, given: Mapping[str, Any]) -> Model:
         for part in tables:
             table = table.setdefault(part, {})
         table[key] = value
+    if (both := both_given(layer)) is not None:
+        raise UserError(f"{as_flag(both[0])} and {as_flag(both[1])} exclude each other")
+    layer = with_alternatives(layer)
     if isinstance(base, Config):
         base = _without_quickstart_dev(base, layer)
     try:
@@ -180,9 +193,10 @@ def config_hash(config: Config) -> str:
 
     Checkpoints hold it, so it must not change when an option is renamed or added.
     """
-    options = legacy_options(
-        config.model_dump(mode="json", exclude=NOT_HASHED), Config().model_dump(mode="json")
+    hashed, defaults = (
+        options.model_dump(mode="json", exclude=NOT_HASHED) for options in (config, Config())
     )
+    options = legacy_options(hashed, defaults)
     text = json.dumps(options, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

@@ -52,7 +52,7 @@ class Rosd(Method):
         """Raise UserError when the longest problem fills a template's budget, or when quotes
         cannot be constrained with this tokenizer."""
         longest = max(problems, key=lambda problem: len(problem.prompt))
-        check_budgets(self.config, self.model.tokenizer, longest, used_templates(self.config))
+        check_budgets(self.config, self.chats, longest, used_templates(self.config))
         if self.config.reflect.mode != "free":
             vocab_size = head(self.model.model).weight.shape[0]
             GrammarCompiler(self.model.tokenizer, vocab_size).check(self.model.stop_token_ids)
@@ -74,7 +74,8 @@ class Rosd(Method):
             verdicts,
             engine=engine,
             config=config.reflect,
-            model=self.model,
+            chats=self.chats,
+            stop_token_ids=self.model.stop_token_ids,
             seed=config.seed,
             step=step,
             on_tokens=progress.tokens,
@@ -89,6 +90,7 @@ class Rosd(Method):
         progress: Progress | Hidden,
     ) -> TrainingSet:
         """Locate each quote in the sampled tokens, and put both prompts before them."""
+        thinks = self.config.span.thinking
         with progress.stage(Stage.LOCATE):
             located = locate_errors(
                 groups,
@@ -97,13 +99,14 @@ class Rosd(Method):
                 token_bytes=self.token_bytes,
                 config=self.config.span,
                 reencode_with=self.model.tokenizer if self.config.compat.reencode_span else None,
+                thinking={} if thinks else self.chats.thinking_lengths(groups),
             )
         with progress.stage(Stage.BUILD):
             samples = build_samples(
                 groups,
                 annotations,
                 located.spans,
-                tokenizer=self.model.tokenizer,
+                chat=self.chats.teacher,
                 config=self.config.teacher,
                 demonstrations=self._demonstrations(groups, verdicts, annotations),
                 cut_right=self.config.compat.cut_prompts_right,

@@ -32,5 +32,6 @@ class Sdpo(SolutionMethod):
             self.config.reflect.demonstration,
             key=f"{self.config.seed}/{rollout.policy_version}/{rollout.id}",
             exclude=rollout.id,
+            chats=self.chats,
         )
-        return None if sibling is None else sibling.text
+        return None if sibling is None else self.chats.shown(sibling)[0]

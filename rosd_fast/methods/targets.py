@@ -15,9 +15,10 @@ if TYPE_CHECKING:
 STD_EPS = 1e-6  # added to a group's standard deviation, as verl does
 
 
-def whole(rollout: Rollout) -> ErrorSpan:
-    """The span of all tokens. Raises ValueError for a rollout without tokens."""
-    return ErrorSpan(rollout_id=rollout.id, start=0, end=len(rollout.completion_ids), source="full")
+def whole(rollout: Rollout, start: int = 0) -> ErrorSpan:
+    """The span of all tokens from `start` on. Raises ValueError when there are none."""
+    end = len(rollout.completion_ids)
+    return ErrorSpan(rollout_id=rollout.id, start=start, end=end, source="full")
 
 
 def distilled(

@@ -126,6 +126,12 @@ def find(model: str, *, weights: bool = True) -> Path | str:
             what, where=str(folder), fix="Give a folder in Hugging Face layout or a hub id"
         )
     if not (folder / "config.json").is_file():
+        if (folder / ADAPTER_CONFIG).exists():
+            raise UserError(
+                "is an adapter without its model",
+                where=str(folder),
+                fix="Give a folder with merged weights, such as the checkpoint that it is part of",
+            )
         raise UserError("the model folder has no config.json", where=str(folder))
     if weights and not any(folder.glob("*.safetensors")):
         pickled = any(path for pattern in PICKLES for path in folder.glob(pattern))

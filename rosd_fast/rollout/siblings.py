@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from rosd_fast.text.chat import Chats
     from rosd_fast.types import Group, Rollout, Verdict
 
 
@@ -17,16 +18,17 @@ def choose_demonstration(
     *,
     key: str = "",
     exclude: str | None = None,
+    chats: Chats,
 ) -> Rollout | None:
     """A correct rollout of the group: the `first`, the `shortest` in tokens, or a `random` one.
 
-    key: seeds the random choice. exclude: a rollout id that is not chosen. None when no other
-    rollout is correct.
+    key: seeds the random choice. exclude: a rollout id that is not chosen. chats: a rollout of
+    which prompts show nothing is not chosen either. None when no other rollout is correct.
     """
     correct = [
         rollout
         for rollout in group.rollouts
-        if verdicts[rollout.id].success and rollout.id != exclude
+        if verdicts[rollout.id].success and rollout.id != exclude and chats.shows(rollout)
     ]
     if policy == "shortest":
         correct.sort(key=lambda rollout: len(rollout.completion_ids))

@@ -30,6 +30,7 @@ from rosd_fast.model.policy import PolicyModel
 from rosd_fast.model.vocab_parallel import GatheredTokens, check_shardable
 from rosd_fast.trainer.loss import policy_loss, span_loss, vocabulary_order
 from rosd_fast.trainer.optim import Optimizer
+from rosd_fast.trainer.schedule import num_updates
 from rosd_fast.trainer.step_stats import MicroBatchStats
 from rosd_fast.trainer.teacher import Teacher, needs_copy
 from rosd_fast.types import PackedBatch, PolicyTokens
@@ -144,7 +145,11 @@ class Learner:
         on_server = world.mesh is not None and config.teacher.backend == "sglang"
         if self.teacher is not None and on_server:
             self.teacher.discard_model(copied_head(self.policy.head, self.dtype))
-        self.optimizer = Optimizer(self.model.named_parameters(), config.optim)
+        self.optimizer = Optimizer(
+            self.model.named_parameters(remove_duplicate=False),
+            config.optim,
+            horizon=num_updates(config),
+        )
         self.order = vocabulary_order(config.loss, self.policy.head.weight.shape[0])
         self.num_skipped = 0
         self._gathered: int | None = None  # number of updates that `full_model` has seen
@@ -193,6 +198,9 @@ class Learner:
         num_policy = int(self.world.sum(sum(batch.num_policy for batch in batches)))
         metrics = {
             "loss/num_distilled_tokens": float(total),
+            "loss/num_input_tokens": float(
+                self.world.sum(sum(batch.num_tokens for batch in batches))
+            ),
             "loss/lr": self.optimizer.lr,
             "loss/skipped": 0.0,
         }

@@ -9,6 +9,7 @@ import pytest
 from rosd_fast.batch.samples import build_samples, sample_metrics
 from rosd_fast.config import TeacherConfig
 from rosd_fast.errors import UserError
+from rosd_fast.text.chat import chat_format
 from rosd_fast.text.prompts import ELLIPSIS
 from rosd_fast.types import ErrorSpan, Reflection
 
@@ -45,7 +46,7 @@ def build(tokenizer, group, reflections, *, spans=None, **options):
         [group],
         {reflection.rollout_id: reflection for reflection in reflections},
         {span.rollout_id: span for span in spans},
-        tokenizer=tokenizer,
+        chat=chat_format(tokenizer),
         config=TeacherConfig(**(templates | options)),
     )
 

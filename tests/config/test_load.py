@@ -85,13 +85,11 @@ def test_texts_survive_toml(tmp_path: Path, text: str) -> None:
 
 
 def test_toml_is_fully_resolved() -> None:
-    tables = tomllib.loads(to_toml(Config()))
-    found = {
-        f"{key}.{name}" if isinstance(value, dict) else key
-        for key, value in tables.items()
-        for name in (value if isinstance(value, dict) else [""])
-    }
-    assert found == set(options_of(Config))
+    def names(table: dict[str, Any], prefix: str = "") -> set[str]:
+        inner = [names(v, f"{prefix}{k}.") for k, v in table.items() if isinstance(v, dict)]
+        return {prefix + k for k, v in table.items() if not isinstance(v, dict)}.union(*inner)
+
+    assert names(tomllib.loads(to_toml(Config()))) == set(options_of(Config))
 
 
 def test_false_removes_a_default(tmp_path: Path) -> None:
@@ -116,6 +114,31 @@ def test_later_layers_replace_single_options(tmp_path: Path) -> None:
     assert config.sample.max_new_tokens == load_preset("quickstart").sample.max_new_tokens
     assert config.optim.betas == (0.8, 0.9)
     assert config.select.require_success is False
+
+
+def test_the_last_layer_decides_between_steps_and_epochs(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("epochs = 2\n[optim]\nwarmup_frac = 0.1\n")
+    assert load_preset("quickstart").epochs is None
+    config = load_config({}, presets=["quickstart"], file=path)
+    assert (config.epochs, config.optim.warmup_frac, config.optim.warmup_steps) == (2, 0.1, None)
+    again = apply_args(config, {"steps": "9", "optim.warmup_steps": "3"})
+    assert (again.epochs, again.steps) == (None, 9)
+    assert (again.optim.warmup_frac, again.optim.warmup_steps) == (None, 3)
+    assert apply_args(again, {"epochs": "0.5"}).epochs == 0.5
+    assert apply_args(again, {"epochs": None, "steps": "4"}).steps == 4
+    assert read(tmp_path, to_toml(again)) == again
+
+
+def test_two_ways_of_one_thing_exclude_each_other_within_a_layer(tmp_path: Path) -> None:
+    message = "run.toml:2: epochs and steps exclude each other"
+    assert error_of(tmp_path, "steps = 3\nepochs = 2") == message
+    text = "[optim]\nwarmup_steps = 3\nwarmup_frac = 0.5"
+    assert error_of(tmp_path, text).startswith("run.toml:3: optim.warmup_frac and")
+    with pytest.raises(UserError, match=r"^--optim\.warmup-frac and --optim\.warmup-steps excl"):
+        apply_args(Config(), {"optim.warmup_frac": "0.1", "optim.warmup_steps": "3"})
+    with pytest.raises(UserError, match=r"^--epochs and --steps exclude"):
+        apply_args(Config(), {"epochs": "1", "steps": "3"})
 
 
 def test_no_model_means_the_quickstart_and_a_model_brings_its_preset(tmp_path: Path) -> None:
@@ -289,7 +312,10 @@ SGLANG = {"engine.kind": "sglang"}
             {"engine.colocated": True, "engine.sync": "distributed"} | SGLANG,
             "engine.colocated needs engine.sync disk",
         ),
+        ({"engine.sync": "adapter"} | SGLANG, "engine.sync adapter sends LoRA adapters"),
         ({"engine.one_step_ahead": True}, "engine.one_step_ahead samples while"),
+        ({"optim.warmup_steps": None}, "optim.warmup_frac and optim.warmup_steps exclude"),
+        ({"optim.kind": "adamw8bit", "optim.offload": True}, "optim.offload needs optim.kind"),
         ({"teacher.url": "http://a"}, "teacher.url needs teacher.backend sglang"),
         ({"teacher.backend": "sglang", "teacher.kind": "ema"}, "needs teacher.kind frozen"),
         ({"teacher.backend": "sglang", "reflect.weights": "teacher"}, "reflect.weights student"),
@@ -323,13 +349,23 @@ def test_find_line(keys: tuple[str, ...], line: int) -> None:
 
 def test_the_hash_covers_what_decides_the_learning() -> None:
     config = load_preset("quickstart")
-    longer = apply_args(config, {"steps": "999", "out": "elsewhere", "eval.every": "3"})
+    longer = apply_args(config, {"epochs": "9", "out": "elsewhere", "optim.offload": True})
     assert config_hash(longer) == config_hash(config)
     hashes = {
         config_hash(apply_args(config, given))
-        for given in ({}, {"seed": "1"}, {"optim.lr": "1e-3"}, {"data.train": "x"})
+        for given in (
+            {},
+            {"seed": "1"},
+            {"optim.lr": "1e-3"},
+            {"data.train": "x"},
+            {"optim.schedule": "cosine"},
+            {"optim.warmup_frac": "0.1"},
+            {"optim.lr_scale": "*=2"},
+            {"optim.decay": "all"},
+            {"optim.kind": "adamw8bit"},
+        )
     }
-    assert len(hashes) == 4
+    assert len(hashes) == 9
     assert all(len(value) == 16 for value in hashes)
 
 
