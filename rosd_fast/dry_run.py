@@ -196,7 +196,7 @@ def print_memory(console: Console, inputs: Inputs, *, num_gpus: int, available: 
     """Print the memory of a GPU row by row, and whether it fits."""
     config = inputs.config
     shape = ModelShape.of(inputs.model.model)
-    plan = memory_plan(shape, config, num_ranks=num_gpus, teacher=True)
+    plan = memory_plan(shape, config, num_ranks=num_gpus, teacher=inputs.method.needs_teacher)
     console.print(
         f"Memory of rank 0, of {num_gpus} with a GPU each: {shape.trained:,} of "
         f"{shape.parameters:,} parameters are trained in {config.dtype}"

@@ -16,7 +16,7 @@ from pathlib import Path
 from torch import Tensor
 
 from rosd_fast.batch.packing import pack
-from rosd_fast.batch.weights import mini_batches, normalized
+from rosd_fast.batch.weights import micro_batch_mean, mini_batches, normalized
 from rosd_fast.config import Config
 from rosd_fast.engines.lifecycle import Engines
 from rosd_fast.evaluate import evaluate_splits
@@ -94,7 +94,11 @@ async def train_on(run: Run, engines: Engines, step: int, sampled: Sampled) -> d
     measured = await method.measure(step, training, selection.kept, verdicts, engines, progress)
     if not training.samples:
         progress.note(f"step {step}: nothing to train on ({selection.describe()})")
-    updates = mini_batches(training.samples, run.config.optim.updates_per_step)
+    samples = training.samples
+    if size := run.config.compat.micro_batch_rollouts:
+        ids = [rollout.id for group in sampled.groups for rollout in group.rollouts]
+        samples = micro_batch_mean(samples, ids, size)
+    updates = mini_batches(samples, run.config.optim.updates_per_step)
     learned = StepResult.merge([await update(run, engines, step, part) for part in updates])
     with progress.stage(Stage.SYNC):
         await run.sync_weights(engines, step)
