@@ -13,12 +13,13 @@ from rosd_fast.engines.factory import check_engine
 from rosd_fast.machine import check_memory
 from rosd_fast.methods import Method, find_method
 from rosd_fast.model.adapters import choose_trainable
-from rosd_fast.model.load import LoadedModel, full_model_device, load_model
+from rosd_fast.model.load import LoadedModel, full_model_device, generation_eos, load_model
 from rosd_fast.model.skeleton import build_skeleton, load_skeleton
 from rosd_fast.quickstart import QUICKSTART
 from rosd_fast.rollout.sample import check_prompts
 from rosd_fast.text.chat import Chats
 from rosd_fast.text.token_bytes import TokenBytes
+from rosd_fast.text.traps import find_traps
 from rosd_fast.trainer.adamw import check_adamw
 from rosd_fast.trainer.param_groups import lr_scales, parse_scales
 from rosd_fast.types import Problem
@@ -48,6 +49,15 @@ class Inputs:
     stream: ProblemStream
     token_bytes: TokenBytes
     method: Method
+
+    def chat_notes(self) -> list[str]:
+        """The known traps that the chat templates or the tokenizer step into."""
+        return find_traps(
+            self.chats,
+            stop_token_ids=self.model.stop_token_ids,
+            generation_eos=generation_eos(self.model.model),
+            with_system=any(problem.system for problem in self.problems),
+        )
 
 
 def load_inputs(config: Config, *, weights: bool = True) -> Inputs:

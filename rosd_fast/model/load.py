@@ -294,6 +294,13 @@ def context_length(
     return int(length)
 
 
+def generation_eos(model: PreTrainedModel) -> tuple[int, ...]:
+    """The end-of-text ids of the generation config, as it lists them."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    listed: list[Any] = configured if isinstance(configured, list) else [configured]
+    return tuple(int(token) for token in listed if token is not None)
+
+
 def stop_token_ids(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, where: str
 ) -> tuple[int, ...]:
@@ -301,9 +308,8 @@ def stop_token_ids(
 
     Raises UserError if there are none.
     """
-    configured = getattr(model.generation_config, "eos_token_id", None)
-    listed: list[Any] = configured if isinstance(configured, list) else [configured]
-    ids = {int(token) for token in [*listed, tokenizer.eos_token_id] if token is not None}
+    eos: Any = tokenizer.eos_token_id
+    ids = {*generation_eos(model)} | ({int(eos)} if eos is not None else set())
     if not ids:
         raise UserError(
             "the model has no end-of-text token, so its completions would never end",
