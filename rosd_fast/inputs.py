@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from rosd_fast.config import Config
 from rosd_fast.config.chat import make_chats, read_templates
 from rosd_fast.config.load import preset_names
@@ -19,8 +21,13 @@ from rosd_fast.text.chat import Chats
 from rosd_fast.text.token_bytes import TokenBytes
 from rosd_fast.trainer.adamw import check_adamw
 from rosd_fast.trainer.param_groups import lr_scales, parse_scales
+from rosd_fast.trainer.separate_teacher import (
+    SeparateTeacher,
+    compare_tokenizers,
+    load_separate_teacher,
+)
 from rosd_fast.types import Problem
-from rosd_fast.utils.distributed import launched
+from rosd_fast.utils.distributed import launched, pick_device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -30,6 +37,7 @@ class Inputs:
     config: all options, with absolute paths, the texts of chat templates, and steps instead of
         epochs.
     model: the student with its initial weights.
+    teacher: another model that teaches it; None where the teacher is the student's own.
     chats: how the prompts of each role are rendered.
     problems: the training problems.
     dev_splits: "dev" and "ood", those that were given.
@@ -40,6 +48,7 @@ class Inputs:
 
     config: Config
     model: LoadedModel
+    teacher: SeparateTeacher | None
     chats: Chats
     problems: list[Problem]
     dev_splits: dict[str, list[Problem]]
@@ -67,6 +76,7 @@ def load_inputs(config: Config) -> Inputs:
         shuffle=config.data.shuffle,
     )
     config = with_resolved_epochs(config, stream)
+    vocabulary = compare_tokenizers(config)
     model = load_model(
         config.model,
         dtype=config.dtype,
@@ -89,9 +99,15 @@ def load_inputs(config: Config) -> Inputs:
         model.model, lora=config.lora, trainable=config.optim.trainable, seed=config.seed
     )
     lr_scales(list(model.model.named_parameters(remove_duplicate=False)), config.optim.lr_scale)
+    teacher = None
+    if vocabulary is not None:
+        on_device = not launched() or method.needs_teacher_engine
+        device = pick_device(config.device) if on_device else torch.device("cpu")
+        teacher = load_separate_teacher(config, model, vocabulary, device)
     return Inputs(
         config=config,
         model=model,
+        teacher=teacher,
         chats=chats,
         problems=problems,
         dev_splits=dev_splits,
@@ -135,15 +151,21 @@ def with_absolute_paths(config: Config) -> Config:
 
     data, engine = config.data, config.engine
     sources = {name: absolute(getattr(data, name)) for name in ("train", "dev", "dev_ood")}
-    folder = Path(config.model).expanduser()
-    named = config.model in preset_names() or not folder.is_dir()
-    model = config.model if named else str(folder.absolute())
+
+    def absolute_model(source: str | None) -> str | None:
+        if source is None or source in preset_names() or not Path(source).expanduser().is_dir():
+            return source
+        return str(Path(source).expanduser().absolute())
+
     places = {name: absolute(getattr(engine, name)) for name in ("python", "sync_folder")}
     return config.model_copy(
         update={
-            "model": model,
+            "model": absolute_model(config.model),
             "data": data.model_copy(update=sources),
             "chat": read_templates(config.chat),
             "engine": engine.model_copy(update=places),
+            "teacher": config.teacher.model_copy(
+                update={"model": absolute_model(config.teacher.model)}
+            ),
         }
     )

@@ -33,6 +33,7 @@ ADDED_LATER = (
     "loss.distill_weight",
     "loss.policy_weight",
     "optim.updates_per_step",
+    "teacher.model",
     "teacher.solution_template",
     "teacher.show_feedback",
 )
