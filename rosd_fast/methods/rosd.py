@@ -137,7 +137,9 @@ class Rosd(Method):
                     texts[rollout.id] = own[shown]
                     continue
                 policy, key = self.config.reflect.demonstration, f"{self.config.seed}/{rollout.id}"
-                sibling = choose_demonstration(group, verdicts, policy, key=key, exclude=rollout.id)
+                sibling = choose_demonstration(
+                    group, verdicts, policy, key=key, exclude=rollout.id, chats=self.chats
+                )
                 if sibling is not None:
                     texts[rollout.id] = sibling.text
         return texts

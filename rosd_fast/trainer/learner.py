@@ -145,8 +145,9 @@ class Learner:
         self.world = world
         self.full_model = model.eval() if world.is_rank0 else None
         self.fingerprint = fingerprint(model) if world.is_rank0 else ""
-        known = separate is not None and world.is_rank0
-        self.teacher_fingerprint = fingerprint(separate) if known else ""
+        self.teacher_fingerprint = ""
+        if separate is not None and world.is_rank0:
+            self.teacher_fingerprint = fingerprint(separate)
         self.vocab_parallel = world.mesh is not None and config.parallel.head == "shard"
         if self.vocab_parallel:
             check_shardable(model)

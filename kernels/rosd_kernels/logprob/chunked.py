@@ -58,7 +58,7 @@ def run_chunked(
         return chunks.values(), chunks.stats, None
 
     def backward(
-        inputs: LogprobInputs, values: TokenValues, slopes: Slopes, _: None, needed: Needed
+        inputs: LogprobInputs, values: TokenValues, slopes: Slopes, _: Tensor | None, needed: Needed
     ) -> Gradients:
         return Chunks(inputs, options, vocabulary).gradients(values, slopes, needed)
 
