@@ -129,7 +129,7 @@ class Rosd(Method):
         itself."""
         texts = {}
         for group in groups:
-            own = {rollout.id: rollout.text for rollout in group.rollouts}
+            own = {rollout.id: self.chats.shown(rollout)[0] for rollout in group.rollouts}
             for rollout in group.rollouts:
                 reflection = annotations.get(rollout.id)
                 shown = None if reflection is None else reflection.demonstration_id
@@ -141,7 +141,7 @@ class Rosd(Method):
                     group, verdicts, policy, key=key, exclude=rollout.id, chats=self.chats
                 )
                 if sibling is not None:
-                    texts[rollout.id] = sibling.text
+                    texts[rollout.id] = own[sibling.id]
         return texts
 
     async def measure(
