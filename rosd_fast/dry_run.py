@@ -66,7 +66,7 @@ def dry_run(
     print_budgets(console, prompts, inputs)
     print_memory(console, inputs, num_gpus=ranks, available=available)
     try:
-        check_machine(inputs.config, type(inputs.method))
+        check_machine(inputs.config, needs_teacher=inputs.method.needs_teacher)
         console.print("This machine can run it.")
     except UserError as error:
         console.print(Text(f"On this machine a run would be refused: {error}"))
