@@ -35,6 +35,7 @@ ADDED_LATER = (
     "loss.policy_weight",
     "optim.updates_per_step",
     "teacher.demonstration_note",
+    "teacher.model",
     "teacher.solution_template",
     "teacher.show_feedback",
 )

@@ -247,8 +247,11 @@ class SpanConfig(Section):
 
 
 class TeacherConfig(Section):
-    """The teacher: a copy of the student whose prompt contains the problem and the reflection."""
+    """The teacher: a copy of the student, or another model, under the privileged prompt."""
 
+    model: str | None = None
+    """Another model of the same tokenizer as the teacher, named like the option model (kind
+    frozen); None: the student's initial weights."""
     kind: Literal["frozen", "ema", "live", "trust_region"] = "frozen"
     """The teacher's weights.
     frozen: the initial weights.
