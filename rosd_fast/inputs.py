@@ -49,6 +49,12 @@ class Inputs:
     token_bytes: TokenBytes
     method: Method
 
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """The ids of special and of added tokens, such as those of a chat template."""
+        tokenizer = self.model.tokenizer
+        return frozenset(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
+
 
 def load_inputs(config: Config, *, weights: bool = True) -> Inputs:
     """Load model and data. Raises UserError for everything that can be known to be wrong by then.
