@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
 from rosd_fast.batch.diagnosed import with_diagnosed
 from rosd_fast.batch.packing import pack
-from rosd_fast.batch.weights import mini_batches, normalized
+from rosd_fast.batch.weights import micro_batch_mean, mini_batches, normalized
 from rosd_fast.config import Config
 from rosd_fast.engines.lifecycle import Engines
 from rosd_fast.evaluate import evaluate_splits
@@ -99,10 +100,15 @@ async def train_on(run: Run, engines: Engines, step: int, sampled: Sampled) -> d
     progress, method = run.progress, run.inputs.method
     verdicts, selection = sampled.verdicts, sampled.selection
     training = method.build(selection.kept, verdicts, sampled.annotations, progress)
+    training = without_unknown_tokens(run, step, training)
     measured = await method.measure(step, training, selection.kept, verdicts, engines, progress)
     if not training.samples:
         progress.note(f"step {step}: nothing to train on ({selection.describe()})")
-    updates = mini_batches(training.samples, run.config.optim.updates_per_step)
+    samples = training.samples
+    if size := run.config.compat.micro_batch_rollouts:
+        ids = [rollout.id for group in sampled.groups for rollout in group.rollouts]
+        samples = micro_batch_mean(samples, ids, size)
+    updates = mini_batches(samples, run.config.optim.updates_per_step)
     located = located_errors(training.spans)
     learned = StepResult.merge(
         [await update(run, engines, step, part, located) for part in updates]
@@ -135,6 +141,22 @@ def diagnostics(
             num_thinking=lambda rollout_id: run.inputs.chats.num_thinking(rollouts[rollout_id]),
         ),
     }
+
+
+def without_unknown_tokens(run: Run, step: int, training: TrainingSet) -> TrainingSet:
+    """Leave out rollouts with a token that a separate teacher's shorter head lacks.
+
+    Such a token is padding of the student's vocabulary, which is hardly ever sampled.
+    """
+    size = run.learners.learner.vocab_size
+    if size == run.learners.learner.num_head_rows:
+        return training
+    known = [sample for sample in training.samples if max(sample.completion_ids) < size]
+    if missing := len(training.samples) - len(known):
+        run.progress.note(
+            f"step {step}: {missing} samples have a token that the teacher lacks and are left out"
+        )
+    return replace(training, samples=known)
 
 
 async def update(

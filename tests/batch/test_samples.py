@@ -100,6 +100,7 @@ def test_over_the_budget_the_explanation_loses_its_end(tokenizer, group, budget)
         max_prompt_tokens=budget,
     )
     long, short = samples
+    assert long.teacher_prompt_ids is not None
     assert budget - 4 <= len(long.teacher_prompt_ids) <= budget
     prompt = tokenizer.decode(long.teacher_prompt_ids)
     head, tail = (
@@ -121,6 +122,7 @@ def test_a_quote_as_long_as_the_rollout_does_not_end_the_run(tokenizer, group):
         [reflect_on("p0/0", quote=quote, explanation="It is 4.")],
         max_prompt_tokens=70,
     )
+    assert sample.teacher_prompt_ids is not None
     prompt = tokenizer.decode(sample.teacher_prompt_ids)
     assert len(sample.teacher_prompt_ids) <= 70 and sample.reflection_cut
     assert "Wrong: first" in prompt and ELLIPSIS in prompt and "last\nIt is 4.\nSolve." in prompt
