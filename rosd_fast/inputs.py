@@ -59,6 +59,12 @@ class Inputs:
     token_bytes: TokenBytes
     method: Method
 
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """The ids of special and of added tokens, such as those of a chat template."""
+        tokenizer = self.model.tokenizer
+        return frozenset(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
+
     def chat_notes(self) -> list[str]:
         """The known traps that the chat templates or the tokenizer step into."""
         return find_traps(
