@@ -15,7 +15,6 @@ from rosd_fast.trainer.loss import PolicyTokenLoss, importance_weights
 from rosd_fast.types import PackedBatch, PolicyTokens
 from rosd_kernels import SpanDivergenceOutput, SpanLogprobOutput, SpanStats
 
-
 SUMMED = frozenset({"policy/loss"})
 """Metrics that are sums over the tokens, whose weights contain the normalizer."""
 
