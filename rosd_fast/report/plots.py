@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 Panel = Callable[["Axes", Rows], None]
 Grid = list[list[Panel]]
+REFLECTED = ("reflect/well_formed_frac", "reflect/span_start_frac", "reflect/span_tokens")
+"""Metrics of methods that reflect."""
+
 PANEL_SIZE = (5.6, 3.5)  # inches
 DPI = 130
 
@@ -53,9 +56,8 @@ def pictures(rows: Rows, *, eval_samples: int | None = None) -> dict[str, Grid]:
     metrics = {name for row in rows for name in row}
     has_policy = "policy/loss" in metrics
     has_teacher = "loss/divergence" in metrics or not has_policy
-    has_reflections = has_teacher and (
-        any(name.startswith("reflect/") for name in metrics) or "loss/divergence" not in metrics
-    )
+    has_reflections = "loss/divergence" not in metrics or not metrics.isdisjoint(REFLECTED)
+    has_reflections &= has_teacher
     accuracy = partial(panels.accuracy, samples=eval_samples)
     found: dict[str, Grid] = {
         "overview": _overview(accuracy, teacher=has_teacher, reflections=has_reflections),
