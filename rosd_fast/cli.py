@@ -1,4 +1,4 @@
-"""The command line: `rosd-fast train | eval | data | report | doctor`.
+"""The command line: `rosd-fast train | eval | data | presets | report | doctor`.
 
 Arguments are read and checked before torch is imported. A user's mistake is one line on stderr and
 exit code 2; Ctrl-C before training starts is exit code 130.
@@ -21,6 +21,7 @@ COMMANDS = {
     "train": "train a model: sample, verify, reflect, locate, distil, evaluate",
     "eval": "measure a model's accuracy on a data set, by domain",
     "data": "check a data set and show what is in it",
+    "presets": "list the named sets of options, with the source of each value",
     "report": "redraw a run's plots and print its accuracy before and after",
     "doctor": "check that everything a run needs is installed",
 }

@@ -9,16 +9,19 @@ import torch
 
 from rosd_fast.config import Config
 from rosd_fast.config.chat import make_chats, read_templates
-from rosd_fast.config.load import preset_names
+from rosd_fast.config.load import is_built_in
 from rosd_fast.data.problems import ProblemStream, load_problems
 from rosd_fast.engines.factory import check_engine
+from rosd_fast.machine import check_memory
 from rosd_fast.methods import Method, find_method
 from rosd_fast.model.adapters import choose_trainable
-from rosd_fast.model.load import LoadedModel, full_model_device, load_model
+from rosd_fast.model.load import LoadedModel, full_model_device, generation_eos, load_model
+from rosd_fast.model.skeleton import build_skeleton, load_skeleton
 from rosd_fast.quickstart import QUICKSTART
 from rosd_fast.rollout.sample import check_prompts
 from rosd_fast.text.chat import Chats
 from rosd_fast.text.token_bytes import TokenBytes
+from rosd_fast.text.traps import find_traps
 from rosd_fast.trainer.adamw import check_adamw
 from rosd_fast.trainer.param_groups import lr_scales, parse_scales
 from rosd_fast.trainer.separate_teacher import (
@@ -56,16 +59,32 @@ class Inputs:
     token_bytes: TokenBytes
     method: Method
 
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """The ids of special and of added tokens, such as those of a chat template."""
+        tokenizer = self.model.tokenizer
+        return frozenset(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
 
-def load_inputs(config: Config) -> Inputs:
+    def chat_notes(self) -> list[str]:
+        """The known traps that the chat templates or the tokenizer step into."""
+        return find_traps(
+            self.chats,
+            stop_token_ids=self.model.stop_token_ids,
+            generation_eos=generation_eos(self.model.model),
+            with_system=any(problem.system for problem in self.problems),
+        )
+
+
+def load_inputs(config: Config, *, weights: bool = True) -> Inputs:
     """Load model and data. Raises UserError for everything that can be known to be wrong by then.
 
     The cheap checks come first: a model may take minutes to load.
+
+    weights: False: load only the shapes of the model, and do not check this machine.
     """
     config = with_absolute_paths(config)
     method_type = find_method(config.method)
     method_type.check_options(config)
-    check_engine(config.engine, config.teacher, config.device)
     check_adamw(config.optim, several_ranks=launched())
     parse_scales(config.optim.lr_scale)
     problems, dev_splits = load_data(config)
@@ -77,12 +96,18 @@ def load_inputs(config: Config) -> Inputs:
     )
     config = with_resolved_epochs(config, stream)
     vocabulary = compare_tokenizers(config)
-    model = load_model(
-        config.model,
-        dtype=config.dtype,
-        device=full_model_device(config.device, config.engine),
-        trust_remote_code=config.trust_remote_code,
-    )
+    if weights:
+        check_machine(config, needs_teacher=method_type.weights(config)[0] > 0)
+        model = load_model(
+            config.model,
+            dtype=config.dtype,
+            device=full_model_device(config.device, config.engine),
+            trust_remote_code=config.trust_remote_code,
+        )
+    else:
+        model = load_skeleton(
+            config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code
+        )
     chats = make_chats(config.chat, model.tokenizer)
     dev_problems = [problem for split in dev_splits.values() for problem in split]
     for chat, asked in ((chats.student, problems), (chats.eval, dev_problems)):
@@ -100,7 +125,7 @@ def load_inputs(config: Config) -> Inputs:
     )
     lr_scales(list(model.model.named_parameters(remove_duplicate=False)), config.optim.lr_scale)
     teacher = None
-    if vocabulary is not None:
+    if vocabulary is not None and weights:
         on_device = not launched() or method.needs_teacher_engine
         device = pick_device(config.device) if on_device else torch.device("cpu")
         teacher = load_separate_teacher(config, model, vocabulary, device)
@@ -115,6 +140,16 @@ def load_inputs(config: Config) -> Inputs:
         token_bytes=token_bytes,
         method=method,
     )
+
+
+def check_machine(config: Config, *, needs_teacher: bool) -> None:
+    """Raise UserError if the run does not fit this machine, or needs what it does not have."""
+    model = build_skeleton(
+        config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code
+    )
+    choose_trainable(model, lora=config.lora, trainable=config.optim.trainable, seed=config.seed)
+    check_memory(config, model, teacher=needs_teacher)
+    check_engine(config.engine, config.teacher, config.device)
 
 
 def load_data(config: Config) -> tuple[list[Problem], dict[str, list[Problem]]]:
@@ -143,20 +178,8 @@ def with_absolute_paths(config: Config) -> Config:
 
     A chat template's text replaces its path, so a resumed run has the template it began with.
     """
-
-    def absolute(source: str | None) -> str | None:
-        if source is None or source.startswith(QUICKSTART):
-            return source
-        return str(Path(source).expanduser().absolute())
-
     data, engine = config.data, config.engine
     sources = {name: absolute(getattr(data, name)) for name in ("train", "dev", "dev_ood")}
-
-    def absolute_model(source: str | None) -> str | None:
-        if source is None or source in preset_names() or not Path(source).expanduser().is_dir():
-            return source
-        return str(Path(source).expanduser().absolute())
-
     places = {name: absolute(getattr(engine, name)) for name in ("python", "sync_folder")}
     return config.model_copy(
         update={
@@ -169,3 +192,17 @@ def with_absolute_paths(config: Config) -> Config:
             ),
         }
     )
+
+
+def absolute(source: str | None) -> str | None:
+    """The absolute path of a file; a data set that is part of the package keeps its name."""
+    if source is None or source.startswith(QUICKSTART):
+        return source
+    return str(Path(source).expanduser().absolute())
+
+
+def absolute_model(name: str | None) -> str | None:
+    """The absolute path of a model folder; any other model keeps its name."""
+    if name is None or is_built_in(name) or not Path(name).expanduser().is_dir():
+        return name
+    return str(Path(name).expanduser().absolute())

@@ -18,7 +18,7 @@ from rosd_fast.commands import eval as eval_command
 from rosd_fast.commands.train import Options
 from rosd_fast.config import Config
 from rosd_fast.config.arguments import options_of
-from rosd_fast.config.load import apply_args, load_preset, preset_names, to_toml
+from rosd_fast.config.load import apply_args, load_preset, preset_names, preset_path, to_toml
 from rosd_fast.errors import UserError
 
 Calls = list[tuple[Config, Path | None]]
@@ -113,9 +113,26 @@ def test_the_help_of_train_lists_every_option(capsys: pytest.CaptureFixture[str]
     for option in options_of(Options).values():
         assert option.flag in text
     assert f"(default: {load_preset('quickstart').steps})" in text
-    assert all(
-        name in (Options.model_fields["preset"].description or "") for name in preset_names()
-    )
+
+
+def test_the_help_of_train_shows_the_defaults_of_composed_presets(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["train", "--help", "--preset", "quickstart", "--preset=smollm2"]) == 0
+    text = capsys.readouterr().out
+    assert "(default: quickstart smollm2)" in text
+    assert f"(default: {load_preset('smollm2').pack.max_tokens})" in text
+    assert f"(default: {load_preset('quickstart').optim.lr})" in text
+
+
+def test_presets_are_listed_with_what_they_are_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["presets"]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert [*lines] == preset_names()
+    assert lines["quickstart"].startswith("A tiny model that solves about half")
+    assert main(["presets", "smollm2"]) == 0
+    assert capsys.readouterr().out == preset_path("smollm2").read_text()
+    assert "Did you mean smollm2?" in mistake(capsys, "presets", "smolm2")
 
 
 @pytest.mark.parametrize("name", COMMANDS)
@@ -212,6 +229,19 @@ def test_report_draws_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert list((tmp_path / "plots").glob("*.png"))
 
 
+def test_a_report_that_cannot_be_written_is_still_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in a read-only folder, which does not stop root."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval/dev/accuracy": 0.25}\n')
+    (tmp_path / "plots").touch()
+    assert main(["report", str(tmp_path)]) == 2
+    out, err = capsys.readouterr()
+    assert "25.0%" in out
+    assert "the report cannot be written" in err
+    assert len(err.splitlines()) == 1
+
+
 def test_report_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no such run folder" in mistake(capsys, "report", str(tmp_path / "no"))
     assert "no metrics.jsonl" in mistake(capsys, "report", str(tmp_path))
@@ -253,9 +283,8 @@ def test_doctor_gpu_prints_checks_and_timings(
     import torch
 
     from rosd_fast.commands import doctor
-    from rosd_kernels.testing import acceptance
+    from rosd_kernels.testing import acceptance, logprob_acceptance
 
-    real = acceptance.timings
     shape = acceptance.Shape(16, 300, 8)
     monkeypatch.setattr(doctor, "cuda_device", lambda: torch.device("cpu"))
     monkeypatch.setattr(
@@ -263,14 +292,20 @@ def test_doctor_gpu_prints_checks_and_timings(
         "checks",
         lambda device: [acceptance.Check("one", True, "fine"), acceptance.Check("two", ok, "x")],
     )
-    monkeypatch.setattr(
-        acceptance, "timings", lambda device: real(device, shape, torch.float32, repeats=1)
-    )
+    third = acceptance.Check("three", True, "fine")
+    monkeypatch.setattr(logprob_acceptance, "checks", lambda device: [third])
+    for module in (acceptance, logprob_acceptance):
+
+        def timings(device, real=module.timings):
+            return real(device, shape, torch.float32, repeats=1)
+
+        monkeypatch.setattr(module, "timings", timings)
     assert main(["doctor", "--gpu"]) == (0 if ok else 1)
     text = capsys.readouterr().out
     assert ("FAIL two: x" in text) == (not ok)
-    assert f"{2 if ok else 1} of 2 checks passed" in text
-    for name in ("chunked", "tiled", "eager", "liger", "4 GEMM sweeps"):
+    assert f"{3 if ok else 2} of 3 checks passed" in text
+    assert "JSD forward" in text and "Cross entropy forward" in text
+    for name in ("chunked", "tiled", "eager", "liger", "4 GEMM sweeps", "3 GEMM sweeps"):
         assert any(line.startswith(name) and " ms" in line for line in text.splitlines()), name
 
 

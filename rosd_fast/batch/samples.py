@@ -32,11 +32,17 @@ def build_samples(
     *,
     chat: ChatFormat,
     config: TeacherConfig,
+    demonstrations: Mapping[str, str] | None = None,
+    cut_right: bool = False,
 ) -> list[TrainSample]:
     """One sample per rollout that has a span and every text that its teacher template uses.
 
     Raises UserError if a problem and the template alone exceed `config.max_prompt_tokens`.
+
+    demonstrations: by rollout id, the correct sibling that the teacher reads, where there is one.
+    cut_right: as for `teacher_prompt`.
     """
+    siblings = demonstrations or {}
     samples = []
     for problem, rollout in _rollouts(groups):
         reflection, span = reflections.get(rollout.id), spans.get(rollout.id)
@@ -48,8 +54,17 @@ def build_samples(
         present = {name: text for name, text in texts.items() if text}
         if len(present) < len(texts):
             continue  # such as a reflection without a quote under on_miss = "full"
+        if "demonstration" in placeholders(template):
+            shown = {"demonstration": siblings.get(rollout.id, "")}
+            note = fill_template(config.demonstration_note, shown)
+            present["demonstration"] = note if rollout.id in siblings else ""
         prompt_ids, cut = teacher_prompt(
-            problem, template, present, chat=chat, max_tokens=config.max_prompt_tokens
+            problem,
+            template,
+            present,
+            chat=chat,
+            max_tokens=config.max_prompt_tokens,
+            cut_right=cut_right,
         )
         samples.append(
             TrainSample(
@@ -74,11 +89,14 @@ def teacher_prompt(
     *,
     chat: ChatFormat,
     max_tokens: int,
+    cut_right: bool = False,
 ) -> tuple[tuple[int, ...], bool]:
     """The teacher's prompt, and whether the reflection was cut to fit.
 
     Each text is cut to the same number of characters: an explanation loses its end, a quote its
     middle. Raises UserError if the prompt exceeds `max_tokens` even without them.
+
+    cut_right: cut the last ids of the prompt instead, as the public code does (a known bug).
     """
 
     def render(keep: int) -> tuple[int, ...]:
@@ -90,6 +108,9 @@ def teacher_prompt(
         return chat.render(user, system=problem.system)
 
     longest = max(map(len, texts.values()), default=0)
+    if cut_right:
+        ids = render(longest)
+        return ids[:max_tokens], len(ids) > max_tokens
     fitted = fit_prompt(render, longest=longest, max_tokens=max_tokens)
     if fitted is None:
         raise UserError(

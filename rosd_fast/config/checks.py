@@ -99,7 +99,20 @@ def conflict(config: Config) -> str | None:
             "engine.colocated needs engine.sync disk: NCCL connects different GPUs",
         ),
         (
-            config.sample.group_size < 2,
+            config.compat.reencode_span and config.span.granularity != "suffix",
+            "compat.reencode_span knows no end of a quote, which needs span.granularity suffix",
+        ),
+        (
+            (config.compat.reencode_span or config.compat.cut_prompts_right)
+            and config.reflect.mode != "free",
+            "compat.reencode_span and compat.cut_prompts_right need reflect.mode free",
+        ),
+        (
+            config.compat.micro_batch_rollouts > 0 and config.optim.updates_per_step > 1,
+            "compat.micro_batch_rollouts needs optim.updates_per_step 1",
+        ),
+        (
+            config.sample.group_size < 2 and config.method not in ("opsd", "opd", "sft"),
             f"sample.group_size is {config.sample.group_size}: a wrong rollout learns from a "
             "correct sibling, so a group needs at least 2",
         ),

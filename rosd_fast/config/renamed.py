@@ -20,6 +20,7 @@ RENAMED = {
 
 ADDED_LATER = (
     "method",
+    "compat",
     "chat",
     "span.thinking",
     "optim.schedule",
@@ -33,6 +34,7 @@ ADDED_LATER = (
     "loss.distill_weight",
     "loss.policy_weight",
     "optim.updates_per_step",
+    "teacher.demonstration_note",
     "teacher.model",
     "teacher.solution_template",
     "teacher.show_feedback",

@@ -113,7 +113,8 @@ class SampleConfig(Section):
     problems_per_step: PositiveInt = 32
     """Problems per step."""
     group_size: PositiveInt = 8
-    """Rollouts per problem (G), at least 2: a wrong rollout learns from a correct sibling."""
+    """Rollouts per problem (G), at least 2: a wrong rollout learns from a correct sibling. One is
+    enough for the methods opsd, opd and sft."""
     max_new_tokens: PositiveInt = 8192
     """Maximum number of tokens in a rollout."""
     max_prompt_tokens: PositiveInt = 2048
@@ -289,13 +290,17 @@ class TeacherConfig(Section):
         "The correct idea: {explanation}\n"
         "Solve the problem with this in mind."
     )
-    """User turn of the teacher for a wrong rollout: {problem}, {quote}, {explanation}."""
+    """User turn of the teacher for a wrong rollout: {problem}, {quote}, {explanation},
+    {demonstration}."""
     correct_template: str = (
         "{problem}\n\n"
         "A note on how to solve it: {explanation}\n"
         "Solve the problem with this in mind."
     )
-    """User turn of the teacher for a correct rollout: {problem}, {explanation}."""
+    """User turn of the teacher for a correct rollout: {problem}, {explanation}, {demonstration}."""
+    demonstration_note: str = "{demonstration}"
+    """Replaces {demonstration} in these two templates: the correct sibling that the reflector saw,
+    for a correct rollout another one. Without a sibling nothing is left."""
     solution_template: str = (
         "{problem}\n\n"
         "Here is a correct solution:\n<correct_solution>\n{demonstration}\n</correct_solution>\n"
@@ -499,6 +504,23 @@ class CheckpointConfig(Section):
     """Write checkpoints from a copy in host memory while training continues."""
 
 
+class DiagnoseConfig(Section):
+    """What is measured on the side; training does not depend on it (see docs/diagnostics.md)."""
+
+    every: NonNegativeInt = 1
+    """Compare student and teacher every this many steps; 0: never. The other diagnostics cost
+    nothing and are always on."""
+    top_k: PositiveInt = 16
+    """Number of most likely tokens on which student and teacher are compared."""
+    max_tokens: PositiveInt = 256
+    """Maximum number of distilled tokens per optimizer update to compare them at, spread evenly,
+    and of tokens before located errors."""
+    max_logprob_gap: PositiveFloat | None = None
+    """Maximum mean difference in nats between log-probabilities of rollouts under the engine and
+    under the trainer; above it the run ends.
+    None: a gap above 0.1 is a warning."""
+
+
 class EngineConfig(Section):
     """The rollout engine."""
 
@@ -567,6 +589,21 @@ class EngineConfig(Section):
     the learner works."""
 
 
+class CompatConfig(Section):
+    """Known bugs of ROSD's public code, for the preset reference only (docs/method.md)."""
+
+    reencode_span: bool = False
+    """A bug of the public code: the span begins where the re-tokenized text before the quote ends,
+    mostly one token late."""
+    cut_prompts_right: bool = False
+    """A bug of the public code: overlong prompts of reflector and teacher lose their end. The
+    reflector's then lacks the wrong rollout and the format, the teacher's the generation prompt."""
+    micro_batch_rollouts: NonNegativeInt = 0
+    """A bug of the public code: the loss is a mean per micro-batch of this many rollouts, then over
+    micro-batches, so that a short span weighs as much as a long one.
+    0: the mean over all tokens of the update."""
+
+
 class Config(Section):
     """The options of a training run."""
 
@@ -608,7 +645,9 @@ class Config(Section):
     pack: PackConfig = PackConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    diagnose: DiagnoseConfig = DiagnoseConfig()
     engine: EngineConfig = EngineConfig()
+    compat: CompatConfig = CompatConfig()
 
     @model_validator(mode="after")
     def _check(self) -> Config:

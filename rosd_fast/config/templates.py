@@ -21,8 +21,10 @@ def check_templates(reflect: ReflectConfig, teacher: TeacherConfig) -> None:
     check_template("reflect.correct_template", reflect.correct_template, correct)
     check_template("reflect.answer_note", reflect.answer_note, (answer, {"answer"}))
     taught = {"problem", "explanation"}
-    check_template("teacher.wrong_template", teacher.wrong_template, (taught, {"quote"}))
-    check_template("teacher.correct_template", teacher.correct_template, (taught, set()))
+    sibling = {"demonstration"}
+    check_template("teacher.wrong_template", teacher.wrong_template, (taught, {"quote"} | sibling))
+    check_template("teacher.correct_template", teacher.correct_template, (taught, sibling))
+    check_template("teacher.demonstration_note", teacher.demonstration_note, (set(), sibling))
 
 
 def check_solution_template(teacher: TeacherConfig) -> None:

@@ -26,6 +26,7 @@ from rosd_fast.reflection.reflect import reflect, reflection_metrics
 from rosd_fast.reflection.requests import template_name
 from rosd_fast.report.stages import Stage
 from rosd_fast.rollout.sample import sampling_params
+from rosd_fast.rollout.siblings import choose_demonstration
 
 if TYPE_CHECKING:
     from rosd_fast.engines.lifecycle import Engines
@@ -78,6 +79,7 @@ class Rosd(Method):
             seed=config.seed,
             step=step,
             on_tokens=progress.tokens,
+            cut_right=config.compat.cut_prompts_right,
         )
 
     def build(
@@ -96,6 +98,7 @@ class Rosd(Method):
                 annotations,
                 token_bytes=self.token_bytes,
                 config=self.config.span,
+                reencode_with=self.model.tokenizer if self.config.compat.reencode_span else None,
                 thinking={} if thinks else self.chats.thinking_lengths(groups),
             )
         with progress.stage(Stage.BUILD):
@@ -105,6 +108,8 @@ class Rosd(Method):
                 located.spans,
                 chat=self.chats.teacher,
                 config=self.config.teacher,
+                demonstrations=self._demonstrations(groups, verdicts, annotations),
+                cut_right=self.config.compat.cut_prompts_right,
             )
         return self.training_set(
             samples,
@@ -113,6 +118,34 @@ class Rosd(Method):
             verdicts,
             {**reflection_metrics(annotations), **sample_metrics(samples), **located.metrics()},
         )
+
+    def _demonstrations(
+        self,
+        groups: Sequence[Group],
+        verdicts: Mapping[str, Verdict],
+        annotations: Mapping[str, Reflection],
+    ) -> dict[str, str]:
+        """The correct sibling that the teacher may read, by rollout id; a rollout never reads
+        itself."""
+        texts = {}
+        for group in groups:
+            own = {rollout.id: rollout for rollout in group.rollouts}
+            for rollout in group.rollouts:
+                reflection = annotations.get(rollout.id)
+                if reflection is not None and reflection.demonstration_id is not None:
+                    sibling = own[reflection.demonstration_id]
+                else:
+                    sibling = choose_demonstration(
+                        group,
+                        verdicts,
+                        self.config.reflect.demonstration,
+                        key=f"{self.config.seed}/{rollout.id}",
+                        exclude=rollout.id,
+                        chats=self.chats,
+                    )
+                if sibling is not None:
+                    texts[rollout.id] = self.chats.shown(sibling)[0]
+        return texts
 
     async def measure(
         self,

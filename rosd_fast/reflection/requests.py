@@ -66,6 +66,7 @@ def build_reflection_requests(
     stop_token_ids: Sequence[int],
     seed: int,
     step: int,
+    cut_right: bool = False,
 ) -> list[ReflectionTask]:
     """One task per rollout, in order.
 
@@ -73,6 +74,8 @@ def build_reflection_requests(
     template shows a demonstration and its group has no correct rollout, or when nothing in it can
     be quoted or shown. Raises UserError when a problem and the template alone are over
     `config.max_prompt_tokens`.
+
+    cut_right: cut the end of overlong user turns, as the public code does (a known bug).
     """
     chat, think = reflection_format(chats.reflector, config)
     builder = _TaskBuilder(
@@ -83,6 +86,7 @@ def build_reflection_requests(
         stop_token_ids=tuple(stop_token_ids),
         seed=seed,
         step=step,
+        cut_right=cut_right,
     )
     tasks = []
     for group in groups:
@@ -109,6 +113,7 @@ class _TaskBuilder:
     stop_token_ids: tuple[int, ...]
     seed: int
     step: int
+    cut_right: bool
 
     def task(
         self, problem: Problem, rollout: Rollout, demonstration: Rollout | None, *, correct: bool
@@ -131,7 +136,7 @@ class _TaskBuilder:
         elif "demonstration" in placeholders(template):
             return None
         opening = opening_tag(config.mode, correct=correct, think=self.think)
-        keep, prompt_ids = self._prompt(problem, template, texts, opening)
+        keep, prompt_ids, prompt_cut = self._prompt(problem, template, texts, opening)
         grammar = None
         if config.mode != "free":
             visible = cut_middle(texts["rollout"], keep)
@@ -150,7 +155,7 @@ class _TaskBuilder:
                 grammar=grammar,
                 affinity=problem.id,
             ),
-            prompt_cut=keep < max(map(len, texts.values())),
+            prompt_cut=prompt_cut,
             sentences=parts,
             opening=opening,
             shown_from=shown_from,
@@ -181,23 +186,30 @@ class _TaskBuilder:
 
     def _prompt(
         self, problem: Problem, template: str, texts: Mapping[str, str], opening: str
-    ) -> tuple[int, tuple[int, ...]]:
-        """(characters kept of each text, the prompt); texts are cut only as far as they must be."""
+    ) -> tuple[int, tuple[int, ...], bool]:
+        """(characters kept, the prompt, whether anything was cut).
+
+        The middle of each text is cut, or with `cut_right` the end of the user turn, only as far as
+        needed.
+        """
         config, note = self.config, ""
         if config.show_answer:
             note = fill_template(config.answer_note, {"answer": problem.answer})
 
-        def render(keep: int) -> tuple[int, ...]:
+        def user_turn(keep: int) -> str:
             values = {name: cut_middle(text, keep) for name, text in texts.items()}
             values |= {"problem": problem.prompt, "answer_note": note}
-            user = fill_template(template, values)
+            return fill_template(template, values)
+
+        longest = max(map(len, texts.values()), default=0)
+        whole = user_turn(longest)
+        limit = len(whole) if self.cut_right else longest
+
+        def render(keep: int) -> tuple[int, ...]:
+            user = whole[:keep] if self.cut_right else user_turn(keep)
             return self.chat.render(user, system=problem.system, opening=opening)
 
-        fitted = fit_prompt(
-            render,
-            longest=max(map(len, texts.values()), default=0),
-            max_tokens=config.max_prompt_tokens,
-        )
+        fitted = fit_prompt(render, longest=limit, max_tokens=config.max_prompt_tokens)
         if fitted is None:
             raise UserError(
                 f"the reflection prompt has {len(render(0))} tokens without any rollout, over the "
@@ -205,7 +217,8 @@ class _TaskBuilder:
                 where=f"problem {problem.id}",
                 fix="Raise reflect.max_prompt_tokens, or leave the problem out",
             )
-        return fitted
+        keep, prompt_ids = fitted
+        return keep, prompt_ids, keep < limit
 
 
 def reflection_format(chat: ChatFormat, config: ReflectConfig) -> tuple[ChatFormat, Think | None]:

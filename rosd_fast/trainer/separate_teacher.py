@@ -60,7 +60,7 @@ def compare_tokenizers(config: Config) -> SharedVocabulary | None:
     with quiet_transformers():
         student, teacher = (
             load_tokenizer(
-                find(source),
+                find(source, weights=False),
                 trust_remote_code=config.trust_remote_code,
                 needs_template=False,
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rosd_fast.config import Config, renamed
+from rosd_fast.config import Config, load, renamed
 from rosd_fast.config.arguments import options_of
 from rosd_fast.config.load import (
     apply_args,
@@ -105,7 +106,7 @@ def test_later_layers_replace_single_options(tmp_path: Path) -> None:
     path.write_text("steps = 7\n[sample]\ngroup_size = 5\n")
     config = load_config(
         {"sample.group_size": "3", "optim.betas": ["0.8", "0.9"], "select.require_success": False},
-        preset="quickstart",
+        presets=["quickstart"],
         file=path,
     )
     assert config.steps == 7
@@ -119,7 +120,7 @@ def test_the_last_layer_decides_between_steps_and_epochs(tmp_path: Path) -> None
     path = tmp_path / "run.toml"
     path.write_text("epochs = 2\n[optim]\nwarmup_frac = 0.1\n")
     assert load_preset("quickstart").epochs is None
-    config = load_config({}, preset="quickstart", file=path)
+    config = load_config({}, presets=["quickstart"], file=path)
     assert (config.epochs, config.optim.warmup_frac, config.optim.warmup_steps) == (2, 0.1, None)
     again = apply_args(config, {"steps": "9", "optim.warmup_steps": "3"})
     assert (again.epochs, again.steps) == (None, 9)
@@ -163,9 +164,65 @@ def test_own_training_problems_drop_the_quickstarts_dev_problems(
 def test_every_preset_is_whole() -> None:
     assert {"quickstart", "smollm2"} <= set(preset_names())
     for name in preset_names():
-        assert load_preset(name).model == name
+        load_preset(name)
+    assert all(load_preset(name).model == name for name in ("quickstart", "smollm2"))
     with pytest.raises(UserError, match=r"no preset 'quikstart'\. Did you mean quickstart\?"):
         load_preset("quikstart")
+
+
+@pytest.fixture
+def presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of presets: two methods, a model, and a model named like its preset."""
+    for name, text in {
+        "one": "[optim]\nlr = 1.0\nwarmup_steps = 7\n[sample]\ngroup_size = 3",
+        "two": "[optim]\nlr = 2.0\n[loss]\nimportance_clip = false",
+        "wrong": "\n[optim]\nlr = 'x'",
+        "giant-9b": 'model = "giant/Giant-9B"\n[sample]\ngroup_size = 5',
+        "quickstart": 'model = "quickstart"\nsteps = 3',
+    }.items():
+        (tmp_path / f"{name}.toml").write_text(text)
+    monkeypatch.setattr(load, "PRESETS", tmp_path)
+    load.load_preset.cache_clear()
+    yield tmp_path
+    load.load_preset.cache_clear()
+
+
+@pytest.mark.usefixtures("presets")
+def test_presets_compose_in_the_order_given() -> None:
+    both = load_preset("one", "two")
+    assert (both.optim.lr, both.optim.warmup_steps, both.sample.group_size) == (2.0, 7, 3)
+    assert both.loss.importance_clip is None
+    assert load_preset("two", "one").optim.lr == 1.0
+    given = {"sample.group_size": "4"}
+    assert load_config(given, presets=["one", "giant-9b"]).sample.group_size == 4
+    assert load_config({}, presets=["one", "giant-9b"]).sample.group_size == 5
+    assert load_config({}, presets=["giant-9b", "one"]).sample.group_size == 3
+
+
+@pytest.mark.usefixtures("presets")
+def test_a_mistake_in_composed_presets_names_file_and_line(presets: Path) -> None:
+    with pytest.raises(UserError, match=r"wrong\.toml:3: optim\.lr is") as caught:
+        load_preset("one", "wrong")
+    assert str(presets) in str(caught.value)
+    with pytest.raises(UserError, match=r"there is no preset 'ome'\. Did you mean one\?"):
+        load_config({}, presets=["two", "ome"])
+
+
+@pytest.mark.usefixtures("presets")
+def test_a_model_may_be_named_by_its_preset(tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "run.toml").write_text("steps = 7\n[sample]\ngroup_size = 6")
+    expected = load_preset("one", "giant-9b")
+    assert expected.model == "giant/Giant-9B"
+    assert load_config({"model": "giant-9b"}, presets=["one"]) == expected
+    assert load_config({"model": "giant-9b"}) == load_preset("giant-9b")
+    from_file = load_config({"model": "giant-9b"}, file=tmp_path / "run.toml")
+    assert (from_file.model, from_file.sample.group_size) == ("giant/Giant-9B", 6)
+    assert load_config({"model": "quickstart"}, presets=["one"]).steps == Config().steps
+    with pytest.raises(UserError, match=r"one is a preset, not a model\. Give --preset one"):
+        load_config({"model": "one"})
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "one").mkdir()
+    assert load_config({"model": "one"}).model == "one"  # a folder
 
 
 @pytest.mark.parametrize(
