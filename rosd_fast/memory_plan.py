@@ -165,12 +165,13 @@ def teacher_rows(
     if options.kind == "live":
         return []
     if separate is not None:
-        whole = size * separate.parameters
+        whole, on_server = size * separate.parameters, options.backend == "sglang"
         return [
-            Row(what="teacher: weights", size=whole // shards, place=place),
+            Row(what="teacher: output head", size=size * separate.head if on_server else 0),
+            Row(what="teacher: weights", size=0 if on_server else whole // shards, place=place),
             Row(
-                what="rank 0: whole teacher",
-                size=whole if num_ranks > 1 else 0,
+                what="rank 0: whole teacher",  # until the ranks have it, or the server is compared
+                size=whole if num_ranks > 1 or on_server else 0,
                 place="host",
                 rank0_only=True,
             ),

@@ -177,6 +177,7 @@ async def update(
                 samples,
                 config.policy.normalize,
                 max_new_tokens=config.sample.max_new_tokens,
+                entropy_bonus=config.policy.entropy_weight > 0,
             ),
             max_tokens=config.pack.max_tokens,
             min_shared=config.pack.min_shared,

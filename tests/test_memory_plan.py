@@ -199,6 +199,9 @@ def test_a_separate_teacher_has_its_own_size(qwen3: ModelShape) -> None:
     rows = rows_of(config, qwen3, separate=large, num_ranks=8)
     assert rows["teacher: weights"].size == 20 * PARAMETERS // 8
     assert rows["rank 0: whole teacher"].place == "host"
+    served = apply_args(config, {"teacher.backend": "sglang"})
+    rows = rows_of(served, qwen3, separate=large)
+    assert rows["teacher: output head"].size == 2 * large.head and "teacher: weights" not in rows
 
 
 def test_ranks_of_one_machine_share_its_memory(qwen3: ModelShape) -> None:

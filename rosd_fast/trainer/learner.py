@@ -353,6 +353,7 @@ class Learner:
             states = self.policy.hidden_states(batch.student)
             if scored is not None:
                 teacher_states, teacher_head = scored
+                teacher_head = teacher_head.first(self._num_rows)
                 of_distilled = teacher_states[: batch.num_distilled]
                 divergence = self._divergence(states, of_distilled, teacher_head, batch)
                 losses.append(divergence.loss / max(1, total))
@@ -400,7 +401,7 @@ class Learner:
             teacher_hidden,
             batch,
             student_head=self._student_head,
-            teacher_head=teacher_head.first(self._num_rows),
+            teacher_head=teacher_head,
             config=self.config.loss,
             temperature=self.config.sample.temperature,
             order=self.order,
