@@ -78,7 +78,9 @@ def pictures(rows: Rows, *, eval_samples: int | None = None) -> dict[str, Grid]:
     if has_reflections:
         found["spans"] = [[panels.span_start, panels.span_length, panels.reflection_quality]]
     if any(name.startswith("diag/") for name in metrics):
-        found["diagnostics"] = _diagnostics(teacher="loss/divergence" in metrics)
+        found["diagnostics"] = _diagnostics(
+            teacher="loss/divergence" in metrics, located="diag/divergence_error" in metrics
+        )
     if domains(rows, "dev") or domains(rows, "ood"):
         in_domain = partial(panels.domain_accuracy, split="dev", title="In domain")
         out_of_domain = partial(panels.domain_accuracy, split="ood", title="Out of domain")
@@ -96,7 +98,7 @@ def _overview(accuracy: Panel, *, teacher: bool, reflections: bool) -> Grid:
     return [first, [panels.entropies, diagnostic_panels.lengths, panels.time_per_step]]
 
 
-def _diagnostics(*, teacher: bool) -> Grid:
+def _diagnostics(*, teacher: bool, located: bool) -> Grid:
     grid: Grid = [
         [diagnostic_panels.lengths, diagnostic_panels.truncated],
         [diagnostic_panels.token_kinds, panels.logprob_gap],
@@ -106,7 +108,7 @@ def _diagnostics(*, teacher: bool) -> Grid:
     return [
         [
             diagnostic_panels.agreement,
-            diagnostic_panels.span_contrast,
+            diagnostic_panels.span_contrast if located else diagnostic_panels.truncated,
             diagnostic_panels.position_map,
         ],
         [diagnostic_panels.lengths, diagnostic_panels.token_kinds, panels.logprob_gap],

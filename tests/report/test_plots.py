@@ -126,6 +126,9 @@ def test_a_method_without_reflections_has_no_plot_of_them() -> None:
     shown = [panel for line in grids["overview"] for panel in line]
     assert not {panels.span_start, panels.reflection_quality}.intersection(shown)
     assert panels.entropies in shown
+    measured = {k: v for k, v in diagnostics_row(1).items() if k != "diag/divergence_error"}
+    grid = pictures([{"step": 1, **row, **measured}])["diagnostics"]
+    assert diagnostic_panels.span_contrast not in [panel for line in grid for panel in line]
 
 
 def test_the_map_has_a_column_per_step_and_a_row_per_tenth() -> None:
