@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rosd_fast.config import Config
+from rosd_fast.config import Config, control_arms
 from rosd_fast.config.load import config_hash, to_toml
 from rosd_fast.engines.lifecycle import Engines, open_engines
 from rosd_fast.engines.sglang.teacher import SglangTeacher
@@ -34,7 +34,8 @@ from rosd_fast.report import (
     summarize,
     write_rollouts,
 )
-from rosd_fast.report.metrics import MetricsLog
+from rosd_fast.report.advice import LearningWatch
+from rosd_fast.report.metrics import MetricsLog, read_metrics
 from rosd_fast.report.progress import Progress, progress
 from rosd_fast.report.rollouts import write_skipped
 from rosd_fast.rollout.sample import problem_prompt
@@ -61,6 +62,7 @@ class Run:
     folder: the run folder, locked by this process.
     learners: the learners of all ranks.
     log: `metrics.jsonl`.
+    watch: says when the steps have nothing to learn from.
     progress: what the terminal shows.
     stop: whether Ctrl-C or SIGTERM asked for an end after the current step.
     first_step: the first step that this process runs; 1 unless it resumes.
@@ -71,6 +73,7 @@ class Run:
     folder: Path
     learners: LearnerGroup
     log: MetricsLog
+    watch: LearningWatch
     progress: Progress
     stop: StopRequest
     first_step: int
@@ -170,6 +173,8 @@ class Run:
         row = {**metrics, **self.progress.clock.metrics()}
         self.log.write(step, row)
         self.progress.step_done(step, row)
+        if (text := self.watch.see(row)) is not None:
+            self.progress.note(text)
         self.last_step = step
 
     def save(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -228,11 +233,14 @@ def opened(config: Config, resume: Path | None, world: World, lock: RunLock) -> 
                 num_ranks=world.size,
             )
             shown.note(f"learner: {learner}")
+            if arms := control_arms(config):
+                shown.note(f"control arm: {', '.join(arms)}")
             yield Run(
                 inputs=inputs,
                 folder=folder,
                 learners=learners,
                 log=log,
+                watch=LearningWatch(config.select.warn_after_steps, read_metrics(log.path)),
                 progress=shown,
                 stop=stop,
                 first_step=first_step,

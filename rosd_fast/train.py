@@ -92,7 +92,7 @@ async def train_on(run: Run, engines: Engines, step: int, sampled: Sampled) -> d
     verdicts, selection = sampled.verdicts, sampled.selection
     training = method.build(selection.kept, verdicts, sampled.annotations, progress)
     measured = await method.measure(step, training, selection.kept, verdicts, engines, progress)
-    if not training.samples:
+    if not any(sample.has_effect for sample in training.samples):
         progress.note(f"step {step}: nothing to train on ({selection.describe()})")
     updates = mini_batches(training.samples, run.config.optim.updates_per_step)
     learned = StepResult.merge([await update(run, engines, step, part) for part in updates])
@@ -104,6 +104,7 @@ async def train_on(run: Run, engines: Engines, step: int, sampled: Sampled) -> d
         **measured,
         **learned.metrics,
         **rollout_metrics(sampled.groups, verdicts, training.samples, selection, step - 1),
+        **selection.metrics(),
         **engines.student.take_metrics(),
     }
 

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FinishReason = Literal["stop", "length"]
-SpanSource = Literal["quote", "normalized", "fuzzy", "full"]
+SpanSource = Literal["quote", "normalized", "fuzzy", "full", "random"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +146,7 @@ class Reflection:
     """
 
     rollout_id: str
-    demonstration_id: str | None  # the correct sibling that was shown, None: none
+    demonstration_id: str | None  # the correct sibling shown, "reference", "answer", or None: none
     correct: bool  # whether the rollout reflected on was correct
     text: str  # as generated, with the tag that the prompt ended with
     quote: str | None
@@ -168,7 +168,7 @@ class ErrorSpan:
     rollout_id: str
     start: int
     end: int
-    source: SpanSource  # how the quote was found, or "full": the whole completion
+    source: SpanSource  # how the quote was found; "full": all tokens; "random": a control
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.end:
@@ -232,6 +232,11 @@ class TrainSample:
     def is_distilled(self) -> bool:
         """Whether its loss is the divergence from the teacher."""
         return self.teacher_prompt_ids is not None
+
+    @property
+    def has_effect(self) -> bool:
+        """Whether it may have a gradient: an advantage of 0, or a weight of 0, has none."""
+        return bool(self.weight) and self.advantage != 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

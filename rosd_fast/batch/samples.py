@@ -32,22 +32,34 @@ def build_samples(
     *,
     tokenizer: Any,
     config: TeacherConfig,
+    demonstrations: Mapping[str, str] | None = None,
+    feedback: Mapping[str, str] | None = None,
 ) -> list[TrainSample]:
     """One sample per rollout that has a span and every text that its teacher template uses.
 
+    demonstrations: by rollout id, the solution that replaces {demonstration}.
+    feedback: by rollout id, what replaces {feedback}, which may be empty.
+
     Raises UserError if a problem and the template alone exceed `config.max_prompt_tokens`.
     """
+    demonstrations, feedback = demonstrations or {}, feedback or {}
     samples = []
     for problem, rollout in _rollouts(groups):
         reflection, span = reflections.get(rollout.id), spans.get(rollout.id)
         if reflection is None or span is None:
             continue
         template = config.correct_template if reflection.correct else config.wrong_template
-        texts = {"explanation": reflection.explanation, "quote": reflection.quote}
+        texts = {
+            "explanation": reflection.explanation,
+            "quote": reflection.quote,
+            "demonstration": demonstrations.get(rollout.id),
+        }
         texts = {name: text for name, text in texts.items() if name in placeholders(template)}
         present = {name: text for name, text in texts.items() if text}
         if len(present) < len(texts):
             continue  # such as a reflection without a quote under on_miss = "full"
+        if "feedback" in placeholders(template):
+            present["feedback"] = feedback.get(rollout.id, "")
         prompt_ids, cut = teacher_prompt(
             problem, template, present, tokenizer=tokenizer, max_tokens=config.max_prompt_tokens
         )

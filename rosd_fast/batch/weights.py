@@ -53,5 +53,5 @@ def normalized(
     return [
         sample if sample.is_distilled else replace(sample, weight=sample.weight / divisor(sample))
         for sample in samples
-        if sample.is_distilled or (sample.weight and sample.advantage != 0)
+        if sample.is_distilled or sample.has_effect
     ]

@@ -49,6 +49,7 @@ NOT_HASHED = {
     "name": True,
     "dump_rollouts": True,
     "data": {"dev", "dev_ood"},
+    "select": {"warn_after_steps"},
     "eval": True,
     "checkpoint": True,
     "parallel": True,

@@ -30,6 +30,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from rosd_fast.config.checks import control_arms
 from rosd_fast.errors import UserError
 from rosd_fast.methods.targets import policy_samples
 from rosd_fast.report.stages import Stage
@@ -84,7 +85,8 @@ class Method(ABC):
 
     annotate_stage: Stage = Stage.REFLECT  # counts the time of `annotate`; streamed, sampling does
     default_weights: ClassVar[tuple[float, float]] = (1.0, 0.0)  # divergence, policy gradient
-    needs_success: ClassVar[bool] = True  # whether a group without a correct rollout is dropped
+    needs_success: ClassVar[bool] = True  # whether `select.on_no_success` applies
+    has_reflections: ClassVar[bool] = False  # whether it has the control arms of the reflection
 
     def __init__(self, config: Config, model: LoadedModel, token_bytes: TokenBytes) -> None:
         self.config = config
@@ -102,6 +104,12 @@ class Method(ABC):
                 "both are 0, so nothing would be trained",
                 where="loss.distill_weight and loss.policy_weight",
                 fix="Give one of them",
+            )
+        if not cls.has_reflections and (arms := control_arms(config)):
+            raise UserError(
+                f"the method {config.method} has no reflection and locates no error",
+                where=arms[0],
+                fix="Leave it out, or choose the method rosd",
             )
         if not cls.weights(config)[0] and config.teacher.backend == "sglang":
             raise UserError(

@@ -5,12 +5,13 @@
     measure    does the teacher answer better with a reflection in its prompt?
 
 Wrong rollouts are trained from the located error on, correct ones whole. Options: `reflect`, `span`
-and `teacher`.
+and `teacher`; `reflect.control` and `span.control` are the control arms.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rosd_fast.batch.samples import build_samples, sample_metrics
@@ -18,29 +19,35 @@ from rosd_fast.config import Config, uses_teacher_weights
 from rosd_fast.config.templates import check_templates
 from rosd_fast.engines.local.grammar_mask import GrammarCompiler
 from rosd_fast.methods.base import Method, TrainingSet
-from rosd_fast.methods.budgets import check_budgets
+from rosd_fast.methods.budgets import check_budgets, check_references
+from rosd_fast.methods.targets import NO_DEMONSTRATION
 from rosd_fast.model.head import head
+from rosd_fast.reflection.control import Arm, apply_control
 from rosd_fast.reflection.locate import locate_errors
 from rosd_fast.reflection.probe import probe_metrics, teacher_helps, wrong_samples
 from rosd_fast.reflection.reflect import reflect, reflection_metrics
 from rosd_fast.reflection.requests import template_name
 from rosd_fast.report.stages import Stage
 from rosd_fast.rollout.sample import sampling_params
+from rosd_fast.rollout.siblings import demonstrate
+from rosd_fast.text.prompts import placeholders
 
 if TYPE_CHECKING:
     from rosd_fast.engines.lifecycle import Engines
     from rosd_fast.report.progress import Hidden, Progress
-    from rosd_fast.types import Group, Problem, Reflection, Verdict
+    from rosd_fast.types import Group, Problem, Reflection, TrainSample, Verdict
 
 
 class Rosd(Method):
     """Distills each rollout from its first error on, from a teacher that has read a reflection."""
 
+    has_reflections = True
+
     @classmethod
     def check_options(cls, config: Config) -> None:
         """Raise UserError for a template with a wrong or a missing placeholder."""
         super().check_options(config)
-        check_templates(config.reflect, config.teacher)
+        check_templates(config.reflect, config.teacher, config.select)
 
     @property
     def needs_teacher_engine(self) -> bool:
@@ -48,11 +55,12 @@ class Rosd(Method):
         return uses_teacher_weights(self.config)
 
     def check_problems(self, problems: Sequence[Problem]) -> None:
-        """Raise UserError when the longest problem fills a template's budget, or when quotes
-        cannot be constrained with this tokenizer."""
+        """Raise UserError when the longest problem fills a template's budget, when quotes cannot be
+        constrained with this tokenizer, or when reference solutions are asked for and missing."""
         longest = max(problems, key=lambda problem: len(problem.prompt))
         check_budgets(self.config, self.model.tokenizer, longest, used_templates(self.config))
-        if self.config.reflect.mode != "free":
+        check_references(self.config, problems)
+        if self.config.reflect.mode != "free" and self.config.reflect.control != "none":
             vocab_size = head(self.model.model).weight.shape[0]
             GrammarCompiler(self.model.tokenizer, vocab_size).check(self.model.stop_token_ids)
 
@@ -66,6 +74,8 @@ class Rosd(Method):
     ) -> dict[str, Reflection]:
         """Return the model's reflections on the rollouts of `groups`, by rollout id."""
         config = self.config
+        if config.reflect.control == "none":
+            return {}
         engine = engines.student if config.reflect.weights == "student" else engines.teacher
         assert engine is not None  # `needs_teacher_engine` has asked for it
         return await reflect(
@@ -76,6 +86,7 @@ class Rosd(Method):
             model=self.model,
             seed=config.seed,
             step=step,
+            on_no_success=config.select.on_no_success,
             on_tokens=progress.tokens,
         )
 
@@ -87,29 +98,93 @@ class Rosd(Method):
         progress: Progress | Hidden,
     ) -> TrainingSet:
         """Locate each quote in the sampled tokens, and put both prompts before them."""
+        config = self.config
         with progress.stage(Stage.LOCATE):
             located = locate_errors(
                 groups,
                 verdicts,
                 annotations,
                 token_bytes=self.token_bytes,
-                config=self.config.span,
+                config=config.span,
             )
+            arm = apply_control(groups, verdicts, annotations, located.spans, config)
+            located = replace(located, spans=arm.spans)
         with progress.stage(Stage.BUILD):
+            shown = self._demonstrations(groups, verdicts, annotations, arm)
+            show_feedback = config.teacher.show_feedback
             samples = build_samples(
                 groups,
-                annotations,
-                located.spans,
+                arm.reflections,
+                arm.spans,
                 tokenizer=self.model.tokenizer,
-                config=self.config.teacher,
+                config=arm.templates,
+                demonstrations={name: text for name, text in shown.items() if text},
+                feedback={v.rollout_id: v.feedback for v in verdicts.values() if show_feedback},
             )
-        return self.training_set(
-            samples,
-            located.spans,
-            groups,
-            verdicts,
-            {**reflection_metrics(annotations), **sample_metrics(samples), **located.metrics()},
-        )
+            distilled, punished = samples, []
+            if config.span.control == "negative":
+                distilled = [s for s in samples if verdicts[s.rollout_id].success]
+                punished = self._punished(samples, verdicts)
+        metrics = {
+            **reflection_metrics(annotations),
+            **sample_metrics(samples),
+            **located.metrics(),
+            **arm.metrics,
+        }
+        if shown:
+            metrics[NO_DEMONSTRATION] = float(sum(not text for text in shown.values()))
+        training = self.training_set(distilled, arm.spans, groups, verdicts, metrics)
+        return replace(training, samples=[*training.samples, *punished])
+
+    def _demonstrations(
+        self,
+        groups: Sequence[Group],
+        verdicts: Mapping[str, Verdict],
+        annotations: Mapping[str, Reflection],
+        arm: Arm,
+    ) -> dict[str, str]:
+        """The correct solution that the teacher of a rollout reads, by rollout id; empty: there is
+        none. Only rollouts that have a span and whose template shows one are in it.
+
+        A wrong rollout has the sibling that its reflector was shown.
+        """
+        config, shown = self.config, {}
+        for group in groups:
+            texts = {rollout.id: rollout.text for rollout in group.rollouts}
+            for rollout in group.rollouts:
+                reflection = arm.reflections.get(rollout.id)
+                if reflection is None or rollout.id not in arm.spans:
+                    continue
+                if "demonstration" not in placeholders(arm.template_of(reflection)):
+                    continue
+                own = annotations.get(rollout.id, reflection).demonstration_id
+                found = demonstrate(
+                    group,
+                    rollout,
+                    verdicts,
+                    config.select,
+                    config.reflect.demonstration,
+                    key=f"{config.seed}/{rollout.policy_version}/{rollout.id}",
+                )
+                shown[rollout.id] = texts.get(own or "", "" if found is None else found.text)
+        return shown
+
+    def _punished(
+        self,
+        samples: Sequence[TrainSample],
+        verdicts: Mapping[str, Verdict],
+    ) -> list[TrainSample]:
+        """The samples of wrong rollouts, with advantage -1 in place of a teacher."""
+        return [
+            replace(
+                sample,
+                teacher_prompt_ids=None,
+                advantage=-1.0,
+                weight=self.config.span.negative_weight,
+            )
+            for sample in samples
+            if not verdicts[sample.rollout_id].success
+        ]
 
     async def measure(
         self,
@@ -140,7 +215,11 @@ class Rosd(Method):
 
 
 def used_templates(config: Config) -> list[tuple[str, str]]:
-    """Return (section, option) of the user turns of the reflector and of the teacher."""
+    """Return (section, option) of the user turns of the reflector and of the teacher.
+
+    The reflector's are among them also where `reflect.control` none needs none, so that all arms
+    accept the same problems.
+    """
     used = [
         ("reflect", template_name(config.reflect, correct=False)),
         ("teacher", "wrong_template"),

@@ -13,7 +13,7 @@ from rosd_fast.batch.samples import sample_metrics, teacher_prompt
 from rosd_fast.config.templates import check_solution_template
 from rosd_fast.methods.base import Method, TrainingSet
 from rosd_fast.methods.budgets import check_budgets
-from rosd_fast.methods.targets import distilled, whole
+from rosd_fast.methods.targets import NO_DEMONSTRATION, distilled, whole
 from rosd_fast.report.stages import Stage
 from rosd_fast.text.prompts import placeholders
 
@@ -54,17 +54,20 @@ class SolutionMethod(Method):
     ) -> TrainingSet:
         """Put the teacher's prompt with a solution before each rollout that has one."""
         samples: list[TrainSample] = []
+        num_missing = 0
         with progress.stage(Stage.BUILD):
             for group in groups:
                 for rollout in group.rollouts:
                     solution = self.solution(group, rollout, verdicts)
+                    num_missing += not solution
                     if solution and rollout.completion_ids:
                         samples.append(
                             self._sample(group.problem, rollout, solution, verdicts[rollout.id])
                         )
         rollouts = {rollout.id: rollout for group in groups for rollout in group.rollouts}
         spans = {sample.rollout_id: whole(rollouts[sample.rollout_id]) for sample in samples}
-        return self.training_set(samples, spans, groups, verdicts, sample_metrics(samples))
+        metrics = {**sample_metrics(samples), NO_DEMONSTRATION: float(num_missing)}
+        return self.training_set(samples, spans, groups, verdicts, metrics)
 
     def _sample(
         self, problem: Problem, rollout: Rollout, solution: str, verdict: Verdict

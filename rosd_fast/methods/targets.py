@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from rosd_fast.types import Group, Rollout, Verdict
 
 STD_EPS = 1e-6  # added to a group's standard deviation, as verl does
+NO_DEMONSTRATION = "select/num_no_demonstration"
+"""Metric: rollouts of kept groups that are left out, since the teacher has no solution to read."""
 
 
 def whole(rollout: Rollout) -> ErrorSpan:

@@ -34,16 +34,25 @@ async def reflect(
     model: TextModel,
     seed: int,
     step: int,
+    on_no_success: str = "skip",
     on_tokens: Callable[[int], None] | None = None,
 ) -> dict[str, Reflection]:
     """Reflections on the rollouts of `groups` (the groups that were kept), by rollout id.
 
-    `on_tokens(k)` is called after k more tokens were sampled. Raises UserError as
-    `build_reflection_requests` and the engine do, and ValueError when the engine's completions are
-    not those that were requested.
+    on_no_success: `select.on_no_success`. `on_tokens(k)` is called after k more tokens were
+    sampled.
+
+    Raises UserError as `build_reflection_requests` and the engine do, and ValueError when the
+    engine's completions are not those that were requested.
     """
     tasks = build_reflection_requests(
-        groups, verdicts, config=config, model=model, seed=seed, step=step
+        groups,
+        verdicts,
+        config=config,
+        model=model,
+        seed=seed,
+        step=step,
+        on_no_success=on_no_success,
     )
     if not tasks:
         return {}

@@ -11,6 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rosd_fast.config import Config, control_arms
+from rosd_fast.config.load import apply_toml
+from rosd_fast.errors import UserError
 from rosd_fast.report.metrics import FILE_NAME, read_metrics
 from rosd_fast.report.series import domains, series
 
@@ -86,17 +89,27 @@ def before_after_table(run: str | Path) -> Table:
 
 
 def summarize(run: str | Path, console: Console | None = None) -> None:
-    """Print the table of accuracy and the paths of the files that exist.
+    """Print the table of accuracy, the control arms and the paths of the files that exist.
 
     Raises UserError if `metrics.jsonl` is missing or damaged.
     """
     run = Path(run)
     console = console or Console()
     console.print(before_after_table(run))
+    if arms := _control_arms(run / "config.toml"):
+        console.print(Text(f"control arm: {', '.join(arms)}"))
     listing = Table.grid(padding=(0, 2))
     for label, path in _outputs(run):
         listing.add_row(Text(label), Text(str(path), overflow="fold"))
     console.print(listing)
+
+
+def _control_arms(path: Path) -> list[str]:
+    """Return the control arms that the run was in, as its config.toml says; none without one."""
+    try:
+        return control_arms(apply_toml(Config(), path, accept_old_names=True))
+    except UserError:
+        return []
 
 
 def _outputs(run: Path) -> list[tuple[str, Path]]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from rosd_fast.errors import UserError
 from rosd_fast.report.metrics import MetricsLog, read_metrics, rollout_metrics
 from rosd_fast.report.series import series
-from rosd_fast.types import Group, Problem, Rollout, Verdict
+from rosd_fast.types import Group, Problem, Rollout, TrainSample, Verdict
 
 ROWS = [(0, {"eval/dev/accuracy": 0.5}), (1, {"loss/divergence": 0.25}), (2, {"loss/lr": 1e-5})]
 
@@ -151,21 +151,41 @@ def make_group(name: str, lengths: list[int], finish: str = "stop") -> Group:
     return Group(problem=problem, rollouts=rollouts)
 
 
+ANSWERS = {"a/0": "1", "a/1": "one", "b/0": ""}
+SAMPLE = TrainSample(
+    rollout_id="",
+    problem_id="",
+    student_prompt_ids=(1,),
+    completion_ids=(2,),
+    logprobs=(-1.0,),
+    start=0,
+    end=1,
+)
+
+
 def test_rollout_metrics() -> None:
     groups = [make_group("a", [1, 2]), make_group("b", [3, 6], finish="length")]
     verdicts = {
-        id_: Verdict(rollout_id=id_, score=score, success=score == 1.0, answer=None)
+        id_: Verdict(rollout_id=id_, score=score, success=score == 1.0, answer=ANSWERS.get(id_))
         for id_, score in {"a/0": 1.0, "a/1": 0.5, "b/0": 0.0, "b/1": 0.0}.items()
     }
-    got = rollout_metrics(groups, verdicts, 1, FakeSelection(kept=(groups[0],)), 3)  # type: ignore[arg-type]
+    samples = [
+        replace(SAMPLE, rollout_id="a/0", teacher_prompt_ids=(1,)),
+        replace(SAMPLE, rollout_id="a/0", advantage=1.0),
+        replace(SAMPLE, rollout_id="b/0", advantage=-1.0),
+        replace(SAMPLE, rollout_id="b/1", advantage=0.0),
+    ]
+    got = rollout_metrics(groups, verdicts, samples, FakeSelection(kept=(groups[0],)), 3)  # type: ignore[arg-type]
     assert got == {
         "rollout/accuracy": 0.25,
+        "rollout/answered_frac": 0.75,
         "rollout/tokens_mean": 3.0,
         "rollout/truncated_frac": 0.5,
         "rollout/groups_kept_frac": 0.5,
         "rollout/distilled_frac": 0.25,
+        "rollout/trained_frac": 0.5,
         "rollout/policy_lag_mean": 3.0,
         "rollout/num_rollouts": 4.0,
     }
     with pytest.raises(ValueError, match="no rollout"):
-        rollout_metrics([], {}, 0, FakeSelection(kept=()), 0)  # type: ignore[arg-type]
+        rollout_metrics([], {}, [], FakeSelection(kept=()), 0)  # type: ignore[arg-type]
