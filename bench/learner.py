@@ -177,19 +177,20 @@ def sciknoweval_lengths(data: Path) -> list[tuple[int, list[int]]]:
     from rosd_fast.data.problems import load_problems
     from rosd_fast.engines.local.engine import LocalEngine
     from rosd_fast.model.smollm2 import smollm2_folder
-    from rosd_fast.text.prompts import render_prompt
+    from rosd_fast.text.chat import chat_format
     from rosd_fast.types import GenerationRequest, SamplingParams
 
     folder = smollm2_folder()
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
+    chat = chat_format(tokenizer)
     problems = load_problems(str(data))[:GROUPS]
     stop = tokenizer.eos_token_id
     params = SamplingParams(max_new_tokens=LONGEST, stop_token_ids=(stop,))
     requests = [
         GenerationRequest(
             id=problem.id,
-            prompt_ids=render_prompt(tokenizer, user=problem.prompt, system=problem.system),
+            prompt_ids=chat.render(problem.prompt, system=problem.system),
             params=params,
             n=ROLLOUTS,
         )

@@ -35,6 +35,7 @@ from harness import RESULTS, append_row, environment
 from quickstart import run_trial
 
 from rosd_fast.config import Config
+from rosd_fast.config.chat import make_chats
 from rosd_fast.config.load import load_preset
 from rosd_fast.data.problems import load_problems
 from rosd_fast.engines.local.engine import LocalEngine
@@ -131,7 +132,8 @@ async def measure(args: argparse.Namespace) -> None:
                 verdicts,
                 engine=engine,
                 config=config.reflect.model_copy(update=options),
-                model=model,
+                chats=make_chats(config.chat, model.tokenizer),
+                stop_token_ids=model.stop_token_ids,
                 seed=0,
                 step=1,
             )
@@ -191,7 +193,7 @@ async def wrong_rollouts(
         sampled = await sample_groups(
             engine,
             problems[step * 16 : (step + 1) * 16],
-            tokenizer=model.tokenizer,
+            chat=make_chats(config.chat, model.tokenizer).student,
             group_size=config.sample.group_size,
             params=params,
             seed=0,

@@ -221,13 +221,13 @@ def smollm2_states(num_tokens: int) -> dict[str, Tensor]:
     from rosd_fast.engines.local.engine import LocalEngine
     from rosd_fast.model.smollm2 import smollm2_folder
     from rosd_fast.quickstart.tasks import load_split
-    from rosd_fast.text.prompts import render_prompt
+    from rosd_fast.text.chat import chat_format
     from rosd_fast.types import GenerationRequest, SamplingParams
 
     folder = smollm2_folder()
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    problems = load_split("dev")
+    chat, problems = chat_format(tokenizer), load_split("dev")
     stop = tokenizer.eos_token_id
     engine = LocalEngine(model, pad_token_id=stop)
     params = SamplingParams(max_new_tokens=128, stop_token_ids=(stop,))
@@ -239,8 +239,8 @@ def smollm2_states(num_tokens: int) -> dict[str, Tensor]:
         told = "{}\n\nThe right answer is {}. Explain it step by step."
         prompts = [
             (
-                render_prompt(tokenizer, user=problem.prompt),
-                render_prompt(tokenizer, user=told.format(problem.prompt, problem.answer)),
+                chat.render(problem.prompt),
+                chat.render(told.format(problem.prompt, problem.answer)),
             )
             for problem in batch
         ]

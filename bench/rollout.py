@@ -24,7 +24,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from rosd_fast.engines.local.engine import LocalEngine
 from rosd_fast.quickstart import MODEL_DIR
 from rosd_fast.quickstart.tasks import load_split
-from rosd_fast.text.prompts import render_prompt
+from rosd_fast.text.chat import chat_format
 from rosd_fast.types import GenerationRequest, SamplingParams
 
 Prompts = Sequence[tuple[int, ...]]
@@ -49,8 +49,9 @@ def main() -> None:
     model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
     model.to(device).eval()  # type: ignore[arg-type]
     tokenizer = AutoTokenizer.from_pretrained(args.model)
+    chat = chat_format(tokenizer)
     prompts = [
-        render_prompt(tokenizer, user=problem.prompt, system=problem.system)
+        chat.render(problem.prompt, system=problem.system)
         for problem in load_split("dev")[: args.problems]
     ]
     setting = Setting(

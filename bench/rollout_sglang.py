@@ -301,7 +301,7 @@ def make_requests(run: Run, name: str) -> list[GenerationRequest]:
     return [
         GenerationRequest(
             id=f"{name}/{problem.id}",
-            prompt_ids=problem_prompt(problem, run.inputs.model.tokenizer, 256),
+            prompt_ids=problem_prompt(problem, run.inputs.chats.student, 256),
             params=SamplingParams(
                 max_new_tokens=96, stop_token_ids=run.inputs.model.stop_token_ids
             ),

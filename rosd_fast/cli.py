@@ -1,4 +1,4 @@
-"""The command line: `rosd-fast train | eval | data | report | doctor`.
+"""The command line: `rosd-fast train | eval | data | presets | report | doctor`.
 
 Arguments are read and checked before torch is imported. A user's mistake is one line on stderr and
 exit code 2; Ctrl-C before training starts is exit code 130.
@@ -6,6 +6,7 @@ exit code 2; Ctrl-C before training starts is exit code 130.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Sequence
@@ -20,15 +21,20 @@ COMMANDS = {
     "train": "train a model: sample, verify, reflect, locate, distil, evaluate",
     "eval": "measure a model's accuracy on a data set, by domain",
     "data": "check a data set and show what is in it",
+    "presets": "list the named sets of options, with the source of each value",
     "report": "redraw a run's plots and print its accuracy before and after",
     "doctor": "check that everything a run needs is installed",
 }
+# transformers imports torchao if it is there, which warns of kernels that it has for GPUs only.
+NOISY = ("torchao", "torch.utils._pytree")
 FAILED, USAGE_ERROR, INTERRUPTED = 1, 2, 130
 
 
 def main(args: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
     args = sys.argv[1:] if args is None else list(args)
+    for name in NOISY:
+        logging.getLogger(name).setLevel(logging.ERROR)
     try:
         return dispatch(args)
     except UserError as error:

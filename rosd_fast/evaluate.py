@@ -16,7 +16,6 @@ from rosd_fast.errors import UserError
 from rosd_fast.report.metrics import EVAL_TOTALS
 from rosd_fast.report.stages import Stage
 from rosd_fast.rollout.sample import collect_groups
-from rosd_fast.text.prompts import render_prompt
 from rosd_fast.types import GenerationRequest, SamplingParams
 from rosd_fast.verify import verify_all
 
@@ -25,7 +24,7 @@ if TYPE_CHECKING:
     from rosd_fast.engines.base import RolloutEngine
     from rosd_fast.inputs import Inputs
     from rosd_fast.report.progress import Progress
-    from rosd_fast.text.prompts import TextModel
+    from rosd_fast.text.chat import ChatFormat
     from rosd_fast.types import Problem
 
 
@@ -42,7 +41,8 @@ async def evaluate_splits(
                 split=split,
                 config=config.eval,
                 max_new_tokens=config.sample.max_new_tokens,
-                model=inputs.model,
+                chat=inputs.chats.eval,
+                stop_token_ids=inputs.model.stop_token_ids,
                 threshold=config.select.threshold,
                 seed=config.seed,
                 on_tokens=progress.tokens,
@@ -57,7 +57,8 @@ async def evaluate(
     split: str,
     config: EvalConfig,
     max_new_tokens: int,
-    model: TextModel,
+    chat: ChatFormat,
+    stop_token_ids: tuple[int, ...],
     threshold: float,
     seed: int,
     on_tokens: Callable[[int], None] | None = None,
@@ -89,11 +90,12 @@ async def evaluate(
         split=split,
         config=config,
         max_new_tokens=max_new_tokens,
-        model=model,
+        chat=chat,
+        stop_token_ids=stop_token_ids,
         seed=seed,
     )
     generations = await engine.generate(requests, on_tokens=on_tokens)
-    groups = collect_groups(chosen, requests, generations, tokenizer=model.tokenizer)
+    groups = collect_groups(chosen, requests, generations, chat=chat)
     verdicts = verify_all(groups, threshold=threshold)
 
     successes: defaultdict[str, list[bool]] = defaultdict(list)  # by domain
@@ -113,7 +115,8 @@ def build_eval_requests(
     split: str,
     config: EvalConfig,
     max_new_tokens: int,
-    model: TextModel,
+    chat: ChatFormat,
+    stop_token_ids: tuple[int, ...],
     seed: int,
 ) -> list[GenerationRequest]:
     """Return one request per problem; one rollout at temperature 0, where all are equal."""
@@ -121,12 +124,12 @@ def build_eval_requests(
         max_new_tokens=max_new_tokens,
         temperature=config.temperature,
         top_p=config.top_p,
-        stop_token_ids=model.stop_token_ids,
+        stop_token_ids=stop_token_ids,
     )
     return [
         GenerationRequest(
             id=f"eval/{split}/{problem.id}",
-            prompt_ids=render_prompt(model.tokenizer, user=problem.prompt, system=problem.system),
+            prompt_ids=chat.render(problem.prompt, system=problem.system),
             params=params,
             n=1 if config.temperature == 0 else config.samples,
             seed=seed,

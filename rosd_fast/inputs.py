@@ -6,24 +6,33 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rosd_fast.config import Config
-from rosd_fast.config.load import preset_names
+from rosd_fast.config.chat import make_chats, read_templates
+from rosd_fast.config.load import is_built_in
 from rosd_fast.data.problems import ProblemStream, load_problems
 from rosd_fast.engines.factory import check_engine
+from rosd_fast.machine import check_memory
 from rosd_fast.methods import Method, find_method
 from rosd_fast.model.adapters import choose_trainable
 from rosd_fast.model.load import LoadedModel, full_model_device, load_model
+from rosd_fast.model.skeleton import build_skeleton, load_skeleton
 from rosd_fast.quickstart import QUICKSTART
 from rosd_fast.rollout.sample import check_prompts
+from rosd_fast.text.chat import Chats
 from rosd_fast.text.token_bytes import TokenBytes
+from rosd_fast.trainer.adamw import check_adamw
+from rosd_fast.trainer.param_groups import lr_scales, parse_scales
 from rosd_fast.types import Problem
+from rosd_fast.utils.distributed import launched
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
     """What a run is made of, checked.
 
-    config: all options, with absolute paths.
+    config: all options, with absolute paths, the texts of chat templates, and steps instead of
+        epochs.
     model: the student with its initial weights.
+    chats: how the prompts of each role are rendered.
     problems: the training problems.
     dev_splits: "dev" and "ood", those that were given.
     stream: the problems of each step.
@@ -33,6 +42,7 @@ class Inputs:
 
     config: Config
     model: LoadedModel
+    chats: Chats
     problems: list[Problem]
     dev_splits: dict[str, list[Problem]]
     stream: ProblemStream
@@ -40,15 +50,18 @@ class Inputs:
     method: Method
 
 
-def load_inputs(config: Config) -> Inputs:
+def load_inputs(config: Config, *, weights: bool = True) -> Inputs:
     """Load model and data. Raises UserError for everything that can be known to be wrong by then.
 
     The cheap checks come first: a model may take minutes to load.
+
+    weights: False: load only the shapes of the model, and do not check this machine.
     """
     config = with_absolute_paths(config)
     method_type = find_method(config.method)
     method_type.check_options(config)
-    check_engine(config.engine, config.teacher, config.device)
+    check_adamw(config.optim, several_ranks=launched())
+    parse_scales(config.optim.lr_scale)
     problems, dev_splits = load_data(config)
     stream = ProblemStream(
         problems,
@@ -56,33 +69,55 @@ def load_inputs(config: Config) -> Inputs:
         seed=config.seed,
         shuffle=config.data.shuffle,
     )
-    model = load_model(
-        config.model,
-        dtype=config.dtype,
-        device=full_model_device(config.device, config.engine),
-        trust_remote_code=config.trust_remote_code,
-    )
-    check_prompts(
-        [*problems, *(problem for split in dev_splits.values() for problem in split)],
-        tokenizer=model.tokenizer,
-        max_prompt_tokens=config.sample.max_prompt_tokens,
-        context_length=model.context_length,
-    )
+    config = with_resolved_epochs(config, stream)
+    if weights:
+        check_machine(config, needs_teacher=method_type.weights(config)[0] > 0)
+        model = load_model(
+            config.model,
+            dtype=config.dtype,
+            device=full_model_device(config.device, config.engine),
+            trust_remote_code=config.trust_remote_code,
+        )
+    else:
+        model = load_skeleton(
+            config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code
+        )
+    chats = make_chats(config.chat, model.tokenizer)
+    dev_problems = [problem for split in dev_splits.values() for problem in split]
+    for chat, asked in ((chats.student, problems), (chats.eval, dev_problems)):
+        check_prompts(
+            asked,
+            chat=chat,
+            max_prompt_tokens=config.sample.max_prompt_tokens,
+            context_length=model.context_length,
+        )
     token_bytes = TokenBytes(model.tokenizer)
-    method = method_type(config, model, token_bytes)
+    method = method_type(config, model, token_bytes, chats)
     method.check_problems(problems)
     choose_trainable(
         model.model, lora=config.lora, trainable=config.optim.trainable, seed=config.seed
     )
+    lr_scales(list(model.model.named_parameters(remove_duplicate=False)), config.optim.lr_scale)
     return Inputs(
         config=config,
         model=model,
+        chats=chats,
         problems=problems,
         dev_splits=dev_splits,
         stream=stream,
         token_bytes=token_bytes,
         method=method,
     )
+
+
+def check_machine(config: Config, *, needs_teacher: bool) -> None:
+    """Raise UserError if the run does not fit this machine, or needs what it does not have."""
+    model = build_skeleton(
+        config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code
+    )
+    choose_trainable(model, lora=config.lora, trainable=config.optim.trainable, seed=config.seed)
+    check_memory(config, model, teacher=needs_teacher)
+    check_engine(config.engine, config.teacher, config.device)
 
 
 def load_data(config: Config) -> tuple[list[Problem], dict[str, list[Problem]]]:
@@ -98,8 +133,19 @@ def load_data(config: Config) -> tuple[list[Problem], dict[str, list[Problem]]]:
     return train, {name: problems[:first] for name, problems in splits.items()}
 
 
+def with_resolved_epochs(config: Config, stream: ProblemStream) -> Config:
+    """Return options with the number of steps that `epochs` asks for, instead of epochs."""
+    if config.epochs is None:
+        return config
+    steps = max(1, round(config.epochs * stream.steps_per_epoch))
+    return config.model_copy(update={"steps": steps, "epochs": None})
+
+
 def with_absolute_paths(config: Config) -> Config:
-    """Return options that name the same files from whatever folder the run is resumed in."""
+    """Return options that name the same files from whatever folder the run is resumed in.
+
+    A chat template's text replaces its path, so a resumed run has the template it began with.
+    """
 
     def absolute(source: str | None) -> str | None:
         if source is None or source.startswith(QUICKSTART):
@@ -109,13 +155,14 @@ def with_absolute_paths(config: Config) -> Config:
     data, engine = config.data, config.engine
     sources = {name: absolute(getattr(data, name)) for name in ("train", "dev", "dev_ood")}
     folder = Path(config.model).expanduser()
-    named = config.model in preset_names() or not folder.is_dir()
+    named = is_built_in(config.model) or not folder.is_dir()
     model = config.model if named else str(folder.absolute())
     places = {name: absolute(getattr(engine, name)) for name in ("python", "sync_folder")}
     return config.model_copy(
         update={
             "model": model,
             "data": data.model_copy(update=sources),
+            "chat": read_templates(config.chat),
             "engine": engine.model_copy(update=places),
         }
     )

@@ -117,7 +117,7 @@ def _options(inputs: Inputs, step: int) -> RolloutOptions:
     """How groups are sampled."""
     config, model = inputs.config, inputs.model
     return {
-        "tokenizer": model.tokenizer,
+        "chat": inputs.chats.student,
         "group_size": config.sample.group_size,
         "params": sampling_params(config.sample, model.stop_token_ids),
         "seed": config.seed,

@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from rosd_fast.config import Config, control_arms
-from rosd_fast.config.load import config_hash, to_toml
+from rosd_fast.config.load import apply_toml, config_hash, to_toml
 from rosd_fast.engines.lifecycle import Engines, open_engines
 from rosd_fast.engines.sglang.teacher import SglangTeacher
 from rosd_fast.engines.weight_check import allowed_gap, check_teacher_server
 from rosd_fast.errors import UserError
 from rosd_fast.files import write_atomic
 from rosd_fast.inputs import Inputs, load_inputs
+from rosd_fast.model.adapter_files import adapter_weights
 from rosd_fast.model.blocks import describe
 from rosd_fast.model.load import LoadedModel
 from rosd_fast.report import (
@@ -43,6 +44,7 @@ from rosd_fast.run_lock import RunLock
 from rosd_fast.stop import StopRequest
 from rosd_fast.trainer.checkpoint import latest_checkpoint, read_state
 from rosd_fast.trainer.ranks import LearnerGroup
+from rosd_fast.trainer.schedule import describe_change, num_updates
 from rosd_fast.utils.distributed import SINGLE_PROCESS, World, pick_device
 
 if TYPE_CHECKING:
@@ -88,7 +90,7 @@ class Run:
         """The prompt on which servers are compared with the trainer: a training problem's."""
         return problem_prompt(
             self.inputs.problems[0],
-            self.inputs.model.tokenizer,
+            self.inputs.chats.student,
             self.config.sample.max_prompt_tokens,
         )[:WEIGHT_CHECK_TOKENS]
 
@@ -100,10 +102,11 @@ class Run:
         """
         model, teacher_model = self.inputs.model, None
         if self.inputs.method.needs_teacher_engine:
-            own = self.learners.learner.teacher
-            assert own is not None
-            single = self.learners.world.size == 1
-            teacher_model = own.model if single else copy.deepcopy(model.model)
+            teacher_model = (
+                self.learners.learner.teacher.model
+                if self.learners.world.size == 1
+                else copy.deepcopy(model.model)
+            )
         return open_engines(
             self.config,
             model,
@@ -120,7 +123,6 @@ class Run:
         which was made when the run began. Raises RunFailed when they differ.
         """
         teacher, single = self.learners.learner.teacher, self.learners.world.size == 1
-        assert teacher is not None
         if single or self.first_step == 1:
             await check_teacher_server(
                 server,
@@ -134,8 +136,11 @@ class Run:
     async def sync_weights(self, engines: Engines, version: int) -> None:
         """Give the current weights to every engine that samples with them."""
         self.learners.gather_weights()
-        shared = engines.student.shares_learner_weights
-        weights = {} if shared else self.learners.learner.weights
+        learner, weights = self.learners.learner, {}
+        if self.config.engine.sync == "adapter" and learner.full_model is not None:
+            weights = adapter_weights(learner.full_model)
+        elif not engines.student.shares_learner_weights:
+            weights = learner.weights
         await engines.student.load_weights(weights, version=version)
         if engines.teacher is not None and self.learners.world.size > 1:
             self.learners.gather_teacher(engines.teacher.model)
@@ -202,7 +207,7 @@ def opened(config: Config, resume: Path | None, world: World, lock: RunLock) -> 
     with world.shutdown_workers_on_error():
         if resume is not None:  # before a model is loaded, whose memory a running run may need
             lock.take(resume)
-        inputs = load_inputs(config)
+        inputs, epochs = load_inputs(config), config.epochs
         config, model = inputs.config, inputs.model
     group = LearnerGroup.create(
         model.model,
@@ -212,11 +217,13 @@ def opened(config: Config, resume: Path | None, world: World, lock: RunLock) -> 
         teacher="initial" if inputs.method.needs_teacher else None,
     )
     with closing(group) as learners:
+        changed = None
         if resume is None:
             folder, first_step = make_folder(config, model), 1
             lock.take(folder)
         else:
             folder, first_step = resume, restore(resume, config, learners)
+            changed = schedule_change(folder, config, learners.learner.optimizer.num_updates)
             write_atomic(folder / CONFIG_FILE, to_toml(config).encode())  # steps may have changed
         log = MetricsLog(folder / "metrics.jsonl")
         log.truncate_after(first_step - 1)
@@ -235,6 +242,10 @@ def opened(config: Config, resume: Path | None, world: World, lock: RunLock) -> 
             shown.note(f"learner: {learner}")
             if arms := control_arms(config):
                 shown.note(f"control arm: {', '.join(arms)}")
+            if epochs is not None:
+                shown.note(f"epochs: {epochs:g} are {config.steps} steps")
+            if changed is not None:
+                shown.note(changed)
             yield Run(
                 inputs=inputs,
                 folder=folder,
@@ -297,6 +308,15 @@ def restore(folder: Path, config: Config, learners: LearnerGroup) -> int:
             fix=f"Give more steps to train on, for example --steps {step + config.steps}",
         )
     return learners.load(checkpoint) + 1
+
+
+def schedule_change(folder: Path, config: Config, updates: int) -> str | None:
+    """One line on what a changed number of steps does to the learning rate; None: nothing.
+
+    folder: the run folder, whose config.toml has the old number. updates: number of updates so far.
+    """
+    before = apply_toml(Config(), folder / CONFIG_FILE, accept_old_names=True)
+    return describe_change(updates, num_updates(before), num_updates(config), config.optim)
 
 
 def finish(run: Run) -> None:

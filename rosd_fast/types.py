@@ -156,6 +156,7 @@ class Reflection:
     sentence: int | None = None  # number of the quoted sentence, from 1; None: found by the quote
     mode: str = "free"  # reflect.mode that it was written in
     prompt_cut: bool = False  # whether the middle of a rollout was left out of the prompt
+    shown_from: int = 0  # first token of the rollout that the prompt showed; above 0: not all of it
     tolerated: tuple[str, ...] = ()  # accepted faults of the format: "case", "unclosed", "cut"
     leaks: bool = False  # whether the explanation stated the final answer
     refused: str | None = None  # why the explanation is not used: "leak", "empty" or "copy"
@@ -168,7 +169,7 @@ class ErrorSpan:
     rollout_id: str
     start: int
     end: int
-    source: SpanSource  # how the quote was found; "full": all tokens; "random": a control
+    source: SpanSource  # how the quote was found; "full": all tokens, or the answer; "random"
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.end:

@@ -219,17 +219,18 @@ def make_group(
 
     Each completion is its text's ids and the stop token; its logprobs are -0.5, -1, -1.5 and so on.
     """
-    from rosd_fast.text.prompts import render_prompt
+    from rosd_fast.text.chat import chat_format
     from rosd_fast.types import Group, Problem, Rollout, Verdict
 
     stop: Any = tokenizer.eos_token_id
+    chat = chat_format(tokenizer)
 
     def make(
         texts: Sequence[str], scores: Sequence[float], *, id: str = "p0", **fields: Any
     ) -> tuple[Group, dict[str, Verdict]]:
         given = {"domain": "sums", "prompt": "2 + 2 = ?", "answer": "4", "verifier": "number"}
         problem = Problem(id=id, **(given | fields))
-        prompt_ids = render_prompt(tokenizer, user=problem.prompt, system=problem.system)
+        prompt_ids = chat.render(problem.prompt, system=problem.system)
         rollouts = []
         for index, text in enumerate(texts):
             ids = (*tokenizer.encode(text, add_special_tokens=False), stop)

@@ -18,7 +18,7 @@ from rosd_fast.commands import eval as eval_command
 from rosd_fast.commands.train import Options
 from rosd_fast.config import Config
 from rosd_fast.config.arguments import options_of
-from rosd_fast.config.load import apply_args, load_preset, preset_names, to_toml
+from rosd_fast.config.load import apply_args, load_preset, preset_names, preset_path, to_toml
 from rosd_fast.errors import UserError
 
 Calls = list[tuple[Config, Path | None]]
@@ -113,9 +113,26 @@ def test_the_help_of_train_lists_every_option(capsys: pytest.CaptureFixture[str]
     for option in options_of(Options).values():
         assert option.flag in text
     assert f"(default: {load_preset('quickstart').steps})" in text
-    assert all(
-        name in (Options.model_fields["preset"].description or "") for name in preset_names()
-    )
+
+
+def test_the_help_of_train_shows_the_defaults_of_composed_presets(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["train", "--help", "--preset", "quickstart", "--preset=smollm2"]) == 0
+    text = capsys.readouterr().out
+    assert "(default: quickstart smollm2)" in text
+    assert f"(default: {load_preset('smollm2').pack.max_tokens})" in text
+    assert f"(default: {load_preset('quickstart').optim.lr})" in text
+
+
+def test_presets_are_listed_with_what_they_are_for(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["presets"]) == 0
+    lines = dict(line.split(maxsplit=1) for line in capsys.readouterr().out.splitlines())
+    assert [*lines] == preset_names()
+    assert lines["quickstart"].startswith("A tiny model that solves about half")
+    assert main(["presets", "smollm2"]) == 0
+    assert capsys.readouterr().out == preset_path("smollm2").read_text()
+    assert "Did you mean smollm2?" in mistake(capsys, "presets", "smolm2")
 
 
 @pytest.mark.parametrize("name", COMMANDS)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -14,13 +13,8 @@ from rosd_fast.engines.base import RolloutEngine
 from rosd_fast.engines.local.engine import LocalEngine
 from rosd_fast.errors import UserError
 from rosd_fast.evaluate import evaluate
+from rosd_fast.text.chat import chat_format
 from rosd_fast.types import Generation, GenerationRequest, Problem, SamplingParams
-
-
-@dataclass(frozen=True)
-class Model:
-    tokenizer: Any
-    stop_token_ids: tuple[int, ...]
 
 
 class RecordingEngine(RolloutEngine):
@@ -85,14 +79,14 @@ ANSWERS = {
 def run(engine: RolloutEngine, tokenizer: Any, **changes: Any) -> dict[str, float]:
     config = changes.pop("config", EvalConfig(samples=4, temperature=0.7, top_p=0.9))
     problems = changes.pop("problems", PROBLEMS)
-    options = {
+    options: dict[str, Any] = {
         "split": "dev",
         "max_new_tokens": 8,
         "threshold": 1.0,
         "seed": 11,
     } | changes
-    model = Model(tokenizer=tokenizer, stop_token_ids=(tokenizer.eos_token_id,))
-    return asyncio.run(evaluate(engine, problems, config=config, model=model, **options))
+    options |= {"chat": chat_format(tokenizer), "stop_token_ids": (tokenizer.eos_token_id,)}
+    return asyncio.run(evaluate(engine, problems, config=config, **options))
 
 
 def test_accuracy_is_the_mean_over_all_rollouts_and_within_domains(tokenizer: Any) -> None:

@@ -143,6 +143,30 @@ def test_a_resumed_run_keeps_its_vocabulary_order(tmp_path: Path) -> None:
     assert read_metrics(run / "metrics.jsonl")[-1]["loss/active_frac"] <= 1
 
 
+def test_epochs_and_a_schedule_that_a_longer_run_stretches(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train_set = tmp_path / "train.jsonl"
+    rows = [{"prompt": p.prompt, "answer": p.answer} for p in load_split("train")[:8]]
+    train_set.write_text("".join(json.dumps(row | {"verifier": "number"}) + "\n" for row in rows))
+    options: dict[str, Any] = {
+        "data__train": str(train_set),
+        "optim__schedule": "linear",
+        "optim__warmup_steps": 0,
+        "eval__every": 0,
+    }
+    config = small(tmp_path, **options)
+    run = train(apply_args(config, {"epochs": "1"}))
+    assert "epochs: 1 are 2 steps" in capsys.readouterr().out
+    written = apply_toml(Config(), run / "config.toml")
+    assert (written.steps, written.epochs) == (2, None)
+    train(apply_args(written, {"steps": "4"}), resume=run)
+    assert "follows the new length of 4 updates, not 2" in capsys.readouterr().out
+    lr = config.optim.lr
+    rates = [row["loss/lr"] for row in read_metrics(run / "metrics.jsonl") if row["step"]]
+    assert rates == pytest.approx([lr, lr / 2, lr / 2, lr / 4])
+
+
 @pytest.mark.parametrize("kind", ["frozen", "ema"])
 def test_adapters_resume_to_the_same_bits(kind: str, tmp_path: Path) -> None:
     options: dict[str, Any] = {"lora__rank": 4, "teacher__kind": kind, "eval__every": 0}

@@ -46,7 +46,11 @@ def gpu_rows(like: Tensor, dtype: torch.dtype) -> Callable[..., Any] | None:
 
 def gpu_logprob(like: Tensor, dtype: torch.dtype) -> Any:
     """The module of `span_logprob`'s elementwise passes, or None as in `gpu_rows`."""
-    return None
+    if not uses_triton(like, dtype):
+        return None
+    from rosd_kernels.gpu import logprob
+
+    return logprob
 
 
 def make_tiles(inputs: SpanInputs, options: SpanOptions, permutation: Tensor | None) -> Any:

@@ -84,3 +84,12 @@ class VocabularyOrder:
         self.mass, self.num_seen = state["mass"].double().clone(), int(state["num_seen"])
         self.permutation = None
         self.settle()
+
+
+def positions(columns: Tensor | None, permutation: Tensor | None) -> Tensor | None:
+    """Positions of the head's rows `columns` (-1: none) in the vocabulary's order."""
+    if columns is None or permutation is None:
+        return columns
+    places = torch.empty_like(permutation)
+    places[permutation] = torch.arange(len(permutation), device=permutation.device)
+    return torch.where(columns >= 0, places[columns.clamp(min=0)], -1)

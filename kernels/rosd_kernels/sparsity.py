@@ -29,13 +29,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal, NamedTuple
 
 import torch
 from torch import Tensor
 
 from rosd_kernels.tiles import ROW_BLOCK, num_row_blocks
+from rosd_kernels.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from rosd_kernels.order import VocabularyOrder
@@ -51,6 +52,16 @@ class Sparsity:
     rule: Rule = "exact"
     bound: float = 0.0
     order: VocabularyOrder | None = None
+
+    def of_shard(self, num_shards: int) -> Sparsity:
+        """The rule for one of several shards, which share a row's budget of dropped mass."""
+        return replace(self, bound=self.bound / num_shards) if self.rule == "mass" else self
+
+    def permutation(self, device: torch.device) -> Tensor | None:
+        """[V] int64: the head's row of each position of the vocabulary; None: its own order."""
+        if self.order is None or self.order.permutation is None:
+            return None
+        return self.order.permutation.to(device)
 
 
 def entry(eps: float, order: VocabularyOrder | None = None) -> Sparsity:
@@ -133,6 +144,20 @@ def select_tiles(
     padded = wanted.new_zeros(num_row_blocks(num_tokens) * ROW_BLOCK, tiles)
     padded[:num_tokens] = wanted
     return padded.view(-1, ROW_BLOCK, tiles).any(1).to(torch.uint8)
+
+
+def is_dropped(active: Tensor, num_tokens: int) -> Tensor:
+    """[N, T] bool: the tiles that a token's row block, of [B, T] flags, does not compute."""
+    return active.repeat_interleave(ROW_BLOCK, 0)[:num_tokens] == 0
+
+
+def measured(active: Tensor, mass: Tensor, bound: Tensor, vocabulary: Vocabulary) -> Tensor:
+    """[3] active fraction, and the largest of the [N] dropped masses and [N] error bounds."""
+    counts = torch.stack([active.sum(dtype=mass.dtype), mass.new_tensor(active.numel())])
+    num_active, num_pairs = vocabulary.sum_(counts)
+    if mass.shape[0] == 0:
+        return mass.new_tensor([1.0, 0.0, 0.0])
+    return torch.stack([num_active / num_pairs, mass.max(), bound.max()])
 
 
 def _mass_threshold(log_p: Tensor, log_q: Tensor, tol: float) -> Tensor:

@@ -16,7 +16,6 @@ dh are summed over the ranks. Sums have a fixed sequence and there are no atomic
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import NamedTuple, Protocol
 
 import torch
@@ -25,6 +24,7 @@ from torch import Tensor
 from rosd_kernels.autograd import Computed, Gradients, Needed, TokenResults, differentiable
 from rosd_kernels.backends import make_tiles
 from rosd_kernels.divergences import entry_terms, known_total
+from rosd_kernels.order import positions
 from rosd_kernels.records import (
     SpanDivergenceOutput,
     SpanDivergenceStats,
@@ -32,8 +32,7 @@ from rosd_kernels.records import (
     SpanOptions,
 )
 from rosd_kernels.rows import RowStats, row_stats
-from rosd_kernels.sparsity import Sparsity, Sweep, TileStats
-from rosd_kernels.tiles import ROW_BLOCK
+from rosd_kernels.sparsity import Sparsity, Sweep, TileStats, is_dropped, measured
 from rosd_kernels.vocabulary import Vocabulary
 
 
@@ -91,21 +90,17 @@ def _compute(
     inputs: SpanInputs, options: SpanOptions, vocabulary: Vocabulary, needed: Needed
 ) -> Computed:
     sparsity = options.sparsity
-    permutation = None
-    if sparsity.order is not None and sparsity.order.permutation is not None:
-        permutation = sparsity.order.permutation.to(inputs.student_hidden.device)
+    permutation = sparsity.permutation(inputs.student_hidden.device)
     tiles = make_tiles(inputs, options, permutation)
 
-    student, teacher = tiles.sweep(_positions(vocabulary.columns(inputs.token_ids), permutation))
+    student, teacher = tiles.sweep(positions(vocabulary.columns(inputs.token_ids), permutation))
     of_student, of_teacher = (
         row_stats(side.stats.lse, side.stats.entropy, side.sampled, vocabulary)
         for side in (student, teacher)
     )
     if sparsity.order is not None:
         _update_order(sparsity, inputs, options, of_student, of_teacher)
-    # The ranks share a row's budget of dropped mass equally.
-    rule = replace(sparsity, bound=sparsity.bound / vocabulary.num_shards)
-    rule = sparsity if sparsity.rule != "mass" else rule
+    rule = sparsity.of_shard(vocabulary.num_shards)
     active = tiles.select(student.stats, teacher.stats, of_student.lse, of_teacher.lse, rule)
 
     value, total = tiles.loss(active, of_student.lse, of_teacher.lse, needed)
@@ -118,9 +113,9 @@ def _compute(
     known = known_total(options)
     if known is not None:
         total = torch.full_like(total, known)
-    measured = None
+    found = None
     if sparsity.rule != "exact":
-        measured = _measure(active, summed[2:], total, options, vocabulary)
+        found = _measure(active, summed[2:], total, options, vocabulary)
 
     results = TokenResults(
         value, of_student.logprob, of_teacher.logprob, of_student.entropy, of_teacher.entropy
@@ -139,7 +134,7 @@ def _compute(
         results=results,
         gradients=gradients,
         stats=SpanDivergenceStats(
-            strategy="tiled", workspace_bytes=tiles.workspace_bytes, measured=measured
+            strategy="tiled", workspace_bytes=tiles.workspace_bytes, measured=found
         ),
     )
 
@@ -164,9 +159,8 @@ def dropped(
     """Compute what the rows lose; sparsity.py has the formulas."""
     log_p = student.lse - of_student.lse[:, None]
     log_q = teacher.lse - of_teacher.lse[:, None]
-    num_tokens = log_p.shape[0]
-    is_dropped = active.repeat_interleave(ROW_BLOCK, 0)[:num_tokens] == 0
-    p, q = log_p.exp().mul_(is_dropped), log_q.exp().mul_(is_dropped)
+    lost = is_dropped(active, log_p.shape[0])
+    p, q = log_p.exp().mul_(lost), log_q.exp().mul_(lost)
     beta = options.beta
     if options.divergence == "forward_kl":
         e_bound = q
@@ -177,7 +171,7 @@ def dropped(
     else:
         e_bound = (1 - beta) * (p * -math.log1p(-beta) + beta * q)
     c, _ = entry_terms(log_p, log_q, log_p.exp(), log_q.exp(), options)
-    return Dropped((c * is_dropped).sum(1), p.sum(1), q.sum(1), e_bound.sum(1))
+    return Dropped((c * lost).sum(1), p.sum(1), q.sum(1), e_bound.sum(1))
 
 
 def _measure(
@@ -189,22 +183,8 @@ def _measure(
         bound = 2 * e_bound + student_mass * (total.abs() + e_bound)
     else:
         bound = e_bound + student_mass
-    counts = torch.stack([active.sum(dtype=total.dtype), total.new_tensor(active.numel())])
-    num_active, num_pairs = vocabulary.sum_(counts)
-    if total.shape[0] == 0:
-        return total.new_tensor([1.0, 0.0, 0.0])
-    return torch.stack(
-        [num_active / num_pairs, torch.maximum(student_mass, teacher_mass).max(), bound.max()]
-    )
-
-
-def _positions(columns: Tensor | None, permutation: Tensor | None) -> Tensor | None:
-    """Positions of the columns in the vocabulary's order."""
-    if columns is None or permutation is None:
-        return columns
-    places = torch.empty_like(permutation)
-    places[permutation] = torch.arange(len(permutation), device=permutation.device)
-    return torch.where(columns >= 0, places[columns.clamp(min=0)], -1)
+    bound = bound / options.temperature  # it is of the gradient w.r.t. scaled logits
+    return measured(active, torch.maximum(student_mass, teacher_mass), bound, vocabulary)
 
 
 def _update_order(

@@ -8,7 +8,7 @@ re-tokenized.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rosd_fast.errors import UserError
 from rosd_fast.text.prompts import (
@@ -16,12 +16,12 @@ from rosd_fast.text.prompts import (
     fill_template,
     fit_prompt,
     placeholders,
-    render_prompt,
 )
 from rosd_fast.types import TrainSample
 
 if TYPE_CHECKING:
     from rosd_fast.config import TeacherConfig
+    from rosd_fast.text.chat import ChatFormat
     from rosd_fast.types import ErrorSpan, Group, Problem, Reflection, Rollout
 
 
@@ -30,7 +30,7 @@ def build_samples(
     reflections: Mapping[str, Reflection],
     spans: Mapping[str, ErrorSpan],
     *,
-    tokenizer: Any,
+    chat: ChatFormat,
     config: TeacherConfig,
     demonstrations: Mapping[str, str] | None = None,
     feedback: Mapping[str, str] | None = None,
@@ -61,7 +61,7 @@ def build_samples(
         if "feedback" in placeholders(template):
             present["feedback"] = feedback.get(rollout.id, "")
         prompt_ids, cut = teacher_prompt(
-            problem, template, present, tokenizer=tokenizer, max_tokens=config.max_prompt_tokens
+            problem, template, present, chat=chat, max_tokens=config.max_prompt_tokens
         )
         samples.append(
             TrainSample(
@@ -84,7 +84,7 @@ def teacher_prompt(
     template: str,
     texts: Mapping[str, str],
     *,
-    tokenizer: Any,
+    chat: ChatFormat,
     max_tokens: int,
 ) -> tuple[tuple[int, ...], bool]:
     """The teacher's prompt, and whether the reflection was cut to fit.
@@ -99,7 +99,7 @@ def teacher_prompt(
             for name, text in texts.items()
         }
         user = fill_template(template, {**values, "problem": problem.prompt})
-        return render_prompt(tokenizer, user=user, system=problem.system)
+        return chat.render(user, system=problem.system)
 
     longest = max(map(len, texts.values()), default=0)
     fitted = fit_prompt(render, longest=longest, max_tokens=max_tokens)

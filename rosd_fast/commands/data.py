@@ -93,11 +93,9 @@ def print_example(console: Any, problem: Problem) -> None:
 def prompt_lengths(problems: Sequence[Problem], options: Options) -> list[int]:
     """The number of tokens of each problem's prompt under the model's chat template."""
     from rosd_fast.model.load import find, load_tokenizer
-    from rosd_fast.text.prompts import render_prompt
+    from rosd_fast.text.chat import chat_format
 
     assert options.model is not None
     tokenizer = load_tokenizer(find(options.model), trust_remote_code=options.trust_remote_code)
-    return [
-        len(render_prompt(tokenizer, user=problem.prompt, system=problem.system))
-        for problem in problems
-    ]
+    chat = chat_format(tokenizer)
+    return [len(chat.render(problem.prompt, system=problem.system)) for problem in problems]

@@ -8,6 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from rosd_fast.config import (
+    ChatConfig,
     Config,
     DataConfig,
     Device,
@@ -54,6 +55,7 @@ class Options(Section):
     device: Device = same_as(Config, "device")
     trust_remote_code: bool = same_as(Config, "trust_remote_code")
     max_rows: int = same_as(EngineConfig, "max_rows")
+    chat: ChatConfig = ChatConfig()
 
 
 def defaults(given: Mapping[str, Any]) -> Options:
@@ -64,8 +66,10 @@ def run(given: Mapping[str, Any]) -> int:
     """Evaluate the model and print the table."""
     options = apply_args(Options(), given)
 
+    from rosd_fast.config.chat import read_templates
     from rosd_fast.data.problems import load_problems
 
+    options = options.model_copy(update={"chat": read_templates(options.chat)})
     problems = load_problems(options.data, verifier=options.verifier)
     problems = problems[: options.problems or None]
     metrics = asyncio.run(measure(options, problems))
@@ -77,6 +81,7 @@ async def measure(options: Options, problems: Sequence[Problem]) -> dict[str, fl
     """The metrics of `evaluate`; a terminal shows the number of tokens meanwhile."""
     from rich.console import Console
 
+    from rosd_fast.config.chat import make_chats
     from rosd_fast.engines.local.engine import LocalEngine
     from rosd_fast.evaluate import evaluate
     from rosd_fast.model.load import load_model
@@ -103,7 +108,8 @@ async def measure(options: Options, problems: Sequence[Problem]) -> dict[str, fl
             split=SPLIT,
             config=eval_config(options),
             max_new_tokens=options.max_new_tokens,
-            model=loaded,
+            chat=make_chats(options.chat, loaded.tokenizer).eval,
+            stop_token_ids=loaded.stop_token_ids,
             threshold=options.threshold,
             seed=options.seed,
             on_tokens=count,

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rosd_fast.config import Config
+from rosd_fast.config import Config, PositiveFloat, PositiveInt
 from rosd_fast.config.arguments import as_flag
 from rosd_fast.config.load import apply_args, apply_toml, load_config
 from rosd_fast.errors import UserError
 
 POSITIONAL: tuple[str, ...] = ()
 SOURCES = ("preset", "config", "resume")
-FREE_ON_RESUME = ("steps",)
+DRY_RUN = ("dry_run", "num_gpus", "gpu_memory_gib")
+FREE_ON_RESUME = ("steps", "epochs")
 
 
 class Options(Config):
@@ -23,31 +24,40 @@ class Options(Config):
     Without a model, the preset quickstart is used.
     """
 
-    preset: str | None = None
-    """A named set of options that is part of the package: quickstart, smollm2."""
+    preset: tuple[str, ...] = ()
+    """Named sets of options, as in --preset paper --preset qwen3-4b or --preset paper,qwen3-4b; a
+    later one replaces single options of those before it. rosd-fast presets lists them."""
     config: str | None = None
     """A TOML file of options, such as the config.toml of a run."""
     resume: str | None = None
-    """A run folder whose run is continued from its last checkpoint. Only --steps may be given
-    with it."""
+    """A run folder whose run is continued from its last checkpoint. Only --steps or --epochs may be
+    given with it."""
+    dry_run: bool = False
+    """Print each role's prompt, token budgets and the memory plan, and end. Needs the model's
+    config.json and tokenizer, but no weights and no GPU; writes nothing."""
+    num_gpus: PositiveInt | None = None
+    """GPUs to plan for in a dry run, with one rank each; None: torchrun's ranks, or 8."""
+    gpu_memory_gib: PositiveFloat | None = None
+    """Memory of a GPU in a dry run; None: that of this machine's GPUs."""
 
 
 def defaults(given: Mapping[str, Any]) -> Options:
     """The defaults that the help shows: those of the given preset and file."""
-    return Options.model_validate(read_config(given).model_dump() | _sources(given))
+    own = _own(given, (*SOURCES, *DRY_RUN))
+    return apply_args(Options.model_validate(read_config(given).model_dump()), own)
 
 
 def read_config(given: Mapping[str, Any]) -> Config:
     """The options of the run. Raises UserError when one of them is wrong."""
-    options = {name: value for name, value in given.items() if name not in SOURCES}
-    sources = _sources(given)
+    options = {name: given[name] for name in given if name not in (*SOURCES, *DRY_RUN)}
+    sources = _own(given, SOURCES)
     if sources["resume"] is None:
-        return load_config(options, preset=sources["preset"], file=sources["config"])
-    fixed = [name for name in given if name not in ("resume", *FREE_ON_RESUME)]
+        return load_config(options, presets=sources["preset"], file=sources["config"])
+    fixed = [name for name in given if name not in ("resume", *FREE_ON_RESUME, *DRY_RUN)]
     if fixed:
         raise UserError(
             f"{as_flag(fixed[0])} cannot be changed when a run is resumed",
-            fix="Leave it out (only --steps may be given), or start a new run",
+            fix="Leave it out (only --steps or --epochs may be given), or start a new run",
         )
     file = resumed_file(sources["resume"])
     return apply_args(apply_toml(Config(), file, accept_old_names=True), options)
@@ -69,15 +79,21 @@ def resumed_file(resume: str) -> Path:
 
 
 def run(given: Mapping[str, Any]) -> int:
-    """Train. The run prints the path of its folder."""
+    """Train, or print what a run would do. The run prints the path of its folder."""
     config = read_config(given)
-    resume = _sources(given)["resume"]
+    options = apply_args(Options(), _own(given, (*SOURCES, *DRY_RUN)))
+    if options.dry_run:
+        from rosd_fast.dry_run import dry_run
+
+        dry_run(config, num_gpus=options.num_gpus, gpu_memory_gib=options.gpu_memory_gib)
+        return 0
 
     from rosd_fast.train import train
 
-    train(config, resume=None if resume is None else Path(resume).expanduser())
+    train(config, resume=None if options.resume is None else Path(options.resume).expanduser())
     return 0
 
 
-def _sources(given: Mapping[str, Any]) -> dict[str, str | None]:
-    return {name: given.get(name) for name in SOURCES}
+def _own(given: Mapping[str, Any], names: Sequence[str]) -> dict[str, Any]:
+    """The options of the command itself, those that are not part of a `Config`."""
+    return {name: given.get(name, Options.model_fields[name].default) for name in names}

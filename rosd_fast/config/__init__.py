@@ -1,13 +1,15 @@
 """The options of a run: `Config` and its sections.
 
-    schema      every option, defined once
-    checks      options that do not go together
-    templates   the placeholders of prompt templates
-    renamed     options that had another name before
-    load        reads options from presets, TOML files and the command line
-    arguments   the names of options on the command line
-    toml        writes options to a file
-    messages    one line for a wrong option
+    schema        every option, defined once
+    alternatives  options that say the same thing in two ways
+    checks        options that do not go together
+    templates     the placeholders of prompt templates
+    chat          the options of chat templates: their arguments and files
+    renamed       options that had another name before
+    load          reads options from presets, TOML files and the command line
+    arguments     the names of options on the command line
+    toml          writes options to a file
+    messages      one line for a wrong option
 
 Importing this package imports neither torch nor transformers.
 """
@@ -16,6 +18,7 @@ from __future__ import annotations
 
 from rosd_fast.config.checks import control_arms, uses_teacher_weights
 from rosd_fast.config.schema import (
+    ChatConfig,
     CheckpointConfig,
     Config,
     DataConfig,
@@ -37,6 +40,7 @@ from rosd_fast.config.schema import (
     PositiveInt,
     Probability,
     ReflectConfig,
+    RoleChat,
     SampleConfig,
     Section,
     SelectConfig,
@@ -46,6 +50,7 @@ from rosd_fast.config.schema import (
 )
 
 __all__ = [
+    "ChatConfig",
     "CheckpointConfig",
     "Config",
     "DataConfig",
@@ -67,6 +72,7 @@ __all__ = [
     "PositiveInt",
     "Probability",
     "ReflectConfig",
+    "RoleChat",
     "SampleConfig",
     "Section",
     "SelectConfig",

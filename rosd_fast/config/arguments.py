@@ -29,6 +29,7 @@ class Option:
     name: str
     num_values: int  # values on the command line; 0: a switch, --name or --no-name
     nullable: bool  # whether it can be none
+    repeated: bool = False  # whether it may be given several times, which adds up
 
     @property
     def flag(self) -> str:
@@ -53,6 +54,7 @@ def options_of(model: type[BaseModel], prefix: str = "") -> dict[str, Option]:
             name=name,
             num_values=_num_values(kind),
             nullable=types.NoneType in get_args(kind),
+            repeated=_is_sequence(kind),
         )
     return found
 
@@ -60,7 +62,12 @@ def options_of(model: type[BaseModel], prefix: str = "") -> dict[str, Option]:
 def _num_values(kind: Any) -> int:
     if kind is bool:
         return 0
-    return len(get_args(kind)) if get_origin(kind) is tuple else 1
+    return len(get_args(kind)) if get_origin(kind) is tuple and not _is_sequence(kind) else 1
+
+
+def _is_sequence(kind: Any) -> bool:
+    """Whether a type is a tuple of any length, as in tuple[str, ...]."""
+    return get_origin(kind) is tuple and get_args(kind)[-1] is Ellipsis
 
 
 def nearest(name: str, known: Iterable[str]) -> str | None:
@@ -85,7 +92,8 @@ def read_args(
 
     The value of a switch is True or False, that of an option with two values is a list of two, and
     `none` is None where an option can be none. `positional` options may be given without their
-    names. A later value replaces an earlier one. Raises UserError for an unknown option, a missing
+    names. A later value replaces an earlier one, but those of a repeated option add up:
+    `--preset a,b --preset c` is ["a", "b", "c"]. Raises UserError for an unknown option, a missing
     value and an unexpected argument.
     """
     values: dict[str, Any] = {}
@@ -96,7 +104,10 @@ def read_args(
         if arg.startswith("-") and arg != "-":
             body, equals, text = arg.partition("=")
             option, state = _find(body, options)
-            values[option.name] = _value(option, state, text if equals else None, rest)
+            value = _value(option, state, text if equals else None, rest)
+            if option.repeated:
+                value = [*values.get(option.name, ()), *listed(value)]
+            values[option.name] = value
         elif (name := next(places, None)) is not None:
             values[name] = arg
         else:

@@ -27,6 +27,7 @@ def conflict(config: Config) -> str | None:
     The option that a message begins with is where an error in a TOML file is reported.
     """
     loss, engine, teacher, lora = config.loss, config.engine, config.teacher, config.lora
+    optim = config.optim
     sglang = engine.kind == "sglang"
     rules = (
         (
@@ -71,12 +72,25 @@ def conflict(config: Config) -> str | None:
             "optim.trainable and lora.rank exclude each other: give one of them",
         ),
         (
+            (optim.warmup_steps is None) == (optim.warmup_frac is None),
+            "optim.warmup_frac and optim.warmup_steps exclude each other: set one of them to none",
+        ),
+        (
+            optim.kind == "adamw8bit" and optim.offload,
+            "optim.offload needs optim.kind adamw: host memory has room for moments of 32 bits",
+        ),
+        (
             teacher.backend != "sglang" and bool(teacher.url),
             "teacher.url needs teacher.backend sglang",
         ),
         (
             engine.sync == "distributed" and not sglang,
             "engine.sync distributed needs engine.kind sglang",
+        ),
+        (
+            engine.sync == "adapter" and (not sglang or not lora.rank or engine.colocated),
+            "engine.sync adapter sends LoRA adapters to servers that keep the base weights, which "
+            "needs engine.kind sglang, lora.rank and no engine.colocated",
         ),
         (
             engine.colocated and (not sglang or engine.launch != "local"),

@@ -1,9 +1,11 @@
 """Read presets, TOML files and the command line into one `Config`.
 
-    Config's defaults < preset < --config FILE.toml < command line
+    Config's defaults < presets, in their order < --config FILE.toml < command line
 
 A later layer replaces single options. TOML has no null, so in a file `false` means none for an
 option that can be none (no such option is a switch). On the command line it is `none`.
+
+Of two options that say the same thing, such as steps and epochs, the later layer's counts.
 
 A layer with its own training problems does not inherit the quickstart's development problems.
 """
@@ -14,7 +16,7 @@ import hashlib
 import json
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any, TypeVar
@@ -22,6 +24,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel, ValidationError
 
 from rosd_fast.config import Config
+from rosd_fast.config.alternatives import both_given, with_alternatives
 from rosd_fast.config.arguments import as_flag, nearest, options_of
 from rosd_fast.config.messages import explain
 from rosd_fast.config.renamed import RENAMED, legacy_options, old_names, translate
@@ -45,15 +48,18 @@ DEFAULT_PRESET = "quickstart"
 # Options that change neither the data of a step nor its update.
 NOT_HASHED = {
     "steps": True,
+    "epochs": True,
     "out": True,
     "name": True,
     "dump_rollouts": True,
     "data": {"dev", "dev_ood"},
     "select": {"warn_after_steps"},
+    "chat": {"eval"},
     "eval": True,
     "checkpoint": True,
     "parallel": True,
     "learner": True,
+    "optim": {"offload"},
 }
 
 Model = TypeVar("Model", bound=BaseModel)
@@ -64,30 +70,58 @@ def preset_names() -> list[str]:
     return sorted(path.stem for path in PRESETS.glob("*.toml"))
 
 
-@cache
-def load_preset(name: str) -> Config:
-    """The options of a preset. Raises UserError when there is no such preset."""
+def preset_path(name: str) -> Path:
+    """The file of a preset. Raises UserError when there is no such preset."""
     if name not in preset_names():
         near = nearest(name, preset_names())
         known = f"Known are {', '.join(preset_names())}"
         raise UserError(
             f"there is no preset {name!r}", fix=f"Did you mean {near}? {known}" if near else known
         )
-    return apply_toml(Config(), PRESETS / f"{name}.toml")
+    return PRESETS / f"{name}.toml"
+
+
+def preset_model(name: str) -> str | None:
+    """The value of `model` that a preset sets; None: it leaves the model open."""
+    return tomllib.loads(_read(preset_path(name))).get("model")
+
+
+def is_built_in(model: str) -> bool:
+    """Whether the option `model` names a model that a preset is named after."""
+    return model in preset_names() and preset_model(model) == model
+
+
+@cache
+def load_preset(*names: str) -> Config:
+    """The options of presets, of which a later one replaces single options of an earlier one.
+
+    Raises UserError when there is no such preset, or when two of them do not go together.
+    """
+    config = Config()
+    for name in names:
+        config = apply_toml(config, preset_path(name))
+    return config
 
 
 def load_config(
-    given: Mapping[str, Any], *, preset: str | None = None, file: str | Path | None = None
+    given: Mapping[str, Any], *, presets: Sequence[str] = (), file: str | Path | None = None
 ) -> Config:
     """Apply all layers in order; `given` is what the command line sets, as `read_args` returns it.
 
-    Without a preset and a file, the preset with the model's name is used if there is one, and
-    quickstart if no model is given.
+    A model that is the name of a preset stands for the model of that preset and brings its options,
+    after those of `presets`. Without a preset, a file and a model, the preset quickstart is used.
     """
-    if preset is None and file is None:
-        model = given.get("model", DEFAULT_PRESET)
-        preset = model if model in preset_names() else None
-    config = Config() if preset is None else load_preset(preset)
+    given, presets = dict(given), [*presets]
+    if not presets and file is None:
+        given.setdefault("model", DEFAULT_PRESET)
+    name = given.get("model")
+    if name in preset_names() and (is_built_in(name) or not Path(name).is_dir()):
+        given["model"] = preset_model(name)
+        if given["model"] is None:
+            raise UserError(f"{name} is a preset, not a model", fix=f"Give --preset {name}")
+        if not (presets or file) or not is_built_in(name):
+            presets.append(name)
+    config = load_preset(*presets)
     if file is not None:
         config = apply_toml(config, Path(file).expanduser())
     return apply_args(config, given)
@@ -117,6 +151,10 @@ def apply_toml(base: Config, path: Path, *, accept_old_names: bool = False) -> C
         names = ", ".join(f"{old} is now {RENAMED[old]}" for old in found)
         raise UserError(names, where=f"{path}:{line}")
     layer = _false_to_none(layer, Config)
+    if (both := both_given(layer)) is not None:
+        line = find_line(text, tuple(both[0].split(".")))
+        raise UserError(f"{both[0]} and {both[1]} exclude each other", where=f"{path}:{line}")
+    layer = with_alternatives(layer)
     merged = _merge(_without_quickstart_dev(base, layer).model_dump(mode="json"), layer)
     try:
         # Strict mode accepts a list for a tuple only in JSON.
@@ -140,6 +178,9 @@ def apply_args(base: Model, given: Mapping[str, Any]) -> Model:
         for part in tables:
             table = table.setdefault(part, {})
         table[key] = value
+    if (both := both_given(layer)) is not None:
+        raise UserError(f"{as_flag(both[0])} and {as_flag(both[1])} exclude each other")
+    layer = with_alternatives(layer)
     if isinstance(base, Config):
         base = _without_quickstart_dev(base, layer)
     try:
@@ -153,9 +194,10 @@ def config_hash(config: Config) -> str:
 
     Checkpoints hold it, so it must not change when an option is renamed or added.
     """
-    options = legacy_options(
-        config.model_dump(mode="json", exclude=NOT_HASHED), Config().model_dump(mode="json")
+    hashed, defaults = (
+        options.model_dump(mode="json", exclude=NOT_HASHED) for options in (config, Config())
     )
+    options = legacy_options(hashed, defaults)
     text = json.dumps(options, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 

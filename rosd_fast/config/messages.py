@@ -34,7 +34,7 @@ def explain(
         near = nearest(name, [*options_of(model), *_tables(model)])
         fix = f"Did you mean {spell(near)}?" if near else ""
         return UserError(f"unknown key {name}", where=where(keys), fix=fix)
-    if first["type"] == "value_error":  # from `checks.conflict`, which names the options
+    if first["type"] == "value_error":  # a conflict of options, which it names
         text = first["msg"].removeprefix("Value error, ")
         named = re.match(r"[a-z_]+(\.[a-z_]+)*", text)
         return UserError(text, where=where(tuple(named[0].split(".")) if named else ()))
@@ -47,7 +47,9 @@ def explain(
 
 
 def _tables(model: type[BaseModel]) -> list[str]:
-    return sorted({name.partition(".")[0] for name in options_of(model) if "." in name})
+    """The names of the sections, nested ones too: chat, chat.student."""
+    names = {name.rpartition(".")[0] for name in options_of(model)} - {""}
+    return sorted(names | {name.partition(".")[0] for name in names})
 
 
 def _wants(error: Any) -> str:

@@ -24,6 +24,15 @@ VALUES: dict[str, dict[Any, Any]] = {"select.require_success": {True: "skip", Fa
 
 ADDED_LATER = (
     "method",
+    "chat",
+    "span.thinking",
+    "optim.schedule",
+    "optim.warmup_frac",
+    "optim.min_lr_frac",
+    "optim.decay_frac",
+    "optim.lr_scale",
+    "optim.decay",
+    "optim.kind",
     "policy",
     "loss.distill_weight",
     "loss.policy_weight",

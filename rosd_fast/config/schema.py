@@ -14,6 +14,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
+from rosd_fast.config.chat import wrong_kwargs
 from rosd_fast.config.checks import conflict
 
 PositiveInt = Annotated[int, Field(ge=1)]
@@ -64,6 +65,46 @@ class DataConfig(Section):
     """Verifier for problems that name none (number, choice, exact, contains)."""
     shuffle: bool = True
     """Shuffle the problems in every epoch, by the seed."""
+
+
+class RoleChat(Section):
+    """The prompts of one role. What is left at None is not set, or for eval as the student's."""
+
+    kwargs: str | None = None
+    """Arguments of the chat template for this role, on top of chat.kwargs."""
+    system: str | None = None
+    """System prompt for problems that have none; a problem's own system turn replaces it.
+    None: no system prompt (eval: the student's, and an empty text for none)."""
+    template: str | None = None
+    """A Jinja file that replaces the tokenizer's chat template. Its text is kept with the run.
+    None: the tokenizer's (eval: the student's)."""
+
+
+class ChatConfig(Section):
+    """Chat templates: how prompts are rendered, for each role (see docs/chat.md)."""
+
+    kwargs: str = ""
+    """Arguments of the chat template for all roles, as in
+    enable_thinking=false,reasoning_effort=low."""
+    thinking: Literal["keep", "strip", "last"] = "keep"
+    """The thinking of rollouts that a prompt shows: demonstrations, and rollouts to reflect on.
+    keep: it is shown.
+    strip: only the answer after it is shown.
+    last: the last paragraph of it and the answer are shown."""
+    student: RoleChat = RoleChat()
+    """Rollouts."""
+    reflector: RoleChat = RoleChat()
+    """Reflections."""
+    teacher: RoleChat = RoleChat()
+    """The teacher's prompts, which contain a reflection."""
+    eval: RoleChat = RoleChat()
+    """Evaluation, as the student unless set."""
+
+    @model_validator(mode="after")
+    def _check(self) -> ChatConfig:
+        if (message := wrong_kwargs(self)) is not None:
+            raise ValueError(message)
+        return self
 
 
 class SampleConfig(Section):
@@ -229,6 +270,9 @@ class SpanConfig(Section):
     negative: the span gets a policy gradient with advantage -1 and no teacher."""
     negative_weight: PositiveFloat = 1.0
     """Weight of that policy gradient in the loss (control negative)."""
+    thinking: bool = False
+    """Distil thinking too. Otherwise a rollout's spans begin after its thinking, and a quote of
+    thinking counts as missed."""
 
 
 class TeacherConfig(Section):
@@ -358,18 +402,38 @@ class PolicyConfig(Section):
 
 
 class OptimConfig(Section):
-    """AdamW, with a linear warm-up to a constant learning rate."""
+    """AdamW and the schedule of its learning rate."""
 
     lr: PositiveFloat = 1e-5
     """Learning rate after warm-up."""
-    warmup_steps: NonNegativeInt = 10
-    """Steps of the linear warm-up."""
+    schedule: Literal["constant", "linear", "cosine", "wsd"] = "constant"
+    """Learning rate after warm-up, over the updates of the whole run.
+    constant: optim.lr.
+    linear: falls in a line to optim.min_lr_frac of optim.lr.
+    cosine: falls along half a cosine to the same value.
+    wsd: warm-up, stable, decay; falls in a line over the last optim.decay_frac of the updates."""
+    warmup_steps: NonNegativeInt | None = 10
+    """Updates of the linear warm-up; None: optim.warmup_frac."""
+    warmup_frac: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Share of the run's updates in the linear warm-up, instead of optim.warmup_steps; None:
+    optim.warmup_steps."""
+    min_lr_frac: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """Share of optim.lr at which a falling schedule ends."""
+    decay_frac: Annotated[float, Field(gt=0, le=1)] = 0.2
+    """Share of the run's updates in the decay (schedule wsd)."""
+    lr_scale: str = ""
+    """Factors of the learning rate for the parameters whose names match a pattern, comma-separated,
+    as in *.embed_tokens.*=0.1,model.layers.?.*=0.5; of several that match, the last one counts."""
     betas: tuple[DecayRate, DecayRate] = (0.9, 0.999)
     """AdamW's moment decay rates."""
     eps: PositiveFloat = 1e-8
     """AdamW's epsilon."""
     weight_decay: NonNegativeFloat = 0.01
-    """Decoupled weight decay, applied to matrices only."""
+    """Decoupled weight decay, of the parameters that optim.decay names."""
+    decay: Literal["matrices", "all"] = "matrices"
+    """Parameters that weight decay applies to.
+    matrices: those with two or more dimensions, so neither norms nor biases.
+    all: every trained parameter."""
     grad_clip: PositiveFloat = 1.0
     """Maximum global gradient norm."""
     updates_per_step: PositiveInt = 1
@@ -377,6 +441,13 @@ class OptimConfig(Section):
     trainable: str = ""
     """Patterns of the names of the parameters to train, comma-separated, as in
     model.layers.2?.*,lm_head.weight; empty: all."""
+    kind: Literal["adamw", "adamw8bit"] = "adamw"
+    """The optimizer.
+    adamw: AdamW with fp32 moments.
+    adamw8bit: AdamW with moments of 8 bits (needs torchao; one process only)."""
+    offload: bool = False
+    """Keep full-precision weights, summed gradients and AdamW's moments in host memory and update
+    the weights there, which saves 8 bytes per trained parameter on the GPU (16 in bfloat16)."""
 
 
 class LoraConfig(Section):
@@ -505,15 +576,16 @@ class EngineConfig(Section):
     one_step_ahead: bool = False
     """Sample the next step's rollouts with the current weights while the learner works (kind
     sglang); importance weights (loss.importance_clip) correct for the older policy."""
-    sync: Literal["disk", "distributed"] = "disk"
+    sync: Literal["disk", "distributed", "adapter"] = "disk"
     """How weights are sent to the servers.
     disk: through a folder that the servers read.
-    distributed: by broadcast from the trainer's memory (NCCL between GPUs, gloo otherwise)."""
+    distributed: by broadcast from the trainer's memory (NCCL between GPUs, gloo otherwise).
+    adapter: LoRA adapters alone, through the folder; the servers keep the base weights."""
     sync_host: str = "127.0.0.1"
     """Address at which the servers reach this machine (sync distributed)."""
     sync_folder: str | None = None
-    """Folder through which weights are sent (sync disk), as in /dev/shm/rosd on one machine or a
-    folder that all machines share; None: a folder in the run folder."""
+    """Folder through which weights are sent (sync disk and adapter), as in /dev/shm/rosd on one
+    machine or a folder that all machines share; None: a folder in the run folder."""
     max_logprob_gap: NonNegativeFloat | None = None
     """Maximum difference in nats between log-probabilities of a server and of the trainer, compared
     after each weight sync.
@@ -541,6 +613,8 @@ class Config(Section):
     """Seed of data order, rollouts, reflections and evaluation."""
     steps: PositiveInt = 100
     """Number of optimizer steps."""
+    epochs: PositiveFloat | None = None
+    """Number of passes over the training problems, instead of steps; None: steps."""
     out: str = "runs"
     """Folder in which run folders are created."""
     name: str | None = None
@@ -548,6 +622,7 @@ class Config(Section):
     dump_rollouts: bool = True
     """Write the rollouts of each step to rollouts/step_*.jsonl."""
     data: DataConfig = DataConfig()
+    chat: ChatConfig = ChatConfig()
     sample: SampleConfig = SampleConfig()
     select: SelectConfig = SelectConfig()
     reflect: ReflectConfig = ReflectConfig()

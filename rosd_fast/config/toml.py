@@ -15,15 +15,19 @@ HEADER = "# Every option of a rosd-fast run. `false` stands for none where an op
 
 def to_toml(config: Config) -> str:
     """The TOML text with every option, in the order of definition."""
-    plain, tables = [], []
-    for key in type(config).model_fields:
-        value = getattr(config, key)
+    return HEADER + _table(config, "")
+
+
+def _table(section: BaseModel, name: str) -> str:
+    """The options of a section, each on a line, and after them the tables of its sections."""
+    lines, tables = [], []
+    for key, value in section:
         if isinstance(value, BaseModel):
-            lines = [f"{name} = {_value(item)}" for name, item in value]
-            tables.append("\n".join([f"\n[{key}]", *lines, ""]))
+            inner = f"{name}.{key}" if name else key
+            tables.append(f"\n[{inner}]\n{_table(value, inner)}")
         else:
-            plain.append(f"{key} = {_value(value)}\n")
-    return HEADER + "".join(plain) + "".join(tables)
+            lines.append(f"{key} = {_value(value)}\n")
+    return "".join(lines + tables)
 
 
 def _value(value: Any) -> str:

@@ -82,6 +82,12 @@ class ProblemStream:
         self._seed = seed
         self._shuffle = shuffle
 
+    @property
+    def steps_per_epoch(self) -> float:
+        """The number of steps that one pass over the problems takes."""
+        total, size = len(self._problems), self._batch_size
+        return total // size if self._shuffle else total / size
+
     def batch(self, step: int) -> list[Problem]:
         """The `batch_size` distinct problems of a step; the first step is 1."""
         if step < 1:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rosd_fast.config.arguments import listed
 from rosd_fast.engines.base import RolloutEngine
 from rosd_fast.engines.local.engine import LocalEngine
+from rosd_fast.engines.sglang.adapter_sync import AdapterSync, server_args
 from rosd_fast.engines.sglang.client import Endpoint
 from rosd_fast.engines.sglang.engine import SglangEngine
 from rosd_fast.engines.sglang.pool import ServerHandle
@@ -19,6 +20,7 @@ from rosd_fast.engines.sglang.teacher import SERVER_ARGS, SglangTeacher
 from rosd_fast.engines.sglang.weight_sync import DiskSync, DistributedSync, WeightSync
 from rosd_fast.engines.weight_check import allowed_gap, token_logprobs
 from rosd_fast.errors import UserError
+from rosd_fast.model.adapter_files import adapter_config
 from rosd_fast.model.load import find
 from rosd_fast.utils.distributed import pick_device
 
@@ -38,6 +40,12 @@ def check_engine(engine: EngineConfig, teacher: TeacherConfig, device: str) -> N
         for url in listed(urls):
             if not url.startswith(("http://", "https://")):
                 raise UserError("is not a URL", where=f"{name}: {url}", fix="Write http://...")
+    if engine.sync == "adapter" and engine.launch == "local" and pick_device(device).type == "cpu":
+        raise UserError(
+            "needs a GPU: SGLang 0.5.23 pins memory for adapters, which fails without one",
+            where="engine.sync = adapter",
+            fix="Use disk, which sends weights with the adapters merged",
+        )
     if engine.colocated and pick_device(device).type == "cpu":
         raise UserError(
             "needs a GPU: without one the server cannot release its memory and would exit",
@@ -77,6 +85,7 @@ def open_engine(
             gpus=options.gpus,
             args=(
                 *(("--enable-memory-saver",) if options.colocated else ()),
+                *(adapter_args(model) if options.sync == "adapter" else ()),
                 *shlex.split(options.server_args),
             ),
         ),
@@ -100,12 +109,19 @@ def open_sync(
     """Return the way in which weights reach the servers. source: the option `model`."""
     if options.sync == "distributed":
         return DistributedSync(host=options.sync_host)
-    return DiskSync(
+    folder = (
         servers_folder(run_folder) / "weights"
         if options.sync_folder is None
-        else Path(options.sync_folder).expanduser().absolute() / run_folder.name,
-        model_folder(source, model, run_folder),
+        else Path(options.sync_folder).expanduser().absolute() / run_folder.name
     )
+    if options.sync == "adapter":
+        return AdapterSync(folder, adapter_config(model.model))
+    return DiskSync(folder, model_folder(source, model, run_folder))
+
+
+def adapter_args(model: LoadedModel) -> tuple[str, ...]:
+    """The arguments of a server that loads the adapters of the model."""
+    return server_args(adapter_config(model.model))
 
 
 def open_sglang_teacher(

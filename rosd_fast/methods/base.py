@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, ClassVar, Literal
 
 from rosd_fast.config.checks import control_arms
 from rosd_fast.errors import UserError
-from rosd_fast.methods.targets import policy_samples
+from rosd_fast.methods.targets import policy_samples, whole
 from rosd_fast.report.stages import Stage
 
 if TYPE_CHECKING:
@@ -40,8 +40,17 @@ if TYPE_CHECKING:
     from rosd_fast.engines.lifecycle import Engines
     from rosd_fast.model.load import LoadedModel
     from rosd_fast.report.progress import Hidden, Progress
+    from rosd_fast.text.chat import Chats
     from rosd_fast.text.token_bytes import TokenBytes
-    from rosd_fast.types import ErrorSpan, Group, Problem, Reflection, TrainSample, Verdict
+    from rosd_fast.types import (
+        ErrorSpan,
+        Group,
+        Problem,
+        Reflection,
+        Rollout,
+        TrainSample,
+        Verdict,
+    )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,6 +90,7 @@ class Method(ABC):
     config: all options; a method documents the sections that it reads.
     model: the student as loaded, with its tokenizer and stop tokens.
     token_bytes: the bytes that each sampled token stands for.
+    chats: how the prompts of each role are rendered.
     """
 
     annotate_stage: Stage = Stage.REFLECT  # counts the time of `annotate`; streamed, sampling does
@@ -88,10 +98,13 @@ class Method(ABC):
     needs_success: ClassVar[bool] = True  # whether `select.on_no_success` applies
     has_reflections: ClassVar[bool] = False  # whether it has the control arms of the reflection
 
-    def __init__(self, config: Config, model: LoadedModel, token_bytes: TokenBytes) -> None:
+    def __init__(
+        self, config: Config, model: LoadedModel, token_bytes: TokenBytes, chats: Chats
+    ) -> None:
         self.config = config
         self.model = model
         self.token_bytes = token_bytes
+        self.chats = chats
 
     @classmethod
     def check_options(cls, config: Config) -> None:
@@ -186,6 +199,14 @@ class Method(ABC):
         progress: Progress | Hidden,
     ) -> TrainingSet:
         """Return what the step trains on, given what `annotate` returned."""
+
+    def distilled_span(self, rollout: Rollout) -> ErrorSpan | None:
+        """The span of all tokens, or unless `span.thinking` of those after the rollout's thinking.
+
+        None when there are none.
+        """
+        start = 0 if self.config.span.thinking else self.chats.num_thinking(rollout)
+        return whole(rollout, start) if start < len(rollout.completion_ids) else None
 
     def training_set(
         self,

@@ -6,10 +6,11 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
 from rosd_fast.errors import UserError
-from rosd_fast.text.prompts import fill_template, placeholders, render_prompt
+from rosd_fast.text.prompts import fill_template, placeholders
 
 if TYPE_CHECKING:
     from rosd_fast.config import Config
+    from rosd_fast.text.chat import Chats
     from rosd_fast.types import Problem
 
 
@@ -27,7 +28,7 @@ def check_references(config: Config, problems: Iterable[Problem]) -> None:
 
 
 def check_budgets(
-    config: Config, tokenizer: object, problem: Problem, templates: Iterable[tuple[str, str]]
+    config: Config, chats: Chats, problem: Problem, templates: Iterable[tuple[str, str]]
 ) -> None:
     """Raise UserError when `problem`, the longest, and a template alone are over their budget.
 
@@ -38,7 +39,8 @@ def check_budgets(
         template = getattr(options, name)
         texts = {**dict.fromkeys(placeholders(template), ""), "problem": problem.prompt}
         user = fill_template(template, texts)
-        length = len(render_prompt(tokenizer, user=user, system=problem.system))
+        chat = chats.teacher if section == "teacher" else chats.reflector
+        length = len(chat.render(user, system=problem.system))
         if length >= options.max_prompt_tokens:
             raise UserError(
                 f"{section}.{name} and the problem have {length} tokens together, and "

@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from rosd_fast.methods.base import Method, TrainingSet
-from rosd_fast.methods.targets import distilled, whole, with_tokens
+from rosd_fast.methods.targets import distilled, with_tokens
 
 if TYPE_CHECKING:
     from rosd_fast.report.progress import Hidden, Progress
@@ -33,6 +33,6 @@ class Opd(Method):
     ) -> TrainingSet:
         """Put the student's prompt before the rollout on both sides."""
         rollouts = list(with_tokens(groups))
-        spans = {rollout.id: whole(rollout) for rollout in rollouts}
-        samples = [distilled(r, spans[r.id], r.prompt_ids) for r in rollouts]
+        spans = {r.id: span for r in rollouts if (span := self.distilled_span(r))}
+        samples = [distilled(r, spans[r.id], r.prompt_ids) for r in rollouts if r.id in spans]
         return self.training_set(samples, spans, groups, verdicts)

@@ -58,7 +58,7 @@ class Rosd(Method):
         """Raise UserError when the longest problem fills a template's budget, when quotes cannot be
         constrained with this tokenizer, or when reference solutions are asked for and missing."""
         longest = max(problems, key=lambda problem: len(problem.prompt))
-        check_budgets(self.config, self.model.tokenizer, longest, used_templates(self.config))
+        check_budgets(self.config, self.chats, longest, used_templates(self.config))
         check_references(self.config, problems)
         if self.config.reflect.mode != "free" and self.config.reflect.control != "none":
             vocab_size = head(self.model.model).weight.shape[0]
@@ -83,7 +83,8 @@ class Rosd(Method):
             verdicts,
             engine=engine,
             config=config.reflect,
-            model=self.model,
+            chats=self.chats,
+            stop_token_ids=self.model.stop_token_ids,
             seed=config.seed,
             step=step,
             on_no_success=config.select.on_no_success,
@@ -99,6 +100,7 @@ class Rosd(Method):
     ) -> TrainingSet:
         """Locate each quote in the sampled tokens, and put both prompts before them."""
         config = self.config
+        thinking = {} if config.span.thinking else self.chats.thinking_lengths(groups)
         with progress.stage(Stage.LOCATE):
             located = locate_errors(
                 groups,
@@ -106,8 +108,11 @@ class Rosd(Method):
                 annotations,
                 token_bytes=self.token_bytes,
                 config=config.span,
+                thinking=thinking,
             )
-            arm = apply_control(groups, verdicts, annotations, located.spans, config)
+            arm = apply_control(
+                groups, verdicts, annotations, located.spans, config, thinking=thinking
+            )
             located = replace(located, spans=arm.spans)
         with progress.stage(Stage.BUILD):
             shown = self._demonstrations(groups, verdicts, annotations, arm)
@@ -116,7 +121,7 @@ class Rosd(Method):
                 groups,
                 arm.reflections,
                 arm.spans,
-                tokenizer=self.model.tokenizer,
+                chat=self.chats.teacher,
                 config=arm.templates,
                 demonstrations={name: text for name, text in shown.items() if text},
                 feedback={v.rollout_id: v.feedback for v in verdicts.values() if show_feedback},
@@ -150,14 +155,17 @@ class Rosd(Method):
         """
         config, shown = self.config, {}
         for group in groups:
-            texts = {rollout.id: rollout.text for rollout in group.rollouts}
+            siblings = {rollout.id: rollout for rollout in group.rollouts}
             for rollout in group.rollouts:
                 reflection = arm.reflections.get(rollout.id)
                 if reflection is None or rollout.id not in arm.spans:
                     continue
                 if "demonstration" not in placeholders(arm.template_of(reflection)):
                     continue
-                own = annotations.get(rollout.id, reflection).demonstration_id
+                seen = annotations.get(rollout.id, reflection).demonstration_id
+                if seen in siblings:
+                    shown[rollout.id] = self.chats.shown(siblings[seen])[0]
+                    continue
                 found = demonstrate(
                     group,
                     rollout,
@@ -165,8 +173,9 @@ class Rosd(Method):
                     config.select,
                     config.reflect.demonstration,
                     key=f"{config.seed}/{rollout.policy_version}/{rollout.id}",
+                    chats=self.chats,
                 )
-                shown[rollout.id] = texts.get(own or "", "" if found is None else found.text)
+                shown[rollout.id] = "" if found is None else found.text
         return shown
 
     def _punished(

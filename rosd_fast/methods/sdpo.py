@@ -53,5 +53,6 @@ class Sdpo(SolutionMethod):
             self.config.select,
             self.config.reflect.demonstration,
             key=f"{self.config.seed}/{rollout.policy_version}/{rollout.id}",
+            chats=self.chats,
         )
         return None if shown is None else shown.text

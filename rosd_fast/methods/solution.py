@@ -13,14 +13,14 @@ from rosd_fast.batch.samples import sample_metrics, teacher_prompt
 from rosd_fast.config.templates import check_solution_template
 from rosd_fast.methods.base import Method, TrainingSet
 from rosd_fast.methods.budgets import check_budgets
-from rosd_fast.methods.targets import NO_DEMONSTRATION, distilled, whole
+from rosd_fast.methods.targets import NO_DEMONSTRATION, distilled
 from rosd_fast.report.stages import Stage
 from rosd_fast.text.prompts import placeholders
 
 if TYPE_CHECKING:
     from rosd_fast.config import Config
     from rosd_fast.report.progress import Hidden, Progress
-    from rosd_fast.types import Group, Problem, Reflection, Rollout, TrainSample, Verdict
+    from rosd_fast.types import ErrorSpan, Group, Problem, Reflection, Rollout, TrainSample, Verdict
 
 
 class SolutionMethod(Method):
@@ -35,9 +35,7 @@ class SolutionMethod(Method):
     def check_problems(self, problems: Sequence[Problem]) -> None:
         """Raise UserError when the longest problem fills the template's budget."""
         longest = max(problems, key=lambda problem: len(problem.prompt))
-        check_budgets(
-            self.config, self.model.tokenizer, longest, [("teacher", "solution_template")]
-        )
+        check_budgets(self.config, self.chats, longest, [("teacher", "solution_template")])
 
     @abstractmethod
     def solution(
@@ -54,35 +52,36 @@ class SolutionMethod(Method):
     ) -> TrainingSet:
         """Put the teacher's prompt with a solution before each rollout that has one."""
         samples: list[TrainSample] = []
+        spans: dict[str, ErrorSpan] = {}
         num_missing = 0
         with progress.stage(Stage.BUILD):
             for group in groups:
                 for rollout in group.rollouts:
                     solution = self.solution(group, rollout, verdicts)
+                    span = self.distilled_span(rollout)
                     num_missing += not solution
-                    if solution and rollout.completion_ids:
-                        samples.append(
-                            self._sample(group.problem, rollout, solution, verdicts[rollout.id])
-                        )
-        rollouts = {rollout.id: rollout for group in groups for rollout in group.rollouts}
-        spans = {sample.rollout_id: whole(rollouts[sample.rollout_id]) for sample in samples}
+                    if not solution or span is None:
+                        continue
+                    spans[rollout.id] = span
+                    prompt_ids, cut = self._prompt(group.problem, solution, verdicts[rollout.id])
+                    samples.append(distilled(rollout, span, prompt_ids, cut=cut))
         metrics = {**sample_metrics(samples), NO_DEMONSTRATION: float(num_missing)}
         return self.training_set(samples, spans, groups, verdicts, metrics)
 
-    def _sample(
-        self, problem: Problem, rollout: Rollout, solution: str, verdict: Verdict
-    ) -> TrainSample:
+    def _prompt(
+        self, problem: Problem, solution: str, verdict: Verdict
+    ) -> tuple[tuple[int, ...], bool]:
+        """The teacher's prompt, and whether a text in it was cut to fit."""
         options = self.config.teacher
         template = options.solution_template
         texts = {
             "demonstration": solution,
             "feedback": verdict.feedback if options.show_feedback else "",
         }
-        prompt_ids, cut = teacher_prompt(
+        return teacher_prompt(
             problem,
             template,
             {name: text for name, text in texts.items() if name in placeholders(template)},
-            tokenizer=self.model.tokenizer,
+            chat=self.chats.teacher,
             max_tokens=options.max_prompt_tokens,
         )
-        return distilled(rollout, whole(rollout), prompt_ids, cut=cut)

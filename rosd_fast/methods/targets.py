@@ -17,9 +17,10 @@ NO_DEMONSTRATION = "select/num_no_demonstration"
 """Metric: rollouts of kept groups that are left out, since the teacher has no solution to read."""
 
 
-def whole(rollout: Rollout) -> ErrorSpan:
-    """The span of all tokens. Raises ValueError for a rollout without tokens."""
-    return ErrorSpan(rollout_id=rollout.id, start=0, end=len(rollout.completion_ids), source="full")
+def whole(rollout: Rollout, start: int = 0) -> ErrorSpan:
+    """The span of all tokens from `start` on. Raises ValueError when there are none."""
+    end = len(rollout.completion_ids)
+    return ErrorSpan(rollout_id=rollout.id, start=start, end=end, source="full")
 
 
 def distilled(

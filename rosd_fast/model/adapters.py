@@ -52,23 +52,30 @@ def train_only(model: PreTrainedModel, patterns: Sequence[str]) -> None:
 
     Raises UserError for a pattern that matches none.
     """
-    chosen = set()
+    named = list(model.named_parameters(remove_duplicate=False))
+    chosen: set[int] = set()
     for pattern in patterns:
-        matching = {
-            id(parameter)
-            for name, parameter in model.named_parameters(remove_duplicate=False)
-            if fnmatchcase(name, pattern)
-        }
-        if not matching:
-            example = next(name for name, _ in model.named_parameters())
-            raise UserError(
-                f"{pattern} matches no parameter of the model",
-                where="optim.trainable",
-                fix=f"Use names such as {example}; * matches anything",
-            )
-        chosen |= matching
+        chosen |= matching(named, pattern, where="optim.trainable")
     for parameter in model.parameters():
         parameter.requires_grad_(id(parameter) in chosen)
+
+
+def matching(named: Sequence[tuple[str, Tensor]], pattern: str, *, where: str) -> set[int]:
+    """The `id` of each parameter with a name that matches the pattern.
+
+    Raises UserError if there is none.
+
+    named: parameters by name; a tied parameter has several names. where: the option that holds
+    the pattern.
+    """
+    found = {id(parameter) for name, parameter in named if fnmatchcase(name, pattern)}
+    if not found:
+        raise UserError(
+            f"{pattern} matches no parameter of the model",
+            where=where,
+            fix=f"Use names such as {named[0][0]}; * matches anything",
+        )
+    return found
 
 
 def add_adapters(model: PreTrainedModel, lora: LoraConfig, *, seed: int) -> None:

@@ -24,6 +24,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from rosd_fast.config import EngineConfig
+from rosd_fast.config.arguments import nearest
+from rosd_fast.config.load import preset_model, preset_names
 from rosd_fast.errors import UserError
 from rosd_fast.model.adapters import has_adapters
 from rosd_fast.model.attention import check_packing, num_embeddings, use_exact_attention
@@ -102,10 +104,10 @@ def full_model_device(device: str, engine: EngineConfig) -> torch.device:
     return pick_device(device) if on_device or not launched() else torch.device("cpu")
 
 
-def find(model: str) -> Path | str:
+def find(model: str, *, weights: bool = True) -> Path | str:
     """The folder that `model` names, or the hub id itself.
 
-    Raises UserError for a folder that is missing or has no safetensors weights.
+    Raises UserError for a folder that is missing or, with `weights`, has no safetensors weights.
     """
     if model == "quickstart":
         folder = MODEL_DIR
@@ -114,6 +116,7 @@ def find(model: str) -> Path | str:
     else:
         folder = Path(model).expanduser()
         if not folder.exists() and HUB_ID.fullmatch(model) and not model.startswith("."):
+            check_spelling(model)
             return model
     if not folder.is_dir():
         what = (
@@ -123,8 +126,14 @@ def find(model: str) -> Path | str:
             what, where=str(folder), fix="Give a folder in Hugging Face layout or a hub id"
         )
     if not (folder / "config.json").is_file():
+        if (folder / ADAPTER_CONFIG).exists():
+            raise UserError(
+                "is an adapter without its model",
+                where=str(folder),
+                fix="Give a folder with merged weights, such as the checkpoint that it is part of",
+            )
         raise UserError("the model folder has no config.json", where=str(folder))
-    if not any(folder.glob("*.safetensors")):
+    if weights and not any(folder.glob("*.safetensors")):
         pickled = any(path for pattern in PICKLES for path in folder.glob(pattern))
         raise UserError(
             "the weights are in pickle files only, which can run code when loaded"
@@ -136,6 +145,18 @@ def find(model: str) -> Path | str:
     if (folder / ADAPTER_CONFIG).exists():
         raise adapters_refused(folder)
     return folder
+
+
+def check_spelling(hub_id: str) -> None:
+    """Raise UserError for a hub id without an owner that is a preset's name, or nearly so."""
+    known = {name: preset_model(name) for name in preset_names()}
+    near = None if "/" in hub_id else nearest(hub_id, [name for name in known if known[name]])
+    if near is not None:
+        raise UserError(
+            "there is no such model",
+            where=hub_id,
+            fix=f"Did you mean {near}?" if near != hub_id else f"Give {known[near]}",
+        )
 
 
 def adapters_refused(source: Path | str) -> UserError:

@@ -56,17 +56,21 @@ def apply_control(
     reflections: Mapping[str, Reflection],
     spans: dict[str, ErrorSpan],
     config: Config,
+    *,
+    thinking: Mapping[str, int],
 ) -> Arm:
     """Put the step into the control arms of `config`.
 
     reflections, spans: each rollout's own, as generated and located.
+    thinking: by rollout id, the number of first tokens where spans may not fall.
     """
     templates, metrics = config.teacher, {}
     if config.reflect.control == "none":
+        spans = _whole_spans(groups, thinking)
         reflections = blank_reflections(groups, verdicts, on_correct=config.reflect.on_correct)
-        spans = _whole_spans(groups, reflections)
+        spans = {name: span for name, span in spans.items() if name in reflections}
         templates = _without_reflections(templates)
-        metrics["control/num_reflections"] = float(len(reflections))
+        metrics["control/num_reflections"] = float(len(spans))
     if config.reflect.control == "shuffled":
         shuffled = shuffle_reflections(groups, reflections, templates, seed=config.seed)
         reflections = shuffled.reflections
@@ -75,19 +79,22 @@ def apply_control(
     if config.span.control != "off":
         wrong = sum(not verdicts[name].success for name in spans)
         metrics["control/num_spans"] = float(wrong)
-        spans = control_spans(groups, verdicts, spans, config.span.control, seed=config.seed)
+        spans = control_spans(
+            groups, verdicts, spans, config.span.control, seed=config.seed, thinking=thinking
+        )
     return Arm(reflections=reflections, spans=spans, templates=templates, metrics=metrics)
 
 
-def _whole_spans(
-    groups: Sequence[Group], reflections: Mapping[str, Reflection]
-) -> dict[str, ErrorSpan]:
-    return {
-        r.id: ErrorSpan(rollout_id=r.id, start=0, end=len(r.completion_ids), source="full")
-        for group in groups
-        for r in group.rollouts
-        if r.id in reflections
-    }
+def _whole_spans(groups: Sequence[Group], thinking: Mapping[str, int]) -> dict[str, ErrorSpan]:
+    """The span of each rollout after its thinking; rollouts that have nothing else have none."""
+    spans = {}
+    for rollout in (rollout for group in groups for rollout in group.rollouts):
+        start, end = thinking.get(rollout.id, 0), len(rollout.completion_ids)
+        if start < end:
+            spans[rollout.id] = ErrorSpan(
+                rollout_id=rollout.id, start=start, end=end, source="full"
+            )
+    return spans
 
 
 def _without_reflections(config: TeacherConfig) -> TeacherConfig:
@@ -169,7 +176,7 @@ def _version(groups: Sequence[Group]) -> int:
 def blank_reflections(
     groups: Sequence[Group], verdicts: Mapping[str, Verdict], *, on_correct: str
 ) -> dict[str, Reflection]:
-    """A reflection without any text for each rollout that would be reflected on, and has tokens.
+    """A reflection without any text for each rollout that would be reflected on.
 
     on_correct: `reflect.on_correct`; with skip correct rollouts have none.
     """
@@ -197,23 +204,24 @@ def control_spans(
     control: str,
     *,
     seed: int,
+    thinking: Mapping[str, int],
 ) -> dict[str, ErrorSpan]:
     """The spans with those of wrong rollouts replaced, as `span.control` whole or random says.
 
     A random span is as long as the located one and may overlap it; every place is equally likely,
     drawn by `seed`, the version of the weights that sampled and the rollout id.
     """
-    replaced = dict(spans)
+    replaced, whole = dict(spans), _whole_spans(groups, thinking)
     for group in groups:
         for rollout in group.rollouts:
-            span, length = spans.get(rollout.id), len(rollout.completion_ids)
+            span = spans.get(rollout.id)
             if span is None or verdicts[rollout.id].success:
                 continue
             if control == "whole":
-                replaced[rollout.id] = replace(span, start=0, end=length, source="full")
+                replaced[rollout.id] = whole[rollout.id]
             if control == "random":
                 draw = random.Random(f"{seed}/{rollout.policy_version}/{rollout.id}/span")
-                size = span.end - span.start
-                start = draw.randrange(length - size + 1)
+                size, room = span.end - span.start, whole[rollout.id]
+                start = draw.randrange(room.start, room.end - size + 1)
                 replaced[rollout.id] = replace(span, start=start, end=start + size, source="random")
     return replaced

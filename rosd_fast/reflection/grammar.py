@@ -15,8 +15,7 @@ within the quote's tokens (a protein, text without spaces), quotes may be cut wi
 
 The explanation is free text up to its closing tag or up to its share of the tokens.
 
-The argument `think` allows thoughts first. It lists those of the tags <think> and </think> that are
-tokens of their own, as in reasoning models; it is empty when neither is, and None for no thoughts.
+The argument `think` says which thoughts come first; None: there are none.
 """
 
 from __future__ import annotations
@@ -24,9 +23,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection
+from dataclasses import dataclass
 
 QUOTE, SENTENCE, EXPLANATION = "<error_quote>", "<error_sentence>", "<explanation>"
-Think = Collection[str] | None
 WORD = re.compile(r"\S+")
 # The characters of str.isspace(); llguidance's \s is a different set.
 BLANK = r"\t-\r\x1c-\x20\x85\xa0\u{1680}\u{2000}-\u{200a}\u{2028}\u{2029}\u{202f}\u{205f}\u{3000}"
@@ -37,7 +36,20 @@ QUOTE_FRAC = 0.4  # the quote's share of a reflection's tokens
 TAG_TOKENS = 32  # reserved for the tags, which may take a token per character or more
 
 
-def opening_tag(mode: str, *, correct: bool, think: Think = None) -> str:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Think:
+    """Thoughts before a reflection.
+
+    tokens: those of the tags <think> and </think> that are tokens of their own.
+    opened: whether the prompt ends within thoughts, which are then closed and not opened again;
+        otherwise there may be thoughts or none.
+    """
+
+    tokens: Collection[str] = ()
+    opened: bool = False
+
+
+def opening_tag(mode: str, *, correct: bool, think: Think | None = None) -> str:
     """The tag that ends the prompt of a reflection in `mode`; empty when the tag is sampled."""
     if mode == "free" or think is not None:
         return ""
@@ -47,7 +59,7 @@ def opening_tag(mode: str, *, correct: bool, think: Think = None) -> str:
 
 
 def verbatim_grammar(
-    rollout: str, *, min_words: int, max_tokens: int, think: Think = None
+    rollout: str, *, min_words: int, max_tokens: int, think: Think | None = None
 ) -> str | None:
     """The grammar of mode verbatim for a wrong rollout; None when it has no words to quote.
 
@@ -81,7 +93,7 @@ def verbatim_grammar(
 
 
 def sentence_grammar(
-    numbers: Collection[int], *, max_tokens: int, think: Think = None
+    numbers: Collection[int], *, max_tokens: int, think: Think | None = None
 ) -> str | None:
     """The grammar of mode sentence; `numbers` are the sentences shown, None when there are none."""
     if not numbers:
@@ -96,24 +108,27 @@ def sentence_grammar(
     )
 
 
-def explanation_grammar(*, max_tokens: int, think: Think = None) -> str:
+def explanation_grammar(*, max_tokens: int, think: Think | None = None) -> str:
     """The grammar for a correct rollout."""
     explanation = max(1, max_tokens - TAG_TOKENS)
     return _grammar(EXPLANATION, "text", explanation_tokens=explanation, think=think)
 
 
-def _grammar(tag: str, start: str, *rules: str, explanation_tokens: int, think: Think) -> str:
+def _grammar(
+    tag: str, start: str, *rules: str, explanation_tokens: int, think: Think | None
+) -> str:
     """The grammar with opening tag `tag`, which is part of it only when thoughts may come first."""
     if think is not None:
-        start = f'thoughts? "{tag}" {start}'
+        start = f'thoughts{"" if think.opened else "?"} "{tag}" {start}'
     lines = ["%llguidance {}", f"start: {start}", *rules]
     if think is not None:
         # In the grammar, special tokens are written without quotation marks.
-        opening = '("<think>" | <think>)' if "<think>" in think else '"<think>"'
-        if "</think>" in think:
-            lines += [f"thoughts: {opening} /(?s:.*)/ </think> SPACE"]
+        opening = '("<think>" | <think>) ' if "<think>" in think.tokens else '"<think>" '
+        opening = "" if think.opened else opening
+        if "</think>" in think.tokens:
+            lines += [f"thoughts: {opening}/(?s:.*)/ </think> SPACE"]
         else:
-            lines += [f"thoughts: {opening} thought SPACE"]
+            lines += [f"thoughts: {opening}thought SPACE"]
             lines += ['thought[suffix="</think>"]: /(?s:.*)/']
     lines += [
         r"SPACE: /\s{0,2}/",

@@ -12,6 +12,10 @@ counted. A reflection that gives the number of a sentence needs no search.
 
 Granularity `suffix` is everything from the quote to the end of the completion, its stop token
 included; `span` is the quote; `sentence` is the whole sentences that contain it (see `sentences`).
+
+A rollout that thinks is searched after its thinking, and its spans begin there: a quote that occurs
+in thinking alone counts as missed. A rollout of which the reflector saw only the end is searched in
+that end.
 """
 
 from __future__ import annotations
@@ -19,7 +23,7 @@ from __future__ import annotations
 import unicodedata
 from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
 
@@ -60,6 +64,7 @@ class LocatedSpans:
     num_normalized: int  # found only after normalizing
     num_fuzzy: int  # found only by similarity
     start_fracs: tuple[float, ...]  # per quote found: its first token / tokens of the completion
+    num_in_thinking: int | None = None  # missed quotes that occur in thinking; None: none thinks
 
     @property
     def num_missed(self) -> int:
@@ -74,6 +79,8 @@ class LocatedSpans:
             metrics["reflect/ambiguous_frac"] = self.num_ambiguous / self.num_quotes
             inexact = self.num_normalized + self.num_fuzzy
             metrics["reflect/inexact_frac"] = inexact / self.num_quotes
+            if self.num_in_thinking is not None:
+                metrics["reflect/in_thinking_frac"] = self.num_in_thinking / self.num_quotes
         if self.num_found:
             metrics["reflect/span_start_frac"] = sum(self.start_fracs) / self.num_found
         if lengths:
@@ -88,6 +95,7 @@ def locate_errors(
     *,
     token_bytes: TokenBytes,
     config: SpanConfig,
+    thinking: Mapping[str, int] | None = None,
 ) -> LocatedSpans:
     """Find the tokens to distil of each rollout that has an explanation.
 
@@ -95,15 +103,22 @@ def locate_errors(
     quote and `config.granularity`; if the quote is missed, the rollout has no span or the whole
     completion, by `config.on_miss`. A rollout without a reflection, an explanation or tokens has no
     span.
+
+    thinking: by rollout id, the number of first tokens that are thinking, where spans may not fall;
+    the whole completion is then what follows. None: spans may fall anywhere.
     """
+    thinking = thinking or {}
     spans: dict[str, ErrorSpan] = {}
     found: list[tuple[Located, Rollout]] = []
-    num_quotes = num_ambiguous = 0
+    num_quotes = num_ambiguous = num_in_thinking = 0
     for rollout, reflection in _explained(groups, reflections):
-        match = None
+        match, first = None, thinking.get(rollout.id, 0)
         if not verdicts[rollout.id].success:
             num_quotes += 1
-            match = _locate_reflection(reflection, token_bytes.of(rollout.completion_ids), config)
+            match = _locate_reflection(reflection, rollout, first, token_bytes, config)
+            if match is None and first > reflection.shown_from:
+                hidden = _locate_reflection(reflection, rollout, 0, token_bytes, config)
+                num_in_thinking += hidden is not None
             if match is not None and match.ambiguous:
                 num_ambiguous += 1
                 match = None if config.occurrence == "unique_only" else match
@@ -111,7 +126,8 @@ def locate_errors(
                 found.append((match, rollout))
             elif config.on_miss != "full":
                 continue
-        spans[rollout.id] = _span(rollout, match, config.granularity)
+        if match is not None or first < len(rollout.completion_ids):
+            spans[rollout.id] = _span(rollout, match, config.granularity, first)
     return LocatedSpans(
         spans=spans,
         num_quotes=num_quotes,
@@ -120,6 +136,7 @@ def locate_errors(
         num_normalized=sum(match.found == "normalized" for match, _ in found),
         num_fuzzy=sum(match.found == "fuzzy" for match, _ in found),
         start_fracs=tuple(match.start / len(rollout.completion_ids) for match, rollout in found),
+        num_in_thinking=num_in_thinking if thinking else None,
     )
 
 
@@ -134,22 +151,49 @@ def _explained(
 
 
 def _locate_reflection(
-    reflection: Reflection, pieces: Sequence[bytes], config: SpanConfig
+    reflection: Reflection,
+    rollout: Rollout,
+    first: int,
+    token_bytes: TokenBytes,
+    config: SpanConfig,
 ) -> Located | None:
+    """Where the reflection's quote is, from the rollout's token `first` on; None: missed.
+
+    A sentence is counted in what the reflector saw.
+    """
+    shown = reflection.shown_from
+    start = shown if reflection.sentence is not None else max(shown, first)
+    pieces = token_bytes.of(rollout.completion_ids[start:])
     if reflection.sentence is not None:
-        return locate_sentence(reflection.sentence, pieces)
-    return locate(
-        reflection.quote or "",
-        pieces,
-        occurrence="last" if config.occurrence == "last" else "first",
-        min_score=config.min_score if config.on_miss == "fuzzy" else None,
+        match = locate_sentence(reflection.sentence, pieces)
+    else:
+        match = locate(
+            reflection.quote or "",
+            pieces,
+            occurrence="last" if config.occurrence == "last" else "first",
+            min_score=config.min_score if config.on_miss == "fuzzy" else None,
+        )
+    if match is None or match.start + start < first:
+        return None
+    return _shifted(match, start, first)
+
+
+def _shifted(match: Located, by: int, first: int) -> Located:
+    """The match as tokens of the whole completion; its sentences begin at `first` at the latest."""
+    return replace(
+        match,
+        start=match.start + by,
+        end=match.end + by,
+        sentence_start=max(match.sentence_start + by, first),
+        sentence_end=match.sentence_end + by,
     )
 
 
-def _span(rollout: Rollout, match: Located | None, granularity: str) -> ErrorSpan:
+def _span(rollout: Rollout, match: Located | None, granularity: str, first: int) -> ErrorSpan:
+    """The span of a match; without one, the completion from token `first` on."""
     length = len(rollout.completion_ids)
     if match is None:
-        return ErrorSpan(rollout_id=rollout.id, start=0, end=length, source="full")
+        return ErrorSpan(rollout_id=rollout.id, start=first, end=length, source="full")
     start, end = {
         "suffix": (match.start, length),
         "span": (match.start, match.end),

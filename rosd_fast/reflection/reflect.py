@@ -10,7 +10,7 @@ quote without any constraint.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from rosd_fast.reflection.filters import apply_filters
 from rosd_fast.reflection.parse import parse_reflection
@@ -21,7 +21,7 @@ from rosd_fast.types import Reflection
 if TYPE_CHECKING:
     from rosd_fast.config import ReflectConfig
     from rosd_fast.engines.base import RolloutEngine
-    from rosd_fast.text.prompts import TextModel
+    from rosd_fast.text.chat import Chats
     from rosd_fast.types import Generation, Group, Verdict
 
 
@@ -31,7 +31,8 @@ async def reflect(
     *,
     engine: RolloutEngine,
     config: ReflectConfig,
-    model: TextModel,
+    chats: Chats,
+    stop_token_ids: Sequence[int],
     seed: int,
     step: int,
     on_no_success: str = "skip",
@@ -49,7 +50,8 @@ async def reflect(
         groups,
         verdicts,
         config=config,
-        model=model,
+        chats=chats,
+        stop_token_ids=stop_token_ids,
         seed=seed,
         step=step,
         on_no_success=on_no_success,
@@ -62,17 +64,18 @@ async def reflect(
             f"the engine's completions are not, in order, those of {len(tasks)} requests"
         )
     reflections = {
-        task.rollout_id: _read(task, generation, config.mode, model.tokenizer)
+        task.rollout_id: _read(task, generation, config.mode, chats)
         for task, generation in zip(tasks, generations, strict=True)
     }
     return apply_filters(reflections, groups, config)
 
 
-def _read(task: ReflectionTask, generation: Generation, mode: str, tokenizer: Any) -> Reflection:
-    """The reflection that the reflector wrote for `task`."""
-    text = task.opening + decode(tokenizer, generation.completion_ids)
+def _read(task: ReflectionTask, generation: Generation, mode: str, chats: Chats) -> Reflection:
+    """The reflection that the reflector wrote for `task`, read after any thinking."""
+    ids = generation.completion_ids
+    start = chats.thinking.num_tokens(ids, opened=task.thinking)
     parsed = parse_reflection(
-        text,
+        task.opening + decode(chats.tokenizer, ids[start:]),
         correct=task.correct,
         sentences=task.sentences if mode == "sentence" else None,
     )
@@ -80,7 +83,7 @@ def _read(task: ReflectionTask, generation: Generation, mode: str, tokenizer: An
         rollout_id=task.rollout_id,
         demonstration_id=task.demonstration_id,
         correct=task.correct,
-        text=text,
+        text=task.opening + decode(chats.tokenizer, ids),
         quote=parsed.quote,
         explanation=parsed.explanation,
         well_formed=parsed.well_formed,
@@ -88,6 +91,7 @@ def _read(task: ReflectionTask, generation: Generation, mode: str, tokenizer: An
         sentence=parsed.sentence,
         mode=mode,
         prompt_cut=task.prompt_cut,
+        shown_from=task.shown_from,
         tolerated=parsed.tolerated,
     )
 

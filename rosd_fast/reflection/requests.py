@@ -5,7 +5,8 @@ A wrong rollout is shown beside a correct sibling, its demonstration; where ther
 rollouts in it, never the problem or the instruction.
 
 In the modes `verbatim` and `sentence` a request has a grammar (`grammar.py`), and its prompt ends
-with the reflection's opening tag.
+with the reflection's opening tag; thinking that the chat template opens is closed before it. With
+`reflect.think` the reflector thinks first, and the opening tag is sampled.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from rosd_fast.errors import UserError
 from rosd_fast.reflection.grammar import (
+    Think,
     explanation_grammar,
     opening_tag,
     sentence_grammar,
@@ -33,18 +35,17 @@ from rosd_fast.text.prompts import (
     fill_template,
     fit_prompt,
     placeholders,
-    render_prompt,
 )
 from rosd_fast.text.sentences import sentences
+from rosd_fast.text.thinking import THINK, Tags
 from rosd_fast.types import GenerationRequest, SamplingParams
 
 if TYPE_CHECKING:
     from rosd_fast.config import ReflectConfig
-    from rosd_fast.text.prompts import TextModel
+    from rosd_fast.text.chat import ChatFormat, Chats
     from rosd_fast.types import Group, Problem, Rollout, Verdict
 
 NUMBERED = re.compile(r"^\[(\d+)\] .*$", re.MULTILINE)
-THINK_TAGS = ("<think>", "</think>")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -58,6 +59,8 @@ class ReflectionTask:
     prompt_cut: bool  # whether the middle of a rollout was left out
     opening: str = ""  # the reflection's first tag, which ends the prompt
     sentences: tuple[str, ...] = ()  # of the rollout, in mode sentence
+    shown_from: int = 0  # the rollout's token at which the text begins that the prompt shows
+    thinking: Tags | None = None  # tags of the thinking that the prompt ends in; None: in none
 
 
 def build_reflection_requests(
@@ -65,7 +68,8 @@ def build_reflection_requests(
     verdicts: Mapping[str, Verdict],
     *,
     config: ReflectConfig,
-    model: TextModel,
+    chats: Chats,
+    stop_token_ids: Sequence[int],
     seed: int,
     step: int,
     on_no_success: str = "skip",
@@ -73,23 +77,26 @@ def build_reflection_requests(
     """One task per rollout, in order.
 
     A correct rollout has none when `config.on_correct` is skip. A wrong one has none when the
-    template shows a demonstration and there is none, or when nothing in the rollout can be quoted.
-    Raises UserError when a problem and the template alone are over `config.max_prompt_tokens`.
+    template shows a demonstration and there is none, or when nothing in the rollout can be quoted
+    or shown. Raises UserError when a problem and the template alone are over
+    `config.max_prompt_tokens`.
 
     on_no_success: `select.on_no_success`, for groups without a correct rollout.
     """
-    added = model.tokenizer.get_added_vocab()
+    chat, think = reflection_format(chats.reflector, config)
     builder = _TaskBuilder(
         config=config,
-        model=model,
-        think=[tag for tag in THINK_TAGS if tag in added] if config.think else None,
+        chats=chats,
+        chat=chat,
+        think=think,
+        stop_token_ids=tuple(stop_token_ids),
         seed=seed,
         step=step,
     )
     tasks = []
     for group in groups:
         demonstration = _demonstration(
-            group, verdicts, config, on_no_success, key=f"{seed}/{step}/{group.problem.id}"
+            group, verdicts, config, on_no_success, chats, key=f"{seed}/{step}/{group.problem.id}"
         )
         for rollout in group.rollouts:
             correct = verdicts[rollout.id].success
@@ -104,6 +111,7 @@ def _demonstration(
     verdicts: Mapping[str, Verdict],
     config: ReflectConfig,
     on_no_success: str,
+    chats: Chats,
     *,
     key: str,
 ) -> Demonstration | None:
@@ -111,9 +119,9 @@ def _demonstration(
 
     key: seeds the choice among correct rollouts.
     """
-    sibling = choose_demonstration(group, verdicts, config.demonstration, key=key)
+    sibling = choose_demonstration(group, verdicts, config.demonstration, key=key, chats=chats)
     if sibling is not None:
-        return Demonstration(id=sibling.id, text=sibling.text)
+        return Demonstration(id=sibling.id, text=chats.shown(sibling)[0])
     if on_no_success == "reference" and group.problem.reference:
         return Demonstration(id=REFERENCE, text=group.problem.reference)
     if on_no_success == "answer":
@@ -130,8 +138,10 @@ class _TaskBuilder:
     """What the tasks of a step have in common."""
 
     config: ReflectConfig
-    model: TextModel
-    think: list[str] | None  # as for the grammars
+    chats: Chats
+    chat: ChatFormat  # of reflections
+    think: Think | None  # as for the grammars
+    stop_token_ids: tuple[int, ...]
     seed: int
     step: int
 
@@ -148,9 +158,12 @@ class _TaskBuilder:
         if correct and config.on_correct == "skip":
             return None
         template = template_of(config, correct=correct)
-        texts, parts = {"rollout": rollout.text}, ()
+        if not self.chats.shows(rollout):
+            return None
+        text, shown_from = self.chats.shown(rollout)
+        texts, parts = {"rollout": text}, ()
         if config.mode == "sentence" and not correct:
-            parts = split_sentences(rollout.text)
+            parts = split_sentences(text)
             texts["rollout"] = number_sentences(parts)
         shown = demonstration if "demonstration" in placeholders(template) else None
         note = _answer_note(problem, config) if config.show_answer else ""
@@ -165,7 +178,7 @@ class _TaskBuilder:
         grammar = None
         if config.mode != "free":
             visible = cut_middle(texts["rollout"], keep)
-            grammar = self._grammar(rollout, visible, correct=correct)
+            grammar = self._grammar(text, visible, correct=correct)
             if grammar is None:
                 return None
         return ReflectionTask(
@@ -183,6 +196,8 @@ class _TaskBuilder:
             prompt_cut=keep < max(map(len, texts.values())),
             sentences=parts,
             opening=opening,
+            shown_from=shown_from,
+            thinking=self.chat.opens,
         )
 
     @property
@@ -191,20 +206,20 @@ class _TaskBuilder:
             max_new_tokens=self.config.max_new_tokens,
             temperature=self.config.temperature,
             top_p=self.config.top_p,
-            stop_token_ids=tuple(self.model.stop_token_ids),
+            stop_token_ids=self.stop_token_ids,
         )
 
-    def _grammar(self, rollout: Rollout, visible: str, *, correct: bool) -> str | None:
+    def _grammar(self, text: str, visible: str, *, correct: bool) -> str | None:
         """The grammar of the reflection; None when there is nothing that it could name.
 
-        visible: the rollout as the prompt shows it.
+        text: the rollout as prompts show it. visible: the same, cut to fit this prompt.
         """
         config = self.config
         limits: dict[str, Any] = {"max_tokens": config.max_new_tokens, "think": self.think}
         if correct:
             return explanation_grammar(**limits)
         if config.mode == "verbatim":
-            return verbatim_grammar(rollout.text, min_words=config.min_quote_words, **limits)
+            return verbatim_grammar(text, min_words=config.min_quote_words, **limits)
         return sentence_grammar([int(match[1]) for match in NUMBERED.finditer(visible)], **limits)
 
     def _prompt(
@@ -219,12 +234,8 @@ class _TaskBuilder:
         def render(keep: int) -> tuple[int, ...]:
             values = {name: cut_middle(text, keep) for name, text in texts.items()}
             values |= {"problem": problem.prompt, "answer_note": note}
-            return render_prompt(
-                self.model.tokenizer,
-                user=fill_template(template, values),
-                system=problem.system,
-                opening=opening,
-            )
+            user = fill_template(template, values)
+            return self.chat.render(user, system=problem.system, opening=opening)
 
         fitted = fit_prompt(
             render,
@@ -239,6 +250,24 @@ class _TaskBuilder:
                 fix="Raise reflect.max_prompt_tokens, or leave the problem out",
             )
         return fitted
+
+
+def reflection_format(chat: ChatFormat, config: ReflectConfig) -> tuple[ChatFormat, Think | None]:
+    """(the format of the reflector's prompts, the thoughts that its grammars allow).
+
+    `reflect.think` decides whether the reflector thinks, except in mode free, where the chat
+    template does. So thinking that the template opens is closed, and the other way round.
+    """
+    if config.mode == "free":
+        return chat, None
+    if not config.think:
+        return chat.without_thinking(), None
+    chat = chat.with_thinking()
+    if chat.mode == "closed" or chat.opens not in (None, THINK):
+        return chat.without_thinking(), None
+    added = chat.tokenizer.get_added_vocab()
+    tokens = [tag for tag in (THINK.opening, THINK.closing) if tag in added]
+    return chat, Think(tokens=tokens, opened=chat.opens is not None)
 
 
 def template_of(config: ReflectConfig, *, correct: bool) -> str:

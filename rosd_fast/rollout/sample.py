@@ -3,23 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypedDict, Unpack
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from rosd_fast.errors import UserError
 from rosd_fast.text.decode import decode
-from rosd_fast.text.prompts import render_prompt
 from rosd_fast.types import GenerationRequest, Group, Rollout, SamplingParams
 
 if TYPE_CHECKING:
     from rosd_fast.config import SampleConfig
     from rosd_fast.engines.base import RolloutEngine
+    from rosd_fast.text.chat import ChatFormat
     from rosd_fast.types import Generation, Problem
 
 
 class RolloutOptions(TypedDict):
     """How the groups of a step are sampled: the keyword arguments of `stream_groups`."""
 
-    tokenizer: Any
+    chat: ChatFormat  # of the student
     group_size: int  # rollouts per problem
     params: SamplingParams
     seed: int  # with step and problem id it fixes the draws, where the engine allows that
@@ -53,11 +53,11 @@ async def stream_groups(
     `on_tokens(k)` is called after k more tokens were sampled. Raises UserError, before sampling,
     when a prompt has more than `max_prompt_tokens` tokens.
     """
-    tokenizer = options["tokenizer"]
+    chat = options["chat"]
     requests = [
         GenerationRequest(
             id=f"step{options['step']}/{problem.id}",
-            prompt_ids=problem_prompt(problem, tokenizer, options["max_prompt_tokens"]),
+            prompt_ids=problem_prompt(problem, chat, options["max_prompt_tokens"]),
             params=options["params"],
             n=options["group_size"],
             seed=options["seed"],
@@ -70,13 +70,13 @@ async def stream_groups(
     }
     async for generations in engine.stream(requests, on_tokens=on_tokens):
         problem, request = asked[generations[0].request_id]
-        yield collect_groups([problem], [request], generations, tokenizer=tokenizer)[0]
+        yield collect_groups([problem], [request], generations, chat=chat)[0]
 
 
 def check_prompts(
     problems: Sequence[Problem],
     *,
-    tokenizer: Any,
+    chat: ChatFormat,
     max_prompt_tokens: int,
     context_length: int | None = None,
 ) -> None:
@@ -86,7 +86,7 @@ def check_prompts(
     limit.
     """
     for problem in problems:
-        num_tokens = len(problem_prompt(problem, tokenizer, max_prompt_tokens))
+        num_tokens = len(problem_prompt(problem, chat, max_prompt_tokens))
         if context_length is not None and num_tokens >= context_length:
             raise UserError(
                 f"its prompt has {num_tokens} tokens and the model's context {context_length}, "
@@ -107,9 +107,9 @@ def sampling_params(config: SampleConfig, stop_token_ids: Sequence[int]) -> Samp
     )
 
 
-def problem_prompt(problem: Problem, tokenizer: Any, max_prompt_tokens: int) -> tuple[int, ...]:
-    """The student's prompt. Raises UserError when it is longer than `max_prompt_tokens`."""
-    prompt_ids = render_prompt(tokenizer, user=problem.prompt, system=problem.system)
+def problem_prompt(problem: Problem, chat: ChatFormat, max_prompt_tokens: int) -> tuple[int, ...]:
+    """A problem's own prompt. Raises UserError when it is longer than `max_prompt_tokens`."""
+    prompt_ids = chat.render(problem.prompt, system=problem.system)
     if len(prompt_ids) > max_prompt_tokens:
         raise UserError(
             f"its prompt has {len(prompt_ids)} tokens, more than sample.max_prompt_tokens = "
@@ -125,7 +125,7 @@ def collect_groups(
     requests: Sequence[GenerationRequest],
     generations: Sequence[Generation],
     *,
-    tokenizer: Any,
+    chat: ChatFormat,
 ) -> list[Group]:
     """The groups that an engine's generations make up, given `requests`, one per problem.
 
@@ -139,15 +139,13 @@ def collect_groups(
         )
     groups, left = [], iter(generations)
     for problem, request in zip(problems, requests, strict=True):
-        rollouts = tuple(
-            _rollout(problem, request, next(left), tokenizer) for _ in range(request.n)
-        )
+        rollouts = tuple(_rollout(problem, request, next(left), chat) for _ in range(request.n))
         groups.append(Group(problem=problem, rollouts=rollouts))
     return groups
 
 
 def _rollout(
-    problem: Problem, request: GenerationRequest, generation: Generation, tokenizer: Any
+    problem: Problem, request: GenerationRequest, generation: Generation, chat: ChatFormat
 ) -> Rollout:
     return Rollout(
         id=f"{problem.id}/{generation.index}",
@@ -155,7 +153,7 @@ def _rollout(
         prompt_ids=request.prompt_ids,
         completion_ids=generation.completion_ids,
         logprobs=generation.logprobs,
-        text=decode(tokenizer, generation.completion_ids),
+        text=decode(chat.tokenizer, generation.completion_ids),
         finish_reason=generation.finish_reason,
         policy_version=generation.policy_version,
     )

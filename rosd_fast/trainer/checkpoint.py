@@ -1,6 +1,7 @@
 """Checkpoints: `RUN/checkpoints/step_000010/`, a model folder plus what a resume needs.
 
-    config.json, model.safetensors, tokenizer.json, ...   Hugging Face layout, without adapters
+    config.json, model.safetensors, tokenizer.json, ...   Hugging Face layout, adapters merged
+    adapter/                with LoRA: the adapters by themselves, in peft's layout
     state/*.safetensors     trained weights in full precision, AdamW's moments, averages: one file
                             per rank, readable by any number of ranks
     trainer_state.json      step, config hash, versions, dev accuracy, the size of every file

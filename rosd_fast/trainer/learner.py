@@ -30,6 +30,7 @@ from rosd_fast.model.policy import PolicyModel
 from rosd_fast.model.vocab_parallel import GatheredTokens, check_shardable
 from rosd_fast.trainer.loss import policy_loss, span_loss, vocabulary_order
 from rosd_fast.trainer.optim import Optimizer
+from rosd_fast.trainer.schedule import num_updates
 from rosd_fast.trainer.step_stats import MicroBatchStats
 from rosd_fast.trainer.teacher import Teacher, needs_copy
 from rosd_fast.types import PackedBatch, PolicyTokens
@@ -105,7 +106,6 @@ class Learner:
     fingerprint: of the initial weights, on rank 0.
     vocab_parallel: whether each rank keeps only some rows of the output head.
     policy: the student as this rank computes with it.
-    teacher: scores the student's tokens; None where nothing is distilled.
     optimizer: steps the student's trainable parameters.
     order: this rank's vocabulary order; None if the loss needs none.
     num_skipped: steps in a row that were not finite.
@@ -140,11 +140,15 @@ class Learner:
         # Before the student's blocks are prepared.
         own = self._teacher_copy(model) if teacher is not None else None
         self.policy = self._placed(model, stored=torch.float32)
-        self.teacher = None if teacher is None else Teacher(self.policy, config.teacher, own)
+        self._teacher = None if teacher is None else Teacher(self.policy, config.teacher, own)
         on_server = world.mesh is not None and config.teacher.backend == "sglang"
-        if self.teacher is not None and on_server:
-            self.teacher.discard_model(copied_head(self.policy.head, self.dtype))
-        self.optimizer = Optimizer(self.model.named_parameters(), config.optim)
+        if self._teacher is not None and on_server:
+            self._teacher.discard_model(copied_head(self.policy.head, self.dtype))
+        self.optimizer = Optimizer(
+            self.model.named_parameters(remove_duplicate=False),
+            config.optim,
+            horizon=num_updates(config),
+        )
         self.order = vocabulary_order(config.loss, self.policy.head.weight.shape[0])
         self.num_skipped = 0
         self._gathered: int | None = None  # number of updates that `full_model` has seen
@@ -153,6 +157,13 @@ class Learner:
     def model(self) -> PreTrainedModel:
         """The transformers model that is trained; on several ranks its parameters are sharded."""
         return self.policy.module
+
+    @property
+    def teacher(self) -> Teacher:
+        """The teacher. Raises ValueError where nothing is distilled."""
+        if self._teacher is None:
+            raise ValueError("nothing is distilled, so there is no teacher")
+        return self._teacher
 
     @property
     def weights(self) -> dict[str, Tensor]:
@@ -172,7 +183,6 @@ class Learner:
 
     def gather_teacher(self, into: PreTrainedModel | None) -> None:
         """Write the teacher's current weights into `into`, which is None on ranks other than 0."""
-        assert self.teacher is not None
         self.teacher.policy.gather_weights(into)
 
     def step(
@@ -193,6 +203,9 @@ class Learner:
         num_policy = int(self.world.sum(sum(batch.num_policy for batch in batches)))
         metrics = {
             "loss/num_distilled_tokens": float(total),
+            "loss/num_input_tokens": float(
+                self.world.sum(sum(batch.num_tokens for batch in batches))
+            ),
             "loss/lr": self.optimizer.lr,
             "loss/skipped": 0.0,
         }
@@ -225,7 +238,7 @@ class Learner:
         """
         parts: dict[str, Optimizer | Teacher | VocabularyOrder | None] = {
             "optimizer": self.optimizer,
-            "teacher": self.teacher,
+            "teacher": self._teacher,
         }
         if not portable:
             parts[f"order.{self.world.rank}"] = self.order
@@ -240,8 +253,8 @@ class Learner:
         """Take over `state`. Raises KeyError or RuntimeError if it belongs to another model."""
         self.optimizer.load_state_dict(with_prefix(state, "optimizer."))
         self._gathered = None
-        if self.teacher is not None:
-            self.teacher.load_state_dict(with_prefix(state, "teacher."))
+        if self._teacher is not None:
+            self._teacher.load_state_dict(with_prefix(state, "teacher."))
         order = with_prefix(state, f"order.{self.world.rank}.")
         if self.order is not None and order:  # a portable state has none: a new order is learned
             self.order.load_state_dict(order)
@@ -292,7 +305,6 @@ class Learner:
         with packed_forward(self.model), ExitStack() as stack:
             scored = None
             if batch.teacher is not None:
-                assert self.teacher is not None
                 scored = stack.enter_context(self.teacher.scoring(batch.teacher, server_states))
             states = self.policy.hidden_states(batch.student)
             if scored is not None:
@@ -300,6 +312,7 @@ class Learner:
                 losses.append(divergence.loss / max(1, total))
             if batch.policy is not None:
                 policy = self._policy_loss(states, batch.policy)
+                assert policy.loss is not None  # a token_loss was given
                 losses.append(policy.loss)
             # Gradients are averaged over the ranks, but each rank's loss is a part of the sum.
             (torch.stack(losses).sum() * self.world.size).backward()
@@ -366,8 +379,8 @@ class Learner:
         grad_norm = self.optimizer.step() if math.isfinite(loss) else math.nan
         if math.isfinite(grad_norm):
             self.num_skipped = 0
-            if self.teacher is not None:
-                self.teacher.update(self.optimizer.masters)
+            if self._teacher is not None:
+                self._teacher.update(self.optimizer.masters)
             return grad_norm
         self.optimizer.zero_grad()
         self.num_skipped += 1

@@ -1,7 +1,8 @@
-"""AdamW (arXiv 1711.05101) with linear warm-up, gradient clipping and fp32 master weights.
+"""AdamW (arXiv 1711.05101) with a schedule, gradient clipping and fp32 master weights.
 
 A parameter in lower precision gets an fp32 master: at a learning rate of 1e-5 a bfloat16 weight of
 0.02 would not move at all, as its neighbours are 1e-4 away. Its gradient is summed in fp32 too.
+With `optim.offload` every parameter has a master in host memory, beside its gradient and moments.
 """
 
 from __future__ import annotations
@@ -15,54 +16,50 @@ from torch.nn import Parameter
 from torch.nn.utils import clip_grads_with_norm_, get_total_norm
 
 from rosd_fast.config import OptimConfig
+from rosd_fast.trainer.adamw import make_adamw, state_tensors, step_adamw
+from rosd_fast.trainer.param_groups import lr_scales, param_groups
+from rosd_fast.trainer.schedule import learning_rate
 from rosd_fast.utils.distributed import full
-
-MOMENTS = ("exp_avg", "exp_avg_sq")  # torch.optim.AdamW's state per parameter, besides its step
 
 
 class Optimizer:
-    """Steps the trainable parameters. Weight decay applies to matrices only.
+    """Steps the trainable parameters.
 
     `step` is a collective if parameters are sharded over ranks (DTensor).
 
     config: the options of `[optim]`.
+    horizon: number of updates of the run, which the schedule is stretched over.
     num_updates: updates so far, without skipped ones.
     parameters: the trainable parameters by name.
-    masters: full-precision weights by name; the parameter itself if it is in full precision.
+    masters: full-precision weights by name; the parameter itself if it is in full precision and
+        stays on its device.
     """
 
     def __init__(
-        self, named_parameters: Iterable[tuple[str, Parameter]], config: OptimConfig
+        self,
+        named_parameters: Iterable[tuple[str, Parameter]],
+        config: OptimConfig,
+        *,
+        horizon: int,
     ) -> None:
-        self.config = config
+        """named_parameters: also those that are not trained. A tied parameter may come under
+        each of its names, which `optim.lr_scale` then matches.
+        """
+        self.config, self.horizon = config, horizon
         self.num_updates = 0
-        self.parameters = {name: p for name, p in named_parameters if p.requires_grad}
-        self.masters = {
-            name: p if is_full_precision(p) else Parameter(p.detach().float())
-            for name, p in self.parameters.items()
+        named = list(named_parameters)
+        first_names = {id(p): name for name, p in reversed(named)}
+        self.parameters = {
+            name: p for name, p in named if p.requires_grad and first_names[id(p)] == name
         }
-        matrices = [p for p in self.masters.values() if p.ndim >= 2]
-        vectors = [p for p in self.masters.values() if p.ndim < 2]
-        self._adamw = torch.optim.AdamW(
-            [
-                {"params": matrices, "weight_decay": config.weight_decay},
-                {"params": vectors, "weight_decay": 0.0},
-            ],
-            lr=config.lr,
-            betas=config.betas,
-            eps=config.eps,
-            fused=True,
-        )
-        for master in self.masters.values():  # early, so that every checkpoint has the moments
-            self._adamw.state[master] = {
-                "step": torch.zeros((), dtype=torch.float32, device=master.device),
-                **{moment: torch.zeros_like(master.detach()) for moment in MOMENTS},
-            }
+        self.masters = {name: self._master(p) for name, p in self.parameters.items()}
+        groups = param_groups(self.masters, lr_scales(named, config.lr_scale), config)
+        self._adamw = make_adamw(groups, config)
 
     @property
     def lr(self) -> float:
-        """Learning rate of the next update: linear warm-up over `warmup_steps`, then constant."""
-        return self.config.lr * min(1.0, (self.num_updates + 1) / max(1, self.config.warmup_steps))
+        """Learning rate of the next update, without the factors of `optim.lr_scale`."""
+        return learning_rate(self.num_updates, self.horizon, self.config)
 
     def zero_grad(self) -> None:
         """Drop all gradients."""
@@ -70,11 +67,11 @@ class Optimizer:
             parameter.grad = None
 
     def accumulate(self) -> None:
-        """Add low-precision gradients to those of their masters; call it after each backward."""
+        """Add the gradients to those of separate masters; call it after each backward."""
         for name, parameter in self.parameters.items():
             master = self.masters[name]
             if master is not parameter and parameter.grad is not None:
-                gradient = parameter.grad.float()
+                gradient = parameter.grad.to(master.device, master.dtype)
                 master.grad = gradient if master.grad is None else master.grad.add_(gradient)
                 parameter.grad = None
 
@@ -88,9 +85,7 @@ class Optimizer:
         value = float(full(norm))
         if math.isfinite(value):
             clip_grads_with_norm_(self.masters.values(), self.config.grad_clip, norm)
-            for group in self._adamw.param_groups:
-                group["lr"] = self.lr
-            self._adamw.step()
+            step_adamw(self._adamw, self.lr)
             self.num_updates += 1
             self._write_back()
         self.zero_grad()
@@ -101,8 +96,8 @@ class Optimizer:
         state = {"num_updates": torch.tensor(self.num_updates)}
         for name, master in self.masters.items():
             state[f"master.{name}"] = master.detach()
-            for moment, value in self._adamw.state[master].items():
-                state[f"{moment}.{name}"] = value
+            for key, value in state_tensors(self._adamw, master):
+                state[f"{key}.{name}"] = value
         return state
 
     @torch.no_grad()
@@ -116,6 +111,14 @@ class Optimizer:
             current[name].copy_(state[name])
         self.num_updates = int(state["num_updates"])
         self._write_back()
+
+    def _master(self, parameter: Parameter) -> Parameter:
+        """The full-precision weight to step."""
+        if is_full_precision(parameter) and not self.config.offload:
+            return parameter
+        dtype = torch.promote_types(parameter.dtype, torch.float32)
+        device = "cpu" if self.config.offload else parameter.device
+        return Parameter(parameter.detach().to(device, dtype, copy=True))
 
     @torch.no_grad()
     def _write_back(self) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import copy
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,11 @@ from torch.distributed.checkpoint.staging import BlockingAsyncStager
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from rosd_fast.errors import RunFailed, UserError
+from rosd_fast.model.adapter_files import adapter_config, adapter_weights, write_adapter
 from rosd_fast.model.load import quiet_transformers
 from rosd_fast.trainer.learner import Learner
+
+ADAPTER_FOLDER = "adapter"  # not the model's own folder, which transformers would load it from
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,11 +31,15 @@ class Export:
     model: has the config and the names, but no memory for weights.
     weights: copies in host memory, by the names of `model`.
     tokenizer: saved beside the model.
+    adapter: copies of the adapters' weights, by peft's names; empty without adapters.
+    adapter_config: the peft config of the adapters; None without adapters.
     """
 
     model: PreTrainedModel
     weights: dict[str, Tensor]
     tokenizer: PreTrainedTokenizerBase
+    adapter: dict[str, Tensor]
+    adapter_config: Any
 
     @classmethod
     def of(cls, learner: Learner, tokenizer: PreTrainedTokenizerBase) -> Export:
@@ -51,11 +59,18 @@ class Export:
                     where=type(model).__name__,
                     fix="Correct the model's config.json, such as its tie_word_embeddings",
                 )
-        copies = {name: w.detach().to("cpu", copy=True) for name, w in weights.items()}
-        return cls(model=model, weights=copies, tokenizer=tokenizer)
+        adapter = adapter_weights(learner.full_model)
+        return cls(
+            model=model,
+            weights=_copies(weights),
+            tokenizer=tokenizer,
+            adapter=_copies(adapter),
+            adapter_config=adapter_config(learner.full_model) if adapter else None,
+        )
 
     def save(self, folder: Path) -> None:
-        """Save model and tokenizer, also with a generation config that transformers would refuse.
+        """Save model and tokenizer, also with a generation config that transformers would refuse,
+        and the adapters in a folder of their own.
 
         Raises RunFailed if the files do not hold the weights.
         """
@@ -75,6 +90,8 @@ class Export:
             self.model.save_pretrained(folder, state_dict=dict(self.weights))
             self.tokenizer.save_pretrained(folder)
         self._check_files(folder)
+        if self.adapter:
+            write_adapter(self.adapter_config, self.adapter, folder / ADAPTER_FOLDER)
 
     def _check_files(self, folder: Path) -> None:
         """Raise RunFailed unless the files hold all values of the weights.
@@ -94,6 +111,11 @@ class Export:
                         raise RunFailed(f"the export does not hold the model's {name}: {file}")
         if missing:
             raise RunFailed(f"the export does not hold {missing} values of the model: {folder}")
+
+
+def _copies(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in host memory."""
+    return {name: weight.detach().to("cpu", copy=True) for name, weight in weights.items()}
 
 
 def _agrees(part: Any, weight: Tensor) -> bool:

@@ -106,6 +106,7 @@ class MicroBatchStats:
             self.loss += divergence.loss.detach() / num_distilled
         if policy is not None and batch.policy is not None and batch.num_policy:
             self._add_policy(batch.policy, policy)
+            assert policy.loss is not None  # a token_loss was given
             self.loss += policy.loss.detach()
         self.num_batches += batch.num_distilled + batch.num_policy > 0
 

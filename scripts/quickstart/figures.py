@@ -9,6 +9,7 @@ import asyncio
 import sys
 
 from rosd_fast.batch.samples import build_samples
+from rosd_fast.config.chat import make_chats
 from rosd_fast.config.load import load_preset
 from rosd_fast.engines.local.engine import LocalEngine
 from rosd_fast.model.load import load_model
@@ -38,6 +39,7 @@ async def measure(model_folder: str, *, group_size: int = 8, seed: int = 0) -> F
     """
     config = load_preset("quickstart").model_copy(update={"model": model_folder})
     model = load_model(config.model, dtype=config.dtype, device=pick_device(config.device))
+    chats = make_chats(config.chat, model.tokenizer)
     engine = LocalEngine(model.model, tokenizer=model.tokenizer)
     params = SamplingParams(
         max_new_tokens=config.sample.max_new_tokens, stop_token_ids=model.stop_token_ids
@@ -45,7 +47,7 @@ async def measure(model_folder: str, *, group_size: int = 8, seed: int = 0) -> F
     sampled = await sample_groups(
         engine,
         [*load_split("dev"), *load_split("dev_ood")],
-        tokenizer=model.tokenizer,
+        chat=chats.student,
         group_size=group_size,
         params=params,
         seed=seed,
@@ -70,7 +72,8 @@ async def measure(model_folder: str, *, group_size: int = 8, seed: int = 0) -> F
         verdicts,
         engine=engine,
         config=config.reflect.model_copy(update={"mode": "free"}),
-        model=model,
+        chats=chats,
+        stop_token_ids=model.stop_token_ids,
         seed=seed,
         step=0,
     )
@@ -83,7 +86,7 @@ async def measure(model_folder: str, *, group_size: int = 8, seed: int = 0) -> F
         kept, verdicts, reflections, token_bytes=TokenBytes(model.tokenizer), config=config.span
     )
     samples = build_samples(
-        kept, reflections, located.spans, tokenizer=model.tokenizer, config=config.teacher
+        kept, reflections, located.spans, chat=chats.teacher, config=config.teacher
     )
     taught = [sample for sample in samples if not reflections[sample.rollout_id].correct]
     helped = await teacher_helps(

@@ -253,6 +253,7 @@ def test_a_group_shares_its_prompt_and_stays_together():
     assert first.rollout_ids == ("50/0", "50/1", "50/2")
     assert second.rollout_ids == ("60/0", "60/1", "60/2")
     assert first.student.lengths == (21, 2, 2, 2) and first.student.parents == (-1, 0, 0, 0)
+    assert first.teacher is not None
     assert first.teacher.lengths == (21, 12, 12, 12) and first.num_tokens == 84
     # The first completion token of each is predicted by the last token of the one prompt.
     assert first.student.gather.tolist() == [20, 21, 22, 20, 23, 24, 20, 25, 26]
@@ -289,6 +290,7 @@ def test_first_fit_decreasing_and_dtypes():
     batch = batches[0]
     for tensor in (batch.token_ids, batch.sample_index, batch.student.gather):
         assert tensor.dtype == torch.int64
+    assert batch.teacher is not None
     for tensor in (batch.student.input_ids, batch.teacher.position_ids):
         assert tensor.dtype == torch.int64
     assert batch.weights.dtype == batch.rollout_logprobs.dtype == torch.float32
@@ -343,7 +345,7 @@ def test_flops_by_hand():
     pairs = length * (length + 1) / 2
     # 24 H^2 per token and 4 H per pair; the student counts three times.
     own = (24 * 64**2 * length + 4 * 64 * pairs) / (24 * 64**2)
-    assert len(sample.teacher_prompt_ids) == len(sample.student_prompt_ids)
+    assert len(sample.teacher_prompt_ids or ()) == len(sample.student_prompt_ids)
     assert part_of([sample], min_shared=0, hidden_size=64).flops == pytest.approx(4 * own)
 
 
@@ -371,6 +373,7 @@ def test_gathered_rows_predict_the_distilled_tokens(tiny_llama, min_shared):
     ]
     (batch,) = pack(samples, max_tokens=200, min_shared=min_shared)
     for packed, name in ((batch.student, "student"), (batch.teacher, "teacher")):
+        assert packed is not None
         actual = logits(hidden_states(model, packed)[packed.gather], head(model))
         expected = []
         for sample in samples:

@@ -9,6 +9,7 @@ import pytest
 from rosd_fast.batch.samples import build_samples, sample_metrics
 from rosd_fast.config import TeacherConfig
 from rosd_fast.errors import UserError
+from rosd_fast.text.chat import chat_format
 from rosd_fast.text.prompts import ELLIPSIS
 from rosd_fast.types import ErrorSpan, Reflection
 
@@ -45,7 +46,7 @@ def build(tokenizer, group, reflections, *, spans=None, **options):
         [group],
         {reflection.rollout_id: reflection for reflection in reflections},
         {span.rollout_id: span for span in spans},
-        tokenizer=tokenizer,
+        chat=chat_format(tokenizer),
         config=TeacherConfig(**(templates | options)),
     )
 
@@ -99,6 +100,7 @@ def test_over_the_budget_the_explanation_loses_its_end(tokenizer, group, budget)
         max_prompt_tokens=budget,
     )
     long, short = samples
+    assert long.teacher_prompt_ids is not None
     assert budget - 4 <= len(long.teacher_prompt_ids) <= budget
     prompt = tokenizer.decode(long.teacher_prompt_ids)
     head, tail = (
@@ -120,6 +122,7 @@ def test_a_quote_as_long_as_the_rollout_does_not_end_the_run(tokenizer, group):
         [reflect_on("p0/0", quote=quote, explanation="It is 4.")],
         max_prompt_tokens=70,
     )
+    assert sample.teacher_prompt_ids is not None
     prompt = tokenizer.decode(sample.teacher_prompt_ids)
     assert len(sample.teacher_prompt_ids) <= 70 and sample.reflection_cut
     assert "Wrong: first" in prompt and ELLIPSIS in prompt and "last\nIt is 4.\nSolve." in prompt

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from rosd_fast.config import Config
+from rosd_fast.config import Config, Section
 from rosd_fast.config.arguments import nearest, options_of, read_args
 from rosd_fast.errors import UserError
 
@@ -79,6 +79,17 @@ def test_mistakes(args: list[str], message: str) -> None:
     with pytest.raises(UserError) as caught:
         read(*args)
     assert str(caught.value).startswith(message)
+
+
+def test_a_repeated_option_adds_up() -> None:
+    class Options(Section):
+        preset: tuple[str, ...] = ()
+
+    options = options_of(Options)
+    args = ["--preset", "a,b", "--preset=c", "--preset", "a"]
+    assert read_args(args, options) == {"preset": ["a", "b", "c", "a"]}
+    with pytest.raises(UserError, match="--preset needs a value"):
+        read_args(["--preset"], options)
 
 
 def test_positional_arguments() -> None:

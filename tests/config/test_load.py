@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import tomllib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rosd_fast.config import Config, renamed
+from rosd_fast.config import Config, load, renamed
 from rosd_fast.config.arguments import options_of
 from rosd_fast.config.load import (
     apply_args,
@@ -84,13 +85,11 @@ def test_texts_survive_toml(tmp_path: Path, text: str) -> None:
 
 
 def test_toml_is_fully_resolved() -> None:
-    tables = tomllib.loads(to_toml(Config()))
-    found = {
-        f"{key}.{name}" if isinstance(value, dict) else key
-        for key, value in tables.items()
-        for name in (value if isinstance(value, dict) else [""])
-    }
-    assert found == set(options_of(Config))
+    def names(table: dict[str, Any], prefix: str = "") -> set[str]:
+        inner = [names(v, f"{prefix}{k}.") for k, v in table.items() if isinstance(v, dict)]
+        return {prefix + k for k, v in table.items() if not isinstance(v, dict)}.union(*inner)
+
+    assert names(tomllib.loads(to_toml(Config()))) == set(options_of(Config))
 
 
 def test_false_removes_a_default(tmp_path: Path) -> None:
@@ -107,7 +106,7 @@ def test_later_layers_replace_single_options(tmp_path: Path) -> None:
     path.write_text("steps = 7\n[sample]\ngroup_size = 5\n")
     config = load_config(
         {"sample.group_size": "3", "optim.betas": ["0.8", "0.9"], "select.on_no_success": "keep"},
-        preset="quickstart",
+        presets=["quickstart"],
         file=path,
     )
     assert config.steps == 7
@@ -115,6 +114,31 @@ def test_later_layers_replace_single_options(tmp_path: Path) -> None:
     assert config.sample.max_new_tokens == load_preset("quickstart").sample.max_new_tokens
     assert config.optim.betas == (0.8, 0.9)
     assert config.select.on_no_success == "keep"
+
+
+def test_the_last_layer_decides_between_steps_and_epochs(tmp_path: Path) -> None:
+    path = tmp_path / "run.toml"
+    path.write_text("epochs = 2\n[optim]\nwarmup_frac = 0.1\n")
+    assert load_preset("quickstart").epochs is None
+    config = load_config({}, preset="quickstart", file=path)
+    assert (config.epochs, config.optim.warmup_frac, config.optim.warmup_steps) == (2, 0.1, None)
+    again = apply_args(config, {"steps": "9", "optim.warmup_steps": "3"})
+    assert (again.epochs, again.steps) == (None, 9)
+    assert (again.optim.warmup_frac, again.optim.warmup_steps) == (None, 3)
+    assert apply_args(again, {"epochs": "0.5"}).epochs == 0.5
+    assert apply_args(again, {"epochs": None, "steps": "4"}).steps == 4
+    assert read(tmp_path, to_toml(again)) == again
+
+
+def test_two_ways_of_one_thing_exclude_each_other_within_a_layer(tmp_path: Path) -> None:
+    message = "run.toml:2: epochs and steps exclude each other"
+    assert error_of(tmp_path, "steps = 3\nepochs = 2") == message
+    text = "[optim]\nwarmup_steps = 3\nwarmup_frac = 0.5"
+    assert error_of(tmp_path, text).startswith("run.toml:3: optim.warmup_frac and")
+    with pytest.raises(UserError, match=r"^--optim\.warmup-frac and --optim\.warmup-steps excl"):
+        apply_args(Config(), {"optim.warmup_frac": "0.1", "optim.warmup_steps": "3"})
+    with pytest.raises(UserError, match=r"^--epochs and --steps exclude"):
+        apply_args(Config(), {"epochs": "1", "steps": "3"})
 
 
 def test_no_model_means_the_quickstart_and_a_model_brings_its_preset(tmp_path: Path) -> None:
@@ -140,9 +164,65 @@ def test_own_training_problems_drop_the_quickstarts_dev_problems(
 def test_every_preset_is_whole() -> None:
     assert {"quickstart", "smollm2"} <= set(preset_names())
     for name in preset_names():
-        assert load_preset(name).model == name
+        load_preset(name)
+    assert all(load_preset(name).model == name for name in ("quickstart", "smollm2"))
     with pytest.raises(UserError, match=r"no preset 'quikstart'\. Did you mean quickstart\?"):
         load_preset("quikstart")
+
+
+@pytest.fixture
+def presets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder of presets: two methods, a model, and a model named like its preset."""
+    for name, text in {
+        "one": "[optim]\nlr = 1.0\nwarmup_steps = 7\n[sample]\ngroup_size = 3",
+        "two": "[optim]\nlr = 2.0\n[loss]\nimportance_clip = false",
+        "wrong": "\n[optim]\nlr = 'x'",
+        "giant-9b": 'model = "giant/Giant-9B"\n[sample]\ngroup_size = 5',
+        "quickstart": 'model = "quickstart"\nsteps = 3',
+    }.items():
+        (tmp_path / f"{name}.toml").write_text(text)
+    monkeypatch.setattr(load, "PRESETS", tmp_path)
+    load.load_preset.cache_clear()
+    yield tmp_path
+    load.load_preset.cache_clear()
+
+
+@pytest.mark.usefixtures("presets")
+def test_presets_compose_in_the_order_given() -> None:
+    both = load_preset("one", "two")
+    assert (both.optim.lr, both.optim.warmup_steps, both.sample.group_size) == (2.0, 7, 3)
+    assert both.loss.importance_clip is None
+    assert load_preset("two", "one").optim.lr == 1.0
+    given = {"sample.group_size": "4"}
+    assert load_config(given, presets=["one", "giant-9b"]).sample.group_size == 4
+    assert load_config({}, presets=["one", "giant-9b"]).sample.group_size == 5
+    assert load_config({}, presets=["giant-9b", "one"]).sample.group_size == 3
+
+
+@pytest.mark.usefixtures("presets")
+def test_a_mistake_in_composed_presets_names_file_and_line(presets: Path) -> None:
+    with pytest.raises(UserError, match=r"wrong\.toml:3: optim\.lr is") as caught:
+        load_preset("one", "wrong")
+    assert str(presets) in str(caught.value)
+    with pytest.raises(UserError, match=r"there is no preset 'ome'\. Did you mean one\?"):
+        load_config({}, presets=["two", "ome"])
+
+
+@pytest.mark.usefixtures("presets")
+def test_a_model_may_be_named_by_its_preset(tmp_path: Path, monkeypatch: Any) -> None:
+    (tmp_path / "run.toml").write_text("steps = 7\n[sample]\ngroup_size = 6")
+    expected = load_preset("one", "giant-9b")
+    assert expected.model == "giant/Giant-9B"
+    assert load_config({"model": "giant-9b"}, presets=["one"]) == expected
+    assert load_config({"model": "giant-9b"}) == load_preset("giant-9b")
+    from_file = load_config({"model": "giant-9b"}, file=tmp_path / "run.toml")
+    assert (from_file.model, from_file.sample.group_size) == ("giant/Giant-9B", 6)
+    assert load_config({"model": "quickstart"}, presets=["one"]).steps == Config().steps
+    with pytest.raises(UserError, match=r"one is a preset, not a model\. Give --preset one"):
+        load_config({"model": "one"})
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "one").mkdir()
+    assert load_config({"model": "one"}).model == "one"  # a folder
 
 
 @pytest.mark.parametrize(
@@ -232,7 +312,10 @@ SGLANG = {"engine.kind": "sglang"}
             {"engine.colocated": True, "engine.sync": "distributed"} | SGLANG,
             "engine.colocated needs engine.sync disk",
         ),
+        ({"engine.sync": "adapter"} | SGLANG, "engine.sync adapter sends LoRA adapters"),
         ({"engine.one_step_ahead": True}, "engine.one_step_ahead samples while"),
+        ({"optim.warmup_steps": None}, "optim.warmup_frac and optim.warmup_steps exclude"),
+        ({"optim.kind": "adamw8bit", "optim.offload": True}, "optim.offload needs optim.kind"),
         ({"teacher.url": "http://a"}, "teacher.url needs teacher.backend sglang"),
         ({"teacher.backend": "sglang", "teacher.kind": "ema"}, "needs teacher.kind frozen"),
         ({"teacher.backend": "sglang", "reflect.weights": "teacher"}, "reflect.weights student"),
@@ -266,13 +349,23 @@ def test_find_line(keys: tuple[str, ...], line: int) -> None:
 
 def test_the_hash_covers_what_decides_the_learning() -> None:
     config = load_preset("quickstart")
-    longer = apply_args(config, {"steps": "999", "out": "elsewhere", "eval.every": "3"})
+    longer = apply_args(config, {"epochs": "9", "out": "elsewhere", "optim.offload": True})
     assert config_hash(longer) == config_hash(config)
     hashes = {
         config_hash(apply_args(config, given))
-        for given in ({}, {"seed": "1"}, {"optim.lr": "1e-3"}, {"data.train": "x"})
+        for given in (
+            {},
+            {"seed": "1"},
+            {"optim.lr": "1e-3"},
+            {"data.train": "x"},
+            {"optim.schedule": "cosine"},
+            {"optim.warmup_frac": "0.1"},
+            {"optim.lr_scale": "*=2"},
+            {"optim.decay": "all"},
+            {"optim.kind": "adamw8bit"},
+        )
     }
-    assert len(hashes) == 4
+    assert len(hashes) == 9
     assert all(len(value) == 16 for value in hashes)
 
 

@@ -18,7 +18,7 @@ def fields_of(model: type[BaseModel], prefix: str = "") -> Iterator[tuple[str, F
     for name, field in model.model_fields.items():
         kind = field.annotation
         if isinstance(kind, type) and issubclass(kind, BaseModel):
-            yield from fields_of(kind, f"{name}.")
+            yield from fields_of(kind, f"{prefix}{name}.")
         else:
             yield prefix + name, field
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from rosd_kernels import SpanDivergenceOutput, native, span_divergence
+from tests.kernels import logprob_cases
 
 STUDENTS = ("student_hidden", "student_head", "student_bias")
 
@@ -183,6 +184,16 @@ def make_case() -> Callable[..., Case]:
 @pytest.fixture(scope="session")
 def agrees() -> Callable[..., None]:
     return assert_agrees
+
+
+@pytest.fixture(scope="session")
+def make_logprob() -> Callable[..., logprob_cases.Case]:
+    return logprob_cases.make
+
+
+@pytest.fixture(scope="session")
+def logprob_agrees() -> Callable[..., None]:
+    return logprob_cases.assert_agrees
 
 
 @pytest.fixture

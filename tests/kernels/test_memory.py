@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from rosd_kernels import entry, span_divergence
-from rosd_kernels.gemm_tiles import CHUNK_TILES
+from rosd_kernels.head_tiles import CHUNK_TILES
 from rosd_kernels.tiles import ROW_BLOCK, TILE, num_tiles
 
 

@@ -48,6 +48,7 @@ def gradient_and_output(
     beta=st.sampled_from([0.1, 0.5, 0.9]),
     entry_clip=st.sampled_from([None, 0.01]),
     softcap=st.sampled_from([None, 6.0]),
+    temperature=st.sampled_from([1.0, 0.3, 2.0]),
     num_tokens=st.sampled_from([1, 7, ROW_BLOCK + 3]),
     sharpness=st.floats(0, 12),
     gap=st.sampled_from([0.01, 0.5, 3.0]),
@@ -55,10 +56,21 @@ def gradient_and_output(
     seed=st.integers(0, 1000),
 )
 def test_report_is_true_and_the_gradient_within_its_bound(
-    rule, divergence, beta, entry_clip, softcap, num_tokens, sharpness, gap, spread, seed
+    rule,
+    divergence,
+    beta,
+    entry_clip,
+    softcap,
+    temperature,
+    num_tokens,
+    sharpness,
+    gap,
+    spread,
+    seed,
 ):
     student, teacher = peaked(num_tokens, sharpness=sharpness, gap=gap, seed=seed, spread=spread)
-    options = {"divergence": divergence, "beta": beta, "entry_clip": entry_clip, "softcap": softcap}
+    options = {"divergence": divergence, "beta": beta, "entry_clip": entry_clip}
+    options |= {"softcap": softcap, "temperature": temperature}
     exact, truth = gradient_and_output(
         student, teacher, torch.float64, strategy="reference", **options
     )
@@ -66,10 +78,11 @@ def test_report_is_true_and_the_gradient_within_its_bound(
 
     # Which tiles were dropped, from the definition.
     log_p, log_q = (
-        torch.log_softmax(
-            x.double() if softcap is None else softcap * torch.tanh(x.double() / softcap), -1
+        torch.log_softmax(x / temperature, -1)
+        for x in (
+            x.double() if softcap is None else softcap * torch.tanh(x.double() / softcap)
+            for x in (student, teacher)
         )
-        for x in (student, teacher)
     )
     lost_max, num_active, num_pairs = 0.0, 0, 0
     for first in range(0, num_tokens, ROW_BLOCK):

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from rosd_fast.config import Config
+from rosd_fast.config.chat import make_chats
 from rosd_fast.config.load import apply_args, load_preset
 from rosd_fast.errors import UserError
 from rosd_fast.methods import METHODS
@@ -30,6 +31,11 @@ ANSWERS = ["5", "4", None]
 @dataclass(frozen=True)
 class Model:
     tokenizer: Any
+
+
+def make_method(tokenizer: Any, options: Config) -> Rosd:
+    model: Any = Model(tokenizer)
+    return Rosd(options, model, TokenBytes(tokenizer), make_chats(options.chat, tokenizer))
 
 
 @dataclass(frozen=True)
@@ -77,7 +83,7 @@ def config(**changes: Any) -> Config:
 
 
 def build(tokenizer, step, *, groups=None, **changes):
-    method = Rosd(config(**changes), Model(tokenizer), TokenBytes(tokenizer))  # type: ignore[arg-type]
+    method = make_method(tokenizer, config(**changes))
     built = method.build(groups or step.groups, step.verdicts, step.reflections, Hidden())
     return {sample.rollout_id: sample for sample in built.samples}, built
 
@@ -116,7 +122,7 @@ def test_none_trains_everything_under_the_rest_of_the_template(tokenizer, step):
 
 
 def test_none_generates_nothing(tokenizer, step):
-    method = Rosd(config(reflect__control="none"), Model(tokenizer), TokenBytes(tokenizer))  # type: ignore[arg-type]
+    method = make_method(tokenizer, config(reflect__control="none"))
     engines: Any = None  # none of its parts is touched
     assert asyncio.run(method.annotate(1, step.groups, step.verdicts, engines, Hidden())) == {}
     assert not method.needs_teacher_engine
@@ -200,6 +206,25 @@ def test_random_spans_are_as_long_and_anywhere(tokenizer, step):
         n: s.num_tokens for n, s in suffix.items()
     }
     assert built.spans["a/0"].source == "random" and built.spans["a/1"].source == "full"
+
+
+def test_no_arm_moves_a_span_into_thinking(tokenizer, make_group):
+    text = "<think>2 is 5, is it?</think> So 2 is 5. Then stop."
+    group, verdicts = make_group([text], [0.0], id="a")
+    (rollout,) = group.rollouts
+    made = Step([group], verdicts, {"a/0": reflection("a/0", "2 is 5", correct=False)})
+    answer = make_method(tokenizer, config()).chats.num_thinking(rollout)
+    assert answer > 5
+    end, starts = len(rollout.completion_ids), set()
+    for arm in ({"reflect__control": "none"}, {"span__control": "whole"}):
+        assert parts(build(tokenizer, made, **arm)[0]) == {"a/0": (answer, end)}
+        assert parts(build(tokenizer, made, span__thinking=True, **arm)[0]) == {"a/0": (0, end)}
+    options = {"span__control": "random", "span__granularity": "span"}
+    for seed in range(40):
+        samples, _ = build(tokenizer, made, seed=seed, **options)
+        starts.add(samples["a/0"].start)
+        size = samples["a/0"].num_tokens
+    assert starts == set(range(answer, end - size + 1))
 
 
 def test_negative_has_no_teacher_on_wrong_rollouts(tokenizer, step):

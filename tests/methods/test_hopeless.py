@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from rosd_fast.config import Config
+from rosd_fast.config.chat import make_chats
 from rosd_fast.config.load import apply_args, load_preset
 from rosd_fast.errors import UserError
 from rosd_fast.methods.budgets import check_references
@@ -42,7 +43,8 @@ def method_of(kind: Any, tokenizer: Any, **changes: Any) -> Any:
     }
     named = {name.replace("__", ".", 1): value for name, value in changes.items()}
     config = apply_args(Config(), given | named)
-    return kind(config, Model(tokenizer), TokenBytes(tokenizer))
+    chats = make_chats(config.chat, tokenizer)
+    return kind(config, Model(tokenizer), TokenBytes(tokenizer), chats)
 
 
 def taught(tokenizer: Any, method: Any, made: Any, annotations: Any = None) -> dict[str, str]:

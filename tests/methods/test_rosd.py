@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 
-from rosd_fast.config import Config
+from rosd_fast.config import ChatConfig, Config
+from rosd_fast.config.chat import make_chats
 from rosd_fast.errors import UserError
 from rosd_fast.methods.budgets import check_budgets
 from rosd_fast.methods.rosd import used_templates
@@ -19,8 +20,8 @@ PROBLEM = Problem(id="p", prompt="2 + 2 = ?", answer="4", verifier="number", dom
 def check(tokenizer: Any, **sections: Any) -> None:
     budget = {"max_prompt_tokens": 512}
     config = {name: budget | sections.get(name, {}) for name in ("reflect", "teacher")}
-    options = Config.model_validate(config)
-    check_budgets(options, tokenizer, PROBLEM, used_templates(options))
+    options, chats = Config.model_validate(config), make_chats(ChatConfig(), tokenizer)
+    check_budgets(options, chats, PROBLEM, used_templates(options))
 
 
 @pytest.mark.parametrize(

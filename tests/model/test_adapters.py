@@ -6,14 +6,17 @@ import copy
 from pathlib import Path
 from typing import Any
 
+import peft
 import pytest
 import torch
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from rosd_fast.batch.packing import pack
 from rosd_fast.config import Config
 from rosd_fast.errors import UserError
 from rosd_fast.model.adapters import fingerprint, has_adapters, merged_weights
+from rosd_fast.model.load import find
 from rosd_fast.trainer.checkpoint import load_checkpoint, write_checkpoint
 from rosd_fast.trainer.learner import Learner
 from rosd_fast.trainer.snapshot import Snapshot
@@ -157,6 +160,44 @@ def test_a_checkpoint_holds_adapters_and_exports_full_weights(
         assert resumed.step(batches) == straight.step(batches)
     for name, weight in straight.weights.items():
         assert torch.equal(resumed.weights[name], weight), name
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("targets", ["all-linear", "q_proj,down_proj"])
+def test_peft_loads_the_adapter_of_a_checkpoint(
+    make_model, distill_samples, tokenizer, tmp_path: Path, dtype: torch.dtype, targets: str
+) -> None:
+    model, options = adapted(make_model, dtype, targets=targets)
+    learner = Learner(model, options)
+    learner.step(pack(distill_samples, max_tokens=40))
+    snapshot = Snapshot.of(learner, tokenizer, step=1, config_hash="abc")
+    path = write_checkpoint(tmp_path, snapshot)
+    assert not (path / "adapter_config.json").exists()
+    loaded = peft.PeftModel.from_pretrained(make_model("Llama", dtype), path / "adapter").eval()
+    assert isinstance(loaded, peft.PeftModelForCausalLM)
+    difference = (loaded(input_ids=IDS).logits - model(IDS).logits).abs().max()
+    assert difference <= (1e-6 if dtype == torch.float32 else 0.05)
+    assert (
+        model(IDS).logits - make_model("Llama", dtype)(IDS).logits
+    ).abs().max() > 10 * difference
+    loaded.save_pretrained(tmp_path / "theirs")
+    ours, theirs = (
+        load_file(folder / "adapter_model.safetensors")
+        for folder in (path / "adapter", tmp_path / "theirs")
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name].to(dtype)) for name in ours)
+    with pytest.raises(UserError, match="is an adapter without its model"):
+        find(str(path / "adapter"))
+    assert find(str(path)) == path
+
+
+def test_a_checkpoint_without_adapters_has_no_adapter_folder(
+    make_model, tokenizer, tmp_path: Path
+) -> None:
+    learner = Learner(make_model("Llama", torch.float32), config_of())
+    path = write_checkpoint(tmp_path, Snapshot.of(learner, tokenizer, step=1, config_hash="abc"))
+    assert not (path / "adapter").exists()
 
 
 def test_a_copy_has_its_own_adapters(make_model) -> None:

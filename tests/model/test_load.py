@@ -139,6 +139,26 @@ def test_a_file_is_not_a_folder(tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("name", "says"),
+    [
+        ("quikstart", "quikstart: there is no such model. Did you mean quickstart?"),
+        ("smollm", "smollm: there is no such model. Did you mean smollm2?"),
+    ],
+)
+def test_a_mistyped_name_never_reaches_the_hub(monkeypatch, name, says):
+    def reached(*args, **kwargs):
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", reached)
+    assert refused(name) == says
+
+
+def test_hub_ids_are_left_alone():
+    assert load.find("gpt2") == "gpt2"
+    assert load.find("someone/quickstart") == "someone/quickstart"
+
+
+@pytest.mark.parametrize(
     ("error", "says"),
     [
         (

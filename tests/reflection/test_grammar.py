@@ -17,6 +17,7 @@ from rosd_fast.reflection.grammar import (
     EXPLANATION,
     QUOTE,
     SENTENCE,
+    Think,
     explanation_grammar,
     sentence_grammar,
     verbatim_grammar,
@@ -172,7 +173,7 @@ def test_thoughts_may_come_first(tokenizer, tags):
     )
     backend.add_tokens(list(tags))
     own: Any = PreTrainedTokenizerFast(tokenizer_object=backend, eos_token="<|end|>")
-    grammar = explanation_grammar(max_tokens=200, think=tags)
+    grammar = explanation_grammar(max_tokens=200, think=Think(tokens=tags))
     compiler = GrammarCompiler(own, len(own))
     for text in (
         "<think>a </b> < c</think>\n<explanation>why</explanation>",
@@ -184,7 +185,7 @@ def test_thoughts_may_come_first(tokenizer, tags):
 
 def test_without_thoughts_the_quote_comes_first(tokenizer):
     compiler = GrammarCompiler(tokenizer, len(tokenizer))
-    for think, thinks, quotes in ((None, False, False), (("<think>",), True, True)):
+    for think, thinks, quotes in ((None, False, False), (Think(tokens=["<think>"]), True, True)):
         grammar = verbatim_grammar("add one", min_words=1, max_tokens=99, think=think)
         for text, allowed in (
             ("<think>a</think><error_quote>", thinks),

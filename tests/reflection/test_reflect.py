@@ -5,14 +5,14 @@ from __future__ import annotations
 import asyncio
 import json
 import re
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rosd_fast.config import ReflectConfig
+from rosd_fast.config import ChatConfig, ReflectConfig
+from rosd_fast.config.chat import make_chats
 from rosd_fast.errors import UserError
 from rosd_fast.reflection.parse import parse_reflection
 from rosd_fast.reflection.reflect import reflect, reflection_metrics
@@ -28,21 +28,21 @@ SHORT: dict[str, Any] = {
 }
 
 
-@dataclass(frozen=True)
-class Model:
-    tokenizer: Any
-
-    @property
-    def stop_token_ids(self):
-        return (self.tokenizer.eos_token_id,)
-
-
-def build(tokenizer, group, verdicts, *, on_no_success="skip", **options):
+def build(
+    tokenizer,
+    group,
+    verdicts,
+    *,
+    chat: ChatConfig | None = None,
+    on_no_success: str = "skip",
+    **options,
+):
     return build_reflection_requests(
         [group],
         verdicts,
         config=ReflectConfig(**(SHORT | options)),
-        model=Model(tokenizer),
+        chats=make_chats(chat or ChatConfig(), tokenizer),
+        stop_token_ids=(tokenizer.eos_token_id,),
         seed=7,
         step=3,
         on_no_success=on_no_success,
@@ -276,7 +276,8 @@ def run_reflect(tokenizer, engine, group, verdicts, mode: Any = "free", **option
             verdicts,
             engine=engine,
             config=ReflectConfig(**SHORT, mode=mode),
-            model=Model(tokenizer),
+            chats=make_chats(ChatConfig(), tokenizer),
+            stop_token_ids=(tokenizer.eos_token_id,),
             seed=0,
             step=1,
             **options,

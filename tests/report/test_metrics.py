@@ -5,8 +5,9 @@ from __future__ import annotations
 import json
 import math
 import tempfile
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -151,16 +152,20 @@ def make_group(name: str, lengths: list[int], finish: str = "stop") -> Group:
     return Group(problem=problem, rollouts=rollouts)
 
 
+def make_sample(rollout_id: str, **fields: Any) -> TrainSample:
+    return TrainSample(
+        rollout_id=rollout_id,
+        problem_id=rollout_id.partition("/")[0],
+        student_prompt_ids=(1,),
+        completion_ids=(2,),
+        logprobs=(0.0,),
+        start=0,
+        end=1,
+        **fields,
+    )
+
+
 ANSWERS = {"a/0": "1", "a/1": "one", "b/0": ""}
-SAMPLE = TrainSample(
-    rollout_id="",
-    problem_id="",
-    student_prompt_ids=(1,),
-    completion_ids=(2,),
-    logprobs=(-1.0,),
-    start=0,
-    end=1,
-)
 
 
 def test_rollout_metrics() -> None:
@@ -170,10 +175,10 @@ def test_rollout_metrics() -> None:
         for id_, score in {"a/0": 1.0, "a/1": 0.5, "b/0": 0.0, "b/1": 0.0}.items()
     }
     samples = [
-        replace(SAMPLE, rollout_id="a/0", teacher_prompt_ids=(1,)),
-        replace(SAMPLE, rollout_id="a/0", advantage=1.0),
-        replace(SAMPLE, rollout_id="b/0", advantage=-1.0),
-        replace(SAMPLE, rollout_id="b/1", advantage=0.0),
+        make_sample("a/0", teacher_prompt_ids=(4,)),
+        make_sample("a/0", advantage=1.0),
+        make_sample("a/1", advantage=-1.0),
+        make_sample("b/0", advantage=0.0),
     ]
     got = rollout_metrics(groups, verdicts, samples, FakeSelection(kept=(groups[0],)), 3)  # type: ignore[arg-type]
     assert got == {

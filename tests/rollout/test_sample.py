@@ -11,7 +11,7 @@ import pytest
 from rosd_fast.engines.local.engine import LocalEngine
 from rosd_fast.errors import UserError
 from rosd_fast.rollout.sample import check_prompts, collect_groups, sample_groups
-from rosd_fast.text.prompts import render_prompt
+from rosd_fast.text.chat import chat_format
 from rosd_fast.types import Generation, GenerationRequest, Group, Problem, SamplingParams
 
 
@@ -38,7 +38,8 @@ def sample(
         "step": 1,
         "max_prompt_tokens": 100,
     }
-    return asyncio.run(sample_groups(engine, problems, tokenizer=tokenizer, **(given | options)))
+    chat = chat_format(tokenizer)
+    return asyncio.run(sample_groups(engine, problems, chat=chat, **(given | options)))
 
 
 @pytest.fixture(scope="module")
@@ -56,7 +57,7 @@ def test_groups_follow_the_problems(engine: LocalEngine, tokenizer: Any) -> None
         assert [r.id for r in group.rollouts] == [f"{problem.id}/{index}" for index in range(3)]
         for rollout in group.rollouts:
             assert rollout.problem_id == problem.id
-            assert rollout.prompt_ids == render_prompt(tokenizer, user=problem.prompt)
+            assert rollout.prompt_ids == chat_format(tokenizer).render(problem.prompt)
             stopped = rollout.completion_ids[-1] == tokenizer.eos_token_id
             assert rollout.finish_reason == ("stop" if stopped else "length")
             assert len(rollout.completion_ids) == len(rollout.logprobs)
@@ -90,14 +91,14 @@ def test_ids_beyond_the_tokenizer_decode_to_nothing(tokenizer: Any) -> None:
         finish_reason="length",
         policy_version=4,
     )
-    (group,) = collect_groups(PROBLEMS[:1], [request], [generation], tokenizer=tokenizer)
+    (group,) = collect_groups(PROBLEMS[:1], [request], [generation], chat=chat_format(tokenizer))
     (rollout,) = group.rollouts
     assert rollout.text == " answer answer"
     assert rollout.completion_ids == ids
     assert rollout.policy_version == 4
     other = GenerationRequest(id="step2/p", prompt_ids=(1,), params=request.params)
     with pytest.raises(ValueError, match="1 completions that are not, in order, the 1"):
-        collect_groups(PROBLEMS[:1], [other], [generation], tokenizer=tokenizer)
+        collect_groups(PROBLEMS[:1], [other], [generation], chat=chat_format(tokenizer))
 
 
 def test_a_prompt_over_budget_names_its_problem(engine: LocalEngine, tokenizer: Any) -> None:
@@ -106,10 +107,11 @@ def test_a_prompt_over_budget_names_its_problem(engine: LocalEngine, tokenizer: 
     with pytest.raises(UserError, match=words):
         sample(engine, tokenizer, problems)
     with pytest.raises(UserError, match=words):
-        check_prompts(problems, tokenizer=tokenizer, max_prompt_tokens=100)
-    check_prompts(PROBLEMS, tokenizer=tokenizer, max_prompt_tokens=100, context_length=101)
-    longest = max(len(render_prompt(tokenizer, user=p.prompt)) for p in PROBLEMS)
-    options = {"tokenizer": tokenizer, "max_prompt_tokens": 100}
+        check_prompts(problems, chat=chat_format(tokenizer), max_prompt_tokens=100)
+    chat = chat_format(tokenizer)
+    check_prompts(PROBLEMS, chat=chat, max_prompt_tokens=100, context_length=101)
+    longest = max(len(chat.render(p.prompt)) for p in PROBLEMS)
+    options = {"chat": chat, "max_prompt_tokens": 100}
     check_prompts(PROBLEMS, context_length=longest + 1, **options)
     with pytest.raises(UserError, match=r"problem sums:2: .* context \d+, which leaves no room"):
         check_prompts(PROBLEMS, context_length=longest, **options)

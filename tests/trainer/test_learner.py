@@ -342,7 +342,7 @@ def test_optimizer_against_the_formula():
         "matrix": torch.nn.Parameter(torch.randn(3, 4, dtype=torch.float64)),
         "vector": torch.nn.Parameter(torch.randn(4, dtype=torch.float64)),
     }
-    optimizer = Optimizer(named.items(), options)
+    optimizer = Optimizer(named.items(), options, horizon=100)
     expected = {name: p.detach().clone() for name, p in named.items()}
     states: dict[str, dict] = {name: {} for name in named}
     for update in range(1, 8):
@@ -373,7 +373,7 @@ def test_optimizer_against_the_formula():
 def test_bfloat16_weights_are_trained_through_fp32_masters():
     parameter = torch.nn.Parameter(torch.full((4, 4), 0.02, dtype=torch.bfloat16))
     options = config(optim={"lr": 1e-5, "weight_decay": 0.0}).optim
-    optimizer = Optimizer([("w", parameter)], options)
+    optimizer = Optimizer([("w", parameter)], options, horizon=100)
     for _ in range(40):
         for _ in range(2):  # two micro-batches
             parameter.grad = torch.ones_like(parameter)

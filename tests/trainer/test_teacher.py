@@ -44,6 +44,7 @@ def move(model: Any) -> None:
 def scored(learner: Learner, samples: Any) -> torch.Tensor:
     """The teacher's [N, V] log-probabilities."""
     (batch,) = pack(samples, max_tokens=10_000, min_shared=2)
+    assert batch.teacher is not None
     with learner.teacher.scoring(batch.teacher) as (states, head):
         assert not states.requires_grad
         return logits(states, head).log_softmax(-1)
@@ -143,6 +144,7 @@ def test_scoring_leaves_the_student_unchanged(make_model, distill_samples) -> No
     move(model)
     before = {name: p.clone() for name, p in model.named_parameters()}
     (batch,) = pack(distill_samples, max_tokens=10_000)
+    assert batch.teacher is not None
     with torch.no_grad():
         states = hidden_states(model, batch.student)
         with learner.teacher.scoring(batch.teacher):

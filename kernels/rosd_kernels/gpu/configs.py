@@ -4,12 +4,14 @@ Nothing is tuned at run time: a choice that depends on timings may differ betwee
 the rounding of sums. `rosd_kernels.testing.aot` compiles every config for its architecture and
 refuses spills and too much shared memory.
 
-    sweep, pair      [block_m rows] x [block_n vocabulary], reduced over block_k of the width
+    sweep, pair, logprob_tile
+                     [block_m rows] x [block_n vocabulary], reduced over block_k of the width
     grad_hidden      [block_m rows] x [block_n of the width], reduced over block_k of the vocabulary
     grad_head        [block_m vocabulary] x [block_n of the width], reduced over block_k rows
 
-A lean problem has rows of aligned, even length and, for sweep and pair, one head and no bias, soft
-cap or clip, as with most models. Its blocks may be larger than those that support all options.
+A lean problem has rows of aligned, even length and, where logits are computed, one head and no
+bias, soft cap or clip, as with most models. Its blocks may be larger than those that support all
+options.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
-Kernel = Literal["sweep", "pair", "grad_hidden", "grad_head"]
+Kernel = Literal["sweep", "pair", "logprob_tile", "grad_hidden", "grad_head"]
 Precision = Literal["narrow", "tf32", "tf32x3", "ieee"]
 ARCHITECTURES = (80, 90, 100)
 SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
@@ -55,6 +57,9 @@ CONFIGS: dict[tuple[Kernel, int, Precision], tuple[Config, Config]] = {
     ("pair", 80, "narrow"): (_64x128, Config(64, 128, 32, 8, 3)),
     ("pair", 90, "narrow"): (_128x128, _64x128),
     ("pair", 100, "narrow"): (_128x128, _64x128),
+    ("logprob_tile", 80, "narrow"): (_128x128, _64x128),
+    ("logprob_tile", 90, "narrow"): (_128x128, _64x128),
+    ("logprob_tile", 100, "narrow"): (_128x128, _64x128),
     ("grad_hidden", 80, "narrow"): (_128x128, _64x128),
     ("grad_hidden", 90, "narrow"): (_128x256, _64x128),
     ("grad_hidden", 100, "narrow"): (_128x128, _64x128),
@@ -70,7 +75,7 @@ _FLOATS: dict[Precision, tuple[Config, Config]] = {  # (pair, all other kernels)
 for _precision, (_pair, _other) in _FLOATS.items():
     for _arch in ARCHITECTURES:
         CONFIGS["pair", _arch, _precision] = (_pair, _pair)
-        for _kernel in ("sweep", "grad_hidden", "grad_head"):
+        for _kernel in ("sweep", "logprob_tile", "grad_hidden", "grad_head"):
             CONFIGS[_kernel, _arch, _precision] = (_other, _other)
 
 

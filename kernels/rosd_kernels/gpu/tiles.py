@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from rosd_kernels.autograd import Gradients, Needed
-from rosd_kernels.gpu.gradient import grad_dtype, grad_head, grad_hidden, grad_logits
+from rosd_kernels.gpu.chunks import GradientChunks
+from rosd_kernels.gpu.gradient import grad_logits
 from rosd_kernels.gpu.loss import loss
 from rosd_kernels.gpu.pair import Pair
 from rosd_kernels.gpu.select import select
 from rosd_kernels.gpu.sweep import sweep
 from rosd_kernels.records import SpanInputs, SpanOptions
 from rosd_kernels.sparsity import Sparsity, Sweep, TileStats, sweep_sides
-from rosd_kernels.tiles import TILE, num_tiles
-from rosd_kernels.workspace import MIB
 
 
 class TritonTiles:
@@ -29,12 +27,9 @@ class TritonTiles:
         self.pair = Pair.of(inputs, options, permutation)
         same_dtype = inputs.student_hidden.dtype == inputs.teacher_hidden.dtype
         self.is_stacked = inputs.is_stacked and same_dtype
-        self.grad_dtype = grad_dtype(self.pair.student_hidden, self.pair.student_head)
-        # Tiles whose G fits the budget, at least one.
-        row_bytes = TILE * self.grad_dtype.itemsize
-        fitting = int(options.workspace_mib * MIB) // (max(inputs.num_tokens, 1) * row_bytes)
-        self.chunk_tiles = min(max(1, fitting), num_tiles(inputs.vocab_size))
-        self.workspace_bytes = inputs.num_tokens * self.chunk_tiles * row_bytes
+        student = self.pair.student_hidden, self.pair.student_head
+        self.chunks = GradientChunks.of(*student, permutation, workspace_mib=options.workspace_mib)
+        self.workspace_bytes = self.chunks.workspace_bytes
 
     def sweep(self, columns: Tensor | None) -> tuple[Sweep, Sweep]:
         """Statistics of all tiles of the student and of the teacher; see `tiled.Tiles`."""
@@ -73,25 +68,10 @@ class TritonTiles:
         row_scale: Tensor,  # [N] weight / temperature
         needed: Needed,
     ) -> Gradients:
-        """dh [N, H] and db [V] in float32, dW [V, H] in the head's dtype.
+        """dh [N, H] and db [V] in float32, dW [V, H] in the head's dtype."""
 
-        The vocabulary is processed in chunks of as many tiles as the workspace holds G of.
-        """
-        hidden, head, order = self.pair.student_hidden, self.pair.student_head, self.pair.order
-        (N, H), V = hidden.shape, head.shape[0]
-        needs_hidden, needs_head, needs_bias = needed
-        dh = hidden.new_zeros(N, H, dtype=torch.float32) if needs_hidden else None
-        dW = torch.empty_like(head, memory_format=torch.contiguous_format) if needs_head else None
-        db = head.new_empty(V, dtype=torch.float32) if needs_bias else None
-        workspace = hidden.new_empty(N, self.chunk_tiles * TILE, dtype=self.grad_dtype)
-        rows = (total, row_scale)
-        for first in range(0, active.shape[1], self.chunk_tiles):
-            chunk = active[:, first : first + self.chunk_tiles]
-            G = workspace[:, : chunk.shape[1] * TILE]
-            grad_logits(self.pair, student_lse, teacher_lse, chunk, *rows, first_tile=first, out=G)
-            if dh is not None:
-                grad_hidden(G, head, order, chunk, first_tile=first, out=dh)
-            if dW is not None or db is not None:
-                out = {"out": dW, "out_bias": db}
-                grad_head(G, hidden, order, chunk, first_tile=first, vocab_size=V, **out)
-        return Gradients(dh, dW, db)
+        def write(chunk: Tensor, first_tile: int, out: Tensor) -> None:
+            lse = student_lse, teacher_lse
+            grad_logits(self.pair, *lse, chunk, total, row_scale, first_tile=first_tile, out=out)
+
+        return self.chunks.gradients(active, needed, write)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from rosd_kernels.auto import kind_of, remember
+from rosd_kernels.auto import choose, kind_of, remember
 from rosd_kernels.checks import check_group, check_ids, check_order, check_strategy
 from rosd_kernels.logprob.chunked import run_chunked
 from rosd_kernels.logprob.records import (
@@ -19,10 +19,15 @@ from rosd_kernels.logprob.records import (
     TokenLoss,
 )
 from rosd_kernels.logprob.reference import run_reference
+from rosd_kernels.logprob.tiled import run_tiled
 from rosd_kernels.sparsity import Sparsity
 from rosd_kernels.vocabulary import Vocabulary
 
-STRATEGIES: dict[str, Strategy] = {"chunked": run_chunked, "reference": run_reference}
+STRATEGIES: dict[str, Strategy] = {
+    "chunked": run_chunked,
+    "tiled": run_tiled,
+    "reference": run_reference,
+}
 
 
 def span_logprob(
@@ -122,7 +127,7 @@ def _run(
     vocabulary = Vocabulary(inputs.vocab_size, vocab_group, inputs.hidden.device)
     check_ids(inputs.token_ids, vocabulary)
     kind = kind_of("span_logprob", options.sparsity, (inputs.head,), vocabulary)
-    name = "chunked" if strategy == "auto" else strategy
+    name = choose(kind) if strategy == "auto" else strategy
     # Autocast would run in bfloat16 the GEMMs that are in float32 on purpose.
     with torch.autocast(device_type=inputs.hidden.device.type, enabled=False):
         output = STRATEGIES[name](inputs, options, vocabulary, token_loss)

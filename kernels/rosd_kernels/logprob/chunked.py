@@ -29,7 +29,7 @@ from rosd_kernels.autograd import (
     zero_gradients,
 )
 from rosd_kernels.logprob.autograd import Passes, differentiable
-from rosd_kernels.logprob.elementwise import gradient, is_fused, row_values
+from rosd_kernels.logprob.elementwise import gradient, is_fused, row_factors, row_values
 from rosd_kernels.logprob.records import (
     LogprobInputs,
     LogprobOptions,
@@ -122,7 +122,7 @@ class Chunks:
                 values = found.at(rows)
                 losses[rows], slopes = evaluate(token_loss, values, rows, any(needed))
                 if slopes is not None:
-                    gradient(logits, self.transform, self.columns[rows], values, slopes, out=out)
+                    self._gradient(rows, logits, values, slopes, out)
             self._add_gradients(gradients, chunk)
         return losses, found, self._summed(gradients)
 
@@ -131,8 +131,7 @@ class Chunks:
         gradients = zero_gradients(self.inputs.leaves, needed, self.plan.dtype)
         for chunk in self._chunks():
             for rows, logits, out in self._blocks(chunk):
-                parts = values.at(rows), slopes.at(rows)
-                gradient(logits, self.transform, self.columns[rows], *parts, out=out)
+                self._gradient(rows, logits, values.at(rows), slopes.at(rows), out)
             self._add_gradients(gradients, chunk)
         return self._summed(gradients)
 
@@ -155,6 +154,12 @@ class Chunks:
         values = row_values(logits, self.transform, self.columns[rows], self.vocabulary)
         for of_all, of_rows in zip(found, values, strict=True):
             of_all[rows] = of_rows
+
+    def _gradient(
+        self, rows: slice, logits: Tensor, values: TokenValues, slopes: Slopes, out: Tensor
+    ) -> None:
+        factors = row_factors(values, slopes, self.transform.temperature)
+        gradient(logits, self.transform, self.columns[rows], values.lse, factors, out=out)
 
     def _add_gradients(self, gradients: Gradients, chunk: slice) -> None:
         """Add a chunk whose G is in the workspace."""

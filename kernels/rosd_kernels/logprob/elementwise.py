@@ -52,28 +52,27 @@ def row_values(
 def gradient(
     logits: Tensor,  # [R, V] raw; overwritten
     transform: LogitTransform,
-    columns: Tensor,  # [R] int64, -1: another shard's
-    values: TokenValues,  # [R] each
-    slopes: Slopes,  # [R] each
+    columns: Tensor,  # [R] int64, -1: none of these
+    lse: Tensor,  # [R] of whole rows
+    factors: Tensor,  # [3, R], see `row_factors`
     *,
     out: Tensor,  # [R, V]: `logits` itself, or narrower memory
 ) -> None:
-    """Write G into `out`."""
-    factors = row_factors(values, slopes, transform.temperature)
+    """Write G into `out`; the logits may be some columns of their rows."""
     kernels: Any = gpu_logprob(logits, logits.dtype)
     if kernels is not None:
-        kernels.logprob_grad(logits, transform, columns, values.lse, factors, out=out)
+        kernels.logprob_grad(logits, transform, columns, lse, factors, out=out)
         return
     if uses_native(logits):
-        native.logprob_grad_(logits, transform, columns, values.lse, factors)
+        native.logprob_grad_(logits, transform, columns, lse, factors.contiguous())
     else:
-        plain_gradient_(logits, transform, columns, values.lse, factors)
+        plain_gradient_(logits, transform, columns, lse, factors)
     if out.data_ptr() != logits.data_ptr():
         out.copy_(logits)
 
 
 def row_factors(values: TokenValues, slopes: Slopes, temperature: float) -> Tensor:
-    """[3, R] a, b and a + b entropy, over the temperature: all that G reads of a row's loss."""
+    """[3, N] a, b and a + b entropy, over the temperature: all that G reads of a row's loss."""
     a, b = slopes
     return torch.stack([a, b, a + b * values.entropy]).div_(temperature)
 

@@ -28,6 +28,8 @@ def evaluate(
     values: of these tokens only.
     """
     dtype, size = values.logprob.dtype, len(values.logprob)
+    if size == 0:
+        return values.logprob, Slopes(values.logprob, values.logprob)
     if not needs_gradient:
         losses = checked(token_loss(values.logprob, values.entropy, rows), size)
         return losses.detach().to(dtype), None

@@ -21,8 +21,11 @@ from triton.runtime.driver import driver
 
 from rosd_kernels.gpu.configs import Kernel, Precision
 from rosd_kernels.gpu.launch import DOT_PRECISIONS
+from rosd_kernels.gpu.logprob import logprob_grad, logprob_stats
+from rosd_kernels.gpu.logprob_tiles import TritonLogprobTiles
 from rosd_kernels.gpu.rows import rows
 from rosd_kernels.gpu.tiles import TritonTiles
+from rosd_kernels.logprob.records import LogprobInputs, LogprobOptions
 from rosd_kernels.records import Divergence, SpanInputs, SpanOptions
 from rosd_kernels.sparsity import entry, mass
 from rosd_kernels.tiles import num_row_blocks, num_tiles
@@ -115,7 +118,7 @@ def jobs(arch: int, precisions: Iterable[Precision] = tuple(VARIANTS)) -> list[J
 
 
 def record(arch: int, precision: Precision, variant: Variant) -> list[Job]:
-    """The compilations that one step of "tiled" and one of "chunked" request."""
+    """The compilations that one step of "tiled" and one of "chunked" request, of each function."""
     assert not triton.knobs.runtime.interpret, "the interpreter compiles nothing"
     found: list[Job] = []
 
@@ -147,6 +150,8 @@ def record(arch: int, precision: Precision, variant: Variant) -> list[Job]:
     with _pretend(arch, precision), triton.knobs.runtime.scope():
         triton.knobs.runtime.jit_cache_hook = note
         _step(variant)
+        if variant.divergence == "jsd":  # the others differ in nothing else
+            _logprob_step(variant)
     return found
 
 
@@ -231,3 +236,26 @@ def _rows(
             lse=None if has_stats else statistics,
             total=statistics[0] if stage == "grad" else None,
         )
+
+
+def _logprob_step(variant: Variant) -> None:
+    """Launch everything that `span_logprob` launches on a problem of the variant."""
+    V, H, everything = variant.V, variant.H, variant.everything
+    inputs = LogprobInputs.of(
+        hidden=torch.zeros(N, H, dtype=variant.hidden),
+        head=torch.zeros(V, H, dtype=variant.head),
+        bias=torch.zeros(V, dtype=variant.head) if everything else None,
+        token_ids=torch.zeros(N, dtype=torch.int64),
+    )
+    options = LogprobOptions(softcap=30.0 if everything else None)
+    tiles = TritonLogprobTiles(inputs, options, torch.arange(V) if variant.ordered else None)
+    active = torch.ones(num_row_blocks(N), num_tiles(V), dtype=torch.uint8)
+    lse, factors = torch.zeros(N), torch.zeros(3, N)
+    tiles.sweep(inputs.token_ids)
+    needed = (True, True, everything)
+    tiles.gradients(active, inputs.token_ids, lse, factors, needed)
+    if variant.head == torch.bfloat16 and not variant.ordered:  # logits are float32 in any case
+        logits, columns, transform = torch.zeros(N, V), inputs.token_ids, inputs.transform(options)
+        logprob_stats(logits, transform, columns)
+        for out in (logits, torch.zeros(N, V, dtype=torch.bfloat16)):
+            logprob_grad(logits, transform, columns, lse, factors, out=out)

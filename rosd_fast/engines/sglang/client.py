@@ -124,7 +124,8 @@ def message(data: bytes) -> str:
     except ValueError:
         value = text
     if isinstance(value, dict):
-        value = value.get("error", value.get("message", value))
+        keys = ("error", "message", "error_message")
+        value = next((value[key] for key in keys if key in value), value)
     if isinstance(value, dict):
         value = value.get("message", value)
     return " ".join(str(value).split())[:MAX_MESSAGE] or "no message"

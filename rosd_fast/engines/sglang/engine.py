@@ -233,11 +233,14 @@ class SglangEngine(RolloutEngine):
         try:
             answer = await handle.post(
                 "/generate",
-                request_body(request, limit, attempt, trainer_id=self._trainer_id),
+                request_body(request, limit, attempt, trainer_id=self._trainer_id)
+                | self._sync.request_fields(self.tag),
                 timeout_s=self._timeout_s,
                 watch=True,
             )
         except Refused as error:
+            if self._sync.are_lost(error):
+                raise StaleWeights(handle.url, f"has lost the weights {self.tag}") from None
             raise ValueError(f"request {request.id}: {error}") from None
         return self._read(request, limit, answer, handle)
 
@@ -287,7 +290,8 @@ class SglangEngine(RolloutEngine):
                 "sampling_params": {"max_new_tokens": 0, "temperature": 0},
                 "return_logprob": True,
                 "logprob_start_len": 0,
-            },
+            }
+            | self._sync.request_fields(self.tag),
             timeout_s=WEIGHT_CHECK_TIMEOUT_S,
         )
         received = [item[0] for item in answer["meta_info"]["input_token_logprobs"][1:]]

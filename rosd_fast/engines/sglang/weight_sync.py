@@ -2,8 +2,9 @@
 
     disk          a model folder that the servers read (`weight_folder.py`)
     distributed   broadcast from memory, in buckets, over a process group of trainer and server
+    adapter       LoRA adapters alone, through a folder (`adapter_sync.py`)
 
-In both cases a server reports a weight version only after it has loaded all of that version.
+In all cases a server reports a weight version only after it has loaded all of that version.
 
 The endpoints are those of SGLang 0.5.23: `entrypoints/http_server.py`, with the fields of their
 bodies in `managers/io_struct.py` (docs.sglang.io/advanced_features/sglang_for_rl.html). The layout
@@ -56,6 +57,14 @@ class WeightSync(ABC):
 
         Hold the handle's lock. Raises ServerError.
         """
+
+    def request_fields(self, tag: str) -> dict[str, Any]:
+        """The fields of a /generate request that is sampled with the weights of that name."""
+        return {}
+
+    def are_lost(self, error: Refused) -> bool:
+        """Whether a server refused a request because it lost the weights, as after a restart."""
+        return False
 
     @abstractmethod
     def discard_stale(self) -> None:

@@ -53,6 +53,8 @@ class FakeSglang:
         self.num_buckets = 0  # received by broadcast
         self.break_at = ""  # fault of the next bucket: "refuse", "fail" or "lost"
         self.updating = False  # between begin and end of a weight update
+        self.max_lora_rank: int | None = None  # None: no adapters can be loaded
+        self.adapters: dict[str, str] = {}  # folders by name
         self.tp_size = 1
         self.dp_size = 1
         self.healthy = True
@@ -76,6 +78,9 @@ class FakeSglang:
                 web.post("/begin_weight_update", self._session),
                 web.post("/end_weight_update", self._session),
                 web.post("/update_weights_from_distributed", self._receive),
+                web.post("/load_lora_adapter", self._load_adapter),
+                web.post("/unload_lora_adapter", self._unload_adapter),
+                web.post("/update_weight_version", self._rename),
                 web.post("/generate", self._generate),
                 web.post("/release_memory_occupation", self._memory),
                 web.post("/resume_memory_occupation", self._memory),
@@ -112,7 +117,36 @@ class FakeSglang:
         return web.json_response({"success": True, "message": ""})
 
     async def _server_info(self, _request: web.Request) -> web.Response:
-        return web.json_response({"tp_size": self.tp_size, "dp_size": self.dp_size, "pp_size": 1})
+        return web.json_response(
+            {
+                "tp_size": self.tp_size,
+                "dp_size": self.dp_size,
+                "pp_size": 1,
+                "enable_lora": self.max_lora_rank is not None,
+                "max_lora_rank": self.max_lora_rank,
+            }
+        )
+
+    async def _load_adapter(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        name = body["lora_name"]
+        if name in self.adapters or self.refuse_weights:
+            self.refuse_weights = max(0, self.refuse_weights - 1)
+            answer = {"success": False, "error_message": f"{name} is already loaded"}
+            return web.json_response(answer, status=400)
+        self.adapters[name] = body["lora_path"]
+        return web.json_response({"success": True, "error_message": ""})
+
+    async def _unload_adapter(self, request: web.Request) -> web.Response:
+        path = self.adapters.pop((await request.json())["lora_name"], None)
+        return web.json_response({"success": path is not None}, status=400 if path is None else 200)
+
+    async def _rename(self, request: web.Request) -> web.Response:
+        body = await request.json()
+        assert body["abort_all_requests"] is False
+        self.version = body["new_version"]
+        self.loaded.append(self.version)
+        return web.json_response({"success": True, "new_version": self.version})
 
     async def _join(self, request: web.Request) -> web.Response:
         body = await request.json()
@@ -169,6 +203,9 @@ class FakeSglang:
 
     async def _generate(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
+        if body.get("lora_path") not in (None, *self.adapters):
+            answer = {"error": {"message": "an adapter that has never been loaded"}}
+            return web.json_response(answer, status=400)
         if body["sampling_params"]["max_new_tokens"] == 0:
             logprobs = [[None, 0, None]] + [[self.check_logprob, 0, None]] * (
                 len(body["input_ids"]) - 1

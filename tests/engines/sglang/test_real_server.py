@@ -18,10 +18,11 @@ from typing import Any
 import pytest
 import torch
 
-from rosd_fast.config import Config
+from rosd_fast.config import Config, LoraConfig
 from rosd_fast.config.load import apply_args, load_preset, to_toml
 from rosd_fast.engines.factory import open_engine, open_sglang_teacher
 from rosd_fast.engines.local.engine import LocalEngine
+from rosd_fast.engines.sglang.adapter_sync import AdapterSync, server_args
 from rosd_fast.engines.sglang.client import Endpoint
 from rosd_fast.engines.sglang.engine import SglangEngine
 from rosd_fast.engines.sglang.pool import ServerHandle
@@ -30,6 +31,8 @@ from rosd_fast.engines.sglang.teacher import SglangTeacher
 from rosd_fast.engines.sglang.weight_sync import DiskSync, DistributedSync
 from rosd_fast.engines.weight_check import token_logprobs
 from rosd_fast.errors import RunFailed, UserError
+from rosd_fast.model.adapter_files import adapter_config, adapter_weights
+from rosd_fast.model.adapters import choose_trainable
 from rosd_fast.model.attention import hidden_states
 from rosd_fast.model.load import LoadedModel, load_model
 from rosd_fast.pipeline import sample_and_annotate
@@ -424,6 +427,80 @@ def test_training_learns_from_what_the_server_samples(tmp_path: Path, rank: int)
 
     with open_run(config) as run:
         asyncio.run(steps(run))
+
+
+PINNED = """
+import torch
+
+def unpinned(make):
+    return lambda *args, **options: make(*args, **{**options, "pin_memory": False})
+
+for name in ("tensor", "empty", "zeros", "ones", "full", "empty_like", "zeros_like"):
+    setattr(torch, name, unpinned(getattr(torch, name)))
+torch.Tensor.pin_memory = lambda self, *args: self
+"""
+
+
+@pytest.fixture
+def python_without_pinned_memory(tmp_path: Path) -> Path:
+    """An interpreter with sglang in which memory is never pinned, which fails without a GPU."""
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "sitecustomize.py").write_text(PINNED)
+    script = tmp_path / "python"
+    script.write_text(f'#!/bin/sh\nPYTHONPATH={tmp_path}/site exec {PYTHON} "$@"\n')
+    script.chmod(0o755)
+    return script
+
+
+def test_adapters_alone_reach_a_server(python_without_pinned_memory: Path, tmp_path: Path) -> None:
+    """Two versions, each with the trainer's log-probabilities, and again after a restart."""
+    model = load_model("quickstart", dtype="float32", device=torch.device("cpu"))
+    choose_trainable(model.model, lora=LoraConfig(rank=8), trainable="", seed=0)
+    config = adapter_config(model.model)
+    torch_lora = ("--lora-backend", "torch_native")
+    spec = ServerSpec(
+        python=python_without_pinned_memory,
+        model_folder=MODEL_DIR,
+        dtype="float32",
+        on_cpu=True,
+        args=(*POOL.split(), *server_args(config), *torch_lora),
+        start_timeout_s=300,
+    )
+    managed = ManagedServer(spec, tmp_path / "server")
+    requests = make_requests(model, 4, n=2)
+
+    async def test() -> None:
+        options: dict[str, Any] = ENGINE | {
+            "vocab_size": model.model.config.vocab_size,
+            "context_length": model.context_length,
+            "weight_check_ids": model.tokenizer.encode("3 + 4 = 7. 7 - 2 = 5."),
+            "expected_logprobs": lambda ids: token_logprobs(model.model, ids),
+            "max_logprob_gap": MAX_GAP_NATS,
+        }
+        sync = AdapterSync(tmp_path / "weights", config)
+        engine = SglangEngine([ServerHandle(managed, name="s", **WATCH)], sync=sync, **options)
+        try:
+            for version in range(3):
+                with torch.no_grad():
+                    for name, parameter in model.model.named_parameters():
+                        if "lora_B" in name:
+                            parameter.normal_(std=0.03)
+                await engine.load_weights(adapter_weights(model.model), version=version)
+                assert_policy(model, requests, await engine.generate(requests))
+            assert managed.num_starts == 1
+            os.kill(scheduler(managed), signal.SIGKILL)
+            assert_policy(model, requests, await engine.generate(requests))
+            assert managed.num_starts == 2
+        finally:
+            await engine.close()
+
+    asyncio.run(test())
+
+
+def test_adapters_alone_need_a_gpu(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"engine\.sync = adapter: needs a GPU"):
+        train(small(tmp_path, engine__sync="adapter", lora__rank=4))
+    assert not (tmp_path / "run").exists()
 
 
 def test_one_step_ahead(tmp_path: Path) -> None:

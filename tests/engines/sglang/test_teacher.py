@@ -70,6 +70,7 @@ def expected(batches: list[Any]) -> list[torch.Tensor]:
         batch_states = []
         for rollout_id in batch.rollout_ids:
             sample = by_id[rollout_id]
+            assert sample.teacher_prompt_ids is not None
             ids = [*sample.teacher_prompt_ids, *sample.completion_ids]
             before = len(sample.teacher_prompt_ids) - 1
             batch_states += expected_states(ids)[before + sample.start : before + sample.end]

@@ -57,6 +57,7 @@ def test_the_quick_gate_passes(tmp_path):
     assert {int(row["arch"]) for row in rows if row["kernel"] == "sweep"} == set(ARCHITECTURES)
     names = {row["kernel"] for row in rows}
     assert {"sweep", "pair loss", "pair grad", "grad_hidden", "grad_head", "rows"} <= names
+    assert {"logprob_tile", "logprob_stats", "logprob_grad"} <= names
     assert all(int(row["spills"]) == 0 for row in rows)
     assert f"{len(rows)} kernels compiled" in done.stdout
     for arch, column in ((80, "hmma"), (90, "hgmma"), (100, "utcmma")):

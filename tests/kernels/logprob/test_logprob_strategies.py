@@ -14,7 +14,7 @@ from rosd_kernels import entry, mass, span_logprob
 
 ONE_ROW = 1e-4  # a workspace_mib so small that a chunk is one row
 LOSSES = ("clipped", "cross_entropy", "afterwards clipped", "afterwards cross_entropy", None)
-FAST = ("chunked",)
+FAST = ("chunked", "tiled")
 TENSOR_CHOICES: dict[str, tuple[Any, ...]] = {
     "bias": (False, True),
     "dtype": (torch.float32, torch.bfloat16, torch.float16, torch.float64),

@@ -63,6 +63,19 @@ def assert_same(one: Path, many: Path) -> None:
                 assert other_per_token[key] == pytest.approx(values, rel=rel, abs=zero), case
 
 
+def assert_same_adapter(one: Path, many: Path) -> None:
+    """The adapters in the checkpoints of two folders, in peft's layout, are the same."""
+    folder = Path("lora", "checkpoints", "step_000002", "adapter")
+    ours, theirs = (load_file(path / folder / "adapter_model.safetensors") for path in (one, many))
+    assert ours.keys() == theirs.keys() and len(ours) == 28
+    for name, value in ours.items():
+        torch.testing.assert_close(theirs[name], value, rtol=0, atol=1e-5)
+    configs = [
+        json.loads((path / folder / "adapter_config.json").read_text()) for path in (one, many)
+    ]
+    assert configs[0] == configs[1]
+
+
 @pytest.fixture
 def one(tmp_path: Path) -> Path:
     """A folder with the results of one rank."""
@@ -81,6 +94,7 @@ def test_two_ranks_and_back(one: Path, tmp_path: Path) -> None:
     assert_same(one, two)
     torchrun(1, again, "--resume", two)
     assert_same(one, again)
+    assert_same_adapter(one, two)
 
 
 def test_three_ranks(one: Path, tmp_path: Path) -> None:

@@ -41,6 +41,11 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "lora": ("Llama", TIED, {"lora": {"rank": 4}}),
     "lora ema": ("Qwen3", UNTIED, {"lora": {"rank": 4}, "teacher": {"kind": "ema"}}),
     "some": ("Llama", UNTIED, {"optim": {"trainable": "model.layers.1.*, lm_head.weight"}}),
+    "host": (
+        "Llama",
+        TIED,
+        {"optim": {"offload": True, "schedule": "cosine", "lr_scale": "lm_head.*=0.1"}},
+    ),
     "recomputed": ("Llama", TIED, {"learner": {"activation_checkpointing": True}}),
     "fixed head": (
         "Llama",

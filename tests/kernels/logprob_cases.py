@@ -1,12 +1,10 @@
-"""Random cases for span_logprob, and the comparison with the float64 reference."""
+"""Random cases for span_logprob, and the comparison that every numeric test makes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-import pytest
 import torch
 from torch import Tensor
 
@@ -138,13 +136,3 @@ def close(name: str, got: Tensor, want: Tensor, tolerance: float, slack: float) 
         f"{name}: element {worst} is {got.flatten()[worst].item()}, "
         f"want {want.flatten()[worst].item()}, error {error.flatten()[worst].item():.2e}"
     )
-
-
-@pytest.fixture(scope="session")
-def make_logprob() -> Callable[..., Case]:
-    return make
-
-
-@pytest.fixture(scope="session")
-def logprob_agrees() -> Callable[..., None]:
-    return assert_agrees
