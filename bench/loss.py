@@ -198,11 +198,15 @@ def peak_memory(args: argparse.Namespace) -> float:
         few.permutation_mass,
     )
     candidate(name, leaves)()  # for one-time loading
-    step = candidate(name, inputs)
+    gradients = 4 * (inputs.student.numel() + inputs.head.numel())
+    return peak_of(candidate(name, inputs), gradients=gradients)
+
+
+def peak_of(step: Callable[[], Any], *, gradients: int) -> float:
+    """Peak resident MiB of a step, beyond the memory before it and the bytes of its gradients."""
     before = resident("VmRSS")
     Path("/proc/self/clear_refs").write_text("5")  # resets the peak
     step()
-    gradients = 4 * (inputs.student.numel() + inputs.head.numel())
     return max(0.0, resident("VmHWM") - before - gradients) / 2**20
 
 

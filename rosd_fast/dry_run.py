@@ -28,6 +28,7 @@ from rosd_fast.machine import gpu_memory, num_ranks
 from rosd_fast.memory_plan import GIB, MemoryPlan, ModelShape, Row, memory_plan, server_rows
 from rosd_fast.pipeline import sample_and_annotate
 from rosd_fast.report.progress import Hidden
+from rosd_fast.text.thinking import FAMILIES
 from rosd_fast.types import Generation, GenerationRequest, Problem
 
 QUOTE, EXPLANATION = "[the wrong part]", "[what the reflector explains]"
@@ -61,8 +62,10 @@ def dry_run(
     console = Console(highlight=False, soft_wrap=True)
     ranks = num_gpus or (num_ranks() if num_ranks() > 1 else NODE)
     available = gpu_memory() if gpu_memory_gib is None else int(gpu_memory_gib * GIB)
-    prompts = asyncio.run(render_prompts(inputs))
+    longest = max(inputs.problems, key=lambda problem: len(problem.prompt))
+    prompts = asyncio.run(render_prompts(inputs, longest))
     print_prompts(console, prompts, inputs)
+    print_notes(console, inputs)
     print_budgets(console, prompts, inputs)
     print_memory(console, inputs, num_gpus=ranks, available=available)
     try:
@@ -72,10 +75,9 @@ def dry_run(
         console.print(Text(f"On this machine a run would be refused: {error}"))
 
 
-async def render_prompts(inputs: Inputs) -> list[Prompt]:
-    """The prompts of a step on the longest problem."""
+async def render_prompts(inputs: Inputs, problem: Problem) -> list[Prompt]:
+    """The prompts of a step on a problem, and of its evaluation where that has one of its own."""
     config = inputs.config
-    problem = max(inputs.problems, key=lambda problem: len(problem.prompt))
     engine = Placeholders(inputs, problem)
     single = ProblemStream([problem], batch_size=1, seed=0, shuffle=False)
     sampled = await sample_and_annotate(
@@ -111,6 +113,9 @@ async def render_prompts(inputs: Inputs) -> list[Prompt]:
                 budget=config.teacher.max_prompt_tokens,
                 answer=config.sample.max_new_tokens,
             )
+    ids = inputs.chats.eval.render(problem.prompt, system=problem.system)
+    if ids != prompts["student"].ids:
+        prompts["eval"] = replace(prompts["student"], role="eval", ids=ids)
     return [*prompts.values()]
 
 
@@ -122,6 +127,7 @@ class Placeholders(RolloutEngine):
 
     def __init__(self, inputs: Inputs, problem: Problem) -> None:
         self.tokenizer: Any = inputs.model.tokenizer
+        self.student = inputs.chats.student
         self.stop = inputs.model.stop_token_ids[0]
         self.problem = problem
         self.requests: list[GenerationRequest] = []
@@ -148,11 +154,15 @@ class Placeholders(RolloutEngine):
             prompt = self.tokenizer.decode(list(request.prompt_ids)).rstrip()
             opening = next((tag for tag in OPENINGS if prompt.endswith(tag)), "<error_quote>")
             text = OPENINGS[opening]
-            text = text if prompt.endswith(opening) else opening + text
+            if not prompt.endswith(opening):
+                thought = next((tags for tags in FAMILIES if prompt.endswith(tags.opening)), None)
+                text = f"{thought.closing if thought else ''}{opening}{text}"
         elif index % 2:
             text = f"[a wrong rollout] {QUOTE} <answer>?</answer>"
         else:
             text = f"[a correct rollout] <answer>{self.problem.answer}</answer>"
+        if "/reflect/" not in request.id and self.student.opens is not None:
+            text = f"{self.student.opens.closing}\n\n{text}"
         ids = (*self.tokenizer.encode(text, add_special_tokens=False), self.stop)
         return Generation(
             request_id=request.id,
@@ -164,13 +174,23 @@ class Placeholders(RolloutEngine):
         )
 
 
-def print_prompts(console: Console, prompts: Sequence[Prompt], inputs: Inputs) -> None:
-    """Print each prompt as text, with its special tokens."""
+def print_prompts(
+    console: Console, prompts: Sequence[Prompt], inputs: Inputs, *, with_ids: bool = False
+) -> None:
+    """Print each prompt as text, with its special tokens; `with_ids`: and its token ids."""
     tokenizer: Any = inputs.model.tokenizer
     for prompt in prompts:
         console.print(Text(f"--- {prompt.role}: {len(prompt.ids):,} tokens", "bold"))
         console.print(Text(tokenizer.decode(list(prompt.ids)).rstrip("\n")))
+        if with_ids:
+            console.print(Text(" ".join(map(str, prompt.ids)), "dim"))
     console.print()
+
+
+def print_notes(console: Console, inputs: Inputs) -> None:
+    """Print the known traps of chat templates that these step into."""
+    for text in inputs.chat_notes():
+        console.print(Text(f"Note on the chat template: {text}."))
 
 
 def print_budgets(console: Console, prompts: Sequence[Prompt], inputs: Inputs) -> None:
@@ -196,7 +216,7 @@ def print_memory(console: Console, inputs: Inputs, *, num_gpus: int, available: 
     """Print the memory of a GPU row by row, and whether it fits."""
     config = inputs.config
     shape = ModelShape.of(inputs.model.model)
-    plan = memory_plan(shape, config, num_ranks=num_gpus, teacher=True)
+    plan = memory_plan(shape, config, num_ranks=num_gpus, teacher=inputs.method.needs_teacher)
     console.print(
         f"Memory of rank 0, of {num_gpus} with a GPU each: {shape.trained:,} of "
         f"{shape.parameters:,} parameters are trained in {config.dtype}"

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from rosd_fast.config import Config
 from rosd_fast.config.chat import make_chats, read_templates
 from rosd_fast.config.load import is_built_in
@@ -13,16 +15,22 @@ from rosd_fast.engines.factory import check_engine
 from rosd_fast.machine import check_memory
 from rosd_fast.methods import Method, find_method
 from rosd_fast.model.adapters import choose_trainable
-from rosd_fast.model.load import LoadedModel, full_model_device, load_model
+from rosd_fast.model.load import LoadedModel, full_model_device, generation_eos, load_model
 from rosd_fast.model.skeleton import build_skeleton, load_skeleton
 from rosd_fast.quickstart import QUICKSTART
 from rosd_fast.rollout.sample import check_prompts
 from rosd_fast.text.chat import Chats
 from rosd_fast.text.token_bytes import TokenBytes
+from rosd_fast.text.traps import find_traps
 from rosd_fast.trainer.adamw import check_adamw
 from rosd_fast.trainer.param_groups import lr_scales, parse_scales
+from rosd_fast.trainer.separate_teacher import (
+    SeparateTeacher,
+    compare_tokenizers,
+    load_separate_teacher,
+)
 from rosd_fast.types import Problem
-from rosd_fast.utils.distributed import launched
+from rosd_fast.utils.distributed import launched, pick_device
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -32,6 +40,7 @@ class Inputs:
     config: all options, with absolute paths, the texts of chat templates, and steps instead of
         epochs.
     model: the student with its initial weights.
+    teacher: another model that teaches it; None where the teacher is the student's own.
     chats: how the prompts of each role are rendered.
     problems: the training problems.
     dev_splits: "dev" and "ood", those that were given.
@@ -42,12 +51,22 @@ class Inputs:
 
     config: Config
     model: LoadedModel
+    teacher: SeparateTeacher | None
     chats: Chats
     problems: list[Problem]
     dev_splits: dict[str, list[Problem]]
     stream: ProblemStream
     token_bytes: TokenBytes
     method: Method
+
+    def chat_notes(self) -> list[str]:
+        """The known traps that the chat templates or the tokenizer step into."""
+        return find_traps(
+            self.chats,
+            stop_token_ids=self.model.stop_token_ids,
+            generation_eos=generation_eos(self.model.model),
+            with_system=any(problem.system for problem in self.problems),
+        )
 
 
 def load_inputs(config: Config, *, weights: bool = True) -> Inputs:
@@ -70,6 +89,7 @@ def load_inputs(config: Config, *, weights: bool = True) -> Inputs:
         shuffle=config.data.shuffle,
     )
     config = with_resolved_epochs(config, stream)
+    vocabulary = compare_tokenizers(config)
     if weights:
         check_machine(config, needs_teacher=method_type.weights(config)[0] > 0)
         model = load_model(
@@ -98,9 +118,15 @@ def load_inputs(config: Config, *, weights: bool = True) -> Inputs:
         model.model, lora=config.lora, trainable=config.optim.trainable, seed=config.seed
     )
     lr_scales(list(model.model.named_parameters(remove_duplicate=False)), config.optim.lr_scale)
+    teacher = None
+    if vocabulary is not None and weights:
+        on_device = not launched() or method.needs_teacher_engine
+        device = pick_device(config.device) if on_device else torch.device("cpu")
+        teacher = load_separate_teacher(config, model, vocabulary, device)
     return Inputs(
         config=config,
         model=model,
+        teacher=teacher,
         chats=chats,
         problems=problems,
         dev_splits=dev_splits,
@@ -146,23 +172,31 @@ def with_absolute_paths(config: Config) -> Config:
 
     A chat template's text replaces its path, so a resumed run has the template it began with.
     """
-
-    def absolute(source: str | None) -> str | None:
-        if source is None or source.startswith(QUICKSTART):
-            return source
-        return str(Path(source).expanduser().absolute())
-
     data, engine = config.data, config.engine
     sources = {name: absolute(getattr(data, name)) for name in ("train", "dev", "dev_ood")}
-    folder = Path(config.model).expanduser()
-    named = is_built_in(config.model) or not folder.is_dir()
-    model = config.model if named else str(folder.absolute())
     places = {name: absolute(getattr(engine, name)) for name in ("python", "sync_folder")}
     return config.model_copy(
         update={
-            "model": model,
+            "model": absolute_model(config.model),
             "data": data.model_copy(update=sources),
             "chat": read_templates(config.chat),
             "engine": engine.model_copy(update=places),
+            "teacher": config.teacher.model_copy(
+                update={"model": absolute_model(config.teacher.model)}
+            ),
         }
     )
+
+
+def absolute(source: str | None) -> str | None:
+    """The absolute path of a file; a data set that is part of the package keeps its name."""
+    if source is None or source.startswith(QUICKSTART):
+        return source
+    return str(Path(source).expanduser().absolute())
+
+
+def absolute_model(name: str | None) -> str | None:
+    """The absolute path of a model folder; any other model keeps its name."""
+    if name is None or is_built_in(name) or not Path(name).expanduser().is_dir():
+        return name
+    return str(Path(name).expanduser().absolute())

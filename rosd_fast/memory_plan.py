@@ -119,26 +119,38 @@ def memory_plan(
 
 
 def parameter_rows(shape: ModelShape, config: Config, num_ranks: int) -> list[Row]:
-    """Weights, masters, moments and gradients. Several ranks keep fp32 shards of all of them."""
-    size, shards = BYTES[config.dtype], shard_size(config, num_ranks)
-    if num_ranks > 1:
-        return [
-            Row(what="weights (fp32 shard)", size=FULL * shape.parameters // shards),
-            Row(what="AdamW moments", size=2 * FULL * shape.trained // shards),
-            Row(what="gradients", size=FULL * shape.trained // shards, when="learning"),
-        ]
-    low = size < FULL
+    """Weights, masters, moments and gradients. Several ranks keep fp32 shards of all of them.
+
+    With `optim.offload` masters, summed gradients and moments are in host memory.
+    """
+    several, offload = num_ranks > 1, config.optim.offload
+    shards, trained = shard_size(config, num_ranks), shape.trained
+    size = FULL if several else BYTES[config.dtype]
+    place: Place = "host" if offload else "device"
+    has_masters = offload or size < FULL
     return [
-        Row(what="weights", size=size * shape.parameters),
-        Row(what="fp32 masters", size=FULL * shape.trained if low else 0),
-        Row(what="AdamW moments", size=2 * FULL * shape.trained),
-        Row(what="gradients", size=FULL * shape.trained, when="learning"),
+        Row(
+            what="weights (fp32 shard)" if several else "weights",
+            size=size * shape.parameters // shards,
+        ),
+        Row(
+            what="fp32 masters",
+            size=FULL * trained // shards if has_masters else 0,
+            place=place,
+        ),
+        Row(what="AdamW moments", size=moment_bytes(config) * trained // shards, place=place),
+        Row(what="gradients", size=FULL * trained // shards, place=place, when="learning"),
         Row(
             what="gradients of a backward pass",
-            size=size * shape.trained if low else 0,
+            size=size * trained // shards if has_masters else 0,
             when="learning",
         ),
     ]
+
+
+def moment_bytes(config: Config) -> int:
+    """Bytes of both moments per trained parameter; of 8 bits only in large parameters."""
+    return 2 if config.optim.kind == "adamw8bit" else 2 * FULL
 
 
 def teacher_rows(shape: ModelShape, config: Config, num_ranks: int) -> list[Row]:

@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, closing, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -43,6 +43,7 @@ from rosd_fast.rollout.sample import problem_prompt
 from rosd_fast.run_lock import RunLock
 from rosd_fast.stop import StopRequest
 from rosd_fast.trainer.checkpoint import latest_checkpoint, read_state
+from rosd_fast.trainer.learner import TeacherSource
 from rosd_fast.trainer.ranks import LearnerGroup
 from rosd_fast.trainer.schedule import describe_change, num_updates
 from rosd_fast.utils.distributed import SINGLE_PROCESS, World, pick_device
@@ -67,6 +68,7 @@ class Run:
     watch: says when the steps have nothing to learn from.
     progress: what the terminal shows.
     stop: whether Ctrl-C or SIGTERM asked for an end after the current step.
+    teacher: a separate teacher's full model, as long as something besides the learner needs it.
     first_step: the first step that this process runs; 1 unless it resumes.
     last_step: the last step that is done; 0 before the first.
     """
@@ -79,6 +81,7 @@ class Run:
     progress: Progress
     stop: StopRequest
     first_step: int
+    teacher: LoadedModel | None = None
     last_step: int = 0
 
     @property
@@ -98,40 +101,42 @@ class Run:
         """Open the engines of the run for the duration of a block.
 
         With several ranks, an engine of the teacher's weights has a whole copy, which
-        `sync_weights` brings up to date.
+        `sync_weights` brings up to date unless it is a separate teacher's.
         """
         model, teacher_model = self.inputs.model, None
         if self.inputs.method.needs_teacher_engine:
-            teacher_model = (
-                self.learners.learner.teacher.model
-                if self.learners.world.size == 1
-                else copy.deepcopy(model.model)
-            )
+            if self.learners.world.size == 1:
+                teacher_model = self.learners.learner.teacher.model
+            else:
+                teacher_model = self.teacher.model if self.teacher else copy.deepcopy(model.model)
         return open_engines(
             self.config,
             model,
             self.folder,
             teacher_model=teacher_model,
+            served_teacher=self.teacher or model,
             weight_check_ids=self.weight_check_ids,
             note=self.progress.note,
         )
 
     async def check_teacher_server(self, server: SglangTeacher) -> None:
-        """Compare the teacher's server with the initial weights; one rank then frees them.
+        """Compare the teacher's server with the teacher's weights here, which are then freed.
 
-        A run that resumes on several ranks no longer has the initial weights and skips the check,
-        which was made when the run began. Raises RunFailed when they differ.
+        A run that resumes on several ranks no longer has the student's initial weights; if these
+        are the teacher's, it skips the check, which was made when the run began. Raises RunFailed
+        when they differ.
         """
         teacher, single = self.learners.learner.teacher, self.learners.world.size == 1
-        if single or self.first_step == 1:
+        if single or self.teacher is not None or self.first_step == 1:
             await check_teacher_server(
                 server,
-                teacher.model if single else self.inputs.model.model,
+                teacher.model if single else (self.teacher or self.inputs.model).model,
                 self.weight_check_ids,
                 max_gap=allowed_gap(self.config.teacher.max_logprob_gap, self.config.dtype),
             )
         if single:
             teacher.discard_model()
+        self.teacher = None
 
     async def sync_weights(self, engines: Engines, version: int) -> None:
         """Give the current weights to every engine that samples with them."""
@@ -142,7 +147,8 @@ class Run:
         elif not engines.student.shares_learner_weights:
             weights = learner.weights
         await engines.student.load_weights(weights, version=version)
-        if engines.teacher is not None and self.learners.world.size > 1:
+        moves = self.config.teacher.model is None and self.learners.world.size > 1
+        if engines.teacher is not None and moves:
             self.learners.gather_teacher(engines.teacher.model)
 
     def write_rollouts(
@@ -210,12 +216,10 @@ def opened(config: Config, resume: Path | None, world: World, lock: RunLock) -> 
         inputs, epochs = load_inputs(config), config.epochs
         config, model = inputs.config, inputs.model
     group = LearnerGroup.create(
-        model.model,
-        config,
-        world,
-        model.tokenizer,
-        teacher="initial" if inputs.method.needs_teacher else None,
+        model.model, config, world, model.tokenizer, teacher=teacher_source(inputs)
     )
+    about_teacher = None if inputs.teacher is None else inputs.teacher.describe()
+    inputs, teacher = without_teacher(inputs)
     with closing(group) as learners:
         changed = None
         if resume is None:
@@ -242,10 +246,14 @@ def opened(config: Config, resume: Path | None, world: World, lock: RunLock) -> 
             shown.note(f"learner: {learner}")
             if arms := control_arms(config):
                 shown.note(f"control arm: {', '.join(arms)}")
+            if about_teacher is not None:
+                shown.note(f"teacher: {about_teacher}")
             if epochs is not None:
                 shown.note(f"epochs: {epochs:g} are {config.steps} steps")
             if changed is not None:
                 shown.note(changed)
+            for text in inputs.chat_notes():
+                shown.note(f"chat template: {text}")
             yield Run(
                 inputs=inputs,
                 folder=folder,
@@ -255,7 +263,26 @@ def opened(config: Config, resume: Path | None, world: World, lock: RunLock) -> 
                 progress=shown,
                 stop=stop,
                 first_step=first_step,
+                teacher=teacher,
             )
+
+
+def teacher_source(inputs: Inputs) -> TeacherSource:
+    """The weights that the learner's teacher begins with."""
+    if not inputs.method.needs_teacher:
+        return None
+    return "initial" if inputs.teacher is None else inputs.teacher.model.model
+
+
+def without_teacher(inputs: Inputs) -> tuple[Inputs, LoadedModel | None]:
+    """Drop a separate teacher from the inputs once the learners have it, to free its memory.
+
+    Also returns it where an engine or the check of a server needs it on rank 0.
+    """
+    teacher, config = inputs.teacher, inputs.config.teacher
+    needed = config.backend == "sglang" or inputs.method.needs_teacher_engine
+    kept = teacher.model if teacher is not None and needed else None
+    return replace(inputs, teacher=None), kept
 
 
 def make_folder(config: Config, model: LoadedModel) -> Path:

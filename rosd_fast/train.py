@@ -11,15 +11,17 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
 from rosd_fast.batch.packing import pack
-from rosd_fast.batch.weights import mini_batches, normalized
+from rosd_fast.batch.weights import micro_batch_mean, mini_batches, normalized
 from rosd_fast.config import Config
 from rosd_fast.engines.lifecycle import Engines
 from rosd_fast.evaluate import evaluate_splits
+from rosd_fast.methods import TrainingSet
 from rosd_fast.pipeline import Sampled, sample_and_annotate
 from rosd_fast.report.metrics import rollout_metrics
 from rosd_fast.report.progress import Hidden
@@ -91,10 +93,15 @@ async def train_on(run: Run, engines: Engines, step: int, sampled: Sampled) -> d
     progress, method = run.progress, run.inputs.method
     verdicts, selection = sampled.verdicts, sampled.selection
     training = method.build(selection.kept, verdicts, sampled.annotations, progress)
+    training = without_unknown_tokens(run, step, training)
     measured = await method.measure(step, training, selection.kept, verdicts, engines, progress)
     if not any(sample.has_effect for sample in training.samples):
         progress.note(f"step {step}: nothing to train on ({selection.describe()})")
-    updates = mini_batches(training.samples, run.config.optim.updates_per_step)
+    samples = training.samples
+    if size := run.config.compat.micro_batch_rollouts:
+        ids = [rollout.id for group in sampled.groups for rollout in group.rollouts]
+        samples = micro_batch_mean(samples, ids, size)
+    updates = mini_batches(samples, run.config.optim.updates_per_step)
     learned = StepResult.merge([await update(run, engines, step, part) for part in updates])
     with progress.stage(Stage.SYNC):
         await run.sync_weights(engines, step)
@@ -107,6 +114,22 @@ async def train_on(run: Run, engines: Engines, step: int, sampled: Sampled) -> d
         **selection.metrics(),
         **engines.student.take_metrics(),
     }
+
+
+def without_unknown_tokens(run: Run, step: int, training: TrainingSet) -> TrainingSet:
+    """Leave out rollouts with a token that a separate teacher's shorter head lacks.
+
+    Such a token is padding of the student's vocabulary, which is hardly ever sampled.
+    """
+    size = run.learners.learner.vocab_size
+    if size == run.learners.learner.num_head_rows:
+        return training
+    known = [sample for sample in training.samples if max(sample.completion_ids) < size]
+    if missing := len(training.samples) - len(known):
+        run.progress.note(
+            f"step {step}: {missing} samples have a token that the teacher lacks and are left out"
+        )
+    return replace(training, samples=known)
 
 
 async def update(

@@ -33,7 +33,7 @@ CONFIG = {
 PARAMETERS = 4_022_468_096  # as the model card says: 4.0B
 
 
-def write_qwen3_folder(folder: Path, tokenizer: Any) -> Path:
+def write_qwen3_folder(folder: Path, tokenizer: Any, template: str = TEMPLATE) -> Path:
     """Write such a folder, with the vocabulary of `tokenizer`."""
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps(CONFIG))
@@ -41,5 +41,5 @@ def write_qwen3_folder(folder: Path, tokenizer: Any) -> Path:
     for file in folder.glob("chat_template*"):
         file.unlink()
     path = folder / "tokenizer_config.json"
-    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": TEMPLATE}))
+    path.write_text(json.dumps({**json.loads(path.read_text()), "chat_template": template}))
     return folder

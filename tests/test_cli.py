@@ -270,9 +270,8 @@ def test_doctor_gpu_prints_checks_and_timings(
     import torch
 
     from rosd_fast.commands import doctor
-    from rosd_kernels.testing import acceptance
+    from rosd_kernels.testing import acceptance, logprob_acceptance
 
-    real = acceptance.timings
     shape = acceptance.Shape(16, 300, 8)
     monkeypatch.setattr(doctor, "cuda_device", lambda: torch.device("cpu"))
     monkeypatch.setattr(
@@ -280,14 +279,20 @@ def test_doctor_gpu_prints_checks_and_timings(
         "checks",
         lambda device: [acceptance.Check("one", True, "fine"), acceptance.Check("two", ok, "x")],
     )
-    monkeypatch.setattr(
-        acceptance, "timings", lambda device: real(device, shape, torch.float32, repeats=1)
-    )
+    third = acceptance.Check("three", True, "fine")
+    monkeypatch.setattr(logprob_acceptance, "checks", lambda device: [third])
+    for module in (acceptance, logprob_acceptance):
+
+        def timings(device, real=module.timings):
+            return real(device, shape, torch.float32, repeats=1)
+
+        monkeypatch.setattr(module, "timings", timings)
     assert main(["doctor", "--gpu"]) == (0 if ok else 1)
     text = capsys.readouterr().out
     assert ("FAIL two: x" in text) == (not ok)
-    assert f"{2 if ok else 1} of 2 checks passed" in text
-    for name in ("chunked", "tiled", "eager", "liger", "4 GEMM sweeps"):
+    assert f"{3 if ok else 2} of 3 checks passed" in text
+    assert "JSD forward" in text and "Cross entropy forward" in text
+    for name in ("chunked", "tiled", "eager", "liger", "4 GEMM sweeps", "3 GEMM sweeps"):
         assert any(line.startswith(name) and " ms" in line for line in text.splitlines()), name
 
 

@@ -128,3 +128,55 @@ def test_a_skeleton_is_the_model_without_memory(tmp_path: Path) -> None:
     whole = load_skeleton("quickstart", dtype="float32")
     assert loaded.stop_token_ids == whole.stop_token_ids
     assert loaded.context_length == whole.context_length == 1024
+
+
+@pytest.mark.parametrize("preset", ["reference", "paper", "fixed", "sdpo", "opsd", "grpo"])
+def test_every_method_preset_renders_its_roles(
+    preset: str, qwen3: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    if preset == "opsd":
+        pytest.importorskip("peft")
+    source = data.with_suffix(".jsonl")
+    row = {"prompt": "2 + 2 = ?", "answer": "4", "verifier": "number", "reference": "2 + 2 = 4"}
+    source.write_text("".join(json.dumps({**row, "id": str(i)}) + "\n" for i in range(40)))
+    args = ["train", "--dry-run", "--preset", preset, "--model", str(qwen3)]
+    assert main([*args, "--data.train", str(source if preset == "opsd" else data)]) == 0
+    text = capsys.readouterr().out
+    roles = {line.partition(":")[0][4:] for line in text.split("\n") if line.startswith("--- ")}
+    reflector = {"reflector, correct rollout", "reflector, wrong rollout"}
+    teacher = {"teacher, correct rollout", "teacher, wrong rollout"}
+    assert (
+        roles
+        == {
+            "reference": {"student", *reflector, *teacher},
+            "paper": {"student", *reflector, *teacher},
+            "fixed": {"student", *reflector, *teacher},
+            "sdpo": {"student", *teacher},
+            "opsd": {"student", "teacher, correct rollout"},
+            "grpo": {"student"},
+        }[preset]
+    )
+    assert ("A correct solution:\n[a correct rollout]" in text) == (
+        preset in ("reference", "paper", "sdpo")
+    )
+    if preset in ("reference", "paper"):
+        assert text.count("The right answer is B.") == 1  # in the wrong rollout's reflection
+
+
+CHEMISTRY = Path(__file__).parents[2] / "shared" / "data" / "sciknoweval-chemistry" / "train.json"
+
+
+@pytest.mark.skipif(not CHEMISTRY.exists(), reason="the data set is not here")
+@pytest.mark.usefixtures("no_gpu")
+def test_the_papers_experiment_is_refused_for_the_missing_gpu_only(
+    smollm2_tokenizer: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = write_qwen3_folder(tmp_path / "Qwen3-4B", smollm2_tokenizer)
+    args = ["train", "--preset", "paper", "--model", str(folder), "--data.train", str(CHEMISTRY)]
+    args += ["--engine.kind", "sglang"]
+    assert main(args) == 2
+    assert " and no GPU. Use a machine with GPUs" in capsys.readouterr().err
+    assert main([*args, "--dry-run", "--gpu-memory-gib", "80"]) == 0
+    text = capsys.readouterr().out
+    assert "--- teacher, wrong rollout: " in text and "Please reason step by step." in text
+    assert "on a GPU of 80 GiB." in text

@@ -45,13 +45,14 @@ def rows_of(config: Config, shape: ModelShape, **options: Any) -> dict[str, Row]
         {"teacher.kind": "ema"},
         {"teacher.kind": "live"},
         {"optim.trainable": "model.layers.4.*"},
+        {"optim.offload": True},
         {"lora.rank": "4"},
         {"lora.rank": "4", "teacher.kind": "ema"},
     ],
     ids=str,
 )
 def test_parameters_moments_masters_and_teacher_are_what_the_learner_allocates(
-    dtype: str, changes: dict[str, str]
+    dtype: str, changes: dict[str, Any]
 ) -> None:
     if "lora.rank" in changes:
         pytest.importorskip("peft")
@@ -87,7 +88,8 @@ def test_parameters_moments_masters_and_teacher_are_what_the_learner_allocates(
     learner.optimizer.accumulate()
     kept = num_bytes([m.grad for m in learner.optimizer.masters.values() if m.grad is not None])
     assert planned("gradients") == kept
-    assert planned("gradients of a backward pass") == (low if dtype == "bfloat16" else 0)
+    has_masters = dtype == "bfloat16" or config.optim.offload
+    assert planned("gradients of a backward pass") == (low if has_masters else 0)
 
 
 @pytest.mark.parametrize("family", ["Llama", "Qwen3"])
@@ -175,6 +177,12 @@ def test_options_move_and_remove_rows(qwen3: ModelShape) -> None:
     offloaded = rows_of(apply_args(config, {"teacher.offload": True}), qwen3)
     assert offloaded["teacher: weights"].place == "host"
     assert "teacher: weights" not in rows_of(config, qwen3, teacher=False)
+    on_host = rows_of(apply_args(config, {"optim.offload": True}), qwen3)
+    assert {on_host[name].place for name in ("fp32 masters", "AdamW moments", "gradients")} == {
+        "host"
+    }
+    narrow = rows_of(apply_args(config, {"optim.kind": "adamw8bit"}), qwen3)
+    assert narrow["AdamW moments"].size == 2 * PARAMETERS
     halved = apply_args(config, {"parallel.shard_size": "4"})
     assert rows_of(halved, qwen3, num_ranks=8)["weights (fp32 shard)"].size == PARAMETERS
     recomputed = apply_args(config, {"learner.activation_checkpointing": True})

@@ -34,34 +34,41 @@ def build_samples(
     config: TeacherConfig,
     demonstrations: Mapping[str, str] | None = None,
     feedback: Mapping[str, str] | None = None,
+    cut_right: bool = False,
 ) -> list[TrainSample]:
     """One sample per rollout that has a span and every text that its teacher template uses.
 
-    demonstrations: by rollout id, the solution that replaces {demonstration}.
-    feedback: by rollout id, what replaces {feedback}, which may be empty.
+    demonstrations: by rollout id, the solution that the teacher reads, where there is one.
+    feedback: by rollout id, what the verifier says, which replaces {feedback}.
+    cut_right: as for `teacher_prompt`.
 
     Raises UserError if a problem and the template alone exceed `config.max_prompt_tokens`.
     """
-    demonstrations, feedback = demonstrations or {}, feedback or {}
+    siblings, feedback = demonstrations or {}, feedback or {}
     samples = []
     for problem, rollout in _rollouts(groups):
         reflection, span = reflections.get(rollout.id), spans.get(rollout.id)
         if reflection is None or span is None:
             continue
         template = config.correct_template if reflection.correct else config.wrong_template
-        texts = {
-            "explanation": reflection.explanation,
-            "quote": reflection.quote,
-            "demonstration": demonstrations.get(rollout.id),
-        }
+        texts = {"explanation": reflection.explanation, "quote": reflection.quote}
         texts = {name: text for name, text in texts.items() if name in placeholders(template)}
         present = {name: text for name, text in texts.items() if text}
         if len(present) < len(texts):
             continue  # such as a reflection without a quote under on_miss = "full"
+        if "demonstration" in placeholders(template):
+            shown = {"demonstration": siblings.get(rollout.id, "")}
+            note = fill_template(config.demonstration_note, shown)
+            present["demonstration"] = note if rollout.id in siblings else ""
         if "feedback" in placeholders(template):
             present["feedback"] = feedback.get(rollout.id, "")
         prompt_ids, cut = teacher_prompt(
-            problem, template, present, chat=chat, max_tokens=config.max_prompt_tokens
+            problem,
+            template,
+            present,
+            chat=chat,
+            max_tokens=config.max_prompt_tokens,
+            cut_right=cut_right,
         )
         samples.append(
             TrainSample(
@@ -86,11 +93,14 @@ def teacher_prompt(
     *,
     chat: ChatFormat,
     max_tokens: int,
+    cut_right: bool = False,
 ) -> tuple[tuple[int, ...], bool]:
     """The teacher's prompt, and whether the reflection was cut to fit.
 
     Each text is cut to the same number of characters: an explanation loses its end, a quote its
     middle. Raises UserError if the prompt exceeds `max_tokens` even without them.
+
+    cut_right: cut the last ids of the prompt instead, as the public code does (a known bug).
     """
 
     def render(keep: int) -> tuple[int, ...]:
@@ -102,6 +112,9 @@ def teacher_prompt(
         return chat.render(user, system=problem.system)
 
     longest = max(map(len, texts.values()), default=0)
+    if cut_right:
+        ids = render(longest)
+        return ids[:max_tokens], len(ids) > max_tokens
     fitted = fit_prompt(render, longest=longest, max_tokens=max_tokens)
     if fitted is None:
         raise UserError(

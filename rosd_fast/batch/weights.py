@@ -55,3 +55,32 @@ def normalized(
         for sample in samples
         if sample.is_distilled or sample.has_effect
     ]
+
+
+def micro_batch_mean(
+    samples: Sequence[TrainSample], rollout_ids: Sequence[str], size: int
+) -> list[TrainSample]:
+    """Weight the distilled samples so that every micro-batch counts the same: a known bug of ROSD's
+    public code, which takes the mean of each micro-batch before that of all.
+
+    The loss of an update is a sum divided by its N distilled tokens. With M micro-batches, a token
+    of one that has n distilled tokens gets the weight N / (M n), so the loss becomes the mean over
+    micro-batches of their means. A micro-batch without distilled tokens counts in M, as there.
+
+    rollout_ids: of all rollouts of the step, in order, of which `size` after `size` are a
+    micro-batch. The public code first reorders them by length, to balance its GPUs.
+    """
+    place = {rollout_id: index // size for index, rollout_id in enumerate(rollout_ids)}
+    num_tokens = [0] * -(-len(rollout_ids) // size)
+    for sample in samples:
+        if sample.is_distilled:
+            num_tokens[place[sample.rollout_id]] += sample.num_tokens
+    total, count = sum(num_tokens), len(num_tokens)
+
+    def weight(sample: TrainSample) -> float:
+        return sample.weight * total / (count * num_tokens[place[sample.rollout_id]])
+
+    return [
+        replace(sample, weight=weight(sample)) if sample.is_distilled else sample
+        for sample in samples
+    ]

@@ -8,6 +8,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from importlib import metadata
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ class Options(Section):
 
     out: str = same_as(Config, "out")
     gpu: bool = False
-    """Check the divergence's GPU kernels against float64 and time them against eager PyTorch and
+    """Check the GPU kernels of the losses against float64 and time them against eager PyTorch and
     Liger. This takes minutes, mostly to compile. The exit code is 1 if a check fails."""
 
 
@@ -71,25 +72,25 @@ def accept_gpu() -> int:
     from rich.text import Text
 
     device = cuda_device()
-    from rosd_kernels.testing import acceptance
+    from rosd_kernels.testing import acceptance, logprob_acceptance
 
     console = Console(highlight=False)
     console.print(
         find_device().text, f"torch {version('torch')}, triton {version('triton')}", sep="\n"
     )
     failed = count = 0
-    for check in acceptance.checks(device):
+    for check in chain(acceptance.checks(device), logprob_acceptance.checks(device)):
         count += 1
         failed += not check.ok
         mark = Text("ok  ", "green") if check.ok else Text("FAIL", "bold red")
         console.print(mark, f"{check.name}: {check.text}", soft_wrap=True)
     console.print(f"{count - failed} of {count} checks passed")
     size = acceptance.SIZE
-    console.print(
-        f"\nJSD forward and backward, bfloat16, N = {size.N}, V = {size.V}, H = {size.H}:"
-    )
-    for timing in acceptance.timings(device):
-        console.print(timing_line(timing), soft_wrap=True)
+    for loss, module in (("JSD", acceptance), ("Cross entropy", logprob_acceptance)):
+        shape = f"N = {size.N}, V = {size.V}, H = {size.H}"
+        console.print(f"\n{loss} forward and backward, bfloat16, {shape}:")
+        for timing in module.timings(device):
+            console.print(timing_line(timing), soft_wrap=True)
     return int(failed > 0)
 
 

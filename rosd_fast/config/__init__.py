@@ -20,6 +20,7 @@ from rosd_fast.config.checks import control_arms, uses_teacher_weights
 from rosd_fast.config.schema import (
     ChatConfig,
     CheckpointConfig,
+    CompatConfig,
     Config,
     DataConfig,
     DecayRate,
@@ -52,6 +53,7 @@ from rosd_fast.config.schema import (
 __all__ = [
     "ChatConfig",
     "CheckpointConfig",
+    "CompatConfig",
     "Config",
     "DataConfig",
     "DecayRate",

@@ -29,7 +29,13 @@ def conflict(config: Config) -> str | None:
     loss, engine, teacher, lora = config.loss, config.engine, config.teacher, config.lora
     optim = config.optim
     sglang = engine.kind == "sglang"
+    shares_weights = lora.rank > 0 and teacher.model is None  # with the adapters switched off
     rules = (
+        (
+            teacher.model is not None and teacher.kind != "frozen",
+            f"teacher.model is another model than the student, which needs teacher.kind frozen; "
+            f"it is {teacher.kind}",
+        ),
         (
             loss.top_k is not None and (loss.strategy == "tiled" or loss.sparsity != "exact"),
             f"loss.top_k is {loss.top_k}: top-k needs every logit of a token, so loss.strategy "
@@ -58,12 +64,12 @@ def conflict(config: Config) -> str | None:
         ),
         (
             uses_teacher_weights(config)
-            and (teacher.kind in ("live", "trust_region") or lora.rank > 0),
+            and (teacher.kind in ("live", "trust_region") or shares_weights),
             "reflect.weights teacher and reflect.probe_every sample with the teacher's weights, "
-            "which needs teacher.kind frozen or ema, and no lora.rank",
+            "which needs teacher.kind frozen or ema, and teacher.model or no lora.rank",
         ),
         (
-            teacher.offload and (teacher.kind == "live" or lora.rank > 0),
+            teacher.offload and (teacher.kind == "live" or shares_weights),
             "teacher.offload: this teacher has no weights of its own (teacher.kind is live, or "
             "adapters are switched off for it)",
         ),
@@ -111,7 +117,20 @@ def conflict(config: Config) -> str | None:
             "negative does: give one of them",
         ),
         (
-            config.sample.group_size < 2,
+            config.compat.reencode_span and config.span.granularity != "suffix",
+            "compat.reencode_span knows no end of a quote, which needs span.granularity suffix",
+        ),
+        (
+            (config.compat.reencode_span or config.compat.cut_prompts_right)
+            and config.reflect.mode != "free",
+            "compat.reencode_span and compat.cut_prompts_right need reflect.mode free",
+        ),
+        (
+            config.compat.micro_batch_rollouts > 0 and config.optim.updates_per_step > 1,
+            "compat.micro_batch_rollouts needs optim.updates_per_step 1",
+        ),
+        (
+            config.sample.group_size < 2 and config.method not in ("opsd", "opd", "sft"),
             f"sample.group_size is {config.sample.group_size}: a wrong rollout learns from a "
             "correct sibling, so a group needs at least 2",
         ),

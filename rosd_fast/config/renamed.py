@@ -24,6 +24,7 @@ VALUES: dict[str, dict[Any, Any]] = {"select.require_success": {True: "skip", Fa
 
 ADDED_LATER = (
     "method",
+    "compat",
     "chat",
     "span.thinking",
     "optim.schedule",
@@ -37,6 +38,8 @@ ADDED_LATER = (
     "loss.distill_weight",
     "loss.policy_weight",
     "optim.updates_per_step",
+    "teacher.demonstration_note",
+    "teacher.model",
     "teacher.solution_template",
     "teacher.show_feedback",
     "reflect.control",

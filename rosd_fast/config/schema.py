@@ -113,7 +113,8 @@ class SampleConfig(Section):
     problems_per_step: PositiveInt = 32
     """Problems per step."""
     group_size: PositiveInt = 8
-    """Rollouts per problem (G), at least 2: a wrong rollout learns from a correct sibling."""
+    """Rollouts per problem (G), at least 2: a wrong rollout learns from a correct sibling. One is
+    enough for the methods opsd, opd and sft."""
     max_new_tokens: PositiveInt = 8192
     """Maximum number of tokens in a rollout."""
     max_prompt_tokens: PositiveInt = 2048
@@ -139,13 +140,13 @@ class SelectConfig(Section):
     dropped.
     answer: reflect.answer_note, with the right answer, replaces the reflector's demonstration
     (method rosd).
-    keep: it stays without a demonstration, which needs templates without one."""
+    keep: it stays without a demonstration, which needs a reflector's template without one."""
     on_lone_success: Literal["skip", "reference", "own"] = "skip"
-    """What happens to a correct rollout without a correct sibling, where the teacher's prompt shows
-    one.
-    skip: it is left out.
-    reference: the problem's reference solution replaces the sibling; without one it is left out.
-    own: it is shown itself."""
+    """What replaces the sibling of the only correct rollout of a group, where the teacher's prompt
+    shows one.
+    skip: nothing; sdpo leaves the rollout out, and rosd's teacher reads the reflection alone.
+    reference: the problem's reference solution; without one as skip.
+    own: the rollout itself."""
     drop_zero_variance: bool = False
     """Drop groups whose rollouts all have the same score."""
     warn_after_steps: NonNegativeInt = 2
@@ -276,8 +277,11 @@ class SpanConfig(Section):
 
 
 class TeacherConfig(Section):
-    """The teacher: a copy of the student whose prompt contains the problem and the reflection."""
+    """The teacher: a copy of the student, or another model, under the privileged prompt."""
 
+    model: str | None = None
+    """Another model of the same tokenizer as the teacher, named like the option model (kind
+    frozen); None: the student's initial weights."""
     kind: Literal["frozen", "ema", "live", "trust_region"] = "frozen"
     """The teacher's weights.
     frozen: the initial weights.
@@ -317,14 +321,17 @@ class TeacherConfig(Section):
         "Solve the problem with this in mind."
     )
     """User turn of the teacher for a wrong rollout: {problem}, {quote}, {explanation},
-    {demonstration} (a correct sibling), {feedback}."""
+    {demonstration}, {feedback}."""
     correct_template: str = (
         "{problem}\n\n"
         "A note on how to solve it: {explanation}\n"
         "Solve the problem with this in mind."
     )
-    """User turn of the teacher for a correct rollout: {problem}, {explanation}, {demonstration}
-    (another correct rollout)."""
+    """User turn of the teacher for a correct rollout: {problem}, {explanation}, {demonstration}."""
+    demonstration_note: str = "{demonstration}"
+    """Replaces {demonstration} in these two templates: the correct sibling that the reflector saw,
+    for a correct rollout another one, or what select.on_no_success and select.on_lone_success put
+    in its place. Without one nothing is left."""
     solution_template: str = (
         "{problem}\n\n"
         "Here is a correct solution:\n<correct_solution>\n{demonstration}\n</correct_solution>\n"
@@ -596,6 +603,21 @@ class EngineConfig(Section):
     the learner works."""
 
 
+class CompatConfig(Section):
+    """Known bugs of ROSD's public code, for the preset reference only (docs/method.md)."""
+
+    reencode_span: bool = False
+    """A bug of the public code: the span begins where the re-tokenized text before the quote ends,
+    mostly one token late."""
+    cut_prompts_right: bool = False
+    """A bug of the public code: overlong prompts of reflector and teacher lose their end. The
+    reflector's then lacks the wrong rollout and the format, the teacher's the generation prompt."""
+    micro_batch_rollouts: NonNegativeInt = 0
+    """A bug of the public code: the loss is a mean per micro-batch of this many rollouts, then over
+    micro-batches, so that a short span weighs as much as a long one.
+    0: the mean over all tokens of the update."""
+
+
 class Config(Section):
     """The options of a training run."""
 
@@ -638,6 +660,7 @@ class Config(Section):
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
     engine: EngineConfig = EngineConfig()
+    compat: CompatConfig = CompatConfig()
 
     @model_validator(mode="after")
     def _check(self) -> Config:

@@ -28,8 +28,10 @@ def check_templates(
     wrong = (taught | feedback, {"quote", "feedback"} | optional)
     check_template("teacher.wrong_template", teacher.wrong_template, wrong)
     check_template("teacher.correct_template", teacher.correct_template, (taught, optional))
+    note = (set(), {"demonstration"})
+    check_template("teacher.demonstration_note", teacher.demonstration_note, note)
     if select is not None and select.on_no_success == "answer":
-        _check_answer(reflect, teacher)
+        _check_answer(reflect)
 
 
 def without_reflection(template: str) -> str:
@@ -42,8 +44,8 @@ def without_reflection(template: str) -> str:
     return template.replace("{quote}", "").replace("{explanation}", "")
 
 
-def _check_answer(reflect: ReflectConfig, teacher: TeacherConfig) -> None:
-    """Raise UserError where a group without a success would lack the answer, or be left out."""
+def _check_answer(reflect: ReflectConfig) -> None:
+    """Raise UserError where the reflector would not see the answer of a hopeless group."""
     name = "sentence_template" if reflect.mode == "sentence" else "wrong_template"
     if not placeholders(getattr(reflect, name)) & {"demonstration", "answer_note"}:
         raise UserError(
@@ -56,13 +58,6 @@ def _check_answer(reflect: ReflectConfig, teacher: TeacherConfig) -> None:
             "lacks the placeholder {answer}, which select.on_no_success answer shows",
             where="reflect.answer_note",
             fix="It must have {answer}",
-        )
-    if "demonstration" in placeholders(teacher.wrong_template):
-        raise UserError(
-            "answer: the teacher's prompt has a {demonstration}, for which an answer is no "
-            "replacement",
-            where="select.on_no_success",
-            fix="Choose reference, or leave {demonstration} out of teacher.wrong_template",
         )
 
 

@@ -78,6 +78,7 @@ def open_engine(
     return SglangEngine(
         server_handles(
             config,
+            config.model,
             model,
             run_folder,
             urls=options.urls,
@@ -130,6 +131,8 @@ def open_sglang_teacher(
     """Return the client of a teacher server; None when the teacher runs in the trainer's process.
 
     A managed server starts with the first request.
+
+    model: the teacher as loaded: the student, or the model of `teacher.model`.
     """
     teacher, options = config.teacher, config.engine
     if teacher.backend != "sglang":
@@ -137,6 +140,7 @@ def open_sglang_teacher(
     return SglangTeacher(
         server_handles(
             config,
+            teacher.model or config.model,
             model,
             run_folder,
             urls=teacher.url,
@@ -154,6 +158,7 @@ def open_sglang_teacher(
 
 def server_handles(
     config: Config,
+    source: str,
     model: LoadedModel,
     run_folder: Path,
     *,
@@ -165,6 +170,8 @@ def server_handles(
     """Return the servers at `urls`, or where there are no URLs, a managed server for each name.
 
     No server is started yet.
+
+    source: the name of the model that they serve, as in the option `model`. model: as loaded.
     """
     options = config.engine
     servers: list[ManagedServer | Endpoint]
@@ -178,7 +185,7 @@ def server_handles(
             ManagedServer(
                 ServerSpec(
                     python=find_python(options.python),
-                    model_folder=model_folder(config.model, model, run_folder),
+                    model_folder=model_folder(source, model, run_folder),
                     dtype=config.dtype,
                     on_cpu=pick_device(config.device).type == "cpu",
                     args=tuple(args),
@@ -208,12 +215,12 @@ def servers_folder(run_folder: Path) -> Path:
 def model_folder(source: str, model: LoadedModel, run_folder: Path) -> Path:
     """Return a folder with the model as it was loaded: `source` itself, or a copy of a hub model.
 
-    source: the option `model`.
+    source: the name of the model, as in the option `model`.
     """
     found = find(source)
     if isinstance(found, Path):
         return found.absolute()
-    copy = servers_folder(run_folder) / "model"
+    copy = servers_folder(run_folder) / f"model--{found.replace('/', '--')}"
     if not copy.is_dir():
         model.model.save_pretrained(copy)
         model.tokenizer.save_pretrained(copy)

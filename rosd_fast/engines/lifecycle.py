@@ -41,19 +41,21 @@ async def open_engines(
     folder: Path,
     *,
     teacher_model: PreTrainedModel | None,
+    served_teacher: LoadedModel,
     weight_check_ids: Sequence[int],
     note: Callable[[str], None],
 ) -> AsyncIterator[Engines]:
     """Yield the engines that the options ask for, and close them at the end.
 
     teacher_model: the teacher's weights, None where nothing is written with them.
+    served_teacher: the model that a teacher server runs.
     weight_check_ids: the prompt on which servers are compared with the trainer.
     Servers start with their first weights or their first request.
     """
     async with AsyncExitStack() as stack:
         student = open_engine(config, model, folder, weight_check_ids=weight_check_ids, note=note)
         stack.push_async_callback(student.close)
-        teacher_server = open_sglang_teacher(config, model, folder, note=note)
+        teacher_server = open_sglang_teacher(config, served_teacher, folder, note=note)
         if teacher_server is not None:
             stack.push_async_callback(teacher_server.close)
         teacher = None

@@ -124,12 +124,18 @@ class Method(ABC):
                 where=arms[0],
                 fix="Leave it out, or choose the method rosd",
             )
-        if not cls.weights(config)[0] and config.teacher.backend == "sglang":
-            raise UserError(
-                "nothing is distilled, so the teacher's server would never be used",
-                where="teacher.backend: sglang",
-                fix="Leave it out, or set loss.distill_weight",
-            )
+        if cls.weights(config)[0]:
+            return
+        for option, given in (
+            ("teacher.model", config.teacher.model),
+            ("teacher.backend", config.teacher.backend == "sglang" and "sglang"),
+        ):
+            if given:
+                raise UserError(
+                    "nothing is distilled, so the teacher would never be used",
+                    where=f"{option}: {given}",
+                    fix="Leave it out, or set loss.distill_weight",
+                )
 
     @classmethod
     def weights(cls, config: Config) -> tuple[float, float]:

@@ -89,6 +89,7 @@ class Rosd(Method):
             step=step,
             on_no_success=config.select.on_no_success,
             on_tokens=progress.tokens,
+            cut_right=config.compat.cut_prompts_right,
         )
 
     def build(
@@ -108,6 +109,7 @@ class Rosd(Method):
                 annotations,
                 token_bytes=self.token_bytes,
                 config=config.span,
+                reencode_with=self.model.tokenizer if config.compat.reencode_span else None,
                 thinking=thinking,
             )
             arm = apply_control(
@@ -125,6 +127,7 @@ class Rosd(Method):
                 config=arm.templates,
                 demonstrations={name: text for name, text in shown.items() if text},
                 feedback={v.rollout_id: v.feedback for v in verdicts.values() if show_feedback},
+                cut_right=config.compat.cut_prompts_right,
             )
             distilled, punished = samples, []
             if config.span.control == "negative":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,13 @@ class Head:
     bias: Tensor | None
     softcap: float | None = None
     scale: float = 1.0
+
+    def first(self, rows: int) -> Head:
+        """The head of the first `rows` vocabulary entries; itself if it has no more."""
+        if rows >= len(self.weight):
+            return self
+        bias = None if self.bias is None else self.bias[:rows]
+        return replace(self, weight=self.weight[:rows], bias=bias)
 
     def logprobs(self, states: Tensor) -> Tensor:
         """[N, V] float32 log-probabilities at temperature 1 for a few states [N, H]."""

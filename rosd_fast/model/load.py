@@ -64,17 +64,25 @@ class LoadedModel:
 
 
 def load_model(
-    model_name: str, *, dtype: str, device: torch.device, trust_remote_code: bool = False
+    model_name: str,
+    *,
+    dtype: str,
+    device: torch.device,
+    trust_remote_code: bool = False,
+    needs_template: bool = True,
 ) -> LoadedModel:
     """Load the model that `model_name` names, with its tokenizer, onto `device`.
 
     Raises UserError for anything that is missing, unreachable, unsafe to load or cannot be trained.
 
     model_name: as the option `model`. dtype: torch's name of it, such as "bfloat16".
+    needs_template: whether the tokenizer must have a chat template.
     """
     source = find(model_name)
     with quiet_transformers():
-        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(
+            source, trust_remote_code=trust_remote_code, needs_template=needs_template
+        )
         model = load_weights(
             source, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
         )
@@ -170,10 +178,12 @@ def adapters_refused(source: Path | str) -> UserError:
     )
 
 
-def load_tokenizer(source: Path | str, *, trust_remote_code: bool) -> PreTrainedTokenizerBase:
+def load_tokenizer(
+    source: Path | str, *, trust_remote_code: bool, needs_template: bool = True
+) -> PreTrainedTokenizerBase:
     """Load the tokenizer of a folder or hub id that `find` returned.
 
-    Raises UserError if it cannot be loaded, or has no vocabulary or no chat template.
+    Raises UserError if it cannot be loaded, or has no vocabulary or, if needed, no chat template.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
@@ -181,7 +191,7 @@ def load_tokenizer(source: Path | str, *, trust_remote_code: bool) -> PreTrained
         raise explain(error, source, "tokenizer") from error
     if not len(tokenizer):
         raise UserError("the model has no tokenizer", where=str(source))
-    if not tokenizer.chat_template:
+    if needs_template and not tokenizer.chat_template:
         raise UserError(
             "the tokenizer has no chat template",
             where=str(source),
@@ -294,6 +304,13 @@ def context_length(
     return int(length)
 
 
+def generation_eos(model: PreTrainedModel) -> tuple[int, ...]:
+    """The end-of-text ids of the generation config, as it lists them."""
+    configured = getattr(model.generation_config, "eos_token_id", None)
+    listed: list[Any] = configured if isinstance(configured, list) else [configured]
+    return tuple(int(token) for token in listed if token is not None)
+
+
 def stop_token_ids(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, *, where: str
 ) -> tuple[int, ...]:
@@ -301,9 +318,8 @@ def stop_token_ids(
 
     Raises UserError if there are none.
     """
-    configured = getattr(model.generation_config, "eos_token_id", None)
-    listed: list[Any] = configured if isinstance(configured, list) else [configured]
-    ids = {int(token) for token in [*listed, tokenizer.eos_token_id] if token is not None}
+    eos: Any = tokenizer.eos_token_id
+    ids = {*generation_eos(model)} | ({int(eos)} if eos is not None else set())
     if not ids:
         raise UserError(
             "the model has no end-of-text token, so its completions would never end",

@@ -25,8 +25,9 @@ from bisect import bisect_right
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
+from rosd_fast.reflection.reencode import reencoded_start
 from rosd_fast.text.sentences import sentences
 from rosd_fast.text.token_bytes import REPLACEMENT
 from rosd_fast.types import ErrorSpan
@@ -95,6 +96,7 @@ def locate_errors(
     *,
     token_bytes: TokenBytes,
     config: SpanConfig,
+    reencode_with: Any = None,
     thinking: Mapping[str, int] | None = None,
 ) -> LocatedSpans:
     """Find the tokens to distil of each rollout that has an explanation.
@@ -106,6 +108,8 @@ def locate_errors(
 
     thinking: by rollout id, the number of first tokens that are thinking, where spans may not fall;
     the whole completion is then what follows. None: spans may fall anywhere.
+    reencode_with: a tokenizer, to begin spans where the public code does (`reencode`, a known bug);
+    None: at the quote's first token.
     """
     thinking = thinking or {}
     spans: dict[str, ErrorSpan] = {}
@@ -115,10 +119,13 @@ def locate_errors(
         match, first = None, thinking.get(rollout.id, 0)
         if not verdicts[rollout.id].success:
             num_quotes += 1
-            match = _locate_reflection(reflection, rollout, first, token_bytes, config)
-            if match is None and first > reflection.shown_from:
-                hidden = _locate_reflection(reflection, rollout, 0, token_bytes, config)
-                num_in_thinking += hidden is not None
+            if reencode_with is not None:
+                match = _locate_reencoded(reflection, rollout, reencode_with)
+            else:
+                match = _locate_reflection(reflection, rollout, first, token_bytes, config)
+                if match is None and first > reflection.shown_from:
+                    hidden = _locate_reflection(reflection, rollout, 0, token_bytes, config)
+                    num_in_thinking += hidden is not None
             if match is not None and match.ambiguous:
                 num_ambiguous += 1
                 match = None if config.occurrence == "unique_only" else match
@@ -126,7 +133,7 @@ def locate_errors(
                 found.append((match, rollout))
             elif config.on_miss != "full":
                 continue
-        if match is not None or first < len(rollout.completion_ids):
+        if (first if match is None else match.start) < len(rollout.completion_ids):
             spans[rollout.id] = _span(rollout, match, config.granularity, first)
     return LocatedSpans(
         spans=spans,
@@ -186,6 +193,22 @@ def _shifted(match: Located, by: int, first: int) -> Located:
         end=match.end + by,
         sentence_start=max(match.sentence_start + by, first),
         sentence_end=match.sentence_end + by,
+    )
+
+
+def _locate_reencoded(reflection: Reflection, rollout: Rollout, tokenizer: Any) -> Located | None:
+    """The match of the public code, up to the end of the completion; it may be empty."""
+    length = len(rollout.completion_ids)
+    start = reencoded_start(tokenizer, rollout.completion_ids, reflection.quote or "")
+    if start is None:
+        return None
+    return Located(
+        start=start,
+        end=length,
+        sentence_start=start,
+        sentence_end=length,
+        found="quote",
+        ambiguous=False,
     )
 
 

@@ -37,11 +37,12 @@ async def reflect(
     step: int,
     on_no_success: str = "skip",
     on_tokens: Callable[[int], None] | None = None,
+    cut_right: bool = False,
 ) -> dict[str, Reflection]:
     """Reflections on the rollouts of `groups` (the groups that were kept), by rollout id.
 
-    on_no_success: `select.on_no_success`. `on_tokens(k)` is called after k more tokens were
-    sampled.
+    on_no_success, cut_right: as for `build_reflection_requests`. `on_tokens(k)` is called after k
+    more tokens were sampled.
 
     Raises UserError as `build_reflection_requests` and the engine do, and ValueError when the
     engine's completions are not those that were requested.
@@ -55,6 +56,7 @@ async def reflect(
         seed=seed,
         step=step,
         on_no_success=on_no_success,
+        cut_right=cut_right,
     )
     if not tasks:
         return {}

@@ -73,6 +73,7 @@ def build_reflection_requests(
     seed: int,
     step: int,
     on_no_success: str = "skip",
+    cut_right: bool = False,
 ) -> list[ReflectionTask]:
     """One task per rollout, in order.
 
@@ -82,6 +83,7 @@ def build_reflection_requests(
     `config.max_prompt_tokens`.
 
     on_no_success: `select.on_no_success`, for groups without a correct rollout.
+    cut_right: cut the end of overlong user turns, as the public code does (a known bug).
     """
     chat, think = reflection_format(chats.reflector, config)
     builder = _TaskBuilder(
@@ -92,6 +94,7 @@ def build_reflection_requests(
         stop_token_ids=tuple(stop_token_ids),
         seed=seed,
         step=step,
+        cut_right=cut_right,
     )
     tasks = []
     for group in groups:
@@ -144,6 +147,7 @@ class _TaskBuilder:
     stop_token_ids: tuple[int, ...]
     seed: int
     step: int
+    cut_right: bool
 
     def task(
         self,
@@ -174,7 +178,7 @@ class _TaskBuilder:
         elif demonstration is not None and demonstration.id == ANSWER:
             shown, note = demonstration, demonstration.text
         opening = opening_tag(config.mode, correct=correct, think=self.think)
-        keep, prompt_ids = self._prompt(problem, template, texts, note, opening)
+        keep, prompt_ids, prompt_cut = self._prompt(problem, template, texts, note, opening)
         grammar = None
         if config.mode != "free":
             visible = cut_middle(texts["rollout"], keep)
@@ -193,7 +197,7 @@ class _TaskBuilder:
                 grammar=grammar,
                 affinity=problem.id,
             ),
-            prompt_cut=keep < max(map(len, texts.values())),
+            prompt_cut=prompt_cut,
             sentences=parts,
             opening=opening,
             shown_from=shown_from,
@@ -224,24 +228,30 @@ class _TaskBuilder:
 
     def _prompt(
         self, problem: Problem, template: str, texts: Mapping[str, str], note: str, opening: str
-    ) -> tuple[int, tuple[int, ...]]:
-        """(characters kept of each text, the prompt); texts are cut only as far as they must be.
+    ) -> tuple[int, tuple[int, ...], bool]:
+        """(characters kept, the prompt, whether anything was cut).
+
+        The middle of each text is cut, or with `cut_right` the end of the user turn, only as far as
+        needed.
 
         note: what replaces {answer_note}.
         """
         config = self.config
 
-        def render(keep: int) -> tuple[int, ...]:
+        def user_turn(keep: int) -> str:
             values = {name: cut_middle(text, keep) for name, text in texts.items()}
             values |= {"problem": problem.prompt, "answer_note": note}
-            user = fill_template(template, values)
+            return fill_template(template, values)
+
+        longest = max(map(len, texts.values()), default=0)
+        whole = user_turn(longest)
+        limit = len(whole) if self.cut_right else longest
+
+        def render(keep: int) -> tuple[int, ...]:
+            user = whole[:keep] if self.cut_right else user_turn(keep)
             return self.chat.render(user, system=problem.system, opening=opening)
 
-        fitted = fit_prompt(
-            render,
-            longest=max(map(len, texts.values()), default=0),
-            max_tokens=config.max_prompt_tokens,
-        )
+        fitted = fit_prompt(render, longest=limit, max_tokens=config.max_prompt_tokens)
         if fitted is None:
             raise UserError(
                 f"the reflection prompt has {len(render(0))} tokens without any rollout, over the "
@@ -249,7 +259,8 @@ class _TaskBuilder:
                 where=f"problem {problem.id}",
                 fix="Raise reflect.max_prompt_tokens, or leave the problem out",
             )
-        return fitted
+        keep, prompt_ids = fitted
+        return keep, prompt_ids, keep < limit
 
 
 def reflection_format(chat: ChatFormat, config: ReflectConfig) -> tuple[ChatFormat, Think | None]:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from rosd_fast.types import Group, Rollout
 
 Mode = Literal["plain", "open", "closed"]
+Turns = Sequence[tuple[str, str]]  # (role, text)
 PART = re.compile(r"['\"]type['\"]")  # of a part of a content, written out
 USER_MARK, SYSTEM_MARK = "the-user-turn", "the-system-turn"
 SWITCHES = ("enable_thinking", "thinking")  # arguments that turn thinking on or off in templates
@@ -72,7 +73,7 @@ class ChatFormat:
             options["chat_template"] = self.template
         try:
             ids = self.tokenizer.apply_chat_template(
-                self._turns(user, system),
+                self._messages(_turns(user, system)),
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=False,
@@ -80,14 +81,14 @@ class ChatFormat:
                 **options,
                 **self.kwargs,
             )
-        except _template_errors() as error:
+        except template_errors() as error:
             raise _failed(error) from error
         return tuple(int(token) for token in ids)
 
-    def text(self, user: str, *, system: str | None = None, generation: bool = True) -> str:
-        """The rendered text of two turns, as the template has it. Raises jinja2's errors."""
+    def text(self, turns: Turns, *, generation: bool = True) -> str:
+        """The text of turns as the template renders them. Raises `template_errors`."""
         return self.tokenizer.apply_chat_template(
-            self._turns(user, system),
+            self._messages(turns),
             add_generation_prompt=generation,
             tokenize=False,
             chat_template=self.source,
@@ -159,13 +160,10 @@ class ChatFormat:
                 return ("open" if opening > closing else "closed"), tags
         return "plain", None
 
-    def _turns(self, user: str, system: str | None) -> list[dict[str, Any]]:
-        turns = [("user", user)] if system is None else [("system", system), ("user", user)]
+    def _messages(self, turns: Turns) -> list[dict[str, Any]]:
+        parts = {"assistant"} | set(self.lists) if "user" in self.lists else set(self.lists)
         return [
-            {
-                "role": role,
-                "content": [{"type": "text", "text": text}] if role in self.lists else text,
-            }
+            {"role": role, "content": [{"type": "text", "text": text}] if role in parts else text}
             for role, text in turns
         ]
 
@@ -233,9 +231,9 @@ def chat_format(
     for lists in ((), ("user",)):
         chat = replace(plain, lists=lists)
         try:
-            if _shows(chat.text(USER_MARK), USER_MARK, lists):
+            if _shows(chat.text(_turns(USER_MARK)), USER_MARK, lists):
                 break
-        except _template_errors() as error:
+        except template_errors() as error:
             errors.append(error)
     else:
         if errors:
@@ -256,12 +254,16 @@ def _with_system_role(chat: ChatFormat) -> ChatFormat:
     for lists in (chat.lists, (*chat.lists, "system")):
         tried = replace(chat, lists=lists)
         try:
-            text = tried.text(USER_MARK, system=SYSTEM_MARK, generation=False)
-        except _template_errors():
+            text = tried.text(_turns(USER_MARK, SYSTEM_MARK), generation=False)
+        except template_errors():
             continue
         if _shows(text, SYSTEM_MARK, lists):
             return tried
     return replace(chat, system_role=False)
+
+
+def _turns(user: str, system: str | None = None) -> Turns:
+    return [("user", user)] if system is None else [("system", system), ("user", user)]
 
 
 def _shows(text: str, mark: str, lists: Sequence[str]) -> bool:
@@ -271,7 +273,7 @@ def _shows(text: str, mark: str, lists: Sequence[str]) -> bool:
 
 def _generation_prompt(chat: ChatFormat) -> str:
     """What the template adds after the user's turn to open the answer."""
-    text, without = (chat.text(USER_MARK, generation=on) for on in (True, False))
+    text, without = (chat.text(_turns(USER_MARK), generation=on) for on in (True, False))
     shared = _num_shared(text, without)
     if shared == len(text):  # it always opens an answer, or never
         return text[text.rindex(USER_MARK) + len(USER_MARK) :]
@@ -284,7 +286,7 @@ def _num_shared(text: str, other: str) -> int:
     return next((at for at, (a, b) in enumerate(pairs) if a != b), min(len(text), len(other)))
 
 
-def _template_errors() -> tuple[type[Exception], ...]:
+def template_errors() -> tuple[type[Exception], ...]:
     """What a template raises: its own errors, and Python's for contents that it does not expect."""
     from jinja2 import TemplateError
 

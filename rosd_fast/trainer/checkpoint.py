@@ -9,8 +9,8 @@
 A checkpoint is written to a temporary folder, fsynced and renamed: it is complete or absent. Later
 damage is detected by file sizes. A damaged checkpoint is skipped with a warning, and the next save
 renames it to `damaged_step_000010/`. Weights that are not trained, and those of a frozen teacher,
-are not saved: they come from the model that the run began with, and a fingerprint detects that
-another model is given.
+are not saved: they come from the models that the run began with, and a fingerprint of each detects
+that another one is given.
 
 `state/` is written by torch.distributed.checkpoint (DCP),
 https://docs.pytorch.org/docs/stable/distributed.checkpoint.html
@@ -84,6 +84,7 @@ def write_checkpoint(run: Path, snapshot: Snapshot, world: World = SINGLE_PROCES
                 "step": snapshot.step,
                 "config_hash": snapshot.config_hash,
                 "fingerprint": snapshot.fingerprint,
+                "teacher_fingerprint": snapshot.teacher_fingerprint,
                 "dev_accuracy": snapshot.dev_accuracy,
                 "ranks": world.size,
                 "versions": versions(),
@@ -191,6 +192,14 @@ def load_checkpoint(path: Path, learner: Learner) -> int:
         raise UserError(
             "the checkpoint belongs to another model than the one that `model` names, whose "
             "weights the run began with",
+            where=str(path),
+            fix="Put that model back in its place",
+        )
+    before = about.get("teacher_fingerprint", "")
+    if learner.full_model is not None and before != learner.teacher_fingerprint:
+        raise UserError(
+            "the checkpoint was made with another teacher than the model that `teacher.model` "
+            "names now",
             where=str(path),
             fix="Put that model back in its place",
         )

@@ -31,6 +31,7 @@ from rosd_fast.model.vocab_parallel import GatheredTokens, check_shardable
 from rosd_fast.trainer.loss import policy_loss, span_loss, vocabulary_order
 from rosd_fast.trainer.optim import Optimizer
 from rosd_fast.trainer.schedule import num_updates
+from rosd_fast.trainer.separate_teacher import common_rows, local_rows, placed_head, with_rows
 from rosd_fast.trainer.step_stats import MicroBatchStats
 from rosd_fast.trainer.teacher import Teacher, needs_copy
 from rosd_fast.types import PackedBatch, PolicyTokens
@@ -39,8 +40,9 @@ from rosd_kernels import SpanDivergenceOutput, SpanLogprobOutput, VocabularyOrde
 
 MAX_SKIPPED = 5  # steps in a row
 
-TeacherSource = Literal["initial"] | None
-"""The teacher's weights: the student's initial ones, or None where nothing is distilled."""
+TeacherSource = PreTrainedModel | Literal["initial"] | None
+"""The teacher's weights: those of another model, of which ranks other than 0 have a skeleton; the
+student's initial ones; or None where nothing is distilled."""
 
 
 class TrainingDiverged(RunFailed):
@@ -104,6 +106,10 @@ class Learner:
     world: this process among the ranks.
     full_model: rank 0's model with all weights, None elsewhere; on one process it is the student.
     fingerprint: of the initial weights, on rank 0.
+    teacher_fingerprint: of a separate teacher's weights, on rank 0; else empty.
+    num_head_rows: number of rows of the student's output head.
+    vocab_size: number of vocabulary entries that the loss sees: all rows, or those that a separate
+        teacher has too.
     vocab_parallel: whether each rank keeps only some rows of the output head.
     policy: the student as this rank computes with it.
     optimizer: steps the student's trainable parameters.
@@ -124,32 +130,49 @@ class Learner:
         model: the initial weights on rank 0, a skeleton elsewhere. On one process it is trained in
         place; on several ranks its weights are sharded, and `gather_weights` brings them back.
         """
-        vocab, top_k = head(model).weight.shape[0], config.loss.top_k
-        if top_k is not None and top_k > vocab:
+        separate = teacher if isinstance(teacher, PreTrainedModel) else None
+        self.num_head_rows = self.vocab_size = len(head(model).weight)
+        if separate is not None:
+            self.vocab_size = common_rows(head(model), head(separate))
+        top_k = config.loss.top_k
+        if top_k is not None and top_k > self.vocab_size:
             raise UserError(
-                f"{top_k} is more than the vocabulary of {vocab} tokens", where="loss.top_k"
+                f"{top_k} is more than the vocabulary of {self.vocab_size} tokens",
+                where="loss.top_k",
             )
         self.config = config
         self.dtype: torch.dtype = getattr(torch, config.dtype)
         self.world = world
         self.full_model = model.eval() if world.is_rank0 else None
         self.fingerprint = fingerprint(model) if world.is_rank0 else ""
+        known = separate is not None and world.is_rank0
+        self.teacher_fingerprint = fingerprint(separate) if known else ""
         self.vocab_parallel = world.mesh is not None and config.parallel.head == "shard"
         if self.vocab_parallel:
             check_shardable(model)
+            if separate is not None:
+                separate = with_rows(separate, self.num_head_rows)
         # Before the student's blocks are prepared.
-        own = self._teacher_copy(model) if teacher is not None else None
+        own = None if teacher is None else self._teacher_weights(model, separate)
         self.policy = self._placed(model, stored=torch.float32)
         self._teacher = None if teacher is None else Teacher(self.policy, config.teacher, own)
-        on_server = world.mesh is not None and config.teacher.backend == "sglang"
-        if self._teacher is not None and on_server:
-            self._teacher.discard_model(copied_head(self.policy.head, self.dtype))
+        if self._teacher is not None and self._teacher_on_server:
+            self._teacher.discard_model(
+                copied_head(self.policy.head, self.dtype)
+                if separate is None
+                else placed_head(separate, world, dtype=self.dtype, sharded=self.vocab_parallel)
+            )
         self.optimizer = Optimizer(
             self.model.named_parameters(remove_duplicate=False),
             config.optim,
             horizon=num_updates(config),
         )
-        self.order = vocabulary_order(config.loss, self.policy.head.weight.shape[0])
+        self._num_rows = (
+            local_rows(self.vocab_size, self.num_head_rows, world)
+            if self.vocab_parallel
+            else self.vocab_size
+        )
+        self.order = vocabulary_order(config.loss, self._num_rows)
         self.num_skipped = 0
         self._gathered: int | None = None  # number of updates that `full_model` has seen
 
@@ -259,17 +282,26 @@ class Learner:
         if self.order is not None and order:  # a portable state has none: a new order is learned
             self.order.load_state_dict(order)
 
-    def _teacher_copy(self, model: PreTrainedModel) -> PolicyModel | None:
-        """A second set of weights for the teacher; None if it needs none or a server has it."""
+    @property
+    def _teacher_on_server(self) -> bool:
+        """Whether the ranks keep no more of the teacher than its head.
+
+        A single process keeps all of it until the server has been compared with it.
+        """
+        return self.world.mesh is not None and self.config.teacher.backend == "sglang"
+
+    def _teacher_weights(
+        self, model: PreTrainedModel, separate: PreTrainedModel | None
+    ) -> PolicyModel | None:
+        """The teacher's own weights, those of `separate` or a copy of the student's; None if it
+        needs none or a server has them."""
         config = self.config.teacher
-        if not needs_copy(model, config):
+        if self._teacher_on_server or (separate is None and not needs_copy(model, config)):
             return None
         stored = torch.float32 if config.kind == "ema" else self.dtype
-        if self.world.mesh is None:
-            model = copy.deepcopy(model)
-        elif config.backend == "sglang":
-            return None
-        return self._placed(model, stored=stored, offload=config.offload)
+        if separate is None:
+            separate = copy.deepcopy(model) if self.world.mesh is None else model
+        return self._placed(separate, stored=stored, offload=config.offload)
 
     def _placed(
         self, model: PreTrainedModel, *, stored: torch.dtype, offload: bool = False
@@ -319,6 +351,11 @@ class Learner:
         self.optimizer.accumulate()
         return divergence, policy
 
+    @property
+    def _student_head(self) -> Head:
+        """The output head of the vocabulary entries that the loss sees, or this rank's rows."""
+        return self.policy.head.first(self._num_rows)
+
     def _divergence(
         self, states: Tensor, teacher_hidden: Tensor, teacher_head: Head, batch: PackedBatch
     ) -> SpanDivergenceOutput:
@@ -338,8 +375,8 @@ class Learner:
             student_hidden,
             teacher_hidden,
             batch,
-            student_head=self.policy.head,
-            teacher_head=teacher_head,
+            student_head=self._student_head,
+            teacher_head=teacher_head.first(self._num_rows),
             config=self.config.loss,
             temperature=self.config.sample.temperature,
             order=self.order,
@@ -357,7 +394,7 @@ class Learner:
         output = policy_loss(
             hidden,
             tokens,
-            student_head=self.policy.head,
+            student_head=self._student_head,
             config=self.config.loss,
             policy=self.config.policy,
             temperature=self.config.sample.temperature,

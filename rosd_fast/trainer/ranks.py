@@ -11,6 +11,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from transformers import PreTrainedModel
+
 from rosd_fast.model.fsdp import skeleton
 from rosd_fast.trainer.learner import Learner, StepResult, TeacherSource
 from rosd_fast.trainer.saver import Saver
@@ -18,7 +20,7 @@ from rosd_fast.utils.distributed import World, ignore_stop_signals
 
 if TYPE_CHECKING:
     from torch import Tensor
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedTokenizerBase
 
     from rosd_fast.config import Config
     from rosd_fast.types import PackedBatch
@@ -66,7 +68,8 @@ class LearnerGroup:
         model: with its initial weights. tokenizer: for the checkpoints. teacher: as for `Learner`.
         """
         if world.size > 1:
-            world.broadcast((config, skeleton(model), teacher))
+            is_model = isinstance(teacher, PreTrainedModel)
+            world.broadcast((config, skeleton(model), skeleton(teacher) if is_model else teacher))
         return cls(model, config, world, tokenizer, teacher=teacher)
 
     def step(

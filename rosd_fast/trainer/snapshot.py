@@ -140,6 +140,7 @@ class Snapshot:
     config_hash: of the run's options.
     dev_accuracy: mean accuracy on the dev split after that step; None: not measured.
     fingerprint: of the initial weights, on rank 0.
+    teacher_fingerprint: of a separate teacher's weights, on rank 0; else empty.
     state: this rank's part of `Learner.state_dict`.
     export: the model to save, on rank 0; None elsewhere.
     """
@@ -148,6 +149,7 @@ class Snapshot:
     config_hash: str
     dev_accuracy: float | None
     fingerprint: str
+    teacher_fingerprint: str
     state: dict[str, Any]
     export: Export | None
 
@@ -171,6 +173,7 @@ class Snapshot:
             config_hash=config_hash,
             dev_accuracy=dev_accuracy,
             fingerprint=learner.fingerprint,
+            teacher_fingerprint=learner.teacher_fingerprint,
             state=BlockingAsyncStager(cache_staged_state_dict=False).stage(learner.state_dict()),
             export=None if tokenizer is None else Export.of(learner, tokenizer),
         )

@@ -1,6 +1,6 @@
-"""The teacher: the initial model, kept frozen or moved toward the student.
+"""The teacher: the initial model, kept frozen or moved toward the student; or another model.
 
-    frozen        the initial weights
+    frozen        the initial weights, or those of `teacher.model` (`separate_teacher`)
     ema           t <- (1 - rate) t + rate s, after each optimizer step
     live          the student's own weights
     trust_region  logits (1 - mix) z_frozen + mix z_live
@@ -34,7 +34,7 @@ class Teacher:
     most of a small step away. Raises UserError for a model that the kind does not suit.
 
     student: the model that is trained.
-    policy: the teacher's own copy of the initial weights, or the student (kind live, or adapters).
+    policy: the teacher's own weights; None: those of the student (kind live, or adapters).
     config: the options of `[teacher]`.
     adapted: whether the student has adapters.
     """
@@ -74,12 +74,12 @@ class Teacher:
     def scoring(
         self, packed: PackedSequences, server_states: Tensor | None = None
     ) -> Iterator[tuple[Tensor, Head]]:
-        """Yield the [N, H] states that predict the distilled tokens, without a graph, and the head.
+        """Yield the [N, Ht] states that predict the distilled tokens, without a graph, and a head.
 
         Both are [N, 2 H] and [V, 2 H] for a trust region whose student's head is trained. The head
         is valid within the block only; afterwards the memory for the teacher's weights is freed.
 
-        server_states: [N, H] states that a teacher server has computed; None: compute them here.
+        server_states: [N, Ht] states that a teacher server has computed; None: compute them here.
         """
         try:
             if server_states is None:
@@ -96,7 +96,7 @@ class Teacher:
     def discard_model(self, head: Head | None = None) -> None:
         """Free all weights except the output head; from now on a server computes the states.
 
-        head: a copy of the initial head; None: the model's own.
+        head: a copy of the teacher's head; None: the model's own.
         """
         self._server_head = head or self.policy.head
         self.policy = self.student

@@ -120,7 +120,7 @@ def test_the_last_layer_decides_between_steps_and_epochs(tmp_path: Path) -> None
     path = tmp_path / "run.toml"
     path.write_text("epochs = 2\n[optim]\nwarmup_frac = 0.1\n")
     assert load_preset("quickstart").epochs is None
-    config = load_config({}, preset="quickstart", file=path)
+    config = load_config({}, presets=["quickstart"], file=path)
     assert (config.epochs, config.optim.warmup_frac, config.optim.warmup_steps) == (2, 0.1, None)
     again = apply_args(config, {"steps": "9", "optim.warmup_steps": "3"})
     assert (again.epochs, again.steps) == (None, 9)

@@ -94,7 +94,3 @@ def test_the_right_answer_needs_a_place_in_the_reflectors_prompt_alone() -> None
         check_templates(nowhere, TeacherConfig(), answer)
     with pytest.raises(UserError, match=r"^reflect\.answer_note: lacks .*\{answer\}"):
         check_templates(ReflectConfig(answer_note="Think."), TeacherConfig(), answer)
-    shown = TeacherConfig(wrong_template="{problem}{demonstration}{explanation}")
-    with pytest.raises(UserError, match=r"^select\.on_no_success: answer: .*\{demonstration\}"):
-        check_templates(ReflectConfig(), shown, answer)
-    check_templates(ReflectConfig(), shown, SelectConfig(on_no_success="reference"))

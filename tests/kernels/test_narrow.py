@@ -69,6 +69,23 @@ def test_agrees_with_float64(narrow_gemms, make_case, agrees, options, teacher_w
         assert bool(((got - want).abs() <= allowed).all()), name
 
 
+@pytest.mark.parametrize("loss", ["clipped", "afterwards clipped"])
+@pytest.mark.parametrize("options", [{}, {"softcap": 5.0, "workspace_mib": 0.01}], ids=str)
+def test_log_probs_agree_with_float64(narrow_gemms, make_logprob, loss, options):
+    case = make_logprob(40, 300, 16, bias=True, dtype=BF16)
+    wide = options | {"strategy": "reference", "workspace_mib": 256}
+    truth = case.run(loss, dtype=torch.float64, **wide)
+    actual = case.run(loss, **options, strategy="chunked")
+    assert {"mm", "addmm"} == set(narrow_gemms)
+    for name in ("logprob", "entropy"):
+        got, want = getattr(actual.output, name), getattr(truth.output, name)
+        assert torch.allclose(got.double(), want, rtol=1e-5, atol=1e-5), name
+    for name, want in truth.gradients.items():
+        got = actual.gradients[name].double()
+        allowed = TOLERANCE * (want.abs().max() + want.abs())
+        assert bool(((got - want).abs() <= allowed).all()), name
+
+
 def test_what_is_not_all_bfloat16_is_multiplied_in_float32(narrow_gemms, make_case, agrees):
     case = make_case(5, 70, 8, dtype=BF16)
     case.tensors["student_head"] = case.tensors["student_head"].float()

@@ -1,18 +1,14 @@
 """`vocab_group`: shards of the vocabulary in several processes against the unsharded call.
 
-Run as a script, this file is one rank: `python test_vocab_group.py RANK NUM_RANKS FOLDER` runs all
-tasks on the tensors of `FOLDER/tensors.pt` and writes its results to `FOLDER/rank{RANK}.pt`.
+Run as a script, this file is one rank (see ranks.py): it runs all tasks on the tensors of
+`FOLDER/tensors.pt`.
 """
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +18,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 from rosd_kernels import VocabularyOrder, entry, mass, native, span_divergence
+from tests.kernels.ranks import join, run_ranks
 
-TIMEOUT_S = 30
 STUDENTS = ("student_hidden", "student_head", "student_bias")
 SHARDED = ("student_head", "teacher_head", "student_bias", "teacher_bias")
 VALUES = (
@@ -202,14 +198,7 @@ def refusals(group: Any, outside: Any) -> dict[str, str]:
 
 
 def main(rank: int, num_ranks: int, folder: Path) -> None:
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=num_ranks,
-        timeout=timedelta(seconds=TIMEOUT_S),
-    )
+    join(rank, num_ranks, folder)
     groups = {size: dist.new_group(list(ranks)) for size, ranks in GROUPS.items()}
     whole = torch.load(folder / "tensors.pt")
     results: dict[str, Any] = {}
@@ -231,28 +220,7 @@ def ranks(tmp_path_factory, make_case) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
     whole = {name: prepare(task, make_case) for name, task in tasks().items()}
     torch.save(whole, folder / "tensors.pt")
-    environment = os.environ | {"GLOO_SOCKET_IFNAME": "lo", "ROSD_KERNELS_BACKEND": "torch"}
-    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
-    processes = []
-    for rank in range(3):
-        with (folder / f"log{rank}.txt").open("w") as log:
-            command = [sys.executable, __file__, str(rank), "3", str(folder)]
-            processes.append(
-                subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, env=environment)
-            )
-    deadline = time.monotonic() + 2 * TIMEOUT_S
-    while time.monotonic() < deadline and any(process.poll() is None for process in processes):
-        time.sleep(0.02)
-    codes = [process.poll() for process in processes]  # None: it waits for the others
-    for process in processes:
-        process.kill()
-        process.wait()
-    logs = [(folder / f"log{rank}.txt").read_text() for rank in range(3)]
-    assert codes == [0, 0, 0], "\n".join(
-        f"rank {rank} (last line before an error: the task):\n{log[-3000:]}"
-        for rank, log in enumerate(logs)
-    )
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(3)]
+    return run_ranks(__file__, 3, folder)
 
 
 def assert_close(name: str, got: Tensor, want: Tensor, allowed: float = 0.0) -> None:

@@ -247,24 +247,28 @@ def test_the_teacher_may_see_a_sibling_and_the_verifiers_words(tokenizer, step):
         "teacher__wrong_template": "{problem}\n{demonstration}\n{feedback}\n{explanation}",
         "teacher__correct_template": "{problem}\n{demonstration}\n{explanation}",
         "teacher__show_feedback": True,
+        "teacher__demonstration_note": "Solved: {demonstration}",
     }
     samples, built = build(tokenizer, step, **templates)
     assert prompt(tokenizer, samples["a/0"]) == (
-        "Problem a?\nIt is 4.\nThe answer 5 is wrong.\nIdea of a/0."
+        "Problem a?\nSolved: It is 4.\nThe answer 5 is wrong.\nIdea of a/0."
     )
     assert prompt(tokenizer, samples["a/2"]) == (
-        "Problem a?\nIt is 4.\nNo answer was found.\nIdea of a/2."
+        "Problem a?\nSolved: It is 4.\nNo answer was found.\nIdea of a/2."
     )
-    assert "a/1" not in samples  # the only correct rollout
+    # The only correct rollout has nothing to show, and its note is left out as a whole.
+    assert prompt(tokenizer, samples["a/1"]) == "Problem a?\n\nIdea of a/1."
     assert built.metrics["select/num_no_demonstration"] == 3
     samples, built = build(tokenizer, step, select__on_lone_success="own", **templates)
-    assert prompt(tokenizer, samples["a/1"]) == "Problem a?\nIt is 4.\nIdea of a/1."
+    assert prompt(tokenizer, samples["a/1"]) == "Problem a?\nSolved: It is 4.\nIdea of a/1."
     assert built.metrics["select/num_no_demonstration"] == 0
     silent, _ = build(tokenizer, step, **(templates | {"teacher__show_feedback": False}))
-    assert prompt(tokenizer, silent["a/0"]) == "Problem a?\nIt is 4.\n\nIdea of a/0."
+    assert prompt(tokenizer, silent["a/0"]) == "Problem a?\nSolved: It is 4.\n\nIdea of a/0."
     # Without a reflection the sibling stays.
     bare, _ = build(tokenizer, step, reflect__control="none", **templates)
-    assert prompt(tokenizer, bare["a/0"]) == "Problem a?\nIt is 4.\nThe answer 5 is wrong.\n"
+    assert (
+        prompt(tokenizer, bare["a/0"]) == "Problem a?\nSolved: It is 4.\nThe answer 5 is wrong.\n"
+    )
 
 
 def test_teacher_and_reflector_see_the_same_sibling(tokenizer, make_group):

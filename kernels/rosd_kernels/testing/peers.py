@@ -1,6 +1,6 @@
-"""Baselines for `span_divergence`, and states to compare on.
+"""Baselines for `span_divergence` and `span_logprob`, and states to compare on.
 
-They run on any device; Liger's needs the package liger-kernel.
+They run on any device, but for `liger_cross_entropy`; Liger's need the package liger-kernel.
 """
 
 from __future__ import annotations
@@ -37,12 +37,44 @@ def liger_jsd(student: Tensor, teacher: Tensor, head: Tensor, *, beta: float) ->
     return loss(student, head, teacher, head.detach(), labels)
 
 
-def gemm_floor(
-    student: Tensor, teacher: Tensor, head: Tensor, *, chunk_rows: int = 128
-) -> Callable[[], None]:
-    """Return a function that does the four GEMM sweeps of dense gradients and nothing else.
+def minus_logprob(logprob: Tensor, entropy: Tensor, rows: slice) -> Tensor:
+    """Cross entropy, as `span_logprob`'s `token_loss`."""
+    return -logprob
 
-    The sweeps are both logits, dh and dW, in chunks of tokens. The buffers, one of [chunk_rows, V]
+
+def eager_cross_entropy(hidden: Tensor, head: Tensor, ids: Tensor) -> Tensor:
+    """The textbook cross entropy with full logits, summed over the tokens."""
+    return torch.nn.functional.cross_entropy((hidden @ head.T).float(), ids, reduction="sum")
+
+
+def liger_cross_entropy(hidden: Tensor, head: Tensor, ids: Tensor) -> Tensor:
+    """Liger's fused linear cross entropy, summed over the tokens; Triton, so for GPUs only."""
+    from liger_kernel.transformers import LigerFusedLinearCrossEntropyLoss
+
+    return LigerFusedLinearCrossEntropyLoss(reduction="sum")(head, hidden, ids)
+
+
+def liger_grpo(hidden: Tensor, head: Tensor, ids: Tensor, *, sequence: int = 128) -> Tensor:
+    """Liger's GRPO loss, a mean over the tokens, in sequences of that many; without torch.compile.
+
+    With advantages of 1 and ratios of 1 its gradient is that of the mean cross entropy.
+    """
+    from liger_kernel.chunked_loss import LigerFusedLinearGRPOLoss
+
+    loss = LigerFusedLinearGRPOLoss(beta=0.0, compiled=False, use_ref_model=False)
+    length = min(sequence, hidden.shape[0])
+    shaped = ids.view(-1, length)
+    ones = torch.ones(shaped.shape, device=ids.device)
+    return loss(hidden.view(*shaped.shape, -1), head, shaped, ones, ones[:, 0])[0]
+
+
+def gemm_floor(
+    student: Tensor, teacher: Tensor | None, head: Tensor, *, chunk_rows: int = 128
+) -> Callable[[], None]:
+    """Return a function that does the GEMM sweeps of dense gradients and nothing else.
+
+    The sweeps are the logits (of the teacher too, unless None), dh and dW, in chunks of tokens: 4
+    or 3. The buffers, one of [chunk_rows, V]
     and the gradients, are allocated here.
     """
     student, head = student.detach(), head.detach()
@@ -53,7 +85,8 @@ def gemm_floor(
         for start in range(0, student.shape[0], chunk_rows):
             rows = slice(start, min(start + chunk_rows, student.shape[0]))
             part = logits[: rows.stop - start]
-            torch.mm(teacher[rows], head.T, out=part)
+            if teacher is not None:
+                torch.mm(teacher[rows], head.T, out=part)
             torch.mm(student[rows], head.T, out=part)
             torch.mm(part, head, out=dh[rows])
             dW.addmm_(part.T, student[rows])
