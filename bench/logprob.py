@@ -171,8 +171,7 @@ def candidate(name: str, inputs: Inputs) -> Callable[[], float | None]:
         if isinstance(out, Tensor):
             out.backward()
             return None
-        loss = -out.logprob.sum() if out.loss is None else out.loss
-        loss.backward()
+        out.loss.backward()
         return out.stats.active_frac
 
     return step

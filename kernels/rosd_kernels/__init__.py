@@ -20,10 +20,10 @@ Ht hidden width of the teacher, R rows (tokens) of a chunk or block.
     autograd.py     gradients that are computed in forward
     checks.py       checks of arguments
     divergences.py  the formulas, in plain PyTorch
-
     logprob/        the same parts of `span_logprob`
+
     elementwise.py  passes over logits: in C++ (native.py, csrc/) or plain PyTorch (plain.py)
-    gemm_tiles.py   the dense work of "tiled" with library GEMMs
+    gemm_tiles.py   the dense work of "tiled" with library GEMMs, on head_tiles.py
     gpu/            Triton: the dense work of "tiled", the elementwise pass of "chunked"
     backends.py     the choice of an implementation per device
     testing/        acceptance on a device, compilation of gpu/ without a GPU, baselines
@@ -35,15 +35,15 @@ from rosd_kernels.api import span_divergence
 from rosd_kernels.logprob.api import span_logprob
 from rosd_kernels.logprob.records import SpanLogprobOutput
 from rosd_kernels.order import VocabularyOrder
-from rosd_kernels.records import SpanDivergenceOutput, SpanDivergenceStats
+from rosd_kernels.records import SpanDivergenceOutput, SpanStats
 from rosd_kernels.sparsity import entry, mass
 
 __version__ = "0.1.0"
 
 __all__ = [
     "SpanDivergenceOutput",
-    "SpanDivergenceStats",
     "SpanLogprobOutput",
+    "SpanStats",
     "VocabularyOrder",
     "__version__",
     "entry",

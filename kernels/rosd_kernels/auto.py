@@ -18,7 +18,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from rosd_kernels.records import SpanDivergenceStats
+from rosd_kernels.records import SpanStats
 from rosd_kernels.sparsity import Sparsity
 from rosd_kernels.vocabulary import Vocabulary
 
@@ -30,7 +30,7 @@ MEASURE_EVERY = 64  # calls of "chunked"
 class Memory:
     """What earlier calls of one kind showed."""
 
-    stats: SpanDivergenceStats | None = None  # of the last call of "tiled"
+    stats: SpanStats | None = None  # of the last call of "tiled"
     since: int = 0  # calls of "chunked" after it
 
 
@@ -60,7 +60,7 @@ def choose(kind: Kind | None) -> str:
     return "tiled" if memory.stats.active_frac < BREAK_EVEN[str(kind[0])] else "chunked"
 
 
-def remember(kind: Kind | None, stats: SpanDivergenceStats, num_tokens: int) -> None:
+def remember(kind: Kind | None, stats: SpanStats, num_tokens: int) -> None:
     """Record the result of a call whose strategy `choose` returned."""
     if num_tokens == 0 or kind is None:
         return

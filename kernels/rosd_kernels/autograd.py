@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rosd_kernels.records import SpanDivergenceOutput, SpanDivergenceStats, SpanInputs
+from rosd_kernels.records import SpanDivergenceOutput, SpanInputs, SpanStats
 from rosd_kernels.workspace import CAST_BYTES
 
 Needed = tuple[bool, bool, bool]  # which gradients: hidden states, head, bias
@@ -44,7 +44,7 @@ class Computed(NamedTuple):
     loss: Tensor
     results: TokenResults
     gradients: Gradients
-    stats: SpanDivergenceStats
+    stats: SpanStats
 
 
 def differentiable(

@@ -42,9 +42,9 @@ from rosd_kernels.logits import SCALED, LogitTransform, transform_
 from rosd_kernels.plain import NUM_SCRATCH
 from rosd_kernels.records import (
     SpanDivergenceOutput,
-    SpanDivergenceStats,
     SpanInputs,
     SpanOptions,
+    SpanStats,
 )
 from rosd_kernels.rows import RowStats, row_stats
 from rosd_kernels.vocabulary import Vocabulary
@@ -108,7 +108,7 @@ def _compute(
         loss=(weights * results.per_token).sum(),
         results=results,
         gradients=gradients,
-        stats=SpanDivergenceStats(strategy="chunked", workspace_bytes=plan.num_bytes),
+        stats=SpanStats(strategy="chunked", workspace_bytes=plan.num_bytes),
     )
 
 

@@ -226,8 +226,8 @@ class SpanInputs:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class SpanDivergenceStats:
-    """How the divergence was computed. Reading a measured value waits for the device."""
+class SpanStats:
+    """How a result was computed. Reading a measured value waits for the device."""
 
     strategy: str  # the strategy that ran; never "auto"
     workspace_bytes: int  # logit-sized buffers held at once; 0: unbounded (reference)
@@ -240,15 +240,20 @@ class SpanDivergenceStats:
 
     @property
     def dropped_mass_max(self) -> float:
-        """Largest probability mass, student's or teacher's, that sparsity dropped for any token."""
+        """Largest probability mass that sparsity dropped for any token.
+
+        Of `span_divergence`, the larger one of the student's and the teacher's.
+        """
         return 0.0 if self.measured is None else float(self.measured[1])
 
     @property
     def grad_error_bound(self) -> float:
         """Upper bound, over all tokens, on the gradient error that sparsity caused.
 
-        The error of a token is `sum_v |G_v - exact G_v|`, rounding aside, where G is the gradient
-        of its divergence w.r.t. `softcap(h W^T + b)`, the logits before the temperature.
+        The error of a token is `sum_v |G_v - exact G_v|`, rounding aside, where G is a gradient
+        w.r.t. `softcap(h W^T + b)`, the logits before the temperature: that of the token's
+        divergence, or of its `token_loss`. Without one, `span_logprob` bounds the gradients of
+        the token's log-prob and of its entropy.
         """
         return 0.0 if self.measured is None else float(self.measured[2])
 
@@ -267,7 +272,7 @@ class SpanDivergenceOutput:
     teacher_logprob: Tensor | None  # [N] likewise
     student_entropy: Tensor | None  # [N] over the whole vocabulary, in nats
     teacher_entropy: Tensor | None  # [N] likewise
-    stats: SpanDivergenceStats
+    stats: SpanStats
 
 
 Strategy = Callable[[SpanInputs, SpanOptions, Vocabulary], SpanDivergenceOutput]

@@ -23,9 +23,9 @@ from torch import Tensor
 
 from rosd_kernels.records import (
     SpanDivergenceOutput,
-    SpanDivergenceStats,
     SpanInputs,
     SpanOptions,
+    SpanStats,
 )
 from rosd_kernels.vocabulary import Vocabulary
 
@@ -60,7 +60,7 @@ def run_reference(
         teacher_logprob=teacher_logprob,
         student_entropy=student_entropy,
         teacher_entropy=teacher_entropy,
-        stats=SpanDivergenceStats(strategy="reference", workspace_bytes=0),
+        stats=SpanStats(strategy="reference", workspace_bytes=0),
     )
 
 

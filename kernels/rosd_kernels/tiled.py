@@ -27,9 +27,9 @@ from rosd_kernels.divergences import entry_terms, known_total
 from rosd_kernels.order import positions
 from rosd_kernels.records import (
     SpanDivergenceOutput,
-    SpanDivergenceStats,
     SpanInputs,
     SpanOptions,
+    SpanStats,
 )
 from rosd_kernels.rows import RowStats, row_stats
 from rosd_kernels.sparsity import Sparsity, Sweep, TileStats, is_dropped, measured
@@ -133,9 +133,7 @@ def _compute(
         loss=(weights * value).sum(),
         results=results,
         gradients=gradients,
-        stats=SpanDivergenceStats(
-            strategy="tiled", workspace_bytes=tiles.workspace_bytes, measured=found
-        ),
+        stats=SpanStats(strategy="tiled", workspace_bytes=tiles.workspace_bytes, measured=found),
     )
 
 

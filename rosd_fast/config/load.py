@@ -57,6 +57,7 @@ NOT_HASHED = {
     "chat": {"eval"},
     "eval": True,
     "checkpoint": True,
+    "diagnose": True,
     "parallel": True,
     "learner": True,
     "optim": {"offload"},

@@ -57,7 +57,8 @@ if TYPE_CHECKING:
 class TrainingSet:
     """What a step trains on, as `Method.build` returns it.
 
-    samples: at most two per rollout, of which at most one is distilled; the order decides nothing.
+    samples: at most two per rollout, of which at most one is distilled. Their order decides which
+        problems are a mini-batch (`optim.updates_per_step`), and nothing else.
     spans: by rollout id, the tokens of each distilled sample and how they were found. A rollout
         that has a span and no sample is not distilled.
     metrics: of the method's own stages, with names such as `reflect/num_reflections`.
@@ -225,16 +226,20 @@ class Method(ABC):
         """The training set of distilled `samples` under the method's weights, with the policy
         gradient of all rollouts in `groups` where that has a weight.
 
+        Samples are in the order of `groups`, so that mini-batches are of consecutive problems.
+
         groups, verdicts, metrics: as for `build` and `TrainingSet`.
         """
         distill, policy = self.weights(self.config)
         weighted = [
-            sample if distill == 1 else replace(sample, weight=distill * sample.weight)
+            replace(sample, weight=distill * sample.weight) if sample.is_distilled else sample
             for sample in samples
-            if distill
+            if distill or not sample.is_distilled
         ]
         if policy:
             weighted += policy_samples(groups, verdicts, self.config.policy, weight=policy)
+            place = {group.problem.id: index for index, group in enumerate(groups)}
+            weighted.sort(key=lambda sample: place[sample.problem_id])
         return TrainingSet(samples=weighted, spans=spans, metrics=metrics or {})
 
     async def measure(

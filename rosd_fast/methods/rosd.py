@@ -129,10 +129,11 @@ class Rosd(Method):
                 feedback={v.rollout_id: v.feedback for v in verdicts.values() if show_feedback},
                 cut_right=config.compat.cut_prompts_right,
             )
-            distilled, punished = samples, []
             if config.span.control == "negative":
-                distilled = [s for s in samples if verdicts[s.rollout_id].success]
-                punished = self._punished(samples, verdicts)
+                samples = [
+                    sample if verdicts[sample.rollout_id].success else self._punished(sample)
+                    for sample in samples
+                ]
         metrics = {
             **reflection_metrics(annotations),
             **sample_metrics(samples),
@@ -141,8 +142,7 @@ class Rosd(Method):
         }
         if shown:
             metrics[NO_DEMONSTRATION] = float(sum(not text for text in shown.values()))
-        training = self.training_set(distilled, arm.spans, groups, verdicts, metrics)
-        return replace(training, samples=[*training.samples, *punished])
+        return self.training_set(samples, arm.spans, groups, verdicts, metrics)
 
     def _demonstrations(
         self,
@@ -181,22 +181,14 @@ class Rosd(Method):
                 shown[rollout.id] = "" if found is None else found.text
         return shown
 
-    def _punished(
-        self,
-        samples: Sequence[TrainSample],
-        verdicts: Mapping[str, Verdict],
-    ) -> list[TrainSample]:
-        """The samples of wrong rollouts, with advantage -1 in place of a teacher."""
-        return [
-            replace(
-                sample,
-                teacher_prompt_ids=None,
-                advantage=-1.0,
-                weight=self.config.span.negative_weight,
-            )
-            for sample in samples
-            if not verdicts[sample.rollout_id].success
-        ]
+    def _punished(self, sample: TrainSample) -> TrainSample:
+        """The sample with advantage -1 in place of a teacher."""
+        return replace(
+            sample,
+            teacher_prompt_ids=None,
+            advantage=-1.0,
+            weight=self.config.span.negative_weight,
+        )
 
     async def measure(
         self,

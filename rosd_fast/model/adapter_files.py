@@ -32,7 +32,7 @@ def adapter_weights(model: PreTrainedModel) -> dict[str, Tensor]:
 
 def adapter_config(model: PreTrainedModel) -> Any:
     """The peft.LoraConfig to write beside the weights, for a causal language model."""
-    config = copy.copy(model.peft_config[NAME])  # type: ignore[index]
+    config: Any = copy.copy(model.peft_config[NAME])  # type: ignore[index]
     config.inference_mode = True
     config.task_type = "CAUSAL_LM"
     if not isinstance(config.target_modules, str):

@@ -223,5 +223,7 @@ def control_spans(
                 draw = random.Random(f"{seed}/{rollout.policy_version}/{rollout.id}/span")
                 size, room = span.end - span.start, whole[rollout.id]
                 start = draw.randrange(room.start, room.end - size + 1)
-                replaced[rollout.id] = replace(span, start=start, end=start + size, source="random")
+                replaced[rollout.id] = ErrorSpan(
+                    rollout_id=rollout.id, start=start, end=start + size, source="random"
+                )
     return replaced

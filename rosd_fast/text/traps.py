@@ -56,7 +56,7 @@ def modes_differ(student: ChatFormat, teacher: ChatFormat) -> str | None:
     }
     return (
         f"the student's prompt {what[student.mode]} and the teacher's {what[teacher.mode]}: give "
-        "both the same chat.student.kwargs and chat.teacher.kwargs"
+        "chat.student and chat.teacher the same kwargs and template"
     )
 
 

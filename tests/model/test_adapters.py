@@ -180,7 +180,7 @@ def test_peft_loads_the_adapter_of_a_checkpoint(
     assert (
         model(IDS).logits - make_model("Llama", dtype)(IDS).logits
     ).abs().max() > 10 * difference
-    loaded.save_pretrained(tmp_path / "theirs")
+    loaded.save_pretrained(str(tmp_path / "theirs"))
     ours, theirs = (
         load_file(folder / "adapter_model.safetensors")
         for folder in (path / "adapter", tmp_path / "theirs")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from functools import partial
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ def shown(tokenizer):
     return partial(show, tokenizer)
 
 
-def show(tokenizer, made, index, policy="first", thinking="keep", **options):
+def show(tokenizer, made, index, policy="first", thinking: Any = "keep", **options):
     group, verdicts = made
     found = demonstrate(
         group,

@@ -53,7 +53,8 @@ def span_logprob(
 
     A loss that is a sum over tokens of some function of these two, such as a clipped policy
     gradient with an entropy bonus, goes into `token_loss`: loss and gradients then come from one
-    pass over the vocabulary. Cross entropy is `token_loss=lambda logprob, entropy, rows: -logprob`.
+    pass over the vocabulary. Cross entropy is `token_loss=lambda logprob, entropy, rows: -logprob`;
+    it is also the default, in two passes.
 
     Args:
         hidden: [N, H], after the final norm, of the tokens of the loss only. N may be 0: the loss
@@ -63,8 +64,9 @@ def span_logprob(
         token_loss: called as `token_loss(logprob, entropy, rows)` on a few tokens at a time while
             their logits are in memory: [n] log-probs and entropies of the tokens `rows`, a slice
             of 0..N. Returns their [n] losses. Autograd differentiates it w.r.t. its two arguments,
-            and w.r.t. nothing else that it reads. None: `logprob` and `entropy` are differentiable
-            themselves, at the price of computing the logits again in backward.
+            and w.r.t. nothing else that it reads. None: `loss` is the cross entropy, and `logprob`
+            and `entropy` are differentiable as well, at the price of computing the logits again in
+            backward.
         temperature: divides the logits, after the soft cap.
         softcap: `softcap(x) = cap tanh(x / cap)`. None: the identity.
         bias: [V], finite, added before the soft cap. None: no bias.
@@ -86,8 +88,8 @@ def span_logprob(
 
     Returns:
         `SpanLogprobOutput`. With `token_loss`, its `loss` is differentiable w.r.t. `hidden`, `head`
-        and `bias`, once, and the rest is detached. Without, `loss` is None, and `logprob` and
-        `entropy` are differentiable. All but "reference" refuse `create_graph=True` with a
+        and `bias`, once, and the rest is detached. Without, `loss`, `logprob` and `entropy` are
+        differentiable. All but "reference" refuse `create_graph=True` with a
         RuntimeError. Dtypes, rounding and repeatability are those of `span_divergence`. Under
         torch.compile the graph breaks here.
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from rosd_kernels.autograd import Gradients, Needed, dtypes_of, refuse_second_derivative
 from rosd_kernels.logprob.records import LogprobInputs, Slopes, SpanLogprobOutput, TokenValues
-from rosd_kernels.records import SpanDivergenceStats
+from rosd_kernels.records import SpanStats
 
 
 class Passes(NamedTuple):
@@ -22,7 +22,7 @@ class Passes(NamedTuple):
     `forward` also returns what `backward` wants to see again, a small tensor or None.
     """
 
-    forward: Callable[[LogprobInputs], tuple[TokenValues, SpanDivergenceStats, Tensor | None]]
+    forward: Callable[[LogprobInputs], tuple[TokenValues, SpanStats, Tensor | None]]
     backward: Callable[[LogprobInputs, TokenValues, Slopes, Tensor | None, Needed], Gradients]
 
 
@@ -33,7 +33,7 @@ def differentiable(inputs: LogprobInputs, passes: Passes) -> SpanLogprobOutput:
     logprob, entropy = _Recomputed.apply(
         *inputs.leaves, inputs.token_ids, values, extra, passes.backward
     )
-    return SpanLogprobOutput(loss=None, logprob=logprob, entropy=entropy, stats=stats)
+    return SpanLogprobOutput(loss=-logprob.sum(), logprob=logprob, entropy=entropy, stats=stats)
 
 
 class _Recomputed(torch.autograd.Function):

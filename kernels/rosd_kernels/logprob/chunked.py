@@ -40,7 +40,7 @@ from rosd_kernels.logprob.records import (
 )
 from rosd_kernels.logprob.token_loss import evaluate
 from rosd_kernels.plain import NUM_SCRATCH
-from rosd_kernels.records import SpanDivergenceStats
+from rosd_kernels.records import SpanStats
 from rosd_kernels.vocabulary import Vocabulary
 from rosd_kernels.workspace import Workspace, WorkspacePlan, multiply
 
@@ -53,12 +53,16 @@ def run_chunked(
 ) -> SpanLogprobOutput:
     """Compute log-probs and entropies in chunks of rows that fit `options.workspace_mib`."""
 
-    def forward(inputs: LogprobInputs) -> tuple[TokenValues, SpanDivergenceStats, None]:
+    def forward(inputs: LogprobInputs) -> tuple[TokenValues, SpanStats, None]:
         chunks = Chunks(inputs, options, vocabulary)
         return chunks.values(), chunks.stats, None
 
     def backward(
-        inputs: LogprobInputs, values: TokenValues, slopes: Slopes, _: None, needed: Needed
+        inputs: LogprobInputs,
+        values: TokenValues,
+        slopes: Slopes,
+        extra: Tensor | None,
+        needed: Needed,
     ) -> Gradients:
         return Chunks(inputs, options, vocabulary).gradients(values, slopes, needed)
 
@@ -98,8 +102,8 @@ class Chunks:
         self.workspace = Workspace(self.plan, inputs.hidden.device)
 
     @property
-    def stats(self) -> SpanDivergenceStats:
-        return SpanDivergenceStats(strategy="chunked", workspace_bytes=self.plan.num_bytes)
+    def stats(self) -> SpanStats:
+        return SpanStats(strategy="chunked", workspace_bytes=self.plan.num_bytes)
 
     def values(self) -> TokenValues:
         """One sweep: the values of all tokens."""

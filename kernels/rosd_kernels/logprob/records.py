@@ -25,7 +25,7 @@ from rosd_kernels.checks import (
     shape_text,
 )
 from rosd_kernels.logits import LogitTransform, compute_dtype
-from rosd_kernels.records import SpanDivergenceStats
+from rosd_kernels.records import SpanStats
 from rosd_kernels.sparsity import Sparsity
 from rosd_kernels.vocabulary import Vocabulary
 
@@ -134,14 +134,14 @@ class Slopes(NamedTuple):
 class SpanLogprobOutput:
     """What `span_logprob` returns; dtypes are float32, or float64 where the inputs are.
 
-    With `token_loss`, `loss` is differentiable and the rest is detached. Without, `loss` is None,
-    and `logprob` and `entropy` are differentiable.
+    With `token_loss`, `loss` is differentiable and the rest is detached. Without, all three are
+    differentiable.
     """
 
-    loss: Tensor | None  # scalar: sum over the tokens of what `token_loss` returns
+    loss: Tensor  # scalar: sum over the tokens of what `token_loss` returns, or of -logprob
     logprob: Tensor  # [N] of token_ids at the given temperature
     entropy: Tensor  # [N] over the whole vocabulary, in nats
-    stats: SpanDivergenceStats
+    stats: SpanStats
 
 
 Strategy = Callable[

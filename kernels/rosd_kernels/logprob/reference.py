@@ -13,7 +13,7 @@ from rosd_kernels.logprob.records import (
     TokenLoss,
 )
 from rosd_kernels.logprob.token_loss import checked
-from rosd_kernels.records import SpanDivergenceStats
+from rosd_kernels.records import SpanStats
 from rosd_kernels.reference import log_probs
 from rosd_kernels.vocabulary import Vocabulary
 
@@ -35,9 +35,10 @@ def run_reference(
     )
     logprob = log_p.gather(-1, inputs.token_ids[:, None]).squeeze(-1)
     entropy = -(log_p.exp() * log_p).sum(-1)
-    stats = SpanDivergenceStats(strategy="reference", workspace_bytes=0)
+    stats = SpanStats(strategy="reference", workspace_bytes=0)
     if token_loss is None:
-        return SpanLogprobOutput(loss=None, logprob=logprob, entropy=entropy, stats=stats)
+        loss = -logprob.sum()
+        return SpanLogprobOutput(loss=loss, logprob=logprob, entropy=entropy, stats=stats)
     rows = slice(0, inputs.num_tokens)
     losses = checked(token_loss(logprob, entropy, rows), inputs.num_tokens)
     return SpanLogprobOutput(

@@ -41,7 +41,7 @@ from rosd_kernels.logprob.records import (
 )
 from rosd_kernels.logprob.token_loss import evaluate
 from rosd_kernels.order import positions
-from rosd_kernels.records import SpanDivergenceStats
+from rosd_kernels.records import SpanStats
 from rosd_kernels.rows import row_stats
 from rosd_kernels.sparsity import Sparsity, Sweep, TileStats, is_dropped, measured
 from rosd_kernels.tiles import ROW_BLOCK, TILE
@@ -91,7 +91,7 @@ def run_tiled(
     # Forward may settle the order; backward goes by the permutation that forward had.
     permutation = options.sparsity.permutation(inputs.hidden.device)
 
-    def forward(inputs: LogprobInputs) -> tuple[TokenValues, SpanDivergenceStats, Tensor]:
+    def forward(inputs: LogprobInputs) -> tuple[TokenValues, SpanStats, Tensor]:
         call = Call(inputs, options, vocabulary, permutation)
         values, selection = call.forward()
         return values, call.stats(selection, None), selection.active
@@ -172,7 +172,7 @@ class Call:
         lost_mass, lost_entropy = self.vocabulary.sum_(lost)
         return Selection(active, lost_mass, lost_entropy + values.entropy * lost_mass)
 
-    def stats(self, selection: Selection, slopes: Slopes | None) -> SpanDivergenceStats:
+    def stats(self, selection: Selection, slopes: Slopes | None) -> SpanStats:
         """What was skipped. Without slopes the bound is for a slope of one."""
         found = None
         active, mass, entropy_error = selection
@@ -181,7 +181,7 @@ class Call:
             if slopes is not None:
                 bound = slopes.logprob.abs() * mass + slopes.entropy.abs() * entropy_error
             found = measured(active, mass, bound / self.options.temperature, self.vocabulary)
-        return SpanDivergenceStats(
+        return SpanStats(
             strategy="tiled", workspace_bytes=self.tiles.workspace_bytes, measured=found
         )
 

@@ -135,7 +135,6 @@ def check_sparsity(device: torch.device, name: str, rule: Any, shape: Shape) -> 
         leaf = logits.clone().requires_grad_()
         call: dict[str, Any] = {"strategy": "tiled", "sparsity": sparsity}
         out = span_logprob(leaf, head, ids, token_loss=with_entropy, **call)
-        assert out.loss is not None
         return torch.autograd.grad(out.loss, leaf)[0].double(), out
 
     exact, _ = gradient("exact")
@@ -191,7 +190,6 @@ def results(
     out = span_logprob(**call)
     rows = slice(0, len(out.logprob))
     loss = out.loss if fused else token_loss(out.logprob, out.entropy, rows).sum()
-    assert loss is not None
     gradients = torch.autograd.grad(loss, list(leaves.values()))
     values = {"loss": loss, "logprob": out.logprob, "entropy": out.entropy}
     found = {name: value.detach() for name, value in values.items()}
@@ -210,7 +208,7 @@ def timings(
     ids = torch.randint(size.V, (size.N,), generator=generator, device=device)
     hidden.requires_grad_()
 
-    def ours(strategy: str, sparsity: Any = "exact") -> Callable[[], Tensor | None]:
+    def ours(strategy: str, sparsity: Any = "exact") -> Callable[[], Tensor]:
         call: dict[str, Any] = {"strategy": strategy, "sparsity": sparsity}
         return lambda: span_logprob(hidden, head, ids, token_loss=minus_logprob, **call).loss
 

@@ -80,7 +80,7 @@ def test_each_version_is_an_adapter_that_requests_name(tmp_path: Path) -> None:
             found = load_file(folder / "adapter_model.safetensors")
             assert found.keys() == expected.keys() and len(found) == 8
             assert all(torch.equal(found[name], expected[name]) for name in found)
-            config = peft.LoraConfig.from_pretrained(str(folder))
+            config: Any = peft.LoraConfig.from_pretrained(str(folder))
             assert (config.r, config.target_modules) == (3, {"q_proj", "v_proj"})
             [generation] = await engine.generate([REQUEST])
             assert generation.policy_version == version

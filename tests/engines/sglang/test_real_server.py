@@ -18,7 +18,8 @@ from typing import Any
 import pytest
 import torch
 
-from rosd_fast.config import Config, LoraConfig
+from rosd_fast.config import ChatConfig, Config, LoraConfig
+from rosd_fast.config.chat import make_chats
 from rosd_fast.config.load import apply_args, load_preset, to_toml
 from rosd_fast.engines.factory import open_engine, open_sglang_teacher
 from rosd_fast.engines.local.engine import LocalEngine
@@ -83,6 +84,11 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, str]
     asyncio.run(managed.stop())
 
 
+def prompt_of(problem: Any, model: Any) -> tuple[int, ...]:
+    """The student's prompt."""
+    return problem_prompt(problem, make_chats(ChatConfig(), model.tokenizer).student, 256)
+
+
 def make_engine(
     server: tuple[str, str], model: LoadedModel, folder: Path, **options: Any
 ) -> SglangEngine:
@@ -122,7 +128,7 @@ def make_requests(model: LoadedModel, count: int, **options: Any) -> list[Genera
     return [
         GenerationRequest(
             id=f"step1/{problem.id}",
-            prompt_ids=problem_prompt(problem, model.tokenizer, 256),
+            prompt_ids=prompt_of(problem, model),
             params=SamplingParams(**params),
             n=n,
             affinity=problem.id,
@@ -400,7 +406,7 @@ def test_training_learns_from_what_the_server_samples(tmp_path: Path, rank: int)
                 greedy = [
                     GenerationRequest(
                         id=f"greedy{step}/{problem.id}",
-                        prompt_ids=problem_prompt(problem, model.tokenizer, 256),
+                        prompt_ids=prompt_of(problem, model),
                         params=SamplingParams(
                             max_new_tokens=48,
                             temperature=0.0,

@@ -101,5 +101,6 @@ def test_an_error_in_a_token_loss_comes_through():
 def test_what_comes_back():
     out = span_logprob(**good(token_ids=torch.zeros(N, dtype=torch.int32)))
     assert isinstance(out, SpanLogprobOutput)
-    assert out.loss is None and out.logprob.shape == out.entropy.shape == (N,)
+    assert out.logprob.shape == out.entropy.shape == (N,)
+    assert torch.equal(out.loss, -out.logprob.sum())
     assert out.stats.strategy == "chunked" and 0 < out.stats.workspace_bytes <= 256 << 20

@@ -38,7 +38,6 @@ def test_values_and_gradients_by_hand(strategy):
     entropy = -sum(p * math.log(p) for p in P)
     assert out.logprob.item() == pytest.approx(math.log(0.15), rel=1e-12)
     assert out.entropy.item() == pytest.approx(entropy, rel=1e-12)
-    assert out.loss is not None
     assert out.loss.item() == pytest.approx(-2 * math.log(0.15) - 3 * entropy, rel=1e-12)
     (gradient,) = torch.autograd.grad(out.loss, hidden)
     want = [2 * (p - (v == 2)) + 3 * p * (math.log(p) + entropy) for v, p in enumerate(P)]
@@ -84,7 +83,7 @@ def test_cross_entropy_is_torchs(make_logprob, strategy):
     ids = case.tensors["token_ids"]
     want = torch.nn.functional.cross_entropy(hidden @ head.T, ids, reduction="sum")
     got = span_logprob(hidden, head, ids, token_loss=minus_logprob, strategy=strategy).loss
-    assert got is not None and torch.allclose(got, want, rtol=1e-6)
+    assert torch.allclose(got, want, rtol=1e-6)
     for a, b in zip(
         torch.autograd.grad(got, (hidden, head)),
         torch.autograd.grad(want, (hidden, head)),
@@ -220,7 +219,7 @@ def test_rows_say_which_tokens_they_are(make_logprob, strategy):
     out = span_logprob(**case.tensors, token_loss=token_loss, **call)
     assert torch.equal(seen, torch.ones(70))
     want = case.run("cross_entropy", strategy="reference").output.loss
-    assert out.loss is not None and torch.allclose(out.loss, want, rtol=1e-5)
+    assert torch.allclose(out.loss, want, rtol=1e-5)
 
 
 @each
@@ -231,7 +230,7 @@ def test_a_constant_loss_has_no_gradient(make_logprob, strategy):
     tensors = make_logprob(5, 9, 3).tensors
     hidden = tensors["hidden"].requires_grad_()
     out = span_logprob(**tensors, token_loss=ones, strategy=strategy)
-    assert out.loss is not None and out.loss.item() == 5
+    assert out.loss.item() == 5
     assert not torch.autograd.grad(out.loss, hidden)[0].any()
 
 
@@ -247,7 +246,6 @@ def test_composes_with_other_losses(make_logprob, strategy):
         call: dict[str, Any] = {"strategy": strategy}
         out = span_logprob(features, 0.5 * head, ids, token_loss=with_entropy, **call)
         values = span_logprob(features, 0.5 * head, ids, **call)
-        assert out.loss is not None
         return 3 * out.loss + (features @ head.T).square().mean() + values.logprob.exp().sum()
 
     totals = {}
@@ -266,7 +264,6 @@ def test_backward_twice(make_logprob, strategy):
     tensors = make_logprob(6, 11, 4).tensors
     head = tensors["head"].requires_grad_()
     loss = span_logprob(**tensors, token_loss=minus_logprob, strategy=strategy).loss
-    assert loss is not None
     loss.backward(retain_graph=True)
     first = head.grad.clone()
     with pytest.raises(RuntimeError, match="call span_logprob again"):
@@ -275,6 +272,7 @@ def test_backward_twice(make_logprob, strategy):
     for _ in range(2):
         head.grad = None
         (-logprob).sum().backward(retain_graph=True)
+        assert head.grad is not None
         assert torch.allclose(head.grad, first, rtol=1e-5, atol=1e-6)
 
 
@@ -309,13 +307,13 @@ def test_what_has_a_gradient(make_logprob, strategy):
     call: dict[str, Any] = {"strategy": strategy}
     out = span_logprob(**tensors, token_loss=minus_logprob, **call)
     values = span_logprob(**tensors, **call)
-    assert out.loss is not None and out.loss.requires_grad
+    assert out.loss.requires_grad
     assert not out.logprob.requires_grad and not out.entropy.requires_grad
     assert values.logprob.requires_grad and values.entropy.requires_grad
     with torch.no_grad():
         quiet = span_logprob(**tensors, token_loss=minus_logprob, **call)
         quiet_values = span_logprob(**tensors, **call)
-    assert quiet.loss is not None and not quiet.loss.requires_grad
+    assert not quiet.loss.requires_grad
     assert torch.equal(quiet.loss, out.loss.detach())
     assert not quiet_values.logprob.requires_grad
     with torch.inference_mode():

@@ -41,7 +41,8 @@ def test_gradient_of_a_row(dtype, has_bias, softcap, temperature):
         bias = normal(columns, seed=3) if has_bias else None
         s = raw if bias is None else raw + bias
         tanh = None if softcap is None else torch.tanh(s / softcap)
-        s = (s if tanh is None else softcap * tanh) / temperature
+        s = s if softcap is None or tanh is None else softcap * tanh
+        s = s / temperature
         lse = s.logsumexp(-1).to(dtype)
         log_p = s - lse.double()[:, None]
         a, b, total = factors[:, :, None]

@@ -86,7 +86,7 @@ def run(case: logprob_cases.Case, task: Task, **options: Any) -> dict[str, Any]:
     out = done.output
     found: dict[str, Any] = {f"gradient of {n}": g for n, g in done.gradients.items()}
     found |= {"logprob": out.logprob.detach(), "entropy": out.entropy.detach()}
-    found |= {} if out.loss is None else {"loss": out.loss.detach()}
+    found["loss"] = out.loss.detach()
     return found | {name: getattr(out.stats, name) for name in ("strategy", *MEASURED)}
 
 

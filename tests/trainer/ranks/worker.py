@@ -20,6 +20,7 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from rosd_fast.batch.diagnosed import with_diagnosed
 from rosd_fast.batch.packing import pack
 from rosd_fast.config import Config
 from rosd_fast.trainer.learner import StepResult
@@ -146,15 +147,19 @@ class Recorder:
 
 
 def step(learners: LearnerGroup, case: str, number: int) -> StepResult:
+    samples = samples_of(case, number)
     batches = pack(
-        samples_of(case, number),
+        samples,
         max_tokens=120,
         min_shared=3,
         num_ranks=learners.world.size,
         hidden_size=SHAPE["hidden_size"],
     )
     assert len(batches) % learners.world.size == 0
-    return learners.step(batches)
+    located = {sample.rollout_id for sample in samples}
+    result = learners.step(with_diagnosed(batches, samples, located=located, max_tokens=10**6))
+    assert result.metrics["diag/topk_overlap"] > 0
+    return result
 
 
 def work(
