@@ -24,7 +24,7 @@ from rosd_fast.engines.base import RolloutEngine
 from rosd_fast.engines.lifecycle import Engines
 from rosd_fast.errors import UserError
 from rosd_fast.inputs import Inputs, check_machine, load_inputs
-from rosd_fast.machine import gpu_memory, num_ranks
+from rosd_fast.machine import gpu_memory, num_ranks, separate_teacher
 from rosd_fast.memory_plan import GIB, MemoryPlan, ModelShape, Row, memory_plan, server_rows
 from rosd_fast.pipeline import sample_and_annotate
 from rosd_fast.report.progress import Hidden
@@ -216,7 +216,13 @@ def print_memory(console: Console, inputs: Inputs, *, num_gpus: int, available: 
     """Print the memory of a GPU row by row, and whether it fits."""
     config = inputs.config
     shape = ModelShape.of(inputs.model.model)
-    plan = memory_plan(shape, config, num_ranks=num_gpus, teacher=inputs.method.needs_teacher)
+    plan = memory_plan(
+        shape,
+        config,
+        num_ranks=num_gpus,
+        teacher=inputs.method.needs_teacher,
+        separate=separate_teacher(config),
+    )
     console.print(
         f"Memory of rank 0, of {num_gpus} with a GPU each: {shape.trained:,} of "
         f"{shape.parameters:,} parameters are trained in {config.dtype}"

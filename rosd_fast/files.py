@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -10,6 +11,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 TEMPORARY = ".tmp-"
+STEP_NAME = re.compile(r"step_(\d{6,})")  # of the folder of a checkpoint
+STATE_JSON = "trainer_state.json"  # in it; written last
 
 
 def write_atomic(path: Path, data: bytes) -> Path:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -58,6 +59,12 @@ class Inputs:
     stream: ProblemStream
     token_bytes: TokenBytes
     method: Method
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """The ids of special and of added tokens, such as those of a chat template."""
+        tokenizer: Any = self.model.tokenizer
+        return frozenset(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
 
     def chat_notes(self) -> list[str]:
         """The known traps that the chat templates or the tokenizer step into."""
@@ -119,10 +126,9 @@ def load_inputs(config: Config, *, weights: bool = True) -> Inputs:
     )
     lr_scales(list(model.model.named_parameters(remove_duplicate=False)), config.optim.lr_scale)
     teacher = None
-    if vocabulary is not None and weights:
-        on_device = not launched() or method.needs_teacher_engine
-        device = pick_device(config.device) if on_device else torch.device("cpu")
-        teacher = load_separate_teacher(config, model, vocabulary, device)
+    if vocabulary is not None:
+        device = separate_device(config, needs_engine=method.needs_teacher_engine)
+        teacher = load_separate_teacher(config, model, vocabulary, device if weights else None)
     return Inputs(
         config=config,
         model=model,
@@ -134,6 +140,17 @@ def load_inputs(config: Config, *, weights: bool = True) -> Inputs:
         token_bytes=token_bytes,
         method=method,
     )
+
+
+def separate_device(config: Config, *, needs_engine: bool) -> torch.device:
+    """The device of a separate teacher's full model: the learner's if it computes with that model.
+
+    Several ranks compute with its shards, and a server with its own copy: then host memory will do.
+
+    needs_engine: whether text is generated with the teacher.
+    """
+    shards = launched() or config.teacher.backend == "sglang"
+    return torch.device("cpu") if shards and not needs_engine else pick_device(config.device)
 
 
 def check_machine(config: Config, *, needs_teacher: bool) -> None:

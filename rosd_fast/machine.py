@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from rosd_fast.config import Config
 from rosd_fast.errors import UserError
 from rosd_fast.memory_plan import GIB, MemoryPlan, ModelShape, memory_plan
+from rosd_fast.model.skeleton import build_skeleton
 from rosd_fast.utils.distributed import pick_device
 
 CGROUP_LIMITS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
@@ -53,7 +54,14 @@ def check_memory(config: Config, model: PreTrainedModel, *, teacher: bool) -> No
     """
     on_gpu = pick_device(config.device).type == "cuda"
     shape = ModelShape.of(model)
-    plan = memory_plan(shape, config, num_ranks=num_ranks(), teacher=teacher, on_gpu=on_gpu)
+    plan = memory_plan(
+        shape,
+        config,
+        num_ranks=num_ranks(),
+        teacher=teacher,
+        separate=separate_teacher(config),
+        on_gpu=on_gpu,
+    )
     if on_gpu:
         needed, available = plan.total(exact=True), gpu_memory()
         place, without, fix = "a GPU", "", "Start more ranks with torchrun"
@@ -68,6 +76,16 @@ def check_memory(config: Config, model: PreTrainedModel, *, teacher: bool) -> No
             where=config.model,
             fix=f"{fix}, or train adapters (lora.rank); --dry-run prints the memory plan",
         )
+
+
+def separate_teacher(config: Config) -> ModelShape | None:
+    """The sizes of `teacher.model`; None where the teacher is the student's own."""
+    name = config.teacher.model
+    if name is None:
+        return None
+    return ModelShape.of(
+        build_skeleton(name, dtype=config.dtype, trust_remote_code=config.trust_remote_code)
+    )
 
 
 def gpu_memory() -> int | None:

@@ -102,16 +102,18 @@ def memory_plan(
     *,
     num_ranks: int = 1,
     teacher: bool = True,
+    separate: ModelShape | None = None,
     on_gpu: bool = True,
 ) -> MemoryPlan:
     """Return what rank 0 holds in memory.
 
-    teacher: whether the method has a teacher. on_gpu: whether the learner runs on GPUs.
+    teacher: whether the method has a teacher. separate: the model of `teacher.model`; None: the
+    teacher has the student's shape. on_gpu: whether the learner runs on GPUs.
     """
     rows = [
         *parameter_rows(shape, config, num_ranks),
-        *(teacher_rows(shape, config, num_ranks) if teacher else ()),
-        *(gathered_rows(shape, config, teacher=teacher) if num_ranks > 1 else ()),
+        *(teacher_rows(shape, separate, config, num_ranks) if teacher else ()),
+        *(gathered_rows(shape, separate, config, teacher=teacher) if num_ranks > 1 else ()),
         *working_rows(shape, config, teacher=teacher),
         *sampling_rows(shape, config, num_ranks=num_ranks, on_gpu=on_gpu),
     ]
@@ -153,13 +155,27 @@ def moment_bytes(config: Config) -> int:
     return 2 if config.optim.kind == "adamw8bit" else 2 * FULL
 
 
-def teacher_rows(shape: ModelShape, config: Config, num_ranks: int) -> list[Row]:
+def teacher_rows(
+    shape: ModelShape, separate: ModelShape | None, config: Config, num_ranks: int
+) -> list[Row]:
     """The teacher's own weights, and the fp32 average of kind ema."""
     options, size = config.teacher, BYTES[config.dtype]
     place: Place = "host" if options.offload else "device"
     shards = shard_size(config, num_ranks)
     if options.kind == "live":
         return []
+    if separate is not None:
+        whole, on_server = size * separate.parameters, options.backend == "sglang"
+        return [
+            Row(what="teacher: output head", size=size * separate.head if on_server else 0),
+            Row(what="teacher: weights", size=0 if on_server else whole // shards, place=place),
+            Row(
+                what="rank 0: whole teacher",  # until the ranks have it, or the server is compared
+                size=whole if num_ranks > 1 or on_server else 0,
+                place="host",
+                rank0_only=True,
+            ),
+        ]
     if shape.adapted:  # the teacher is the student without its adapters, or with averaged ones
         stored = FULL if num_ranks > 1 else size
         average = stored * shape.trained // shards if options.kind == "ema" else 0
@@ -177,18 +193,29 @@ def teacher_rows(shape: ModelShape, config: Config, num_ranks: int) -> list[Row]
     ]
 
 
-def gathered_rows(shape: ModelShape, config: Config, *, teacher: bool) -> list[Row]:
+def gathered_rows(
+    shape: ModelShape, separate: ModelShape | None, config: Config, *, teacher: bool
+) -> list[Row]:
     """What FSDP gathers from the other ranks: two blocks, and all that is outside the blocks."""
-    size = BYTES[config.dtype]
+    size, options = BYTES[config.dtype], config.teacher
+
+    def gathered(of: ModelShape) -> int:
+        head = of.head if config.parallel.head == "shard" else 0
+        return size * (of.outside - head + 2 * of.block)
+
+    has_copy = options.kind != "live" and (separate is not None or not shape.adapted)
+    second = gathered(separate or shape) if teacher and has_copy else 0
+    if options.backend == "sglang":
+        second = 0
     outside = shape.outside - (shape.head if config.parallel.head == "shard" else 0)
-    gathered = size * (outside + 2 * shape.block)
-    copies = 2 if teacher and config.teacher.kind != "live" and not shape.adapted else 1
-    if config.teacher.backend == "sglang":
-        copies = 1
-    gradient = 0 if shape.adapted else size * outside
     return [
-        Row(what="gathered weights", size=copies * gathered, when="learning", exact=False),
-        Row(what="gradient of gathered weights", size=gradient, when="learning", exact=False),
+        Row(what="gathered weights", size=gathered(shape) + second, when="learning", exact=False),
+        Row(
+            what="gradient of gathered weights",
+            size=0 if shape.adapted else size * outside,
+            when="learning",
+            exact=False,
+        ),
     ]
 
 

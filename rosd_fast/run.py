@@ -35,9 +35,10 @@ from rosd_fast.report import (
     summarize,
     write_rollouts,
 )
-from rosd_fast.report.metrics import MetricsLog
+from rosd_fast.report.metrics import MetricsLog, read_metrics
 from rosd_fast.report.progress import Progress, progress
 from rosd_fast.report.rollouts import write_skipped
+from rosd_fast.report.warnings import Watch
 from rosd_fast.rollout.sample import problem_prompt
 from rosd_fast.run_lock import RunLock
 from rosd_fast.stop import StopRequest
@@ -50,6 +51,7 @@ from rosd_fast.utils.distributed import SINGLE_PROCESS, World, pick_device
 if TYPE_CHECKING:
     from rosd_fast.methods import TrainingSet
     from rosd_fast.pipeline import Sampled
+    from rosd_fast.trainer.learner import StepResult
     from rosd_fast.types import TrainSample
 
 CONFIG_FILE = "config.toml"
@@ -66,6 +68,7 @@ class Run:
     log: `metrics.jsonl`.
     progress: what the terminal shows.
     stop: whether Ctrl-C or SIGTERM asked for an end after the current step.
+    watch: which signs of collapse the metrics have shown.
     teacher: a separate teacher's full model, as long as something besides the learner needs it.
     first_step: the first step that this process runs; 1 unless it resumes.
     last_step: the last step that is done; 0 before the first.
@@ -77,6 +80,7 @@ class Run:
     log: MetricsLog
     progress: Progress
     stop: StopRequest
+    watch: Watch
     first_step: int
     teacher: LoadedModel | None = None
     last_step: int = 0
@@ -153,12 +157,9 @@ class Run:
         step: int,
         sampled: Sampled,
         training: TrainingSet,
-        per_token: Mapping[str, Sequence[float]],
+        learned: StepResult,
     ) -> None:
-        """Write the step's rollouts, if the options ask for it.
-
-        per_token: the divergence in nats of each trained token, by rollout id.
-        """
+        """Write the step's rollouts, if the options ask for it."""
         if self.config.dump_rollouts:
             write_rollouts(
                 rollouts_path(self.folder, step),
@@ -167,7 +168,9 @@ class Run:
                 verdicts=sampled.verdicts,
                 reflections=sampled.annotations,
                 spans=training.spans,
-                per_token=per_token,
+                per_token=learned.per_token,
+                samples=training.samples,
+                logprobs=learned.logprobs,
                 token_bytes=self.inputs.token_bytes,
                 kept=sampled.selection.kept,
             )
@@ -177,10 +180,12 @@ class Run:
         write_skipped(self.folder, step, samples)
 
     def finish_step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add the stages' times to the metrics, write the row and show it."""
+        """Add the stages' times to the metrics, write the row, show it, and warn of a collapse."""
         row = {**metrics, **self.progress.clock.metrics()}
         self.log.write(step, row)
         self.progress.step_done(step, row)
+        for warned in self.watch.add({"step": step, **row}):
+            self.progress.note(f"warning: step {step}: {warned.text}")
         self.last_step = step
 
     def save(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -254,6 +259,7 @@ def opened(config: Config, resume: Path | None, world: World, lock: RunLock) -> 
                 log=log,
                 progress=shown,
                 stop=stop,
+                watch=Watch(read_metrics(log.path)),
                 first_step=first_step,
                 teacher=teacher,
             )

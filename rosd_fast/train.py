@@ -10,12 +10,13 @@ needs of the rollouts (`annotate`) and what it trains (`build`) is in `rosd_fast
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from torch import Tensor
 
+from rosd_fast.batch.diagnosed import with_diagnosed
 from rosd_fast.batch.packing import pack
 from rosd_fast.batch.weights import micro_batch_mean, mini_batches, normalized
 from rosd_fast.config import Config
@@ -23,11 +24,17 @@ from rosd_fast.engines.lifecycle import Engines
 from rosd_fast.evaluate import evaluate_splits
 from rosd_fast.methods import TrainingSet
 from rosd_fast.pipeline import Sampled, sample_and_annotate
+from rosd_fast.report.diagnostics import (
+    located_errors,
+    position_metrics,
+    span_metrics,
+    token_metrics,
+)
 from rosd_fast.report.metrics import rollout_metrics
 from rosd_fast.report.progress import Hidden
 from rosd_fast.report.stages import Stage
 from rosd_fast.run import Run, open_run
-from rosd_fast.trainer.learner import StepResult, TrainingDiverged
+from rosd_fast.trainer.learner import LogprobGapTooLarge, StepResult, TrainingDiverged
 from rosd_fast.trainer.ranks import run_worker
 from rosd_fast.types import PackedBatch, TrainSample
 from rosd_fast.utils.distributed import open_world
@@ -102,16 +109,37 @@ async def train_on(run: Run, engines: Engines, step: int, sampled: Sampled) -> d
         ids = [rollout.id for group in sampled.groups for rollout in group.rollouts]
         samples = micro_batch_mean(samples, ids, size)
     updates = mini_batches(samples, run.config.optim.updates_per_step)
-    learned = StepResult.merge([await update(run, engines, step, part) for part in updates])
+    located = located_errors(training.spans)
+    learned = StepResult.merge(
+        [await update(run, engines, step, part, located) for part in updates]
+    )
     with progress.stage(Stage.SYNC):
         await run.sync_weights(engines, step)
-    run.write_rollouts(step, sampled, training, learned.per_token)
+    run.write_rollouts(step, sampled, training, learned)
     return {
         **training.metrics,
         **measured,
         **learned.metrics,
+        **diagnostics(run, sampled, training, learned),
         **rollout_metrics(sampled.groups, verdicts, training.samples, selection, step - 1),
         **engines.student.take_metrics(),
+    }
+
+
+def diagnostics(
+    run: Run, sampled: Sampled, training: TrainingSet, learned: StepResult
+) -> dict[str, float]:
+    """Return the step's `diag/...` metrics that need no model."""
+    rollouts = {r.id: r for group in sampled.groups for r in group.rollouts}
+    before = learned.metrics.get("diag/divergence_before")
+    return {
+        **position_metrics(training.samples, learned.per_token),
+        **span_metrics(training.spans, learned.per_token, before=before),
+        **token_metrics(
+            training.samples,
+            special_ids=run.inputs.special_ids,
+            num_thinking=lambda rollout_id: run.inputs.chats.num_thinking(rollouts[rollout_id]),
+        ),
     }
 
 
@@ -132,9 +160,16 @@ def without_unknown_tokens(run: Run, step: int, training: TrainingSet) -> Traini
 
 
 async def update(
-    run: Run, engines: Engines, step: int, samples: Sequence[TrainSample]
+    run: Run,
+    engines: Engines,
+    step: int,
+    samples: Sequence[TrainSample],
+    located: Collection[str] = (),
 ) -> StepResult:
-    """Do one optimizer update on a mini-batch of the step."""
+    """Do one optimizer update on a mini-batch of the step.
+
+    located: ids of the rollouts with a located error.
+    """
     config, progress = run.config, run.progress
     with progress.stage(Stage.BUILD):
         batches = pack(
@@ -149,6 +184,13 @@ async def update(
             num_ranks=run.learners.world.size,
             hidden_size=run.inputs.model.hidden_size,
         )
+        if is_due(step, config.diagnose.every):
+            batches = with_diagnosed(
+                batches,
+                samples,
+                located=() if engines.teacher_server else located,
+                max_tokens=config.diagnose.max_tokens,
+            )
     teacher_states = None
     if engines.teacher_server is not None:
         with progress.stage(Stage.TEACHER):
@@ -157,7 +199,7 @@ async def update(
     with progress.stage(Stage.LEARN):
         try:
             learned = await learn(run, batches, teacher_states)
-        except TrainingDiverged:
+        except (TrainingDiverged, LogprobGapTooLarge):
             run.write_skipped(step, samples)
             raise
         progress.tokens(sum(batch.num_tokens for batch in batches))

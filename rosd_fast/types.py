@@ -170,10 +170,16 @@ class ErrorSpan:
     start: int
     end: int
     source: SpanSource  # how the quote was found, or "full": the whole completion, or answer
+    error_end: int | None = None  # completion_ids[start:error_end] is the quoted error; None: none
 
     def __post_init__(self) -> None:
         if not 0 <= self.start < self.end:
             raise ValueError(f"{self.rollout_id}: span [{self.start}, {self.end}) is empty")
+        if self.error_end is not None and not self.start < self.error_end <= self.end:
+            raise ValueError(
+                f"{self.rollout_id}: the error ends at {self.error_end}, outside of the span "
+                f"[{self.start}, {self.end})"
+            )
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -277,16 +283,16 @@ class PackedSequences:
             paths.append((index,) if parent < 0 else (*paths[parent], index))
         return tuple(paths)
 
-    def sequence(self, row: int) -> list[int]:
-        """The token ids of the sequence of `row`, up to `row`."""
+    def rows(self, row: int) -> list[int]:
+        """The rows of the sequence of `row`, in order and up to `row`."""
         last = bisect_right(self.cu_seqlens, row) - 1
         starts, ends = self.cu_seqlens, [*self.cu_seqlens[1:]]
         ends[last] = row + 1
-        return [
-            token
-            for index in self.paths[last]
-            for token in self.input_ids[starts[index] : ends[index]].tolist()
-        ]
+        return [each for i in self.paths[last] for each in range(starts[i], ends[i])]
+
+    def sequence(self, row: int) -> list[int]:
+        """The token ids of the sequence of `row`, up to `row`."""
+        return self.input_ids[self.rows(row)].tolist()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -306,13 +312,26 @@ class PolicyTokens:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class DiagnosedTokens:
+    """The tokens of a micro-batch on which the diagnostics compare student and teacher.
+
+    Row i of both [M] tensors is the same token. None of the M tokens is trained.
+    """
+
+    rows: Tensor  # [n] int64, which of the N distilled tokens
+    student_before: Tensor  # [M] int64, rows of the student's states that predict tokens before
+    teacher_before: Tensor  # [M] int64, and of the teacher's; the trained range begins after them
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PackedBatch:
     """A micro-batch of B samples: all under the student's prompt, the distilled ones also under the
     teacher's.
 
     Row i of every [N] tensor, and of both `gather`s, is the same distilled token. `teacher` is None
-    in a step without distilled tokens, `policy` in a step that has nothing else; all micro-batches
-    of a step agree in that, because the ranks compute the same losses at the same time.
+    in a step without distilled tokens, `policy` in a step that has nothing else, `diagnosed` in a
+    step without diagnostics; all micro-batches of a step agree in that, because the ranks compute
+    the same things at the same time.
     """
 
     rollout_ids: tuple[str, ...]  # [B]
@@ -324,6 +343,7 @@ class PackedBatch:
     rollout_logprobs: Tensor  # [N] float32
     sample_index: Tensor  # [N] int64, which of the B samples a row belongs to
     policy: PolicyTokens | None = None
+    diagnosed: DiagnosedTokens | None = None
 
     @property
     def num_distilled(self) -> int:

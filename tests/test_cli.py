@@ -229,6 +229,19 @@ def test_report_draws_and_prints(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert list((tmp_path / "plots").glob("*.png"))
 
 
+def test_a_report_that_cannot_be_written_is_still_printed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in a read-only folder, which does not stop root."""
+    (tmp_path / "metrics.jsonl").write_text('{"step": 0, "eval/dev/accuracy": 0.25}\n')
+    (tmp_path / "plots").touch()
+    assert main(["report", str(tmp_path)]) == 2
+    out, err = capsys.readouterr()
+    assert "25.0%" in out
+    assert "the report cannot be written" in err
+    assert len(err.splitlines()) == 1
+
+
 def test_report_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "no such run folder" in mistake(capsys, "report", str(tmp_path / "no"))
     assert "no metrics.jsonl" in mistake(capsys, "report", str(tmp_path))

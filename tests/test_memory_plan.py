@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -76,6 +77,7 @@ def test_parameters_moments_masters_and_teacher_are_what_the_learner_allocates(
     assert planned("weights") == num_bytes(own)
     assert planned("fp32 masters") == num_bytes(masters)
     assert planned("AdamW moments") == num_bytes(moments)
+    assert learner.teacher is not None
     copies = [] if learner.teacher.policy is learner.policy else learner.teacher.model.parameters()
     held = num_bytes([*copies, *learner.teacher.state_dict().values()])
     teacher = [name for name in rows if name.startswith("teacher")]
@@ -188,6 +190,18 @@ def test_options_move_and_remove_rows(qwen3: ModelShape) -> None:
     recomputed = apply_args(config, {"learner.activation_checkpointing": True})
     name = "activations of 10,240 tokens"
     assert rows_of(recomputed, qwen3)[name].size < one[name].size / 8
+
+
+def test_a_separate_teacher_has_its_own_size(qwen3: ModelShape) -> None:
+    large = replace(qwen3, parameters=10 * PARAMETERS)
+    config = apply_args(Config(), {"dtype": "bfloat16"})
+    assert rows_of(config, qwen3, separate=large)["teacher: weights"].size == 20 * PARAMETERS
+    rows = rows_of(config, qwen3, separate=large, num_ranks=8)
+    assert rows["teacher: weights"].size == 20 * PARAMETERS // 8
+    assert rows["rank 0: whole teacher"].place == "host"
+    served = apply_args(config, {"teacher.backend": "sglang"})
+    rows = rows_of(served, qwen3, separate=large)
+    assert rows["teacher: output head"].size == 2 * large.head and "teacher: weights" not in rows
 
 
 def test_ranks_of_one_machine_share_its_memory(qwen3: ModelShape) -> None:

@@ -37,13 +37,14 @@ def run(given: Mapping[str, Any]) -> int:
 
     from rosd_fast.report import draw_plots, render_tokens_html, summarize
 
+    failed: OSError | None = None
     try:
         draw_plots(folder)
         if options.step is not None:
             print(f"tokens of step {options.step}: {render_tokens_html(folder, options.step)}")
-    except OSError as error:
-        raise UserError(
-            f"the report cannot be written ({error.strerror})", where=str(folder)
-        ) from None
+    except OSError as error:  # as in a folder of somebody else, which can still be read
+        failed = error
     summarize(folder)
+    if failed is not None:
+        raise UserError(f"the report cannot be written ({failed.strerror})", where=str(folder))
     return 0

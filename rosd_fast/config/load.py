@@ -56,6 +56,7 @@ NOT_HASHED = {
     "chat": {"eval"},
     "eval": True,
     "checkpoint": True,
+    "diagnose": True,
     "parallel": True,
     "learner": True,
     "optim": {"offload"},

@@ -504,6 +504,23 @@ class CheckpointConfig(Section):
     """Write checkpoints from a copy in host memory while training continues."""
 
 
+class DiagnoseConfig(Section):
+    """What is measured on the side; training does not depend on it (see docs/diagnostics.md)."""
+
+    every: NonNegativeInt = 1
+    """Compare student and teacher every this many steps; 0: never. The other diagnostics cost
+    nothing and are always on."""
+    top_k: PositiveInt = 16
+    """Number of most likely tokens on which student and teacher are compared."""
+    max_tokens: PositiveInt = 256
+    """Maximum number of distilled tokens per optimizer update to compare them at, spread evenly,
+    and of tokens before located errors."""
+    max_logprob_gap: PositiveFloat | None = None
+    """Maximum mean difference in nats between log-probabilities of rollouts under the engine and
+    under the trainer; above it the run ends.
+    None: a gap above 0.1 is a warning."""
+
+
 class EngineConfig(Section):
     """The rollout engine."""
 
@@ -628,6 +645,7 @@ class Config(Section):
     pack: PackConfig = PackConfig()
     eval: EvalConfig = EvalConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    diagnose: DiagnoseConfig = DiagnoseConfig()
     engine: EngineConfig = EngineConfig()
     compat: CompatConfig = CompatConfig()
 

@@ -129,19 +129,22 @@ class Rosd(Method):
         itself."""
         texts = {}
         for group in groups:
-            own = {rollout.id: self.chats.shown(rollout)[0] for rollout in group.rollouts}
+            own = {rollout.id: rollout for rollout in group.rollouts}
             for rollout in group.rollouts:
                 reflection = annotations.get(rollout.id)
-                shown = None if reflection is None else reflection.demonstration_id
-                if shown is not None:
-                    texts[rollout.id] = own[shown]
-                    continue
-                policy, key = self.config.reflect.demonstration, f"{self.config.seed}/{rollout.id}"
-                sibling = choose_demonstration(
-                    group, verdicts, policy, key=key, exclude=rollout.id, chats=self.chats
-                )
+                if reflection is not None and reflection.demonstration_id is not None:
+                    sibling = own[reflection.demonstration_id]
+                else:
+                    sibling = choose_demonstration(
+                        group,
+                        verdicts,
+                        self.config.reflect.demonstration,
+                        key=f"{self.config.seed}/{rollout.id}",
+                        exclude=rollout.id,
+                        chats=self.chats,
+                    )
                 if sibling is not None:
-                    texts[rollout.id] = own[sibling.id]
+                    texts[rollout.id] = self.chats.shown(sibling)[0]
         return texts
 
     async def measure(

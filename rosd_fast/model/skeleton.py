@@ -27,11 +27,15 @@ from rosd_fast.model.load import (
 )
 
 
-def load_skeleton(model_name: str, *, dtype: str, trust_remote_code: bool = False) -> LoadedModel:
+def load_skeleton(
+    model_name: str, *, dtype: str, trust_remote_code: bool = False, needs_template: bool = True
+) -> LoadedModel:
     """`load_model` without weights. Raises UserError for anything but the weights that is wrong."""
     source = find(model_name, weights=False)
     with quiet_transformers():
-        tokenizer = load_tokenizer(source, trust_remote_code=trust_remote_code)
+        tokenizer = load_tokenizer(
+            source, trust_remote_code=trust_remote_code, needs_template=needs_template
+        )
     model = build_skeleton(model_name, dtype=dtype, trust_remote_code=trust_remote_code)
     check_vocabulary(model, tokenizer, where=model_name)
     return LoadedModel(

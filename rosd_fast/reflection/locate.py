@@ -222,7 +222,13 @@ def _span(rollout: Rollout, match: Located | None, granularity: str, first: int)
         "span": (match.start, match.end),
         "sentence": (match.sentence_start, match.sentence_end),
     }[granularity]
-    return ErrorSpan(rollout_id=rollout.id, start=start, end=end, source=match.found)
+    return ErrorSpan(
+        rollout_id=rollout.id,
+        start=start,
+        end=end,
+        source=match.found,
+        error_end=match.sentence_end if granularity == "sentence" else match.end,
+    )
 
 
 def locate(

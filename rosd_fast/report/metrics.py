@@ -162,7 +162,7 @@ def rollout_metrics(
         raise ValueError("there is no rollout to measure")
     total = len(rollouts)
     distilled = {sample.rollout_id for sample in samples if sample.is_distilled}
-    trained = {sample.rollout_id for sample in samples}
+    trained = {s.rollout_id for s in samples if s.is_distilled or s.advantage != 0}
     return {
         "rollout/accuracy": sum(verdicts[r.id].success for r in rollouts) / total,
         "rollout/tokens_mean": sum(len(r.completion_ids) for r in rollouts) / total,

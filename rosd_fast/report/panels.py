@@ -62,7 +62,7 @@ def domain_accuracy(ax: Axes, rows: Rows, *, split: str, title: str) -> None:
 
 
 def divergence(ax: Axes, rows: Rows) -> None:
-    """Draw the loss, which is the divergence from the teacher."""
+    """Draw the divergence from the teacher."""
     trend(ax, series(rows, "loss/divergence"), BLUE)
     finish(
         ax,
@@ -83,10 +83,11 @@ def grad_norm(ax: Axes, rows: Rows) -> None:
 
 
 def entropies(ax: Axes, rows: Rows) -> None:
-    """Draw the entropy of student and teacher at distilled tokens."""
+    """Draw the entropy of student and teacher at trained tokens."""
     trend(ax, series(rows, "loss/student_entropy"), BLUE, "student")
     trend(ax, series(rows, "loss/teacher_entropy"), ORANGE, "teacher")
-    finish(ax, rows, "Entropy at distilled tokens", "nats / token")
+    trend(ax, series(rows, "policy/entropy_mean"), PURPLE, "student (policy loss)")
+    finish(ax, rows, "Entropy at trained tokens", "nats / token")
 
 
 def importance_weight(ax: Axes, rows: Rows) -> None:
@@ -106,20 +107,28 @@ def importance_weight(ax: Axes, rows: Rows) -> None:
 
 def distilled(ax: Axes, rows: Rows) -> None:
     """Draw the share of rollouts that give a training signal."""
-    trend(ax, series(rows, "rollout/distilled_frac"), BLUE, "rollouts distilled")
+    has_policy = bool(series(rows, "policy/loss"))
+    if series(rows, "loss/divergence") or not has_policy:
+        trend(ax, series(rows, "rollout/distilled_frac"), BLUE, "rollouts distilled")
+    if has_policy:
+        trend(ax, series(rows, "rollout/trained_frac"), PURPLE, "rollouts trained")
     trend(ax, series(rows, "rollout/groups_kept_frac"), GREEN, "groups kept")
     trend(ax, series(rows, "rollout/accuracy"), ORANGE, "rollouts correct")
-    finish(ax, rows, "Share of rollouts distilled", "share")
+    finish(ax, rows, "Share of rollouts that train", "share")
     percent(ax)
 
 
-def distilled_tokens(ax: Axes, rows: Rows) -> None:
-    """Draw the number of tokens per optimizer step."""
-    trend(ax, series(rows, "loss/num_distilled_tokens"), BLUE)
+def trained_tokens(ax: Axes, rows: Rows) -> None:
+    """Draw the number of trained tokens per step."""
+    policy = series(rows, "loss/num_policy_tokens")
+    if series(rows, "loss/divergence") or not policy:
+        label = "distilled" if policy else None
+        trend(ax, series(rows, "loss/num_distilled_tokens"), BLUE, label)
+    trend(ax, policy, PURPLE, "policy loss")
     finish(
         ax,
         rows,
-        "Distilled tokens per step",
+        "Trained tokens per step",
         "tokens",
         from_zero=True,
         note="the loss is the mean over them",
@@ -210,6 +219,7 @@ def logprob_gap(ax: Axes, rows: Rows) -> None:
     """Draw the gap between the log-probabilities of the engine and of the trainer."""
     trend(ax, series(rows, "loss/logprob_gap_max"), ORANGE, "largest")
     trend(ax, series(rows, "loss/logprob_gap_mean"), BLUE, "mean")
+    trend(ax, series(rows, "policy/logprob_gap_mean"), PURPLE, "mean (policy loss)")
     finish(ax, rows, "Log-probability gap, engine to trainer", "nats", log=True)
 
 

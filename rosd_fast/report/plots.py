@@ -14,7 +14,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from rosd_fast.files import write_atomic
-from rosd_fast.report import panels
+from rosd_fast.report import diagnostic_panels, panels, policy_panels
 from rosd_fast.report.colours import MUTED
 from rosd_fast.report.metrics import FILE_NAME, read_metrics
 from rosd_fast.report.series import domains, series
@@ -24,6 +24,10 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 Panel = Callable[["Axes", Rows], None]
+Grid = list[list[Panel]]
+REFLECTED = ("reflect/well_formed_frac", "reflect/span_start_frac", "reflect/span_tokens")
+"""Metrics of methods that reflect."""
+
 PANEL_SIZE = (5.6, 3.5)  # inches
 DPI = 130
 
@@ -31,39 +35,87 @@ DPI = 130
 def draw_plots(run: str | Path) -> list[Path]:
     """Draw all plots of a run folder and return their paths.
 
-    A panel without metrics says "no data". The plot by domain needs domains, and the plot of the
-    engine needs servers. Raises UserError if `metrics.jsonl` is missing or damaged.
+    A panel without metrics says "no data". Plots of what a run does not have are left out: of
+    domains, of servers, of a teacher, of reflections, of a loss without a teacher, of diagnostics.
+    Plots of an earlier call that are not drawn again stay. Raises UserError if `metrics.jsonl` is
+    missing or damaged.
     """
     run = Path(run)
     rows = read_metrics(run / FILE_NAME)
-    accuracy = partial(panels.accuracy, samples=_eval_samples(run))
-    in_domain = partial(panels.domain_accuracy, split="dev", title="In domain")
-    out_of_domain = partial(panels.domain_accuracy, split="ood", title="Out of domain")
-    pictures: dict[str, list[list[Panel]]] = {
-        "overview": [
-            [accuracy, panels.divergence, panels.distilled],
-            [panels.span_start, panels.reflection_quality, panels.time_per_step],
-        ],
-        "accuracy": [[accuracy]],
-        "loss": [
-            [panels.divergence, panels.grad_norm],
-            [panels.entropies, panels.importance_weight],
-        ],
-        "distilled": [[panels.distilled, panels.distilled_tokens]],
-        "spans": [[panels.span_start, panels.span_length, panels.reflection_quality]],
-        "time": [[panels.time_per_step, panels.time_shares, panels.throughput]],
-    }
-    if domains(rows, "dev") or domains(rows, "ood"):
-        pictures["domains"] = [[in_domain, out_of_domain]]
-    if series(rows, "rollout/cached_frac"):
-        pictures["engine"] = [[panels.cache, panels.logprob_gap]]
     return [
         write_atomic(run / "plots" / f"{name}.png", _png(_figure(grid, rows, run.resolve().name)))
-        for name, grid in pictures.items()
+        for name, grid in pictures(rows, eval_samples=_eval_samples(run)).items()
     ]
 
 
-def _figure(grid: list[list[Panel]], rows: Rows, run_name: str) -> Figure:
+def pictures(rows: Rows, *, eval_samples: int | None = None) -> dict[str, Grid]:
+    """Return the panels of each plot, by its name.
+
+    eval_samples: the k of mean@k, if it is known.
+    """
+    metrics = {name for row in rows for name in row}
+    has_policy = "policy/loss" in metrics
+    has_teacher = "loss/divergence" in metrics or not has_policy
+    has_reflections = "loss/divergence" not in metrics or not metrics.isdisjoint(REFLECTED)
+    has_reflections &= has_teacher
+    accuracy = partial(panels.accuracy, samples=eval_samples)
+    found: dict[str, Grid] = {
+        "overview": _overview(accuracy, teacher=has_teacher, reflections=has_reflections),
+        "accuracy": [[accuracy]],
+        "distilled": [[panels.distilled, panels.trained_tokens]],
+        "time": [[panels.time_per_step, panels.time_shares, panels.throughput]],
+    }
+    if has_teacher:
+        found["loss"] = [
+            [panels.divergence, panels.grad_norm],
+            [panels.entropies, panels.importance_weight],
+        ]
+    if has_policy:
+        found["policy"] = [
+            [policy_panels.policy_loss, panels.grad_norm, panels.entropies],
+            [policy_panels.logprob, policy_panels.ratio, policy_panels.clipping],
+        ]
+    if has_reflections:
+        found["spans"] = [[panels.span_start, panels.span_length, panels.reflection_quality]]
+    if any(name.startswith("diag/") for name in metrics):
+        found["diagnostics"] = _diagnostics(
+            teacher="loss/divergence" in metrics, located="diag/divergence_error" in metrics
+        )
+    if domains(rows, "dev") or domains(rows, "ood"):
+        in_domain = partial(panels.domain_accuracy, split="dev", title="In domain")
+        out_of_domain = partial(panels.domain_accuracy, split="ood", title="Out of domain")
+        found["domains"] = [[in_domain, out_of_domain]]
+    if series(rows, "rollout/cached_frac"):
+        found["engine"] = [[panels.cache, panels.logprob_gap]]
+    return found
+
+
+def _overview(accuracy: Panel, *, teacher: bool, reflections: bool) -> Grid:
+    loss = panels.divergence if teacher else policy_panels.policy_loss
+    first = [accuracy, loss, panels.distilled]
+    if reflections:
+        return [first, [panels.span_start, panels.reflection_quality, panels.time_per_step]]
+    return [first, [panels.entropies, diagnostic_panels.lengths, panels.time_per_step]]
+
+
+def _diagnostics(*, teacher: bool, located: bool) -> Grid:
+    grid: Grid = [
+        [diagnostic_panels.lengths, diagnostic_panels.truncated],
+        [diagnostic_panels.token_kinds, panels.logprob_gap],
+    ]
+    if not teacher:
+        return grid
+    return [
+        [
+            diagnostic_panels.agreement,
+            diagnostic_panels.span_contrast if located else diagnostic_panels.truncated,
+            diagnostic_panels.position_map,
+        ],
+        [diagnostic_panels.lengths, diagnostic_panels.token_kinds, panels.logprob_gap],
+    ]
+
+
+def _figure(grid: Grid, rows: Rows, run_name: str) -> Figure:
     """Return a figure of the panels in a grid, with the name of the run at the top."""
     num_rows, num_columns = len(grid), len(grid[0])
     scale = 1.3 if num_rows == num_columns == 1 else 1.0

@@ -241,6 +241,8 @@ def describe_metrics(metrics: Mapping[str, float]) -> str:
     """Return a line such as `accuracy 41.2%  loss 0.0213  1,234 tokens/s  dev 47.3%  ood 20.1%`."""
     parts = _figure(metrics, "rollout/accuracy", "accuracy {:.1%}")
     parts += _figure(metrics, "loss/divergence", "loss {:.4g}")
+    # Of weighted advantages, which nearly cancel; a likelihood has none and is the loss itself.
+    parts += _figure(metrics, "policy/loss", "policy loss {:.4g}")
     parts += _figure(metrics, "perf/rollout_tokens_per_s", "{:,.0f} tokens/s")
     for split in ("dev", "ood"):
         parts += _figure(metrics, f"eval/{split}/accuracy", split + " {:.1%}")

@@ -41,7 +41,9 @@ FIELDS = (
     "span",
     "divergence",
 )
-"""The fields of each row; a row written with `token_bytes` also has "tokens"."""
+"""The fields of each row. A row written with `token_bytes` also has "tokens"; that of a rollout
+whose tokens have a loss without a teacher has "policy": its range of tokens, advantage (null:
+likelihood) and log-probabilities."""
 
 
 def rollouts_path(run: str | Path, step: int) -> Path:
@@ -60,6 +62,8 @@ def write_rollouts(
     per_token: Mapping[str, Sequence[float]],
     token_bytes: TokenBytes | None = None,
     kept: Iterable[Group] | None = None,
+    samples: Sequence[TrainSample] = (),
+    logprobs: Mapping[str, Sequence[float]] | None = None,
 ) -> Path:
     """Write one line per rollout, atomically, and return the path.
 
@@ -69,7 +73,11 @@ def write_rollouts(
     per_token: the divergence of each distilled token in nats.
     token_bytes: adds the text of each token ("tokens"), which the token page needs.
     kept: the groups that were selected; None: those with a reflection.
+    samples: what was trained; only those that are not distilled are read.
+    logprobs: the student's log-probability of each token of these; a rollout that has none was left
+        out of the update, as its advantage is 0.
     """
+    policy = {sample.rollout_id: sample for sample in samples if not sample.is_distilled}
     kept_ids = None if kept is None else {group.problem.id for group in kept}
     lines = []
     for group in groups:
@@ -90,6 +98,8 @@ def write_rollouts(
                 "span": _span_row(spans.get(rollout.id), texts),
                 "divergence": _divergence(per_token.get(rollout.id), spans.get(rollout.id)),
             }
+            if rollout.id in policy:
+                row["policy"] = _policy_row(policy[rollout.id], (logprobs or {}).get(rollout.id))
             lines.append(json.dumps(row, ensure_ascii=False, allow_nan=False))
     # A lone surrogate in a prompt of the user becomes \ud800, as JSON writes it.
     data = "".join(f"{line}\n" for line in lines).encode("utf-8", "backslashreplace")
@@ -197,4 +207,17 @@ def _divergence(
     assert span is not None and len(values) == span.end - span.start, (
         f"{len(values)} divergences for the span {span}"
     )
+    return _six_digits(values)
+
+
+def _policy_row(sample: TrainSample, logprobs: Sequence[float] | None) -> dict[str, Any]:
+    return {
+        "start": sample.start,
+        "end": sample.end,
+        "advantage": None if sample.advantage is None else float(f"{sample.advantage:.6g}"),
+        "logprob": None if logprobs is None else _six_digits(logprobs),
+    }
+
+
+def _six_digits(values: Sequence[float]) -> list[float | None]:
     return [float(f"{value:.6g}") if math.isfinite(value) else None for value in values]

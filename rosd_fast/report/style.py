@@ -115,12 +115,13 @@ def finish(
     ax.set_axisbelow(True)
     ax.set_ylabel(y_label, color=MUTED, fontsize=9.5)
     _heading(ax, title, note)
-    if not ax.lines and not ax.patches:
+    if not ax.lines and not ax.patches and not ax.collections:
         ax.text(0.5, 0.5, "no data", transform=ax.transAxes, ha="center", va="center", color=MUTED)
         ax.set_xticks([])
         ax.set_yticks([])
         return
     if steps:
+        ax.yaxis.set_major_formatter("{x:g}")  # the default's power of ten would cover the legend
         _step_axis(ax, [row["step"] for row in rows])
     if log:
         _log_if_wide(ax)
@@ -156,7 +157,7 @@ def _heading(ax: Axes, title: str, note: str) -> None:
 
 def percent(ax: Axes, values: Sequence[float] = (), *, least_range: float = 1.0) -> None:
     """Make y a percent axis around `values`, at least `least_range` wide; 0 to 100% by default."""
-    if not ax.lines:
+    if not ax.lines and not ax.collections:
         return
     ax.yaxis.set_major_formatter(PercentFormatter(xmax=1, decimals=0))
     finite = [value for value in values if math.isfinite(value)] or [0.0, 1.0]

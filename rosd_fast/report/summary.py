@@ -11,9 +11,17 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rosd_fast.files import STATE_JSON, STEP_NAME
 from rosd_fast.report.metrics import FILE_NAME, read_metrics
 from rosd_fast.report.series import domains, series
+from rosd_fast.report.warnings import warnings
 
+Rows = Sequence[Mapping[str, Any]]
+
+LOSSES = (
+    ("divergence", "loss/divergence", "nats / token"),
+    ("policy loss", "policy/loss", ""),
+)
 SPLITS = {"dev": "in domain (dev)", "ood": "out of domain (ood)"}
 
 
@@ -34,7 +42,7 @@ class Change:
         return None if self.after is None else 100 * (self.after - self.before)
 
 
-def before_after(rows: Sequence[Mapping[str, Any]]) -> list[Change]:
+def before_after(rows: Rows) -> list[Change]:
     """Return the changes in accuracy: each split, followed by its domains in order of name."""
     changes = []
     for split in SPLITS:
@@ -56,12 +64,9 @@ def before_after(rows: Sequence[Mapping[str, Any]]) -> list[Change]:
     return changes
 
 
-def before_after_table(run: str | Path) -> Table:
-    """Return a table of accuracy before and after, by split and domain, with the change in points.
-
-    Raises UserError if `metrics.jsonl` is missing or damaged.
-    """
-    changes = before_after(read_metrics(Path(run) / FILE_NAME))
+def before_after_table(rows: Rows) -> Table:
+    """Return the accuracy before and after, by split and domain, with the change in points."""
+    changes = before_after(rows)
     table = Table(title="Accuracy", title_justify="left", title_style="bold")
     first = min((change.first_step for change in changes), default=0)
     last = max((change.last_step for change in changes), default=0)
@@ -86,22 +91,44 @@ def before_after_table(run: str | Path) -> Table:
 
 
 def summarize(run: str | Path, console: Console | None = None) -> None:
-    """Print the table of accuracy and the paths of the files that exist.
+    """Print accuracy, losses, warnings and the paths of the files that exist.
 
     Raises UserError if `metrics.jsonl` is missing or damaged.
     """
     run = Path(run)
     console = console or Console()
-    console.print(before_after_table(run))
+    rows = read_metrics(run / FILE_NAME)
+    console.print(before_after_table(rows))
     listing = Table.grid(padding=(0, 2))
+    for label, text in losses(rows):
+        listing.add_row(Text(label), Text(text))
     for label, path in _outputs(run):
         listing.add_row(Text(label), Text(str(path), overflow="fold"))
     console.print(listing)
+    for found in warnings(rows):
+        console.print(Text(f"warning: step {found.step}: {found.text}"), soft_wrap=True)
+
+
+def losses(rows: Rows) -> list[tuple[str, str]]:
+    """Return the label of each loss of the run, with its first and last value as text."""
+    shown = []
+    for label, metric, unit in LOSSES:
+        values = series(rows, metric).finite().values
+        if values:
+            shown.append((label, f"{values[0]:.4g} -> {values[-1]:.4g} {unit}".rstrip()))
+    return shown
 
 
 def _outputs(run: Path) -> list[tuple[str, Path]]:
-    """Return the label and path of each output that exists."""
-    checkpoints = sorted((run / "checkpoints").glob("step_*"), key=_step_of)
+    """Return the label and path of each output that exists; of checkpoints, the last whole one."""
+    checkpoints = sorted(
+        (
+            path
+            for path in (run / "checkpoints").glob("step_*")
+            if STEP_NAME.fullmatch(path.name) and (path / STATE_JSON).is_file()
+        ),
+        key=lambda path: int(path.name.removeprefix("step_")),
+    )
     found = [
         ("config", run / "config.toml"),
         ("metrics", run / FILE_NAME),
@@ -110,11 +137,6 @@ def _outputs(run: Path) -> list[tuple[str, Path]]:
         ("checkpoint", checkpoints[-1] if checkpoints else run / "checkpoints"),
     ]
     return [(label, path) for label, path in found if path.exists()]
-
-
-def _step_of(path: Path) -> int:
-    digits = path.name.removeprefix("step_")
-    return int(digits) if digits.isdecimal() else -1
 
 
 def _percent(value: float | None) -> Text:

@@ -1,4 +1,7 @@
-"""The token page: which tokens of the rollouts of a step were distilled, how strongly, and why.
+"""The token page: which tokens of the rollouts of a step were trained, how strongly, and why.
+
+A distilled token is coloured by its divergence. One whose loss needs no teacher is coloured by its
+surprise, -log p, in the colour of its advantage: raised or lowered.
 
 The page is one HTML file without scripts and without external resources. All text from models and
 data sets is escaped.
@@ -9,6 +12,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from html import escape
 from itertools import groupby, pairwise
 from pathlib import Path
@@ -56,23 +60,30 @@ def _source(run: Path, step: int) -> Path:
 
 def _page(rows: list[dict[str, Any]], *, step: int, run_name: str, total: int) -> str:
     values = sorted(v for row in rows for v in row["divergence"] or () if v is not None)
-    top = _scale_top(values)
-    num_distilled = sum(row["divergence"] is not None for row in rows)
+    surprises = sorted(-v for row in rows for v in _logprobs(row) if v is not None)
+    scales = Scales(divergence=_scale_top(values), surprise=_scale_top(surprises))
+    trained = _count(rows, "trained by the policy loss", "policy", len(surprises))
+    if values or not trained:
+        trained = [*_count(rows, "distilled", "divergence", len(values), always=True), *trained]
     shown = f"{len(rows)} rollouts" if len(rows) == total else f"{len(rows)} of {total} rollouts"
-    facts = (
-        f"{shown}, {sum(row['success'] for row in rows)} correct, {num_distilled} distilled "
-        f"({len(values)} tokens)"
-    )
+    facts = f"{shown}, {sum(row['success'] for row in rows)} correct, {', '.join(trained)}"
     groups = "\n".join(
-        _group(list(members), top)
+        _group(list(members), scales)
         for _, members in groupby(rows, key=lambda row: row["problem"]["id"])
     )
     legend = ""
     if values:
-        legend = (
+        legend += (
             f'<p class="key">Divergence of distilled tokens: 0 <span class="ramp"></span> '
-            f"{top:.2g} nats or more (square-root scale). <u>Underlined</u>: the quote of the "
-            "reflection. Grey: not distilled.</p>"
+            f"{scales.divergence:.2g} nats or more (square-root scale). <u>Underlined</u>: the "
+            "quote of the reflection. Grey: not distilled.</p>"
+        )
+    if surprises:
+        legend += (
+            f'<p class="key">Surprise, -log p, of tokens that the policy loss trains: 0 '
+            f'<span class="ramp up"></span> made more likely, 0 <span class="ramp"></span> made '
+            f"less likely; the full colour is {scales.surprise:.2g} nats or more. Grey: not "
+            "trained.</p>"
         )
     title = _text(f"{run_name}, step {step}")
     return (
@@ -86,14 +97,36 @@ def _page(rows: list[dict[str, Any]], *, step: int, run_name: str, total: int) -
     )
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scales:
+    """The values of the full colour, in nats."""
+
+    divergence: float
+    surprise: float
+
+
+def _count(
+    rows: list[dict[str, Any]], verb: str, field: str, num_tokens: int, *, always: bool = False
+) -> list[str]:
+    """Return [how many rollouts have this field], or [] if none has it, unless `always`."""
+    count = sum(row.get(field) is not None for row in rows)
+    return [f"{count} {verb} ({num_tokens} tokens)"] if count or always else []
+
+
+def _logprobs(row: Row) -> list[float | None]:
+    """Return the log-probabilities of the tokens whose loss needs no teacher."""
+    policy = row.get("policy")
+    return [] if policy is None else policy["logprob"] or []
+
+
 def _scale_top(values: list[float]) -> float:
-    """Return the divergence of the full colour: the 98th percentile, robust against outliers."""
+    """Return the value of the full colour: the 98th percentile, robust against outliers."""
     if not values:
         return 1.0
     return max(values[math.ceil(0.98 * len(values)) - 1], 1e-6)
 
 
-def _group(rows: list[dict[str, Any]], top: float) -> str:
+def _group(rows: list[dict[str, Any]], scales: Scales) -> str:
     problem = rows[0]["problem"]
     note = ' <span class="tag">dropped: no reflection</span>' if rows[0]["group_dropped"] else ""
     return (
@@ -101,12 +134,12 @@ def _group(rows: list[dict[str, Any]], top: float) -> str:
         f'<span class="tag">{_text(problem["domain"])}</span>{note}</h2>\n'
         f'<div class="text problem">{_text(problem["prompt"])}</div>\n'
         f"<p>Correct answer: <code>{_text(problem['answer'])}</code></p>\n"
-        + "\n".join(_rollout(row, top) for row in rows)
+        + "\n".join(_rollout(row, scales) for row in rows)
         + "\n</section>"
     )
 
 
-def _rollout(row: Row, top: float) -> str:
+def _rollout(row: Row, scales: Scales) -> str:
     verdict, mark = ("correct", "✓") if row["success"] else ("wrong", "✗")
     answer = row["extracted_answer"]
     found = "no answer found" if answer is None else f"answer <code>{_text(answer)}</code>"
@@ -115,12 +148,13 @@ def _rollout(row: Row, top: float) -> str:
         f"score {row['score']:g}",
         f"{len(row['completion_ids'])} tokens",
         "truncated at the limit" if row["finish_reason"] == "length" else "",
-        _span_note(row["span"]),
+        _span_note(row["span"]) if row["span"] or not row.get("policy") else "",
+        _policy_note(row.get("policy")),
     ]
     return (
         f'<article class="{verdict}"><h3><span class="verdict">{mark} {verdict}</span> '
         f'{_text(row["rollout_id"])}</h3><p class="facts">{" · ".join(filter(None, facts))}</p>\n'
-        f'<div class="text">{_completion(row, top)}</div>\n{_reflection(row)}</article>'
+        f'<div class="text">{_completion(row, scales)}</div>\n{_reflection(row)}</article>'
     )
 
 
@@ -130,6 +164,15 @@ def _span_note(span: Row | None) -> str:
     if span["source"] == "full":
         return "distilled: all tokens"
     return f"distilled: tokens {span['start']} to {span['end'] - 1}"
+
+
+def _policy_note(policy: Row | None) -> str:
+    if policy is None:
+        return ""
+    advantage = policy["advantage"]
+    if advantage is None:
+        return "likelihood raised"
+    return f"advantage {advantage:+.3g}" + ("" if advantage else ": not trained")
 
 
 def _reflection(row: Row) -> str:
@@ -151,40 +194,85 @@ def _reflection(row: Row) -> str:
     return f'<div class="reflection">{"".join(lines)}</div>'
 
 
-def _completion(row: Row, top: float) -> str:
-    """Return the completion as HTML: one element per distilled token, the quote underlined."""
+def _completion(row: Row, scales: Scales) -> str:
+    """Return the completion as HTML: one element per trained token, the quote underlined."""
     tokens, span = row.get("tokens"), row["span"]
     if tokens is None:
         return _text(row["completion"])
-    start, end = (span["start"], span["end"]) if span else (0, 0)
+    start = span["start"] if span else 0
     quote = _quote_range(tokens, row["reflection"], start)
-    values = row["divergence"] or [None] * (end - start)
-    parts, position, carried = [], 0, []
+    colours = _colours(row, scales)
+    parts, position = [], 0
+    carried: list[Colour] = []
     for i, token in enumerate(tokens):
-        if start <= i < end:
-            carried.append(values[i - start])
+        if i in colours:
+            carried.append(colours[i])
         pieces = _split(token, position, quote)
         position += len(token)
         if not pieces and i + 1 < len(tokens):
             continue  # part of a character, which is coloured with its last token
         html = "".join(f"<u>{_text(t)}</u>" if quoted else _text(t) for t, quoted in pieces)
         if carried:
-            parts.append(_token(html or END, carried, top))
+            parts.append(_token(html or END, carried))
         elif html:
             parts.append(f"<span>{html}</span>")
         carried = []
-    # Merge neighbours that were not distilled, which are most of a long page.
+    # Merge neighbours that were not trained, which are most of a long page.
     return "".join(parts).replace("</span><span>", "").replace("</u><u>", "")
 
 
-def _token(html: str, values: Iterable[float | None], top: float) -> str:
-    known = [value for value in values if value is not None]
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Colour:
+    """The colour of a trained token.
+
+    value: in nats; None: the step has none.
+    strength: in [0, 1].
+    title: what the value is, shown where the pointer rests.
+    raised: whether the policy loss makes the token more likely.
+    """
+
+    value: float | None
+    strength: float = 0.0
+    title: str = "no divergence"
+    raised: bool = False
+
+
+def _colours(row: Row, scales: Scales) -> dict[int, Colour]:
+    """Return the colour of each trained token, by its place.
+
+    Where a token has a divergence and another loss, the divergence counts.
+    """
+    found: dict[int, Colour] = {}
+    policy, span = row.get("policy"), row["span"]
+    if policy is not None and policy["advantage"] != 0:
+        raised = policy["advantage"] is None or policy["advantage"] > 0
+        for place, logprob in enumerate(_logprobs(row), start=policy["start"]):
+            surprise = None if logprob is None else -logprob
+            found[place] = _colour(surprise, scales.surprise, "surprise {:.4g} nats", raised)
+    if span is not None:
+        values = row["divergence"] or [None] * (span["end"] - span["start"])
+        for place, value in enumerate(values, start=span["start"]):
+            if value is not None or place not in found:
+                found[place] = _colour(value, scales.divergence, "{:.4g} nats", False)
+    return found
+
+
+def _colour(value: float | None, top: float, title: str, raised: bool) -> Colour:
+    if value is None:
+        return Colour(value=None)
+    # The square root, as most values are near 0.
+    strength = math.sqrt(min(max(value, 0.0) / top, 1.0))
+    return Colour(value=value, strength=strength, title=title.format(value), raised=raised)
+
+
+def _token(html: str, colours: Iterable[Colour]) -> str:
+    """Return the element of a token, or of the tokens of one character: the strongest counts."""
+    known = [colour for colour in colours if colour.value is not None]
     if not known:
         return f'<i title="no divergence">{html}</i>'
-    value = max(known)
-    # The square root, as most divergences are near 0.
-    strength = math.sqrt(min(max(value, 0.0) / top, 1.0))
-    return f'<i style="--d:{strength:.2f}" title="{value:.4g} nats">{html}</i>'
+    colour = max(known, key=lambda each: each.strength)
+    kind = ' class="up"' if colour.raised else ""
+    return f'<i{kind} style="--d:{colour.strength:.2f}" title="{colour.title}">{html}</i>'
 
 
 def _quote_range(tokens: list[str], reflection: Row | None, start: int) -> range:
@@ -217,10 +305,11 @@ def _text(value: object) -> str:
 
 STYLE = f"""
 :root {{ color-scheme: light dark; --ink: #1c1c1c; --muted: #666; --page: #fff; --card: #f6f6f4;
-  --line: #ddd; --heat: 213, 94, 0; --right: {GREEN}; --wrong: {VERMILLION}; --note: {BLUE}; }}
+  --line: #ddd; --heat: 213, 94, 0; --cool: 0, 158, 115;
+  --right: {GREEN}; --wrong: {VERMILLION}; --note: {BLUE}; }}
 @media (prefers-color-scheme: dark) {{ :root {{ --ink: #e8e8e8; --muted: #9a9a9a; --page: #161616;
-  --card: #202020; --line: #383838; --heat: 240, 120, 30; --right: #2cc295; --wrong: #ff8a3d;
-  --note: #56b4e9; }} }}
+  --card: #202020; --line: #383838; --heat: 240, 120, 30; --cool: 44, 194, 149;
+  --right: #2cc295; --wrong: #ff8a3d; --note: #56b4e9; }} }}
 body {{ font: 15px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page);
   max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }}
 h1 {{ font-size: 1.4rem; margin: 0; overflow-wrap: anywhere; }}
@@ -242,6 +331,7 @@ article.wrong {{ border-color: var(--wrong); }}
 .facts {{ color: var(--muted); font-size: .8rem; }}
 i {{ font-style: normal; border-radius: 2px;
   background: rgba(var(--heat), calc(var(--d, 0) * .75)); }}
+i.up {{ background: rgba(var(--cool), calc(var(--d, 0) * .75)); }}
 i:hover {{ outline: 1px solid var(--ink); }}
 .text > span {{ color: var(--muted); }}
 u {{ text-decoration: underline 2px var(--note); text-underline-offset: 3px; }}
@@ -253,4 +343,5 @@ u {{ text-decoration: underline 2px var(--note); text-underline-offset: 3px; }}
 .ramp {{ display: inline-block; width: 7rem; height: .8rem; border-radius: 2px;
   vertical-align: middle;
   background: linear-gradient(90deg, rgba(var(--heat), 0), rgba(var(--heat), .75)); }}
+.ramp.up {{ background: linear-gradient(90deg, rgba(var(--cool), 0), rgba(var(--cool), .75)); }}
 """

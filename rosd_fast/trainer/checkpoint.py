@@ -22,7 +22,6 @@ import json
 import logging
 import math
 import platform
-import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -43,16 +42,20 @@ from torch.distributed.checkpoint.state_dict_saver import save
 
 from rosd_fast import __version__
 from rosd_fast.errors import UserError
-from rosd_fast.files import atomic_folder, remove_folder, remove_leftovers
+from rosd_fast.files import (
+    STATE_JSON,
+    STEP_NAME,
+    atomic_folder,
+    remove_folder,
+    remove_leftovers,
+)
 from rosd_fast.trainer.learner import Learner
 from rosd_fast.trainer.snapshot import Snapshot
 from rosd_fast.utils.distributed import SINGLE_PROCESS, World
 
 FORMAT = 2  # of trainer_state.json
-STATE_JSON = "trainer_state.json"
 STATE_FOLDER = "state"
 DAMAGED = "damaged_"  # prefix of the name of a damaged checkpoint
-STEP_NAME = re.compile(r"step_(\d{6,})")
 
 logger = logging.getLogger(__name__)
 

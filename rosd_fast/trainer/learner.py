@@ -28,11 +28,12 @@ from rosd_fast.model.fsdp import shard, skeleton
 from rosd_fast.model.head import Head, head
 from rosd_fast.model.policy import PolicyModel
 from rosd_fast.model.vocab_parallel import GatheredTokens, check_shardable
+from rosd_fast.trainer.agreement import agreement_of, with_rows_before
 from rosd_fast.trainer.loss import policy_loss, span_loss, vocabulary_order
 from rosd_fast.trainer.optim import Optimizer
 from rosd_fast.trainer.schedule import num_updates
 from rosd_fast.trainer.separate_teacher import common_rows, local_rows, placed_head, with_rows
-from rosd_fast.trainer.step_stats import MicroBatchStats
+from rosd_fast.trainer.step_stats import Computed, MicroBatchStats
 from rosd_fast.trainer.teacher import Teacher, needs_copy
 from rosd_fast.types import PackedBatch, PolicyTokens
 from rosd_fast.utils.distributed import SINGLE_PROCESS, World, full
@@ -49,16 +50,23 @@ class TrainingDiverged(RunFailed):
     """Loss or gradient was not finite in several steps in a row."""
 
 
+class LogprobGapTooLarge(RunFailed):
+    """The rollouts were not sampled from the distribution that is trained."""
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StepResult:
     """What an optimizer update did, or the updates of a step.
 
     metrics: `loss/...`; a metric that is undefined for the step's tokens is absent.
     per_token: rollout id -> divergence in nats of each of its distilled tokens, in their order.
+    logprobs: rollout id -> the student's log-probability of each of its tokens whose loss needs no
+        teacher, in their order.
     """
 
     metrics: dict[str, float]
     per_token: dict[str, list[float]] = field(default_factory=dict)
+    logprobs: dict[str, list[float]] = field(default_factory=dict)
 
     @classmethod
     def merge(cls, results: Sequence[StepResult]) -> StepResult:
@@ -82,10 +90,11 @@ class StepResult:
             else:
                 weights = [max(1.0, result.num_tokens) for result in having]
                 merged[name] = float(np.average(values, weights=weights))
-        per_token = {
-            name: values for result in results for name, values in result.per_token.items()
-        }
-        return cls(metrics=merged, per_token=per_token)
+        return cls(
+            metrics=merged,
+            per_token={name: v for result in results for name, v in result.per_token.items()},
+            logprobs={name: v for result in results for name, v in result.logprobs.items()},
+        )
 
     @property
     def num_tokens(self) -> float:
@@ -240,7 +249,8 @@ class Learner:
         collected = MicroBatchStats(self.config.loss.importance_clip, self.config.policy)
         self.optimizer.zero_grad()
         for batch, server_states in pairs:
-            collected.add(batch, *self._backward(batch, server_states, total), total)
+            collected.add(batch, self._backward(batch, server_states, total), total)
+        self._check_logprob_gap(collected, total + num_policy)
         grad_norm = self._update(self.world.sum(float(collected.loss)))
         stats = collected.totals()
         for other in (self.world.gather(stats) or [])[1:]:
@@ -249,7 +259,9 @@ class Learner:
         if grad_norm is None:
             return StepResult(metrics=metrics | {"loss/skipped": 1.0})
         return StepResult(
-            metrics=metrics | {"loss/grad_norm": grad_norm}, per_token=dict(stats.per_token)
+            metrics=metrics | {"loss/grad_norm": grad_norm},
+            per_token=dict(stats.per_token),
+            logprobs=dict(stats.logprobs),
         )
 
     def state_dict(self, *, portable: bool = False) -> dict[str, Tensor]:
@@ -326,31 +338,42 @@ class Learner:
         sharded.load_shards(model if self.world.is_rank0 else None)
         return sharded
 
-    def _backward(
-        self, batch: PackedBatch, server_states: Tensor | None, total: int
-    ) -> tuple[SpanDivergenceOutput | None, SpanLogprobOutput | None]:
+    def _backward(self, batch: PackedBatch, server_states: Tensor | None, total: int) -> Computed:
         """Add a micro-batch's gradient; its graph is freed before the next one starts.
 
         total: number of distilled tokens of the step, on all ranks.
         """
-        divergence = policy = None
+        divergence = policy = agreement = None
         losses: list[Tensor] = []
         with packed_forward(self.model), ExitStack() as stack:
             scored = None
             if batch.teacher is not None:
-                scored = stack.enter_context(self.teacher.scoring(batch.teacher, server_states))
+                packed = with_rows_before(batch.teacher, batch.diagnosed)
+                scored = stack.enter_context(self.teacher.scoring(packed, server_states))
             states = self.policy.hidden_states(batch.student)
             if scored is not None:
-                divergence = self._divergence(states, *scored, batch)
+                teacher_states, teacher_head = scored
+                teacher_head = teacher_head.first(self._num_rows)
+                of_distilled = teacher_states[: batch.num_distilled]
+                divergence = self._divergence(states, of_distilled, teacher_head, batch)
                 losses.append(divergence.loss / max(1, total))
+                if batch.diagnosed is not None:
+                    agreement = agreement_of(
+                        states.detach(),
+                        teacher_states,
+                        batch,
+                        batch.diagnosed,
+                        heads=(self._student_head, teacher_head),
+                        config=self.config,
+                        vocab_group=self.world.shard_group if self.vocab_parallel else None,
+                    )
             if batch.policy is not None:
                 policy = self._policy_loss(states, batch.policy)
-                assert policy.loss is not None  # a token_loss was given
                 losses.append(policy.loss)
             # Gradients are averaged over the ranks, but each rank's loss is a part of the sum.
             (torch.stack(losses).sum() * self.world.size).backward()
         self.optimizer.accumulate()
-        return divergence, policy
+        return Computed(divergence, policy, agreement)
 
     @property
     def _student_head(self) -> Head:
@@ -377,7 +400,7 @@ class Learner:
             teacher_hidden,
             batch,
             student_head=self._student_head,
-            teacher_head=teacher_head.first(self._num_rows),
+            teacher_head=teacher_head,
             config=self.config.loss,
             temperature=self.config.sample.temperature,
             order=self.order,
@@ -411,6 +434,23 @@ class Learner:
             return None
         assert self.world.shard_group is not None
         return GatheredTokens.of(count, self.world.shard_group, device)
+
+    def _check_logprob_gap(self, collected: MicroBatchStats, num_tokens: int) -> None:
+        """Raise LogprobGapTooLarge on all ranks where the gap exceeds the options' limit.
+
+        num_tokens: trained tokens on all ranks.
+        """
+        limit = self.config.diagnose.max_logprob_gap
+        if limit is None:
+            return
+        gap = self.world.sum(collected.logprob_gap) / num_tokens
+        if not gap <= limit:
+            raise LogprobGapTooLarge(
+                f"the log-probabilities of the rollouts differ from the trainer's by {gap:.3g} "
+                f"nats per token, more than diagnose.max_logprob_gap = {limit:g}; the step was not "
+                "trained. Compare the engine's and the trainer's dtype, sample.top_p and "
+                "sample.top_k, and resume from the last checkpoint"
+            )
 
     def _update(self, loss: float) -> float | None:
         """Apply the gradients; returns their norm, or None if the step was skipped."""

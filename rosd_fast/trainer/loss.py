@@ -61,26 +61,57 @@ def span_loss(
         scaled(teacher_hidden, teacher_head),
         student_head.weight,
         teacher_head.weight,
-        divergence=config.divergence,
-        beta=config.beta,
-        temperature=temperature if config.temperature is None else config.temperature,
-        softcap=student_head.softcap,
-        student_bias=scaled_bias(student_head),
-        teacher_bias=scaled_bias(teacher_head),
         weights=batch.weights.to(device),
         token_ids=batch.token_ids.to(device),
         rollout_logprobs=None
         if config.importance_clip is None
         else batch.rollout_logprobs.to(device),
         importance_clip=config.importance_clip,
-        top_k=config.top_k,
-        tail=config.tail,
-        entry_clip=config.entry_clip,
-        strategy=strategy(config),
-        workspace_mib=config.workspace_mib,
         vocab_group=vocab_group,
+        **formula(student_head, teacher_head, config, temperature),
         **sparsity(config, order),
     )
+
+
+@torch.no_grad()
+def token_divergences(
+    student_hidden: Tensor,  # [M, H]
+    teacher_hidden: Tensor,  # [M, Ht]
+    *,
+    student_head: Head,
+    teacher_head: Head,
+    config: LossConfig,
+    temperature: float,
+    vocab_group: ProcessGroup | None = None,
+) -> Tensor:
+    """[M] divergences in nats at tokens that are not trained; the arguments are `span_loss`'s."""
+    return span_divergence(
+        scaled(student_hidden, student_head),
+        scaled(teacher_hidden, teacher_head),
+        student_head.weight,
+        teacher_head.weight,
+        vocab_group=vocab_group,
+        **formula(student_head, teacher_head, config, temperature),
+    ).per_token
+
+
+def formula(
+    student_head: Head, teacher_head: Head, config: LossConfig, temperature: float
+) -> dict[str, Any]:
+    """The keyword arguments that say which divergence is computed, and how."""
+    return {
+        "divergence": config.divergence,
+        "beta": config.beta,
+        "temperature": temperature if config.temperature is None else config.temperature,
+        "softcap": student_head.softcap,
+        "student_bias": scaled_bias(student_head),
+        "teacher_bias": scaled_bias(teacher_head),
+        "top_k": config.top_k,
+        "tail": config.tail,
+        "entry_clip": config.entry_clip,
+        "strategy": strategy(config),
+        "workspace_mib": config.workspace_mib,
+    }
 
 
 def policy_loss(

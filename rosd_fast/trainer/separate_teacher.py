@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -21,6 +22,7 @@ from rosd_fast.config import Config
 from rosd_fast.errors import UserError
 from rosd_fast.model.head import Head, head, output_layer
 from rosd_fast.model.load import LoadedModel, find, load_model, load_tokenizer, quiet_transformers
+from rosd_fast.model.skeleton import load_skeleton
 from rosd_fast.text.vocabulary import SharedVocabulary, shared_vocabulary
 from rosd_fast.utils.distributed import World
 
@@ -60,7 +62,7 @@ def compare_tokenizers(config: Config) -> SharedVocabulary | None:
     with quiet_transformers():
         student, teacher = (
             load_tokenizer(
-                find(source),
+                find(source, weights=False),
                 trust_remote_code=config.trust_remote_code,
                 needs_template=False,
             )
@@ -70,17 +72,20 @@ def compare_tokenizers(config: Config) -> SharedVocabulary | None:
 
 
 def load_separate_teacher(
-    config: Config, student: LoadedModel, vocabulary: SharedVocabulary, device: torch.device
+    config: Config,
+    student: LoadedModel,
+    vocabulary: SharedVocabulary,
+    device: torch.device | None,
 ) -> SeparateTeacher:
-    """Load the teacher onto `device`. Raises UserError if it cannot teach this student.
+    """Load the teacher. Raises UserError if it cannot teach this student.
 
-    vocabulary: from `compare_tokenizers`.
+    vocabulary: from `compare_tokenizers`. device: where it is loaded; None: only its shapes are.
     """
     assert config.teacher.model is not None
-    teacher = load_model(
+    load = load_skeleton if device is None else partial(load_model, device=device)
+    teacher = load(
         config.teacher.model,
         dtype=config.dtype,
-        device=device,
         trust_remote_code=config.trust_remote_code,
         needs_template=False,
     )
@@ -120,12 +125,21 @@ def common_rows(student: Head, teacher: Head) -> int:
 def local_rows(num_rows: int, student_rows: int, world: World) -> int:
     """How many of the first `num_rows` rows a vocab-parallel head of this rank holds.
 
+    Raises UserError, on all ranks, if a rank would hold nothing but padding.
+
     student_rows: number of rows of the student's head, which DTensor splits like torch.chunk.
     """
     group = world.shard_group
-    per_rank = -(-student_rows // dist.get_world_size(group))
-    first = per_rank * dist.get_rank(group)
-    return max(0, min(per_rank, num_rows - first))
+    size = dist.get_world_size(group)
+    per_rank = -(-student_rows // size)
+    if num_rows < student_rows and per_rank * (size - 1) >= num_rows:
+        raise UserError(
+            f"the last of {size} ranks would hold only rows of the vocabulary that the teacher "
+            "lacks",
+            where="parallel.head: shard",
+            fix="Leave it out, or use fewer ranks",
+        )
+    return min(per_rank, num_rows - per_rank * dist.get_rank(group))
 
 
 def with_rows(model: PreTrainedModel, rows: int) -> PreTrainedModel:

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -98,7 +99,12 @@ class Teacher:
 
         head: a copy of the teacher's head; None: the model's own.
         """
-        self._server_head = head or self.policy.head
+        own, device = self.policy.head, self.student.device
+        self._server_head = head or replace(
+            own,
+            weight=own.weight.detach().to(device),
+            bias=None if own.bias is None else own.bias.detach().to(device),
+        )
         self.policy = self.student
 
     @torch.no_grad()

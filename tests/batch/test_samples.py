@@ -35,7 +35,7 @@ def group(make_group):
     return make_group(["2 + 2 = 5", "2 + 2 = 4", "so 6"], [0.0, 1.0, 0.0], system="Be brief.")[0]
 
 
-def build(tokenizer, group, reflections, *, spans=None, **options):
+def build(tokenizer, group, reflections, *, spans=None, siblings=None, cut_right=False, **options):
     templates: dict[str, Any] = {"wrong_template": WRONG, "correct_template": CORRECT}
     if spans is None:
         spans = [
@@ -48,6 +48,8 @@ def build(tokenizer, group, reflections, *, spans=None, **options):
         {span.rollout_id: span for span in spans},
         chat=chat_format(tokenizer),
         config=TeacherConfig(**(templates | options)),
+        demonstrations=siblings,
+        cut_right=cut_right,
     )
 
 
@@ -112,6 +114,33 @@ def test_over_the_budget_the_explanation_loses_its_end(tokenizer, group, budget)
     assert explanation.startswith(kept) and len(kept) > 20
     assert (long.reflection_cut, short.reflection_cut) == (True, False)
     assert sample_metrics(samples) == {"reflect/cut_frac": 0.5}
+
+
+def test_the_public_code_cuts_the_end_of_the_prompt(tokenizer, group):
+    """The explanation loses its end, and the generation prompt is gone."""
+    reflections = [reflect_on("p0/0", quote="= 5", explanation="add the ones first. " * 40)]
+    (whole,) = build(tokenizer, group, reflections)
+    (cut,) = build(tokenizer, group, reflections, max_prompt_tokens=60, cut_right=True)
+    assert whole.teacher_prompt_ids is not None
+    assert cut.teacher_prompt_ids == whole.teacher_prompt_ids[:60] and cut.reflection_cut
+    (fits,) = build(tokenizer, group, reflections, cut_right=True)
+    assert fits == whole
+
+
+def test_the_teacher_may_read_a_correct_sibling(tokenizer, group):
+    options: Any = {
+        "wrong_template": "{problem}{demonstration}\n{explanation}",
+        "correct_template": "{problem}{demonstration}\n{explanation}",
+        "demonstration_note": "\nRight: {demonstration}",
+    }
+    reflections = [
+        reflect_on("p0/0", explanation="Add."),
+        reflect_on("p0/1", correct=True, explanation="Count."),
+    ]
+    samples = build(tokenizer, group, reflections, siblings={"p0/0": "2 + 2 = 4"}, **options)
+    first, second = (tokenizer.decode(sample.teacher_prompt_ids) for sample in samples)
+    assert "<|user|>2 + 2 = ?\nRight: 2 + 2 = 4\nAdd.<|end|>" in first
+    assert "<|user|>2 + 2 = ?\nCount.<|end|>" in second
 
 
 def test_a_quote_as_long_as_the_rollout_does_not_end_the_run(tokenizer, group):

@@ -28,7 +28,9 @@ SHORT: dict[str, Any] = {
 }
 
 
-def build(tokenizer, group, verdicts, *, chat: ChatConfig | None = None, **options):
+def build(
+    tokenizer, group, verdicts, *, chat: ChatConfig | None = None, cut_right=False, **options
+):
     return build_reflection_requests(
         [group],
         verdicts,
@@ -37,6 +39,7 @@ def build(tokenizer, group, verdicts, *, chat: ChatConfig | None = None, **optio
         stop_token_ids=(tokenizer.eos_token_id,),
         seed=7,
         step=3,
+        cut_right=cut_right,
     )
 
 
@@ -189,6 +192,20 @@ def test_rollouts_lose_their_middle_over_the_budget(tokenizer, make_group, budge
     for text, whole in ((good, right), (bad, wrong)):
         head, tail = text.split(ELLIPSIS)
         assert whole.startswith(head) and whole.endswith(tail) and abs(len(head) - len(tail)) <= 1
+
+
+def test_the_public_code_cuts_the_end_of_the_user_turn(tokenizer, make_group):
+    """The wrong rollout and the instruction are gone, and the generation prompt stays."""
+    wrong, right = "the wrong rate was used " * 40, "add the ones first " * 40
+    step = make_group([wrong, right], [0.0, 1.0])
+    options = {"mode": "free", "cut_right": True}
+    first, _ = build(tokenizer, *step, **options, max_prompt_tokens=100)
+    (prompt, _) = prompts(tokenizer, [first, first])
+    assert 96 < len(first.request.prompt_ids) <= 100 and first.prompt_cut
+    user = prompt.removeprefix("<|user|>").removesuffix("<|end|><|assistant|>")
+    assert f"2 + 2 = ?\nGood: {right}".startswith(user) and "Bad" not in user
+    whole = build(tokenizer, *step, mode="free")
+    assert build(tokenizer, *step, **options) == whole
 
 
 def test_a_problem_over_the_budget_is_a_user_error(tokenizer, make_group):

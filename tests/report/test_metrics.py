@@ -174,7 +174,8 @@ def test_rollout_metrics() -> None:
     samples = [
         make_sample("a/0", teacher_prompt_ids=(4,)),
         make_sample("a/0", advantage=1.0),
-        make_sample("a/1", advantage=-1.0),
+        make_sample("a/1", advantage=None),
+        make_sample("b/0", advantage=0.0),  # its gradient is zero
     ]
     got = rollout_metrics(groups, verdicts, samples, FakeSelection(kept=(groups[0],)), 3)  # type: ignore[arg-type]
     assert got == {

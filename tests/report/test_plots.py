@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from rosd_fast.errors import UserError
-from rosd_fast.report import draw_plots, panels
+from rosd_fast.report import diagnostic_panels, draw_plots, panels, policy_panels
 from rosd_fast.report.metrics import MetricsLog, read_metrics
-from rosd_fast.report.plots import _eval_samples, _figure, _png
+from rosd_fast.report.plots import _eval_samples, _figure, _png, pictures
 from rosd_fast.report.series import domains, series, smoothing_window, stage_times
 from rosd_fast.report.stages import Stage
 
@@ -77,6 +77,77 @@ def test_a_run_with_servers_has_a_plot_of_the_engine(tmp_path: Path) -> None:
         decode(path)
 
 
+def diagnostics_row(step: int) -> dict[str, float]:
+    names = ("topk_overlap", "student_mass_topk", "teacher_mass_topk", "special_frac")
+    names += ("thinking_frac", "divergence_before", "divergence_error", "divergence_after")
+    row = {f"diag/{name}": 0.1 * step for name in names} | {"rollout/tokens_mean": 40.0}
+    row |= {f"diag/divergence_pos_{tenth}": 0.01 * tenth for tenth in range(10)}
+    row |= {"rollout/truncated_frac": 0.1, "loss/logprob_gap_mean": 1e-6}
+    return row
+
+
+def policy_row(step: int) -> dict[str, float]:
+    names = ("loss", "entropy_mean", "logprob_mean", "ratio_mean", "clipped_frac")
+    row = {f"policy/{name}": 0.1 * step for name in names} | {"loss/num_policy_tokens": 900.0}
+    row |= {"loss/grad_norm": 0.1, "rollout/accuracy": 0.5, "rollout/trained_frac": 0.5}
+    own = ("special_frac", "thinking_frac")
+    row |= {k: v for k, v in diagnostics_row(step).items() if k.removeprefix("diag/") in own}
+    row |= {"rollout/tokens_mean": 40.0, "rollout/truncated_frac": 0.0}
+    return row | {"policy/logprob_gap_mean": 1e-6, "time/sample_s": 1.0}
+
+
+@pytest.mark.parametrize(
+    ("kind", "names"),
+    [
+        ("policy", {"overview", "accuracy", "distilled", "time", "policy", "diagnostics"}),
+        ("divergence", NAMES | {"diagnostics"}),
+        ("both", NAMES | {"diagnostics", "policy"}),
+    ],
+)
+def test_the_plots_are_those_of_the_losses(tmp_path: Path, kind: str, names: set[str]) -> None:
+    """And no panel of them lacks its metrics."""
+    rows = []
+    for step in range(1, 4):
+        row = {} if kind == "policy" else make_row(step) | diagnostics_row(step)
+        rows.append({"step": step, **row, **({} if kind == "divergence" else policy_row(step))})
+    grids = pictures(rows)
+    assert set(grids) == names
+    for name, grid in grids.items():
+        for panel in [each for line in grid for each in line]:
+            # Evaluations and throughput come from other stages.
+            if name not in ("accuracy", "time") and "accuracy" not in str(panel):
+                assert "no data" not in texts(draw(panel, rows)), (name, panel)
+
+
+def test_a_method_without_reflections_has_no_plot_of_them() -> None:
+    row = {k: v for k, v in make_row(1).items() if not k.startswith("reflect/")}
+    grids = pictures([{"step": 1, **row, "reflect/cut_frac": 0.0, "rollout/tokens_mean": 40.0}])
+    assert set(grids) == NAMES - {"spans"}
+    shown = [panel for line in grids["overview"] for panel in line]
+    assert not {panels.span_start, panels.reflection_quality}.intersection(shown)
+    assert panels.entropies in shown
+    measured = {k: v for k, v in diagnostics_row(1).items() if k != "diag/divergence_error"}
+    grid = pictures([{"step": 1, **row, **measured}])["diagnostics"]
+    assert diagnostic_panels.span_contrast not in [panel for line in grid for panel in line]
+
+
+def test_the_map_has_a_column_per_step_and_a_row_per_tenth() -> None:
+    rows: list[dict[str, Any]] = [{"step": i, **diagnostics_row(i)} for i in (1, 2, 4)]
+    del rows[1]["diag/divergence_pos_3"]
+    ax = draw(diagnostic_panels.position_map, rows)
+    (mesh,) = ax.collections
+    values = np.ma.filled(mesh.get_array(), np.nan).reshape(10, 3)
+    expected = np.tile(0.01 * np.arange(10.0)[:, None], 3)
+    expected[3, 1] = np.nan
+    np.testing.assert_allclose(values, expected)
+    assert ax.get_ylim() == (0, 1)
+    many: list[dict[str, Any]] = [{"step": i, "diag/divergence_pos_0": i} for i in range(1, 301)]
+    mesh = draw(diagnostic_panels.position_map, many).collections[0]
+    first = np.ma.filled(mesh.get_array(), np.nan).reshape(10, -1)[0]
+    assert len(first) == 100
+    assert first[0] == 2.0  # of steps 1 to 3
+
+
 def test_equal_metrics_give_equal_bytes() -> None:
     rows = [{"step": step, **make_row(step)} for step in range(1, 30)]
     first, second = (_png(_figure([[panels.divergence]], rows, "run")) for _ in range(2))
@@ -114,6 +185,27 @@ def test_a_missing_run_is_a_user_error(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "panel",
+    [
+        diagnostic_panels.agreement,
+        diagnostic_panels.span_contrast,
+        diagnostic_panels.position_map,
+        diagnostic_panels.token_kinds,
+        diagnostic_panels.lengths,
+        diagnostic_panels.truncated,
+        policy_panels.policy_loss,
+        policy_panels.logprob,
+        policy_panels.ratio,
+        policy_panels.clipping,
+    ],
+)
+def test_a_newer_panel_without_its_metrics_says_so(panel: Any) -> None:
+    assert "no data" in texts(draw(panel, [{"step": 1, "other": 1.0}]))
+    rows = [{"step": 1, **diagnostics_row(1), **policy_row(1)}]
+    assert "no data" not in texts(draw(panel, rows))
+
+
 def draw(panel: Any, rows: list[dict[str, Any]], **options: Any) -> Any:
     figure = Figure()
     ax = figure.subplots()
@@ -130,7 +222,7 @@ def texts(ax: Any) -> list[str]:
     "name",
     [
         *("accuracy", "divergence", "grad_norm", "entropies", "importance_weight", "distilled"),
-        *("distilled_tokens", "span_start", "span_length", "reflection_quality"),
+        *("trained_tokens", "span_start", "span_length", "reflection_quality"),
         *("time_per_step", "time_shares", "throughput"),
     ],
 )

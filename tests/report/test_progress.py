@@ -31,6 +31,12 @@ METRICS = {
 }
 
 
+def test_a_run_without_a_teacher_shows_its_own_loss() -> None:
+    assert describe_metrics({"policy/loss": -0.00125}) == "policy loss -0.00125"
+    both = describe_metrics({"policy/loss": 0.5, "loss/divergence": 0.25})
+    assert both == "loss 0.25  policy loss 0.5"
+
+
 class Ticks:
     """A clock that the test moves."""
 

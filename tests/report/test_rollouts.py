@@ -130,6 +130,37 @@ def test_without_token_bytes_there_are_no_token_texts(tmp_path: Path) -> None:
     assert row["span"]["text"] is None
 
 
+def test_tokens_whose_loss_needs_no_teacher(tmp_path: Path) -> None:
+    step = make_step()
+    fields: dict[str, Any] = {"problem_id": "p1", "student_prompt_ids": (1,), "start": 0}
+    samples = []
+    for index, (text, advantage) in enumerate((("it is 2", 0.8660254), ("it is é 3", None))):
+        ids = tuple(text.encode())
+        samples.append(
+            TrainSample(
+                rollout_id=f"p1/{index}",
+                completion_ids=ids,
+                logprobs=(-0.5,) * len(ids),
+                end=2 + index,
+                advantage=advantage,
+                **fields,
+            )
+        )
+    distilled = replace(samples[1], teacher_prompt_ids=(1,), start=6, end=10)
+    path = write_rollouts(
+        tmp_path / "a.jsonl",
+        **step,
+        samples=[*samples, distilled],
+        logprobs={"p1/1": [-0.123456789, -math.inf, -2.0]},
+    )
+    right, wrong, dropped = read_rollouts(path)
+    assert right["policy"] == {"start": 0, "end": 2, "advantage": 0.866025, "logprob": None}
+    assert wrong["policy"]["advantage"] is None
+    assert wrong["policy"]["logprob"] == [-0.123457, None, -2.0]
+    assert wrong["divergence"] is not None
+    assert "policy" not in dropped
+
+
 def test_a_rollout_is_one_line_whatever_its_text(tmp_path: Path) -> None:
     text = 'a\nb\u2028c\x85"\\ \ud800'  # line ends of Unicode, and half a surrogate pair
     step = make_step()

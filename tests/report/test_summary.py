@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import math
 from pathlib import Path
+from typing import Any
 
 import pytest
 from rich.console import Console
@@ -24,6 +25,10 @@ def make_run(run: Path) -> Path:
     return run
 
 
+def rows_of(run: Path) -> list[dict[str, Any]]:
+    return read_metrics(run / "metrics.jsonl")
+
+
 def print_to_text(printable: object, width: int = 100) -> str:
     console = Console(file=io.StringIO(), width=width, color_system=None)
     console.print(printable)
@@ -36,7 +41,7 @@ def cells(text: str) -> list[list[str]]:
 
 
 def test_the_table_shows_the_first_and_last_evaluation(tmp_path: Path) -> None:
-    text = print_to_text(before_after_table(make_run(tmp_path)))
+    text = print_to_text(before_after_table(rows_of(make_run(tmp_path))))
     assert "step 0" in text
     assert "step 10" in text
     assert cells(text) == [
@@ -59,17 +64,21 @@ def test_changes_as_numbers(tmp_path: Path) -> None:
 
 def test_one_evaluation_or_none(tmp_path: Path) -> None:
     with MetricsLog(tmp_path / "metrics.jsonl") as log:
-        assert "no evaluation yet" in print_to_text(before_after_table(tmp_path))
+        assert "no evaluation yet" in print_to_text(before_after_table(rows_of(tmp_path)))
         log.write(0, {"eval/dev/accuracy": 0.4})
-    text = print_to_text(before_after_table(tmp_path))
+    text = print_to_text(before_after_table(rows_of(tmp_path)))
     assert cells(text) == [["in domain (dev)", "40.0%"]]
     assert "change" not in text
 
 
 def test_the_summary_lists_only_existing_files(tmp_path: Path) -> None:
     run = make_run(tmp_path / "[bold]run")
-    for step in (9, 10, 1000000):
-        (run / "checkpoints" / f"step_{step:06d}").mkdir(parents=True)
+    for name in ("step_000009", "step_000010", "step_1000000"):
+        (run / "checkpoints" / name).mkdir(parents=True)
+        (run / "checkpoints" / name / "trainer_state.json").touch()
+    for stray in ("step_2000000", "step_3000000.bak", "damaged_step_4000000", "step_x"):
+        (run / "checkpoints" / stray).mkdir()
+    (run / "checkpoints" / "step_3000000.bak" / "trainer_state.json").touch()
     (run / "rollouts").mkdir()
     console = Console(file=io.StringIO(), width=300, color_system=None)
     summarize(run, console)
@@ -79,6 +88,22 @@ def test_the_summary_lists_only_existing_files(tmp_path: Path) -> None:
     assert str(run / "rollouts") in text
     assert str(run / "checkpoints" / "step_1000000") in text
     assert "plots" not in text
+
+
+def test_the_summary_has_losses_and_warnings(tmp_path: Path) -> None:
+    with MetricsLog(tmp_path / "metrics.jsonl") as log:
+        for step in range(1, 7):
+            row = {"loss/divergence": 0.25 / step, "policy/loss": -0.5, "loss/grad_norm": 1e-7}
+            log.write(step, row | {"loss/num_policy_tokens": 9.0})
+    console = Console(file=io.StringIO(), width=60, color_system=None)
+    summarize(tmp_path, console)
+    lines = console.file.getvalue().splitlines()  # type: ignore[attr-defined]
+    assert [line.split() for line in lines if line.startswith(("policy loss", "divergence"))] == [
+        ["divergence", "0.25", "->", "0.04167", "nats", "/", "token"],
+        ["policy", "loss", "-0.5", "->", "-0.5"],
+    ]
+    (warning,) = [line for line in lines if line.startswith("warning: ")]
+    assert warning.startswith("warning: step 3: the gradient norm has been below 1e-05")
 
 
 def test_a_missing_run_is_a_user_error(tmp_path: Path) -> None:

@@ -175,6 +175,38 @@ def test_verdicts_and_facts(tmp_path: Path) -> None:
     Balance(page)
 
 
+def test_tokens_of_the_policy_loss_show_surprise_and_direction(tmp_path: Path) -> None:
+    policy = {"start": 0, "end": 2, "advantage": 1.25, "logprob": [-0.5, -2.0]}
+    rows = [
+        make_row(["2", " +"], policy=policy),
+        make_row(["3", " -"], rollout_id="p1/1", policy={**policy, "advantage": -0.5}),
+        make_row(["4"], rollout_id="p1/2", policy={**policy, "advantage": 0.0, "logprob": None}),
+        make_row(["5"], rollout_id="p1/3", policy={**policy, "advantage": None, "logprob": [-1]}),
+    ]
+    page = render(tmp_path, rows)
+    assert "4 trained by the policy loss (5 tokens)" in page
+    assert "distilled" not in page
+    assert '<i class="up" style="--d:0.50" title="surprise 0.5 nats">2</i>' in page
+    assert '<i style="--d:1.00" title="surprise 2 nats"> -</i>' in page
+    assert "<span>4</span>" in page
+    for note in ("advantage +1.25", "advantage -0.5", "advantage +0: not trained", "likelihood"):
+        assert note in page
+    Balance(page)
+
+
+def test_where_a_token_has_both_losses_the_divergence_counts(tmp_path: Path) -> None:
+    row = make_row(
+        ["2", " +"],
+        policy={"start": 0, "end": 2, "advantage": 1.0, "logprob": [-0.5, -2.0]},
+        span={"start": 1, "end": 2, "source": "quote", "text": " +"},
+        divergence=[0.25],
+    )
+    page = render(tmp_path, [row])
+    assert '<i class="up" style="--d:0.50" title="surprise 0.5 nats">2</i>' in page
+    assert '<i style="--d:1.00" title="0.25 nats"> +</i>' in page
+    assert "1 distilled (1 tokens), 1 trained by the policy loss (2 tokens)" in page
+
+
 def test_kept_groups_come_first_under_the_limit(tmp_path: Path) -> None:
     dropped = make_row(["a"], group_dropped=True, rollout_id="dropped/0")
     kept = make_row(["b"], rollout_id="kept/0")

@@ -11,7 +11,10 @@ Checkpoints of step 2 are in OUT/CASE; resuming from one of them has to give the
 from __future__ import annotations
 
 import argparse
+import gc
 import json
+import weakref
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,12 +24,14 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, models
 from transformers import PreTrainedTokenizerFast
 
+from rosd_fast.batch.diagnosed import with_diagnosed
 from rosd_fast.batch.packing import pack
 from rosd_fast.config import Config
+from rosd_fast.model.attention import hidden_states
 from rosd_fast.trainer.learner import StepResult
 from rosd_fast.trainer.optim import Optimizer
 from rosd_fast.trainer.ranks import LearnerGroup, run_worker
-from rosd_fast.types import TrainSample
+from rosd_fast.types import PackedBatch, TrainSample
 from rosd_fast.utils.distributed import World, full, open_world
 from tests.tiny import SHAPE, VOCAB, mark_trainable, tiny_model
 
@@ -74,6 +79,44 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "bfloat16": ("Llama", TIED, {"dtype": "bfloat16"}),
     "bfloat16 ema": ("Llama", TIED, {"dtype": "bfloat16", "teacher": {"kind": "ema"}}),
 }
+WIDE = {"hidden_size": 48, "num_hidden_layers": 3}
+PADDED = {"vocab_size": VOCAB + 8}
+# A separate teacher, of another family, width and number of vocabulary rows than the student.
+TEACHERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "other": ("Qwen3", WIDE | UNTIED),
+    "other lora offload": ("Granite", WIDE | TIED | PADDED),
+    "other rows": ("Qwen3", WIDE | UNTIED),
+    "other rows padded": ("Llama", WIDE | TIED | PADDED),
+    "other server": ("Qwen3", WIDE | TIED),
+    "other server rows": ("Phi", WIDE | UNTIED | PADDED),
+}
+OTHER = {"model": "other"}
+CASES |= {
+    "other": ("Llama", TIED | PADDED, {"teacher": OTHER}),
+    "other lora offload": (
+        "Llama",
+        TIED,
+        {"lora": {"rank": 4}, "teacher": OTHER | {"offload": True}},
+    ),
+    "other rows": (
+        "Phi",
+        UNTIED | PADDED,
+        {
+            "parallel": ROWS,
+            "teacher": OTHER,
+            "loss": {"strategy": "tiled"},
+            # A key's bias has next to no gradient, whose rounding errors AdamW would magnify.
+            "optim": {"trainable": "*.weight, lm_head.bias"},
+        },
+    ),
+    "other rows padded": ("Llama", UNTIED, {"parallel": ROWS, "teacher": OTHER}),
+    "other server": ("Llama", TIED | PADDED, {"teacher": OTHER | {"backend": "sglang"}}),
+    "other server rows": (
+        "Llama",
+        UNTIED,
+        {"parallel": ROWS, "teacher": OTHER | {"backend": "sglang"}},
+    ),
+}
 NUM_STEPS, SAVED_STEP = 4, 2
 
 
@@ -94,6 +137,29 @@ def model_of(case: str, config: Config) -> Any:
             if "lora_B" in name:
                 torch.nn.init.normal_(parameter, std=0.1)
     return model
+
+
+def other_teacher(case: str) -> Any:
+    """The separate teacher of a case."""
+    family, shape = TEACHERS[case]
+    return tiny_model(family, torch.float32, seed=1, **shape)
+
+
+def create(case: str, config: Config, world: World) -> LearnerGroup:
+    """The learners of a case, with its separate teacher if it has one.
+
+    Sharded over several ranks, rank 0 keeps no full copy of that.
+    """
+    model, teacher = model_of(case, config), other_teacher(case) if case in TEACHERS else None
+    group = LearnerGroup.create(model, config, world, tokenizer(), teacher=teacher or "initial")
+    if "server" in case and world.size == 1:
+        group.learner.teacher.discard_model()
+    if teacher is not None and world.size > 1:
+        left = weakref.ref(teacher)
+        del teacher
+        gc.collect()
+        assert left() is None
+    return group
 
 
 def samples_of(case: str, step: int) -> list[TrainSample]:
@@ -166,15 +232,32 @@ class Recorder:
 
 
 def step(learners: LearnerGroup, case: str, number: int) -> StepResult:
+    samples = samples_of(case, number)
     batches = pack(
-        samples_of(case, number),
+        samples,
         max_tokens=120,
         min_shared=3,
         num_ranks=learners.world.size,
         hidden_size=SHAPE["hidden_size"],
     )
     assert len(batches) % learners.world.size == 0
-    return learners.step(batches)
+    on_server = "server" in case
+    located = {sample.rollout_id for sample in samples if not on_server}
+    diagnosed = with_diagnosed(batches, samples, located=located, max_tokens=10**6)
+    result = learners.step(diagnosed, served_states(case, batches) if on_server else None)
+    assert result.metrics["diag/topk_overlap"] > 0
+    return result
+
+
+@torch.no_grad()
+def served_states(case: str, batches: Sequence[PackedBatch]) -> list[torch.Tensor]:
+    """What a teacher's server would answer."""
+    teacher = other_teacher(case)
+    none = torch.empty(0, WIDE["hidden_size"])
+    return [
+        none if b.teacher is None else hidden_states(teacher, b.teacher)[b.teacher.gather]
+        for b in batches
+    ]
 
 
 def work(
@@ -188,7 +271,7 @@ def work(
                 run_worker(world)
             continue
         config = config_of(case, shard_size)
-        learners = LearnerGroup.create(model_of(case, config), config, world, tokenizer())
+        learners = create(case, config, world)
         rows = []
         for number in range(NUM_STEPS):
             recorder.gradients.clear()
@@ -199,9 +282,10 @@ def work(
                 learners.save(out / case, SAVED_STEP, None)
         weights = {k: v.detach().clone() for k, v in learners.weights().items()}
         results |= {f"{case}/weight/{k}": v for k, v in weights.items()}
-        teacher = model_of(case, config)
-        learners.gather_teacher(teacher)
-        results |= {f"{case}/teacher/{k}": v.detach() for k, v in teacher.named_parameters()}
+        if case not in TEACHERS:
+            teacher = model_of(case, config)
+            learners.gather_teacher(teacher)
+            results |= {f"{case}/teacher/{k}": v.detach() for k, v in teacher.named_parameters()}
         learners.close()
         metrics[case] = [[row.metrics, row.per_token] for row in rows]
         own = continued(case, config, world, out)
@@ -216,7 +300,7 @@ def work(
 
 def continued(case: str, config: Config, world: World, run: Path) -> dict[str, torch.Tensor]:
     """The weights after all steps, resumed from the checkpoint in the folder `run`."""
-    learners = LearnerGroup.create(model_of(case, config), config, world, tokenizer())
+    learners = create(case, config, world)
     assert learners.load(run / case / "checkpoints" / "step_000002") == SAVED_STEP
     for number in range(SAVED_STEP, NUM_STEPS):
         step(learners, case, number)
