@@ -30,6 +30,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from rosd_fast.config.checks import control_arms
 from rosd_fast.errors import UserError
 from rosd_fast.methods.targets import policy_samples, whole
 from rosd_fast.report.stages import Stage
@@ -95,7 +96,8 @@ class Method(ABC):
 
     annotate_stage: Stage = Stage.REFLECT  # counts the time of `annotate`; streamed, sampling does
     default_weights: ClassVar[tuple[float, float]] = (1.0, 0.0)  # divergence, policy gradient
-    needs_success: ClassVar[bool] = True  # whether a group without a correct rollout is dropped
+    needs_success: ClassVar[bool] = True  # whether `select.on_no_success` applies
+    has_reflections: ClassVar[bool] = False  # whether it has the control arms of the reflection
 
     def __init__(
         self, config: Config, model: LoadedModel, token_bytes: TokenBytes, chats: Chats
@@ -116,6 +118,12 @@ class Method(ABC):
                 "both are 0, so nothing would be trained",
                 where="loss.distill_weight and loss.policy_weight",
                 fix="Give one of them",
+            )
+        if not cls.has_reflections and (arms := control_arms(config)):
+            raise UserError(
+                f"the method {config.method} has no reflection and locates no error",
+                where=arms[0],
+                fix="Leave it out, or choose the method rosd",
             )
         if cls.weights(config)[0]:
             return
@@ -224,9 +232,9 @@ class Method(ABC):
         """
         distill, policy = self.weights(self.config)
         weighted = [
-            sample if distill == 1 else replace(sample, weight=distill * sample.weight)
+            replace(sample, weight=distill * sample.weight) if sample.is_distilled else sample
             for sample in samples
-            if distill
+            if distill or not sample.is_distilled
         ]
         if policy:
             weighted += policy_samples(groups, verdicts, self.config.policy, weight=policy)
