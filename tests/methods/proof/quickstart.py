@@ -219,9 +219,9 @@ def record(run: Run) -> list[Update]:
         return {name: weight.detach().clone() for name, weight in module.state_dict().items()}
 
     def update(loss: float) -> float | None:
-        masters: Mapping[str, Any] = learner.optimizer.masters
+        masters = learner.optimizer.masters.items()
         teacher = learner.teacher.model if needs_teacher else learner.model
-        gradients = {name: master.grad.clone() for name, master in masters.items()}
+        gradients = {n: master.grad.clone() for n, master in masters if master.grad is not None}
         updates.append(Update(loss, gradients, copied(learner.model), copied(teacher)))
         return own(loss)
 
