@@ -40,7 +40,7 @@ test: $(STAMP)  ## run the tests; options: make test ARGS="-k cli"
 	@echo "left out: tests that take minutes (make slow) and those of a real SGLang (make sglang)"
 
 # Pure parts, records, reports, documentation and import rules: the tests that take seconds.
-QUICK := tests/config tests/data tests/text tests/verify tests/rollout tests/reflection tests/batch tests/methods \
+QUICK := tests/config tests/data tests/text tests/verify tests/rollout tests/reflection tests/batch tests/methods/test_*.py \
 	tests/report tests/docs tests/test_files.py tests/test_imports.py tests/kernels/test_imports.py \
 	tests/kernels/test_reference.py tests/kernels/test_docs.py
 

@@ -94,7 +94,7 @@ def make_config(args: argparse.Namespace, folder: str) -> Config:
         "data.dev_ood": None,
         "sample.problems_per_step": args.problems,
         "sample.group_size": args.group_size,
-        "select.require_success": False,
+        "select.on_no_success": "keep",
         "reflect.wrong_template": TEMPLATE,
         "engine.kind": "sglang",
         "engine.python": args.python,

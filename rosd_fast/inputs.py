@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -62,7 +63,7 @@ class Inputs:
     @property
     def special_ids(self) -> frozenset[int]:
         """The ids of special and of added tokens, such as those of a chat template."""
-        tokenizer = self.model.tokenizer
+        tokenizer: Any = self.model.tokenizer
         return frozenset(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
 
     def chat_notes(self) -> list[str]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rosd_fast.config import Config
+from rosd_fast.config import Config, control_arms
 from rosd_fast.config.load import apply_toml, config_hash, to_toml
 from rosd_fast.engines.lifecycle import Engines, open_engines
 from rosd_fast.engines.sglang.teacher import SglangTeacher
@@ -35,6 +35,7 @@ from rosd_fast.report import (
     summarize,
     write_rollouts,
 )
+from rosd_fast.report.advice import LearningWatch
 from rosd_fast.report.metrics import MetricsLog, read_metrics
 from rosd_fast.report.progress import Progress, progress
 from rosd_fast.report.rollouts import write_skipped
@@ -69,6 +70,7 @@ class Run:
     progress: what the terminal shows.
     stop: whether Ctrl-C or SIGTERM asked for an end after the current step.
     watch: which signs of collapse the metrics have shown.
+    idle: whether the last steps had anything to learn from.
     teacher: a separate teacher's full model, as long as something besides the learner needs it.
     first_step: the first step that this process runs; 1 unless it resumes.
     last_step: the last step that is done; 0 before the first.
@@ -81,6 +83,7 @@ class Run:
     progress: Progress
     stop: StopRequest
     watch: Watch
+    idle: LearningWatch
     first_step: int
     teacher: LoadedModel | None = None
     last_step: int = 0
@@ -186,6 +189,8 @@ class Run:
         self.progress.step_done(step, row)
         for warned in self.watch.add({"step": step, **row}):
             self.progress.note(f"warning: step {step}: {warned.text}")
+        if (advice := self.idle.see(row)) is not None:
+            self.progress.note(advice)
         self.last_step = step
 
     def save(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -244,6 +249,8 @@ def opened(config: Config, resume: Path | None, world: World, lock: RunLock) -> 
                 num_ranks=world.size,
             )
             shown.note(f"learner: {learner}")
+            if arms := control_arms(config):
+                shown.note(f"control arm: {', '.join(arms)}")
             if about_teacher is not None:
                 shown.note(f"teacher: {about_teacher}")
             if epochs is not None:
@@ -260,6 +267,7 @@ def opened(config: Config, resume: Path | None, world: World, lock: RunLock) -> 
                 progress=shown,
                 stop=stop,
                 watch=Watch(read_metrics(log.path)),
+                idle=LearningWatch(config.select.warn_after_steps, read_metrics(log.path)),
                 first_step=first_step,
                 teacher=teacher,
             )

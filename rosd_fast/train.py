@@ -102,7 +102,7 @@ async def train_on(run: Run, engines: Engines, step: int, sampled: Sampled) -> d
     training = method.build(selection.kept, verdicts, sampled.annotations, progress)
     training = without_unknown_tokens(run, step, training)
     measured = await method.measure(step, training, selection.kept, verdicts, engines, progress)
-    if not training.samples:
+    if not any(sample.has_effect for sample in training.samples):
         progress.note(f"step {step}: nothing to train on ({selection.describe()})")
     samples = training.samples
     if size := run.config.compat.micro_batch_rollouts:
@@ -122,6 +122,7 @@ async def train_on(run: Run, engines: Engines, step: int, sampled: Sampled) -> d
         **learned.metrics,
         **diagnostics(run, sampled, training, learned),
         **rollout_metrics(sampled.groups, verdicts, training.samples, selection, step - 1),
+        **selection.metrics(),
         **engines.student.take_metrics(),
     }
 
@@ -177,6 +178,7 @@ async def update(
                 samples,
                 config.policy.normalize,
                 max_new_tokens=config.sample.max_new_tokens,
+                entropy_bonus=config.policy.entropy_weight > 0,
             ),
             max_tokens=config.pack.max_tokens,
             min_shared=config.pack.min_shared,

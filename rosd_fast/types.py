@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 FinishReason = Literal["stop", "length"]
-SpanSource = Literal["quote", "normalized", "fuzzy", "full"]
+SpanSource = Literal["quote", "normalized", "fuzzy", "full", "random"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -146,7 +146,7 @@ class Reflection:
     """
 
     rollout_id: str
-    demonstration_id: str | None  # the correct sibling that was shown, None: none
+    demonstration_id: str | None  # the correct sibling shown, "reference", "answer", or None: none
     correct: bool  # whether the rollout reflected on was correct
     text: str  # as generated, with the tag that the prompt ended with
     quote: str | None
@@ -169,7 +169,7 @@ class ErrorSpan:
     rollout_id: str
     start: int
     end: int
-    source: SpanSource  # how the quote was found, or "full": the whole completion, or answer
+    source: SpanSource  # how the quote was found; "full": all tokens, or the answer; "random"
     error_end: int | None = None  # completion_ids[start:error_end] is the quoted error; None: none
 
     def __post_init__(self) -> None:
@@ -239,6 +239,11 @@ class TrainSample:
     def is_distilled(self) -> bool:
         """Whether its loss is the divergence from the teacher."""
         return self.teacher_prompt_ids is not None
+
+    @property
+    def has_effect(self) -> bool:
+        """Whether it may have a gradient without an entropy bonus: not with an advantage of 0."""
+        return bool(self.weight) and self.advantage != 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

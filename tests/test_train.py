@@ -266,9 +266,15 @@ def test_without_any_right_rollout_a_step_ends_well(
     data = tmp_path / "data.jsonl"
     rows = [{"prompt": f"Say {i}.", "answer": "-12345", "verifier": "number"} for i in range(4)]
     data.write_text("\n".join(map(json.dumps, rows)))
-    run = train(small(tmp_path, data__train=str(data), data__dev=None, data__dev_ood=None, steps=1))
-    assert "nothing to train on" in capsys.readouterr().out
+    config = small(tmp_path, data__train=str(data), data__dev=None, data__dev_ood=None)
+    run = train(config.model_copy(update={"steps": 1}))
+    output = capsys.readouterr().out
+    assert "nothing to train on" in output and "nothing to learn from" not in output
+    train(config, resume=run)  # which remembers the first step
+    advice = "nothing to learn from in the last 2 steps: no rollout is right: take easier problems"
+    assert capsys.readouterr().out.count(advice) == 1
     row = read_metrics(run / "metrics.jsonl")[-1]
+    assert row["select/num_dropped_no_success"] == row["select/num_groups"] == 4
     assert row["loss/num_distilled_tokens"] == 0
     assert row["rollout/accuracy"] == 0
     before, after = (

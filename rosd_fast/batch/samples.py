@@ -33,16 +33,18 @@ def build_samples(
     chat: ChatFormat,
     config: TeacherConfig,
     demonstrations: Mapping[str, str] | None = None,
+    feedback: Mapping[str, str] | None = None,
     cut_right: bool = False,
 ) -> list[TrainSample]:
     """One sample per rollout that has a span and every text that its teacher template uses.
 
-    Raises UserError if a problem and the template alone exceed `config.max_prompt_tokens`.
-
-    demonstrations: by rollout id, the correct sibling that the teacher reads, where there is one.
+    demonstrations: by rollout id, the solution that the teacher reads, where there is one.
+    feedback: by rollout id, what the verifier says, which replaces {feedback}.
     cut_right: as for `teacher_prompt`.
+
+    Raises UserError if a problem and the template alone exceed `config.max_prompt_tokens`.
     """
-    siblings = demonstrations or {}
+    siblings, feedback = demonstrations or {}, feedback or {}
     samples = []
     for problem, rollout in _rollouts(groups):
         reflection, span = reflections.get(rollout.id), spans.get(rollout.id)
@@ -58,6 +60,8 @@ def build_samples(
             shown = {"demonstration": siblings.get(rollout.id, "")}
             note = fill_template(config.demonstration_note, shown)
             present["demonstration"] = note if rollout.id in siblings else ""
+        if "feedback" in placeholders(template):
+            present["feedback"] = feedback.get(rollout.id, "")
         prompt_ids, cut = teacher_prompt(
             problem,
             template,

@@ -27,7 +27,11 @@ def mini_batches(samples: Sequence[TrainSample], count: int) -> list[list[TrainS
 
 
 def normalized(
-    samples: Sequence[TrainSample], normalize: Normalize, *, max_new_tokens: int
+    samples: Sequence[TrainSample],
+    normalize: Normalize,
+    *,
+    max_new_tokens: int,
+    entropy_bonus: bool = False,
 ) -> list[TrainSample]:
     """Divide the weights of the samples that need no teacher, and drop those without an effect.
 
@@ -38,8 +42,10 @@ def normalized(
         sequence   B times the number of tokens of its own sample
         constant   B * max_new_tokens
 
-    A sample of advantage 0 counts in M and B and is left out, since its gradient is zero. Distilled
-    samples stay as they are.
+    A sample of advantage 0 counts in M and B and is left out, since its gradient is zero, unless
+    there is an entropy bonus. Distilled samples stay as they are.
+
+    entropy_bonus: whether `policy.entropy_weight` is above 0.
     """
     others = [sample for sample in samples if not sample.is_distilled]
     num_tokens = sum(sample.num_tokens for sample in others)
@@ -53,7 +59,7 @@ def normalized(
     return [
         sample if sample.is_distilled else replace(sample, weight=sample.weight / divisor(sample))
         for sample in samples
-        if sample.is_distilled or (sample.weight and sample.advantage != 0)
+        if sample.is_distilled or (sample.weight and (entropy_bonus or sample.advantage != 0))
     ]
 
 

@@ -16,7 +16,7 @@ Importing this package imports neither torch nor transformers.
 
 from __future__ import annotations
 
-from rosd_fast.config.checks import uses_teacher_weights
+from rosd_fast.config.checks import control_arms, uses_teacher_weights
 from rosd_fast.config.schema import (
     ChatConfig,
     CheckpointConfig,
@@ -82,6 +82,7 @@ __all__ = [
     "SelectConfig",
     "SpanConfig",
     "TeacherConfig",
+    "control_arms",
     "same_as",
     "uses_teacher_weights",
 ]

@@ -10,7 +10,15 @@ if TYPE_CHECKING:
 
 def uses_teacher_weights(config: Config) -> bool:
     """Whether anything is sampled with the teacher's weights, which otherwise only score."""
-    return config.reflect.weights == "teacher" or config.reflect.probe_every > 0
+    reflect = config.reflect
+    written = reflect.weights == "teacher" and reflect.control != "none"
+    return written or reflect.probe_every > 0
+
+
+def control_arms(config: Config) -> list[str]:
+    """The control arms that a run is in, as in `span.control random`; empty: none."""
+    controls = {"reflect.control": config.reflect.control, "span.control": config.span.control}
+    return [f"{name} {value}" for name, value in controls.items() if value != "off"]
 
 
 def conflict(config: Config) -> str | None:
@@ -97,6 +105,16 @@ def conflict(config: Config) -> str | None:
         (
             engine.colocated and engine.sync == "distributed",
             "engine.colocated needs engine.sync disk: NCCL connects different GPUs",
+        ),
+        (
+            config.reflect.control == "none" and config.span.control != "off",
+            f"span.control is {config.span.control}: with reflect.control none there is no quote "
+            "and no span, and wrong rollouts are distilled whole",
+        ),
+        (
+            config.span.control == "negative" and bool(config.loss.policy_weight),
+            "loss.policy_weight gives wrong rollouts another policy gradient than span.control "
+            "negative does: give one of them",
         ),
         (
             config.compat.reencode_span and config.span.granularity != "suffix",

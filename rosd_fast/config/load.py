@@ -53,6 +53,7 @@ NOT_HASHED = {
     "name": True,
     "dump_rollouts": True,
     "data": {"dev", "dev_ood"},
+    "select": {"warn_after_steps"},
     "chat": {"eval"},
     "eval": True,
     "checkpoint": True,

@@ -16,7 +16,11 @@ RENAMED = {
     "teacher.server_bound": "teacher.max_logprob_gap",
     "engine.probe_bound": "engine.max_logprob_gap",
     "optim.only": "optim.trainable",
+    "select.require_success": "select.on_no_success",
 }
+
+VALUES: dict[str, dict[Any, Any]] = {"select.require_success": {True: "skip", False: "keep"}}
+"""Old values of renamed options -> the values that mean the same now."""
 
 ADDED_LATER = (
     "method",
@@ -38,6 +42,10 @@ ADDED_LATER = (
     "teacher.model",
     "teacher.solution_template",
     "teacher.show_feedback",
+    "reflect.control",
+    "span.control",
+    "span.negative_weight",
+    "select.on_lone_success",
 )
 """Options, or whole sections, that runs did not have when hashing began. Each counts in the hash
 only where it differs from its default. A new option that decides what is learned belongs here."""
@@ -56,7 +64,7 @@ def translate(layer: dict[str, Any]) -> dict[str, Any]:
     for old in old_names(layer):
         new = RENAMED[old]
         if not _has(layer, new):
-            layer = _moved(layer, old, new)
+            layer = _moved(layer, old, new, VALUES.get(old, {}))
     return layer
 
 
@@ -70,7 +78,8 @@ def legacy_options(options: dict[str, Any], defaults: Mapping[str, Any]) -> dict
         elif not section and name in legacy and legacy[name] == defaults[name]:
             del legacy[name]
     for old, new in RENAMED.items():
-        legacy = _moved(legacy, new, old)
+        was = {value: name for name, value in VALUES.get(old, {}).items()}
+        legacy = _moved(legacy, new, old, was)
     return legacy
 
 
@@ -80,9 +89,18 @@ def _has(table: Mapping[str, Any], name: str) -> bool:
     return isinstance(inner, Mapping) and key in inner
 
 
-def _moved(table: dict[str, Any], name: str, target: str) -> dict[str, Any]:
-    """`table` with the value of `name` under `target`, a name in the same section."""
+def _moved(
+    table: dict[str, Any], name: str, target: str, values: Mapping[Any, Any]
+) -> dict[str, Any]:
+    """`table` with the value of `name` under `target`, a name in the same section.
+
+    values: what a value becomes; one that is not among them stays.
+    """
     section, _, key = name.partition(".")
     new_key = target.partition(".")[2]
-    inner = {new_key if k == key else k: value for k, value in table[section].items()}
+    inner = dict(table[section])
+    if key in inner:
+        value = inner.pop(key)
+        known = isinstance(value, str | bool)
+        inner[new_key] = values.get(value, value) if known else value
     return {**table, section: inner}

@@ -132,15 +132,37 @@ class SelectConfig(Section):
 
     threshold: Annotated[float, Field(gt=0, le=1)] = 1.0
     """Minimum score of a correct rollout."""
-    require_success: bool = True
-    """Drop groups without a correct rollout: they have no demonstration."""
+    on_no_success: Literal["skip", "reference", "answer", "keep"] = "skip"
+    """What happens to a group without a correct rollout, which has no demonstration. The methods
+    opsd, opd, grpo and sft need none and keep such groups.
+    skip: it is dropped.
+    reference: the problem's reference solution replaces the demonstration; without one the group is
+    dropped.
+    answer: reflect.answer_note, with the right answer, replaces the reflector's demonstration
+    (method rosd).
+    keep: it stays without a demonstration, which needs a reflector's template without one."""
+    on_lone_success: Literal["skip", "reference", "own"] = "skip"
+    """What replaces the sibling of the only correct rollout of a group, where the teacher's prompt
+    shows one.
+    skip: nothing; sdpo leaves the rollout out, and rosd's teacher reads the reflection alone.
+    reference: the problem's reference solution; without one as skip.
+    own: the rollout itself."""
     drop_zero_variance: bool = False
     """Drop groups whose rollouts all have the same score."""
+    warn_after_steps: NonNegativeInt = 2
+    """After this many steps in a row with nothing to learn from, say what would help.
+    0: never."""
 
 
 class ReflectConfig(Section):
     """The reflector: what it is shown and what it is asked."""
 
+    control: Literal["off", "none", "shuffled"] = "off"
+    """Control arm for the reflection (method rosd).
+    off: each rollout has its own.
+    none: there is none; {quote} and {explanation} are empty in the teacher's prompt, and wrong
+    rollouts are distilled whole.
+    shuffled: the teacher reads the reflection on a rollout of another problem; the span stays."""
     mode: Literal["verbatim", "sentence", "free"] = "verbatim"
     """How a reflection names the first error.
     verbatim: it quotes the rollout; constrained decoding allows no other words.
@@ -241,6 +263,14 @@ class SpanConfig(Section):
     full: it is distilled whole."""
     min_score: Annotated[float, Field(ge=0, le=100)] = 90.0
     """Minimum similarity of quote and passage (on_miss fuzzy), of 100."""
+    control: Literal["off", "whole", "random", "negative"] = "off"
+    """Control arm for the span of wrong rollouts (method rosd).
+    off: the span is distilled.
+    whole: the whole rollout is distilled, under the same reflection.
+    random: a random span of the same length is distilled.
+    negative: the span gets a policy gradient with advantage -1 and no teacher."""
+    negative_weight: PositiveFloat = 1.0
+    """Weight of that policy gradient in the loss (control negative)."""
     thinking: bool = False
     """Distil thinking too. Otherwise a rollout's spans begin after its thinking, and a quote of
     thinking counts as missed."""
@@ -291,7 +321,7 @@ class TeacherConfig(Section):
         "Solve the problem with this in mind."
     )
     """User turn of the teacher for a wrong rollout: {problem}, {quote}, {explanation},
-    {demonstration}."""
+    {demonstration}, {feedback}."""
     correct_template: str = (
         "{problem}\n\n"
         "A note on how to solve it: {explanation}\n"
@@ -300,7 +330,8 @@ class TeacherConfig(Section):
     """User turn of the teacher for a correct rollout: {problem}, {explanation}, {demonstration}."""
     demonstration_note: str = "{demonstration}"
     """Replaces {demonstration} in these two templates: the correct sibling that the reflector saw,
-    for a correct rollout another one. Without a sibling nothing is left."""
+    for a correct rollout another one, or what select.on_no_success and select.on_lone_success put
+    in its place. Without one nothing is left."""
     solution_template: str = (
         "{problem}\n\n"
         "Here is a correct solution:\n<correct_solution>\n{demonstration}\n</correct_solution>\n"

@@ -30,6 +30,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, ClassVar, Literal
 
+from rosd_fast.config.checks import control_arms
 from rosd_fast.errors import UserError
 from rosd_fast.methods.targets import policy_samples, whole
 from rosd_fast.report.stages import Stage
@@ -56,7 +57,8 @@ if TYPE_CHECKING:
 class TrainingSet:
     """What a step trains on, as `Method.build` returns it.
 
-    samples: at most two per rollout, of which at most one is distilled; the order decides nothing.
+    samples: at most two per rollout, of which at most one is distilled. Their order decides which
+        problems are a mini-batch (`optim.updates_per_step`), and nothing else.
     spans: by rollout id, the tokens of each distilled sample and how they were found. A rollout
         that has a span and no sample is not distilled.
     metrics: of the method's own stages, with names such as `reflect/num_reflections`.
@@ -94,7 +96,8 @@ class Method(ABC):
 
     annotate_stage: Stage = Stage.REFLECT  # counts the time of `annotate`; streamed, sampling does
     default_weights: ClassVar[tuple[float, float]] = (1.0, 0.0)  # divergence, policy gradient
-    needs_success: ClassVar[bool] = True  # whether a group without a correct rollout is dropped
+    needs_success: ClassVar[bool] = True  # whether `select.on_no_success` applies
+    has_reflections: ClassVar[bool] = False  # whether it has the control arms of the reflection
 
     def __init__(
         self, config: Config, model: LoadedModel, token_bytes: TokenBytes, chats: Chats
@@ -115,6 +118,12 @@ class Method(ABC):
                 "both are 0, so nothing would be trained",
                 where="loss.distill_weight and loss.policy_weight",
                 fix="Give one of them",
+            )
+        if not cls.has_reflections and (arms := control_arms(config)):
+            raise UserError(
+                f"the method {config.method} has no reflection and locates no error",
+                where=arms[0],
+                fix="Leave it out, or choose the method rosd",
             )
         if cls.weights(config)[0]:
             return
@@ -217,16 +226,20 @@ class Method(ABC):
         """The training set of distilled `samples` under the method's weights, with the policy
         gradient of all rollouts in `groups` where that has a weight.
 
+        Samples are in the order of `groups`, so that mini-batches are of consecutive problems.
+
         groups, verdicts, metrics: as for `build` and `TrainingSet`.
         """
         distill, policy = self.weights(self.config)
         weighted = [
-            sample if distill == 1 else replace(sample, weight=distill * sample.weight)
+            replace(sample, weight=distill * sample.weight) if sample.is_distilled else sample
             for sample in samples
-            if distill
+            if distill or not sample.is_distilled
         ]
         if policy:
             weighted += policy_samples(groups, verdicts, self.config.policy, weight=policy)
+            place = {group.problem.id: index for index, group in enumerate(groups)}
+            weighted.sort(key=lambda sample: place[sample.problem_id])
         return TrainingSet(samples=weighted, spans=spans, metrics=metrics or {})
 
     async def measure(

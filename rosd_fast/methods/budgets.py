@@ -1,4 +1,4 @@
-"""Does the longest problem leave room in the prompts that a method renders?"""
+"""Checks of the problems: room in the prompts that a method renders, and reference solutions."""
 
 from __future__ import annotations
 
@@ -12,6 +12,19 @@ if TYPE_CHECKING:
     from rosd_fast.config import Config
     from rosd_fast.text.chat import Chats
     from rosd_fast.types import Problem
+
+
+def check_references(config: Config, problems: Iterable[Problem]) -> None:
+    """Raise UserError when an option asks for reference solutions and no problem has one."""
+    select = config.select
+    options = {"on_no_success": select.on_no_success, "on_lone_success": select.on_lone_success}
+    asked = [name for name, value in options.items() if value == "reference"]
+    if asked and not any(problem.reference for problem in problems):
+        raise UserError(
+            "reference: no problem has a reference solution",
+            where=f"select.{asked[0]}",
+            fix='Give rows a "reference", or choose another value',
+        )
 
 
 def check_budgets(

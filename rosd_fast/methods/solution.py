@@ -13,7 +13,7 @@ from rosd_fast.batch.samples import sample_metrics, teacher_prompt
 from rosd_fast.config.templates import check_solution_template
 from rosd_fast.methods.base import Method, TrainingSet
 from rosd_fast.methods.budgets import check_budgets
-from rosd_fast.methods.targets import distilled
+from rosd_fast.methods.targets import NO_DEMONSTRATION, distilled
 from rosd_fast.report.stages import Stage
 from rosd_fast.text.prompts import placeholders
 
@@ -53,17 +53,20 @@ class SolutionMethod(Method):
         """Put the teacher's prompt with a solution before each rollout that has one."""
         samples: list[TrainSample] = []
         spans: dict[str, ErrorSpan] = {}
+        num_missing = 0
         with progress.stage(Stage.BUILD):
             for group in groups:
                 for rollout in group.rollouts:
                     solution = self.solution(group, rollout, verdicts)
                     span = self.distilled_span(rollout)
+                    num_missing += not solution
                     if not solution or span is None:
                         continue
                     spans[rollout.id] = span
                     prompt_ids, cut = self._prompt(group.problem, solution, verdicts[rollout.id])
                     samples.append(distilled(rollout, span, prompt_ids, cut=cut))
-        return self.training_set(samples, spans, groups, verdicts, sample_metrics(samples))
+        metrics = {**sample_metrics(samples), NO_DEMONSTRATION: float(num_missing)}
+        return self.training_set(samples, spans, groups, verdicts, metrics)
 
     def _prompt(
         self, problem: Problem, solution: str, verdict: Verdict

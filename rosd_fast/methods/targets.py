@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from rosd_fast.types import Group, Rollout, Verdict
 
 STD_EPS = 1e-6  # added to a group's standard deviation, as verl does
+NO_DEMONSTRATION = "select/num_no_demonstration"
+"""Metric: rollouts of kept groups for which there is no solution that the teacher could read."""
 
 
 def whole(rollout: Rollout, start: int = 0) -> ErrorSpan:

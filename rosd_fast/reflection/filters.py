@@ -14,6 +14,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
+from rosd_fast.rollout.siblings import REFERENCE
+
 if TYPE_CHECKING:
     from rosd_fast.config import ReflectConfig
     from rosd_fast.types import Group, Reflection
@@ -29,14 +31,19 @@ def apply_filters(
     """The reflections with `leaks` and `refused` set; a refused explanation is removed."""
     answers = {rollout.id: group.problem.answer for group in groups for rollout in group.rollouts}
     texts = {rollout.id: rollout.text for group in groups for rollout in group.rollouts}
+    references = {r.id: group.problem.reference or "" for group in groups for r in group.rollouts}
+
+    def shown(reflection: Reflection) -> str:
+        """The solution in the reflector's prompt; for a correct rollout, that rollout."""
+        if reflection.demonstration_id == REFERENCE:
+            return references[reflection.rollout_id]
+        return texts.get(reflection.demonstration_id or reflection.rollout_id, "")
+
     return {
         name: _check(
             reflection,
             answers[name],
-            # The prompt for a correct rollout shows that rollout.
-            texts.get(reflection.demonstration_id or name, "")
-            if config.max_copied_frac < 1
-            else "",
+            shown(reflection) if config.max_copied_frac < 1 else "",
             config,
         )
         for name, reflection in reflections.items()

@@ -35,14 +35,17 @@ async def reflect(
     stop_token_ids: Sequence[int],
     seed: int,
     step: int,
+    on_no_success: str = "skip",
     on_tokens: Callable[[int], None] | None = None,
     cut_right: bool = False,
 ) -> dict[str, Reflection]:
     """Reflections on the rollouts of `groups` (the groups that were kept), by rollout id.
 
-    cut_right: as for `build_reflection_requests`. `on_tokens(k)` is called after k more tokens were
-    sampled. Raises UserError as `build_reflection_requests` and the engine do, and ValueError when
-    the engine's completions are not those that were requested.
+    on_no_success, cut_right: as for `build_reflection_requests`. `on_tokens(k)` is called after k
+    more tokens were sampled.
+
+    Raises UserError as `build_reflection_requests` and the engine do, and ValueError when the
+    engine's completions are not those that were requested.
     """
     tasks = build_reflection_requests(
         groups,
@@ -52,6 +55,7 @@ async def reflect(
         stop_token_ids=stop_token_ids,
         seed=seed,
         step=step,
+        on_no_success=on_no_success,
         cut_right=cut_right,
     )
     if not tasks:

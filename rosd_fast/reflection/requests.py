@@ -1,7 +1,8 @@
 """What the reflector is asked: one request per rollout.
 
-A wrong rollout is shown beside a correct sibling, its demonstration. A prompt over the budget loses
-the middle of the rollouts in it, never the problem or the instruction.
+A wrong rollout is shown beside a correct sibling, its demonstration; where there is none,
+`select.on_no_success` says what replaces it. A prompt over the budget loses the middle of the
+rollouts in it, never the problem or the instruction.
 
 In the modes `verbatim` and `sentence` a request has a grammar (`grammar.py`), and its prompt ends
 with the reflection's opening tag; thinking that the chat template opens is closed before it. With
@@ -23,7 +24,12 @@ from rosd_fast.reflection.grammar import (
     sentence_grammar,
     verbatim_grammar,
 )
-from rosd_fast.rollout.siblings import choose_demonstration
+from rosd_fast.rollout.siblings import (
+    ANSWER,
+    REFERENCE,
+    Demonstration,
+    choose_demonstration,
+)
 from rosd_fast.text.prompts import (
     cut_middle,
     fill_template,
@@ -47,7 +53,7 @@ class ReflectionTask:
     """What the reflector is asked about one rollout."""
 
     rollout_id: str
-    demonstration_id: str | None  # the correct sibling shown; None: none
+    demonstration_id: str | None  # as in `Reflection`
     correct: bool  # whether the rollout is correct
     request: GenerationRequest
     prompt_cut: bool  # whether the middle of a rollout was left out
@@ -66,15 +72,17 @@ def build_reflection_requests(
     stop_token_ids: Sequence[int],
     seed: int,
     step: int,
+    on_no_success: str = "skip",
     cut_right: bool = False,
 ) -> list[ReflectionTask]:
     """One task per rollout, in order.
 
     A correct rollout has none when `config.on_correct` is skip. A wrong one has none when the
-    template shows a demonstration and its group has no correct rollout, or when nothing in it can
-    be quoted or shown. Raises UserError when a problem and the template alone are over
+    template shows a demonstration and there is none, or when nothing in the rollout can be quoted
+    or shown. Raises UserError when a problem and the template alone are over
     `config.max_prompt_tokens`.
 
+    on_no_success: `select.on_no_success`, for groups without a correct rollout.
     cut_right: cut the end of overlong user turns, as the public code does (a known bug).
     """
     chat, think = reflection_format(chats.reflector, config)
@@ -90,9 +98,8 @@ def build_reflection_requests(
     )
     tasks = []
     for group in groups:
-        key = f"{seed}/{step}/{group.problem.id}"
-        demonstration = choose_demonstration(
-            group, verdicts, config.demonstration, key=key, chats=chats
+        demonstration = _demonstration(
+            group, verdicts, config, on_no_success, chats, key=f"{seed}/{step}/{group.problem.id}"
         )
         for rollout in group.rollouts:
             correct = verdicts[rollout.id].success
@@ -100,6 +107,33 @@ def build_reflection_requests(
             if task is not None:
                 tasks.append(task)
     return tasks
+
+
+def _demonstration(
+    group: Group,
+    verdicts: Mapping[str, Verdict],
+    config: ReflectConfig,
+    on_no_success: str,
+    chats: Chats,
+    *,
+    key: str,
+) -> Demonstration | None:
+    """The correct solution that is shown beside the wrong rollouts of a group, or its replacement.
+
+    key: seeds the choice among correct rollouts.
+    """
+    sibling = choose_demonstration(group, verdicts, config.demonstration, key=key, chats=chats)
+    if sibling is not None:
+        return Demonstration(id=sibling.id, text=chats.shown(sibling)[0])
+    if on_no_success == "reference" and group.problem.reference:
+        return Demonstration(id=REFERENCE, text=group.problem.reference)
+    if on_no_success == "answer":
+        return Demonstration(id=ANSWER, text=_answer_note(group.problem, config))
+    return None
+
+
+def _answer_note(problem: Problem, config: ReflectConfig) -> str:
+    return fill_template(config.answer_note, {"answer": problem.answer})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -116,7 +150,12 @@ class _TaskBuilder:
     cut_right: bool
 
     def task(
-        self, problem: Problem, rollout: Rollout, demonstration: Rollout | None, *, correct: bool
+        self,
+        problem: Problem,
+        rollout: Rollout,
+        demonstration: Demonstration | None,
+        *,
+        correct: bool,
     ) -> ReflectionTask | None:
         """The task on one rollout, if it has one (see `build_reflection_requests`)."""
         config = self.config
@@ -131,12 +170,15 @@ class _TaskBuilder:
             parts = split_sentences(text)
             texts["rollout"] = number_sentences(parts)
         shown = demonstration if "demonstration" in placeholders(template) else None
+        note = _answer_note(problem, config) if config.show_answer else ""
         if shown is not None:
-            texts["demonstration"] = self.chats.shown(shown)[0]
+            texts["demonstration"] = shown.text
         elif "demonstration" in placeholders(template):
             return None
+        elif demonstration is not None and demonstration.id == ANSWER:
+            shown, note = demonstration, demonstration.text
         opening = opening_tag(config.mode, correct=correct, think=self.think)
-        keep, prompt_ids, prompt_cut = self._prompt(problem, template, texts, opening)
+        keep, prompt_ids, prompt_cut = self._prompt(problem, template, texts, note, opening)
         grammar = None
         if config.mode != "free":
             visible = cut_middle(texts["rollout"], keep)
@@ -185,16 +227,16 @@ class _TaskBuilder:
         return sentence_grammar([int(match[1]) for match in NUMBERED.finditer(visible)], **limits)
 
     def _prompt(
-        self, problem: Problem, template: str, texts: Mapping[str, str], opening: str
+        self, problem: Problem, template: str, texts: Mapping[str, str], note: str, opening: str
     ) -> tuple[int, tuple[int, ...], bool]:
         """(characters kept, the prompt, whether anything was cut).
 
         The middle of each text is cut, or with `cut_right` the end of the user turn, only as far as
         needed.
+
+        note: what replaces {answer_note}.
         """
-        config, note = self.config, ""
-        if config.show_answer:
-            note = fill_template(config.answer_note, {"answer": problem.answer})
+        config = self.config
 
         def user_turn(keep: int) -> str:
             values = {name: cut_middle(text, keep) for name, text in texts.items()}

@@ -162,9 +162,10 @@ def rollout_metrics(
         raise ValueError("there is no rollout to measure")
     total = len(rollouts)
     distilled = {sample.rollout_id for sample in samples if sample.is_distilled}
-    trained = {s.rollout_id for s in samples if s.is_distilled or s.advantage != 0}
+    trained = {sample.rollout_id for sample in samples if sample.has_effect}
     return {
         "rollout/accuracy": sum(verdicts[r.id].success for r in rollouts) / total,
+        "rollout/answered_frac": sum(verdicts[r.id].answer is not None for r in rollouts) / total,
         "rollout/tokens_mean": sum(len(r.completion_ids) for r in rollouts) / total,
         "rollout/truncated_frac": sum(r.finish_reason == "length" for r in rollouts) / total,
         "rollout/groups_kept_frac": len(selection.kept) / len(groups),

@@ -25,6 +25,9 @@ if TYPE_CHECKING:
 
 Panel = Callable[["Axes", Rows], None]
 Grid = list[list[Panel]]
+REFLECTED = ("reflect/well_formed_frac", "reflect/span_start_frac", "reflect/span_tokens")
+"""Metrics of methods that reflect."""
+
 PANEL_SIZE = (5.6, 3.5)  # inches
 DPI = 130
 
@@ -53,9 +56,8 @@ def pictures(rows: Rows, *, eval_samples: int | None = None) -> dict[str, Grid]:
     metrics = {name for row in rows for name in row}
     has_policy = "policy/loss" in metrics
     has_teacher = "loss/divergence" in metrics or not has_policy
-    has_reflections = has_teacher and (
-        any(name.startswith("reflect/") for name in metrics) or "loss/divergence" not in metrics
-    )
+    has_reflections = "loss/divergence" not in metrics or not metrics.isdisjoint(REFLECTED)
+    has_reflections &= has_teacher
     accuracy = partial(panels.accuracy, samples=eval_samples)
     found: dict[str, Grid] = {
         "overview": _overview(accuracy, teacher=has_teacher, reflections=has_reflections),
@@ -76,7 +78,9 @@ def pictures(rows: Rows, *, eval_samples: int | None = None) -> dict[str, Grid]:
     if has_reflections:
         found["spans"] = [[panels.span_start, panels.span_length, panels.reflection_quality]]
     if any(name.startswith("diag/") for name in metrics):
-        found["diagnostics"] = _diagnostics(teacher="loss/divergence" in metrics)
+        found["diagnostics"] = _diagnostics(
+            teacher="loss/divergence" in metrics, located="diag/divergence_error" in metrics
+        )
     if domains(rows, "dev") or domains(rows, "ood"):
         in_domain = partial(panels.domain_accuracy, split="dev", title="In domain")
         out_of_domain = partial(panels.domain_accuracy, split="ood", title="Out of domain")
@@ -94,7 +98,7 @@ def _overview(accuracy: Panel, *, teacher: bool, reflections: bool) -> Grid:
     return [first, [panels.entropies, diagnostic_panels.lengths, panels.time_per_step]]
 
 
-def _diagnostics(*, teacher: bool) -> Grid:
+def _diagnostics(*, teacher: bool, located: bool) -> Grid:
     grid: Grid = [
         [diagnostic_panels.lengths, diagnostic_panels.truncated],
         [diagnostic_panels.token_kinds, panels.logprob_gap],
@@ -104,7 +108,7 @@ def _diagnostics(*, teacher: bool) -> Grid:
     return [
         [
             diagnostic_panels.agreement,
-            diagnostic_panels.span_contrast,
+            diagnostic_panels.span_contrast if located else diagnostic_panels.truncated,
             diagnostic_panels.position_map,
         ],
         [diagnostic_panels.lengths, diagnostic_panels.token_kinds, panels.logprob_gap],

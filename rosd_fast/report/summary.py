@@ -11,6 +11,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from rosd_fast.config import Config, control_arms
+from rosd_fast.config.load import apply_toml
+from rosd_fast.errors import UserError
 from rosd_fast.files import STATE_JSON, STEP_NAME
 from rosd_fast.report.metrics import FILE_NAME, read_metrics
 from rosd_fast.report.series import domains, series
@@ -91,7 +94,7 @@ def before_after_table(rows: Rows) -> Table:
 
 
 def summarize(run: str | Path, console: Console | None = None) -> None:
-    """Print accuracy, losses, warnings and the paths of the files that exist.
+    """Print accuracy, losses, warnings, control arms and the paths of the files that exist.
 
     Raises UserError if `metrics.jsonl` is missing or damaged.
     """
@@ -99,6 +102,8 @@ def summarize(run: str | Path, console: Console | None = None) -> None:
     console = console or Console()
     rows = read_metrics(run / FILE_NAME)
     console.print(before_after_table(rows))
+    if arms := _control_arms(run / "config.toml"):
+        console.print(Text(f"control arm: {', '.join(arms)}"))
     listing = Table.grid(padding=(0, 2))
     for label, text in losses(rows):
         listing.add_row(Text(label), Text(text))
@@ -117,6 +122,14 @@ def losses(rows: Rows) -> list[tuple[str, str]]:
         if values:
             shown.append((label, f"{values[0]:.4g} -> {values[-1]:.4g} {unit}".rstrip()))
     return shown
+
+
+def _control_arms(path: Path) -> list[str]:
+    """Return the control arms that the run was in, as its config.toml says; none without one."""
+    try:
+        return control_arms(apply_toml(Config(), path, accept_old_names=True))
+    except UserError:
+        return []
 
 
 def _outputs(run: Path) -> list[tuple[str, Path]]:

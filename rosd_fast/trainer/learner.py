@@ -369,7 +369,6 @@ class Learner:
                     )
             if batch.policy is not None:
                 policy = self._policy_loss(states, batch.policy)
-                assert policy.loss is not None  # a token_loss was given
                 losses.append(policy.loss)
             # Gradients are averaged over the ranks, but each rank's loss is a part of the sum.
             (torch.stack(losses).sum() * self.world.size).backward()

@@ -80,7 +80,7 @@ class StepStats:
         """
         if not self.num_batches:
             return {}
-        totals = dict(zip(COUNTED, (num_distilled, num_policy), strict=True))
+        totals: dict[str, int] = dict(zip(COUNTED, (num_distilled, num_policy), strict=True))
 
         def mean(key: str, value: float) -> float:
             count = self.counts.get(key) or totals[key.partition("/")[0]]
@@ -130,7 +130,6 @@ class MicroBatchStats:
             self.loss += divergence.loss.detach() / num_distilled
         if policy is not None and batch.policy is not None and batch.num_policy:
             self._add_policy(batch.policy, policy)
-            assert policy.loss is not None  # a token_loss was given
             self.logprobs.append((batch, policy.logprob))
             self.loss += policy.loss.detach()
         if agreement is not None:

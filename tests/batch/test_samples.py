@@ -121,13 +121,14 @@ def test_the_public_code_cuts_the_end_of_the_prompt(tokenizer, group):
     reflections = [reflect_on("p0/0", quote="= 5", explanation="add the ones first. " * 40)]
     (whole,) = build(tokenizer, group, reflections)
     (cut,) = build(tokenizer, group, reflections, max_prompt_tokens=60, cut_right=True)
+    assert whole.teacher_prompt_ids is not None
     assert cut.teacher_prompt_ids == whole.teacher_prompt_ids[:60] and cut.reflection_cut
     (fits,) = build(tokenizer, group, reflections, cut_right=True)
     assert fits == whole
 
 
 def test_the_teacher_may_read_a_correct_sibling(tokenizer, group):
-    options = {
+    options: Any = {
         "wrong_template": "{problem}{demonstration}\n{explanation}",
         "correct_template": "{problem}{demonstration}\n{explanation}",
         "demonstration_note": "\nRight: {demonstration}",

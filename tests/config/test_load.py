@@ -105,7 +105,7 @@ def test_later_layers_replace_single_options(tmp_path: Path) -> None:
     path = tmp_path / "run.toml"
     path.write_text("steps = 7\n[sample]\ngroup_size = 5\n")
     config = load_config(
-        {"sample.group_size": "3", "optim.betas": ["0.8", "0.9"], "select.require_success": False},
+        {"sample.group_size": "3", "optim.betas": ["0.8", "0.9"], "select.on_no_success": "keep"},
         presets=["quickstart"],
         file=path,
     )
@@ -113,7 +113,7 @@ def test_later_layers_replace_single_options(tmp_path: Path) -> None:
     assert config.sample.group_size == 3
     assert config.sample.max_new_tokens == load_preset("quickstart").sample.max_new_tokens
     assert config.optim.betas == (0.8, 0.9)
-    assert config.select.require_success is False
+    assert config.select.on_no_success == "keep"
 
 
 def test_the_last_layer_decides_between_steps_and_epochs(tmp_path: Path) -> None:
@@ -380,10 +380,31 @@ def test_a_run_from_before_the_renames_is_read_and_keeps_its_hash(tmp_path: Path
     assert config.teacher.max_logprob_gap == 0.02
     assert config.engine.max_logprob_gap == 0.05
     assert config.optim.trainable == "model.layers.2?.*"
+    assert config.select.on_no_success == "skip"
     assert config_hash(config) == OLD_HASHES["old_run"]
     added = {"teacher.solution_template": Config().teacher.solution_template}
     assert config_hash(apply_args(load_preset("quickstart"), added)) == OLD_HASHES["quickstart"]
     assert config_hash(read(tmp_path, to_toml(config))) == OLD_HASHES["old_run"]
+
+
+def test_an_old_switch_is_read_as_the_choice_that_it_was(tmp_path: Path) -> None:
+    """The hashes are those of the commit before `require_success` became `on_no_success`."""
+    path = tmp_path / "config.toml"
+    hashes = {}
+    for old, new in (("true", "skip"), ("false", "keep")):
+        text = OLD_RUN.read_text()
+        path.write_text(text.replace("require_success = true", f"require_success = {old}"))
+        config = apply_toml(Config(), path, accept_old_names=True)
+        assert config.select.on_no_success == new
+        hashes[new] = config_hash(config)
+    assert hashes == {"skip": OLD_HASHES["old_run"], "keep": "e39d73d2cbe7f266"}
+    others = {
+        config_hash(apply_args(config, {"select.on_no_success": value}))
+        for value in ("reference", "answer")
+    }
+    assert len(others | set(hashes.values())) == 4
+    warned = apply_args(config, {"select.warn_after_steps": "9"})
+    assert config_hash(warned) == hashes["keep"]
 
 
 def test_every_renamed_option_counts_in_the_hash() -> None:
@@ -401,6 +422,7 @@ def test_every_renamed_option_counts_in_the_hash() -> None:
 
 def test_an_option_that_was_added_later_counts_only_where_it_is_set() -> None:
     options = {"loss": {"importance_clip": 2.0, "new": 1}, "teacher": {}, "engine": {}, "optim": {}}
+    options["select"] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(renamed, "ADDED_LATER", ("loss.new", "method"))
         defaults = {"loss": {"new": 1}, "method": "rosd"}

@@ -11,11 +11,20 @@ from rosd_fast.types import Reflection
 SOLUTION = "First add the ones of both numbers and carry what is over nine to the tens. It is 42."
 
 
-def gate(make_group, explanation: str | None, *, answer: str = "42", **options) -> Reflection:
-    group, _ = make_group(["It is 41.", SOLUTION], [0.0, 1.0], answer=answer)
+def gate(
+    make_group,
+    explanation: str | None,
+    *,
+    answer: str = "42",
+    shown: str = "p0/1",
+    reference: str | None = None,
+    **options,
+) -> Reflection:
+    texts = ["It is 41.", SOLUTION]
+    group, _ = make_group(texts, [0.0, 1.0], answer=answer, reference=reference)
     reflection = Reflection(
         rollout_id="p0/0",
-        demonstration_id="p0/1",
+        demonstration_id=shown,
         correct=False,
         text="",
         quote="41",
@@ -84,3 +93,12 @@ def test_copies(make_group):
     assert gate(make_group, copied, max_copied_frac=0.95).refused is None
     found = gate(make_group, copied, max_copied_frac=0.9)
     assert (found.explanation, found.refused) == (None, "copy")
+
+
+def test_copies_of_what_replaced_the_sibling(make_group):
+    copied = "Note: add the ones of both numbers and carry what is over."
+    options = {"max_copied_frac": 0.9, "shown": "reference"}
+    assert gate(make_group, copied, reference=SOLUTION, **options).refused == "copy"
+    assert gate(make_group, copied, reference="It is 42.", **options).refused is None
+    options["shown"] = "answer"
+    assert gate(make_group, copied, reference=SOLUTION, **options).refused is None

@@ -29,7 +29,14 @@ SHORT: dict[str, Any] = {
 
 
 def build(
-    tokenizer, group, verdicts, *, chat: ChatConfig | None = None, cut_right=False, **options
+    tokenizer,
+    group,
+    verdicts,
+    *,
+    chat: ChatConfig | None = None,
+    on_no_success="skip",
+    cut_right=False,
+    **options,
 ):
     return build_reflection_requests(
         [group],
@@ -39,6 +46,7 @@ def build(
         stop_token_ids=(tokenizer.eos_token_id,),
         seed=7,
         step=3,
+        on_no_success=on_no_success,
         cut_right=cut_right,
     )
 
@@ -157,6 +165,41 @@ def test_a_wrong_rollout_without_a_correct_sibling(tokenizer, make_group):
     assert build(tokenizer, *step) == []
     alone = build(tokenizer, *step, wrong_template="{problem} {rollout} Quote.")
     assert [task.demonstration_id for task in alone] == [None, None]
+
+
+HEAD = "<|user|>2 + 2 = ?\nGood: "
+TAIL = "Quote the error.<|end|><|assistant|><error_quote>"
+
+
+def test_a_reference_solution_replaces_the_sibling(tokenizer, make_group):
+    group, verdicts = make_group(["It is 5."], [0.0], reference="Two and two {rollout}.")
+    (task,) = build(tokenizer, group, verdicts, on_no_success="reference")
+    assert task.demonstration_id == "reference"
+    shown = f"{HEAD}Two and two {{rollout}}.\nBad: It is 5.\n{TAIL}"
+    assert prompts(tokenizer, [task]) == [shown]
+    assert build(tokenizer, group, verdicts) == []
+    bare, verdicts = make_group(["It is 5."], [0.0])
+    assert build(tokenizer, bare, verdicts, on_no_success="reference") == []
+    # Where there is a sibling, it is shown.
+    mixed = make_group(["It is 5.", "4"], [0.0, 1.0], reference="Two and two.")
+    tasks = build(tokenizer, *mixed, on_no_success="reference")
+    assert [task.demonstration_id for task in tasks] == ["p0/1", None]
+
+
+def test_the_right_answer_replaces_the_sibling(tokenizer, make_group):
+    step = make_group(["It is 5."], [0.0])
+    (task,) = build(tokenizer, *step, on_no_success="answer")
+    assert task.demonstration_id == "answer"
+    shown = f"{HEAD}The right answer is 4.\nBad: It is 5.\n{TAIL}"
+    assert prompts(tokenizer, [task]) == [shown]
+    # A template without a demonstration has it in its note, which is empty for other groups.
+    template = {"wrong_template": "{problem}\nBad: {rollout}\n{answer_note}"}
+    noted = build(tokenizer, *step, on_no_success="answer", **template)
+    text = "<|user|>2 + 2 = ?\nBad: It is 5.\nThe right answer is 4."
+    assert prompts(tokenizer, noted) == [f"{text}<|end|><|assistant|><error_quote>"]
+    mixed = make_group(["It is 5.", "4"], [0.0, 1.0])
+    other = build(tokenizer, *mixed, on_no_success="answer", **template)[0]
+    assert "right answer" not in tokenizer.decode(other.request.prompt_ids)
 
 
 def test_texts_are_never_read_as_templates(tokenizer, make_group):

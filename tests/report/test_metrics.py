@@ -165,10 +165,13 @@ def make_sample(rollout_id: str, **fields: Any) -> TrainSample:
     )
 
 
+ANSWERS = {"a/0": "1", "a/1": "one", "b/0": ""}
+
+
 def test_rollout_metrics() -> None:
     groups = [make_group("a", [1, 2]), make_group("b", [3, 6], finish="length")]
     verdicts = {
-        id_: Verdict(rollout_id=id_, score=score, success=score == 1.0, answer=None)
+        id_: Verdict(rollout_id=id_, score=score, success=score == 1.0, answer=ANSWERS.get(id_))
         for id_, score in {"a/0": 1.0, "a/1": 0.5, "b/0": 0.0, "b/1": 0.0}.items()
     }
     samples = [
@@ -180,6 +183,7 @@ def test_rollout_metrics() -> None:
     got = rollout_metrics(groups, verdicts, samples, FakeSelection(kept=(groups[0],)), 3)  # type: ignore[arg-type]
     assert got == {
         "rollout/accuracy": 0.25,
+        "rollout/answered_frac": 0.75,
         "rollout/tokens_mean": 3.0,
         "rollout/truncated_frac": 0.5,
         "rollout/groups_kept_frac": 0.5,

@@ -119,6 +119,18 @@ def test_the_plots_are_those_of_the_losses(tmp_path: Path, kind: str, names: set
                 assert "no data" not in texts(draw(panel, rows)), (name, panel)
 
 
+def test_a_method_without_reflections_has_no_plot_of_them() -> None:
+    row = {k: v for k, v in make_row(1).items() if not k.startswith("reflect/")}
+    grids = pictures([{"step": 1, **row, "reflect/cut_frac": 0.0, "rollout/tokens_mean": 40.0}])
+    assert set(grids) == NAMES - {"spans"}
+    shown = [panel for line in grids["overview"] for panel in line]
+    assert not {panels.span_start, panels.reflection_quality}.intersection(shown)
+    assert panels.entropies in shown
+    measured = {k: v for k, v in diagnostics_row(1).items() if k != "diag/divergence_error"}
+    grid = pictures([{"step": 1, **row, **measured}])["diagnostics"]
+    assert diagnostic_panels.span_contrast not in [panel for line in grid for panel in line]
+
+
 def test_the_map_has_a_column_per_step_and_a_row_per_tenth() -> None:
     rows: list[dict[str, Any]] = [{"step": i, **diagnostics_row(i)} for i in (1, 2, 4)]
     del rows[1]["diag/divergence_pos_3"]

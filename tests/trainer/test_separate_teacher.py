@@ -60,7 +60,8 @@ def gradients_of(learner: Learner, batches: Any, monkeypatch: pytest.MonkeyPatch
     with monkeypatch.context() as patch:
         patch.setattr(learner.optimizer, "step", lambda: 1.0)
         result = learner.step(batches)
-    gradients = {name: p.grad.clone() for name, p in learner.optimizer.masters.items()}
+    masters: dict[str, Any] = learner.optimizer.masters
+    gradients = {name: p.grad.clone() for name, p in masters.items()}
     learner.optimizer.zero_grad()
     return gradients, result
 
