@@ -153,7 +153,7 @@ def test_in_float32(quickstart: Quickstart, case: str, tmp_path: Path) -> None:
             "loss__policy_weight": 0.5,
             "teacher__kind": "ema",
             "teacher__ema_rate": 0.2,
-            "select__require_success": False,
+            "select__on_no_success": "keep",
         },
     ],
     ids=["grpo", "sdpo and grpo, ema"],
