@@ -28,6 +28,8 @@ from tests.chat_templates import SWITCHED
         ("a=falsey,b=2nd of May,c=", {"a": "falsey", "b": "2nd of May", "c": ""}),
         ("a=[1, 2],b={}", {"a": [1, 2], "b": {}}),
         ("a=1,a=2", {"a": 2}),
+        ("a=True,b=False, c = None ", {"a": True, "b": False, "c": None}),
+        ('a="False"', {"a": "False"}),
     ],
 )
 def test_arguments(text: str, values: dict[str, Any]) -> None:
@@ -43,6 +45,8 @@ def read(*args: str) -> Config:
     [
         (["--chat.kwargs", "thinking"], "chat.kwargs is 'thinking': arguments are written name="),
         (["--chat.eval.kwargs", "a=1,2"], "chat.eval.kwargs is 'a=1,2': arguments are written"),
+        (["--chat.kwargs", 'a={"b":1'], """chat.kwargs is 'a={"b":1': {"b":1 is not JSON"""),
+        (["--chat.kwargs", 'b=1,a="x'], """chat.kwargs is 'b=1,a="x': "x is not JSON"""),
         (
             ["--chat.student.kwargs", "chat_template=x"],
             "chat.student.kwargs is 'chat_template=x': chat_template is not an argument of chat",
