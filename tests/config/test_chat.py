@@ -165,3 +165,11 @@ def test_only_what_is_set_counts_in_the_hash() -> None:
         ["--span.thinking"],
     ]
     assert len({config_hash(read(*args)) for args in changes} | {plain}) == len(changes) + 1
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{{ 'nothing of the turn' }}"])
+def test_a_template_of_one_role_that_fails_is_named(tokenizer: Any, template: str) -> None:
+    with pytest.raises(UserError) as caught:
+        make_chats(read("--chat.teacher.template", template).chat, tokenizer)
+    assert str(caught.value).startswith("chat.teacher.template: the chat template")
+    assert str(caught.value).endswith("Fix the template, or leave out --chat.teacher.template")
