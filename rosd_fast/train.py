@@ -155,7 +155,7 @@ def without_unknown_tokens(run: Run, step: int, training: TrainingSet) -> Traini
     known = [sample for sample in training.samples if max(sample.completion_ids) < size]
     if missing := len(training.samples) - len(known):
         run.progress.note(
-            f"step {step}: {missing} samples have a token that the teacher lacks and are left out"
+            f"step {step}: samples left out, with a token that the teacher lacks: {missing}"
         )
     return replace(training, samples=known)
 

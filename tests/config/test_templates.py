@@ -19,7 +19,7 @@ def test_default_templates_pass() -> None:
 def test_placeholders_that_may_be_left_out() -> None:
     plain = ReflectConfig(wrong_template="{rollout} {problem}", answer_note="")
     check_templates(plain, TeacherConfig(wrong_template="{explanation} {problem}"))
-    reference = {
+    reference: Any = {
         "wrong_template": "{problem} {demonstration} {feedback} {explanation}",
         "correct_template": "{problem} {demonstration} {explanation}",
     }

@@ -80,7 +80,8 @@ def test_hopeless_groups_are_counted_by_what_became_of_them(
 
 def test_a_rescued_group_may_still_have_equal_scores(step):
     config = SelectConfig(on_no_success="answer", drop_zero_variance=True)
-    selection = select_groups(*step, config)
+    groups, verdicts = step
+    selection = select_groups(groups, verdicts, config)
     assert [group.problem.id for group in selection.kept] == ["mixed", "partly"]
     assert selection.dropped == {"zero_variance": 2} and selection.num_rescued == 1
 

@@ -78,7 +78,7 @@ def test_grpo_as_trl(quickstart: Quickstart, case: str, tmp_path: Path) -> None:
     ("divergence", "beta"),
     [("forward_kl", 0.0), ("reverse_kl", 1.0), ("jsd", 0.5), ("jsd", 0.1), ("jsd", 0.9)],
 )
-def test_divergences_as_trl(divergence: str, beta: float, strategy: str) -> None:
+def test_divergences_as_trl(divergence: Any, beta: float, strategy: Any) -> None:
     """Its generalized JSD has the KLs at the ends of beta; ours have names."""
     from tests.methods.proof.trl_losses import generalized_jsd_loss
 
@@ -86,6 +86,7 @@ def test_divergences_as_trl(divergence: str, beta: float, strategy: str) -> None
     states, teacher = torch.randn(2, 7, 16, generator=g, dtype=torch.float64)
     heads = 0.5 * torch.randn(2, 301, 16, generator=g, dtype=torch.float64)
     states.requires_grad_()
+    own_beta: Any = {"beta": beta} if divergence == "jsd" else {}
     ours = span_divergence(
         states,
         teacher,
@@ -94,7 +95,7 @@ def test_divergences_as_trl(divergence: str, beta: float, strategy: str) -> None
         divergence=divergence,
         temperature=0.6,
         strategy=strategy,
-        **({"beta": beta} if divergence == "jsd" else {}),
+        **own_beta,
     ).loss
     theirs = generalized_jsd_loss(
         (states @ heads[0].T)[None],
