@@ -249,7 +249,7 @@ def chat_format(
 
 
 def _with_system_role(chat: ChatFormat) -> ChatFormat:
-    """The format with the form of system turns, some templates raise on them or leave them out."""
+    """The format with the form of its system turns found, or with `system_role` False."""
     for lists in (chat.lists, (*chat.lists, "system")):
         tried = replace(chat, lists=lists)
         try:
