@@ -3,40 +3,29 @@
     sample -> verify -> select -> annotate -> build and pack -> learn -> sync -> log
 
 Each stage is a module of its own; the records of `rosd_fast.types` pass between them. What a method
-needs of the rollouts (`annotate`) and what it trains (`build`) is in `rosd_fast.methods`.
+needs of the rollouts (`annotate`) and what it trains (`build`) is in `rosd_fast.methods`, packing
+and learning in `rosd_fast.update`.
 `rosd_fast.run` opens the run: it loads model and data and checks everything before the first step.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Collection, Sequence
-from dataclasses import replace
 from pathlib import Path
 
-from torch import Tensor
-
-from rosd_fast.batch.diagnosed import with_diagnosed
-from rosd_fast.batch.packing import pack
-from rosd_fast.batch.weights import micro_batch_mean, mini_batches, normalized
+from rosd_fast.batch.weights import micro_batch_mean, mini_batches
 from rosd_fast.config import Config
 from rosd_fast.engines.lifecycle import Engines
 from rosd_fast.evaluate import evaluate_splits
-from rosd_fast.methods import TrainingSet
 from rosd_fast.pipeline import Sampled, sample_and_annotate
-from rosd_fast.report.diagnostics import (
-    located_errors,
-    position_metrics,
-    span_metrics,
-    token_metrics,
-)
+from rosd_fast.report.diagnostics import located_errors
 from rosd_fast.report.metrics import rollout_metrics
 from rosd_fast.report.progress import Hidden
 from rosd_fast.report.stages import Stage
 from rosd_fast.run import Run, open_run
-from rosd_fast.trainer.learner import LogprobGapTooLarge, StepResult, TrainingDiverged
+from rosd_fast.trainer.learner import StepResult
 from rosd_fast.trainer.ranks import run_worker
-from rosd_fast.types import PackedBatch, TrainSample
+from rosd_fast.update import diagnostics, is_due, update, without_unknown_tokens
 from rosd_fast.utils.distributed import open_world
 
 
@@ -125,99 +114,3 @@ async def train_on(run: Run, engines: Engines, step: int, sampled: Sampled) -> d
         **selection.metrics(),
         **engines.student.take_metrics(),
     }
-
-
-def diagnostics(
-    run: Run, sampled: Sampled, training: TrainingSet, learned: StepResult
-) -> dict[str, float]:
-    """Return the step's `diag/...` metrics that need no model."""
-    rollouts = {r.id: r for group in sampled.groups for r in group.rollouts}
-    before = learned.metrics.get("diag/divergence_before")
-    return {
-        **position_metrics(training.samples, learned.per_token),
-        **span_metrics(training.spans, learned.per_token, before=before),
-        **token_metrics(
-            training.samples,
-            special_ids=run.inputs.special_ids,
-            num_thinking=lambda rollout_id: run.inputs.chats.num_thinking(rollouts[rollout_id]),
-        ),
-    }
-
-
-def without_unknown_tokens(run: Run, step: int, training: TrainingSet) -> TrainingSet:
-    """Leave out rollouts with a token that a separate teacher's shorter head lacks.
-
-    Such a token is padding of the student's vocabulary, which is hardly ever sampled.
-    """
-    size = run.learners.learner.vocab_size
-    if size == run.learners.learner.num_head_rows:
-        return training
-    known = [sample for sample in training.samples if max(sample.completion_ids) < size]
-    if missing := len(training.samples) - len(known):
-        run.progress.note(
-            f"step {step}: samples left out, with a token that the teacher lacks: {missing}"
-        )
-    return replace(training, samples=known)
-
-
-async def update(
-    run: Run,
-    engines: Engines,
-    step: int,
-    samples: Sequence[TrainSample],
-    located: Collection[str] = (),
-) -> StepResult:
-    """Do one optimizer update on a mini-batch of the step.
-
-    located: ids of the rollouts with a located error.
-    """
-    config, progress = run.config, run.progress
-    with progress.stage(Stage.BUILD):
-        batches = pack(
-            normalized(
-                samples,
-                config.policy.normalize,
-                max_new_tokens=config.sample.max_new_tokens,
-                entropy_bonus=config.policy.entropy_weight > 0,
-            ),
-            max_tokens=config.pack.max_tokens,
-            min_shared=config.pack.min_shared,
-            num_ranks=run.learners.world.size,
-            hidden_size=run.inputs.model.hidden_size,
-        )
-        if is_due(step, config.diagnose.every):
-            batches = with_diagnosed(
-                batches,
-                samples,
-                located=() if engines.teacher_server else located,
-                max_tokens=config.diagnose.max_tokens,
-            )
-    teacher_states = None
-    if engines.teacher_server is not None:
-        with progress.stage(Stage.TEACHER):
-            teacher_states = await engines.teacher_server.states(batches)
-    await engines.student.release_memory()
-    with progress.stage(Stage.LEARN):
-        try:
-            learned = await learn(run, batches, teacher_states)
-        except (TrainingDiverged, LogprobGapTooLarge):
-            run.write_skipped(step, samples)
-            raise
-        progress.tokens(sum(batch.num_tokens for batch in batches))
-    if learned.metrics["loss/skipped"]:
-        progress.note(f"step {step} is skipped: its loss or gradient is not finite")
-        run.write_skipped(step, samples)
-    return learned
-
-
-async def learn(
-    run: Run, batches: Sequence[PackedBatch], teacher_states: Sequence[Tensor] | None
-) -> StepResult:
-    """Update the weights; in a thread where requests of the next step are in flight."""
-    if run.config.engine.one_step_ahead:
-        return await asyncio.to_thread(run.learners.step, batches, teacher_states)
-    return run.learners.step(batches, teacher_states)
-
-
-def is_due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0

@@ -25,6 +25,7 @@ LAYERS = (
     "machine",
     "inputs",
     "pipeline evaluate run",
+    "update",
     "train dry_run",
     "commands",
     "cli",
