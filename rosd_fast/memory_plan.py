@@ -151,7 +151,7 @@ def parameter_rows(shape: ModelShape, config: Config, num_ranks: int) -> list[Ro
 
 
 def moment_bytes(config: Config) -> int:
-    """Bytes of both moments per trained parameter; of 8 bits only in large parameters."""
+    """Bytes of both moments per trained parameter, as if no parameter were too small for 8 bits."""
     return 2 if config.optim.kind == "adamw8bit" else 2 * FULL
 
 

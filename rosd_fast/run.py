@@ -259,7 +259,7 @@ def opened(config: Config, resume: Path | None, world: World, lock: RunLock) -> 
                 shown.note(changed)
             for text in inputs.chat_notes():
                 shown.note(f"chat template: {text}")
-            yield Run(
+            run = Run(
                 inputs=inputs,
                 folder=folder,
                 learners=learners,
@@ -271,6 +271,8 @@ def opened(config: Config, resume: Path | None, world: World, lock: RunLock) -> 
                 first_step=first_step,
                 teacher=teacher,
             )
+            del teacher  # the run frees it once a server has been compared with it
+            yield run
 
 
 def teacher_source(inputs: Inputs) -> TeacherSource:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig
 
 from rosd_fast.config import Config
 from rosd_fast.config.load import apply_args, load_preset
@@ -17,10 +17,10 @@ from rosd_fast.engines.local.engine import LocalEngine
 from rosd_fast.errors import UserError
 from rosd_fast.inputs import load_inputs, with_absolute_paths
 from rosd_fast.model.load import load_model
-from rosd_fast.quickstart import MODEL_DIR
 from rosd_fast.report.metrics import read_metrics
 from rosd_fast.train import train
 from rosd_fast.types import Generation
+from tests.teacher_folder import save_teacher
 
 
 def options(out: Path, **changes: Any) -> Config:
@@ -36,24 +36,6 @@ def options(out: Path, **changes: Any) -> Config:
         "checkpoint.every": 1,
     }
     return apply_args(load_preset("quickstart"), small | changes)
-
-
-def save_teacher(folder: Path, *, rows: int = 0, seed: int = 1, **config: Any) -> str:
-    """A random teacher with the quickstart's tokenizer; rows: more than the quickstart has."""
-    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
-    torch.manual_seed(seed)
-    shape = {
-        "vocab_size": json.loads((MODEL_DIR / "config.json").read_text())["vocab_size"] + rows,
-        "hidden_size": 48,
-        "intermediate_size": 64,
-        "num_hidden_layers": 3,
-        "num_attention_heads": 4,
-        "max_position_embeddings": 1024,
-        "eos_token_id": tokenizer.eos_token_id,
-    }
-    LlamaForCausalLM(LlamaConfig(**shape | config)).save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
-    return str(folder)
 
 
 @pytest.fixture

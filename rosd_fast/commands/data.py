@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from rosd_fast.types import Problem
 
 POSITIONAL = ("source",)
-RUN_OPTIONS = ("model", "trust_remote_code")  # that a run has under the same name
+RUN_OPTIONS = ("method", "model", "trust_remote_code")  # that a run has under the same name
 MAX_SHOWN = 600  # characters of the example's prompt
 
 
@@ -33,6 +33,8 @@ class Options(Section):
     show: NonNegativeInt = 0
     """Print the prompts of every role for this many problems, the first ones, with token ids, and
     the known traps of the chat template. Needs --model, a preset or a file; no weights."""
+    method: str | None = None
+    """Method whose prompts are shown; None: that of the presets or the file, else rosd."""
     preset: tuple[str, ...] = ()
     """Presets of the run whose prompts are shown."""
     config: str | None = None

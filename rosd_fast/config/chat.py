@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 ROLES = ("student", "reflector", "teacher", "eval")
 NAME = re.compile(r"\s*([A-Za-z_]\w*)\s*=\s*")
+PYTHON: dict[str, Any] = {"True": True, "False": False, "None": None}  # a text would be true
 RESERVED = frozenset(
     "conversation messages tools documents chat_template add_generation_prompt "
     "continue_final_message tokenize sanitize_control_tokens padding truncation max_length "
@@ -29,7 +30,8 @@ RESERVED = frozenset(
 
 
 def parse_kwargs(text: str) -> dict[str, Any]:
-    """The arguments in `text`. Values are JSON where they parse, and text otherwise.
+    """The arguments in `text`. Values are JSON where they parse, or Python's True, False and None,
+    and text otherwise.
 
     >>> parse_kwargs('enable_thinking=false,reasoning_effort=low,note="a, b"')
     {'enable_thinking': False, 'reasoning_effort': 'low', 'note': 'a, b'}
@@ -58,7 +60,9 @@ def _value(text: str, start: int) -> tuple[Any, int]:
     if end > start and rest[:1] in ("", ","):
         return value, len(text) - len(rest) + 1
     word, _, _ = text[start:].partition(",")
-    return word.strip(), start + len(word) + 1
+    if word[:1] and word[0] in '{["':
+        raise ValueError(f"{text!r}: {text[start:]} is not JSON, as a value that begins like it is")
+    return PYTHON.get(word.strip(), word.strip()), start + len(word) + 1
 
 
 def make_chats(chat: ChatConfig, tokenizer: Any) -> Chats:

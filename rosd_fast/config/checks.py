@@ -130,6 +130,13 @@ def conflict(config: Config) -> str | None:
             "compat.micro_batch_rollouts needs optim.updates_per_step 1",
         ),
         (
+            config.sample.group_size < 2
+            and (config.method == "grpo" or bool(loss.policy_weight))
+            and config.method != "sft",
+            f"sample.group_size is {config.sample.group_size}: the policy gradient compares a "
+            "rollout with its siblings, so a group needs at least 2",
+        ),
+        (
             config.sample.group_size < 2 and config.method not in ("opsd", "opd", "sft"),
             f"sample.group_size is {config.sample.group_size}: a wrong rollout learns from a "
             "correct sibling, so a group needs at least 2",

@@ -56,6 +56,7 @@ async def open_engines(
         student = open_engine(config, model, folder, weight_check_ids=weight_check_ids, note=note)
         stack.push_async_callback(student.close)
         teacher_server = open_sglang_teacher(config, served_teacher, folder, note=note)
+        del served_teacher  # its memory is freed once the server has been compared with it
         if teacher_server is not None:
             stack.push_async_callback(teacher_server.close)
         teacher = None

@@ -49,8 +49,8 @@ async def check_teacher_server(
             f"the teacher server gives a token the log-probability "
             f"{float(received.flatten()[worst]):.4f} and the teacher in the trainer's process "
             f"{float(expected.flatten()[worst]):.4f}, which differ by more than "
-            f"teacher.max_logprob_gap = {max_gap:g}: does the server run the model that the run "
-            "starts from?"
+            f"teacher.max_logprob_gap = {max_gap:g}: does the server run the model that "
+            "teacher.model names or, without it, model?"
         )
 
 

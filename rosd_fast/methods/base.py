@@ -20,7 +20,8 @@ The methods of this package (`docs/methods.md` has the table of the family):
     grpo    nothing                  the group's advantage; all tokens
     sft     nothing                  the likelihood of correct rollouts; all tokens
 
-Any method that distils can add the policy gradient (`loss.policy_weight`), and grpo the divergence.
+Any method that distills can add the policy gradient (`loss.policy_weight`); grpo can add the
+divergence.
 """
 
 from __future__ import annotations
@@ -61,7 +62,7 @@ class TrainingSet:
         problems are a mini-batch (`optim.updates_per_step`), and nothing else.
     spans: by rollout id, the tokens of each distilled sample and how they were found. A rollout
         that has a span and no sample is not distilled.
-    metrics: of the method's own stages, with names such as `reflect/num_reflections`.
+    metrics: those of the method's own stages, with names such as `reflect/num_reflections`.
 
     Raises ValueError for two samples of one rollout with the same kind of loss, and for a distilled
     sample that is not its span.
@@ -208,9 +209,9 @@ class Method(ABC):
         """Return what the step trains on, given what `annotate` returned."""
 
     def distilled_span(self, rollout: Rollout) -> ErrorSpan | None:
-        """The span of all tokens, or unless `span.thinking` of those after the rollout's thinking.
+        """The span of the tokens after thinking, or with `span.thinking` of all tokens.
 
-        None when there are none.
+        None when there are no such tokens.
         """
         start = 0 if self.config.span.thinking else self.chats.num_thinking(rollout)
         return whole(rollout, start) if start < len(rollout.completion_ids) else None

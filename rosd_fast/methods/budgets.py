@@ -30,9 +30,9 @@ def check_references(config: Config, problems: Iterable[Problem]) -> None:
 def check_budgets(
     config: Config, chats: Chats, problem: Problem, templates: Iterable[tuple[str, str]]
 ) -> None:
-    """Raise UserError when `problem`, the longest, and a template alone are over their budget.
+    """Raise UserError when a template leaves no room once `problem` is filled in.
 
-    templates: the (section, option) of each user turn that the run renders.
+    problem: the longest one. templates: the (section, option) of each user turn that is rendered.
     """
     for section, name in templates:
         options = getattr(config, section)

@@ -151,10 +151,10 @@ class Rosd(Method):
         annotations: Mapping[str, Reflection],
         arm: Arm,
     ) -> dict[str, str]:
-        """The correct solution that the teacher of a rollout reads, by rollout id; empty: there is
-        none. Only rollouts that have a span and whose template shows one are in it.
+        """The correct solutions that the teacher reads, by rollout id; an empty one: there is none.
 
-        A wrong rollout has the sibling that its reflector was shown.
+        Only rollouts with a span, and with a template that shows a solution, have an entry. A wrong
+        rollout has the sibling that its reflector was shown.
         """
         config, shown = self.config, {}
         for group in groups:

@@ -26,7 +26,7 @@ class Sft(Method):
 
     @classmethod
     def check_options(cls, config: Config) -> None:
-        """Raise UserError where a divergence is asked for: there is nothing to distil from."""
+        """Raise UserError where a divergence is asked for: there is no teacher to distill from."""
         super().check_options(config)
         cls.refuse_weight(config, "distill_weight")
 

@@ -85,8 +85,8 @@ def policy_samples(
 ) -> list[TrainSample]:
     """One sample per rollout with its group-normalized advantage (GRPO, arXiv 2402.03300).
 
-    weight: of the policy gradient in the loss. Rollouts that `config.mask_truncated` leaves out
-    still count in their group's mean.
+    weight: that of the policy gradient in the loss. Rollouts that `config.mask_truncated` leaves
+    out still count in their group's mean.
     """
     samples = []
     for group in groups:

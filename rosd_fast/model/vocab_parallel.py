@@ -7,7 +7,7 @@ of b bytes:
     gathered head   V H (2 b + 4)   both heads, and the student's gradient reduced in fp32
     sharded head    N H (2 b + 4)   both models' states, and the gradient of the student's
 
-So sharding is cheaper if a micro-batch distils fewer tokens than the vocabulary has entries. It
+So sharding is cheaper if a micro-batch distills fewer tokens than the vocabulary has entries. It
 also saves the memory of a gathered head: V H (2 b + b) for both heads and a gradient. A head that
 is tied to the input embeddings is needed in full anyway, and is refused.
 

@@ -8,7 +8,7 @@ from typing import Any
 
 Row = Mapping[str, Any]
 
-TRUNCATED = 0.5  # from this share of truncated rollouts on, their length is part of the trouble
+TRUNCATED = 0.5  # from this share of truncated rollouts on, their length is named as a cause
 MISSED = 0.5  # likewise for quotes that are not found, and for explanations that are refused
 
 

@@ -89,7 +89,7 @@ def before_after_table(rows: Rows) -> Table:
             cells += [_percent(change.after), _points(change.points)]
         table.add_row(*cells)
     if not changes:
-        table.add_row(Text("no evaluation yet"))
+        table.add_row(Text("no evaluation yet (it needs data.dev)"))
     return table
 
 

@@ -242,15 +242,14 @@ def chat_format(
             "the chat template leaves out the text of the user turn, as a string and as a list of "
             "parts",
             where=where,
-            fix="Give another template with --chat.student.template, or fix chat_template in "
-            "tokenizer_config.json",
+            fix=_advice(where),
         )
     chat = _with_system_role(chat)
     return replace(chat, generation_prompt=_generation_prompt(chat))
 
 
 def _with_system_role(chat: ChatFormat) -> ChatFormat:
-    """The format with the form of system turns, some templates raise on them or leave them out."""
+    """The format with the form of its system turns found, or with `system_role` False."""
     for lists in (chat.lists, (*chat.lists, "system")):
         tried = replace(chat, lists=lists)
         try:
@@ -295,10 +294,17 @@ def template_errors() -> tuple[type[Exception], ...]:
 
 def _failed(error: Exception, where: str = "tokenizer") -> UserError:
     return UserError(
-        f"the chat template fails on a user turn ({error})",
-        where=where,
-        fix="Fix chat_template in tokenizer_config.json, or give another template with "
-        "--chat.student.template",
+        f"the chat template fails on a user turn ({error})", where=where, fix=_advice(where)
+    )
+
+
+def _advice(where: str) -> str:
+    """What to do about a template: the tokenizer's, or that of the option `where`."""
+    if where != "tokenizer":
+        return f"Fix the template, or leave out --{where}"
+    return (
+        "Fix chat_template in tokenizer_config.json, or give another template with "
+        "--chat.student.template"
     )
 
 

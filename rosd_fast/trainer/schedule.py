@@ -57,7 +57,6 @@ def describe_change(
 
     old_horizon: number of updates that the run had before.
     """
-
     ahead = range(update, max(old_horizon, horizon))
     if all(
         learning_rate(k, horizon, options) == learning_rate(k, old_horizon, options) for k in ahead

@@ -55,6 +55,17 @@ def test_every_role_with_text_and_ids(capsys: pytest.CaptureFixture[str]) -> Non
     assert found["notes"] == ""
 
 
+def test_the_prompts_of_another_method(capsys: pytest.CaptureFixture[str]) -> None:
+    found = shown(capsys, "--model", "quickstart", "--method", "opsd")
+    assert list(found) == [
+        "student",
+        "teacher, correct rollout",
+        "teacher, wrong rollout",
+        "notes",
+    ]
+    assert "</answer>" in found["teacher, wrong rollout"]  # of the reference solution
+
+
 def test_thinking_is_opened_and_closed_once_per_role(
     tmp_path: Path, tokenizer: Any, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -28,6 +28,8 @@ from tests.chat_templates import SWITCHED
         ("a=falsey,b=2nd of May,c=", {"a": "falsey", "b": "2nd of May", "c": ""}),
         ("a=[1, 2],b={}", {"a": [1, 2], "b": {}}),
         ("a=1,a=2", {"a": 2}),
+        ("a=True,b=False, c = None ", {"a": True, "b": False, "c": None}),
+        ('a="False"', {"a": "False"}),
     ],
 )
 def test_arguments(text: str, values: dict[str, Any]) -> None:
@@ -43,6 +45,8 @@ def read(*args: str) -> Config:
     [
         (["--chat.kwargs", "thinking"], "chat.kwargs is 'thinking': arguments are written name="),
         (["--chat.eval.kwargs", "a=1,2"], "chat.eval.kwargs is 'a=1,2': arguments are written"),
+        (["--chat.kwargs", 'a={"b":1'], """chat.kwargs is 'a={"b":1': {"b":1 is not JSON"""),
+        (["--chat.kwargs", 'b=1,a="x'], """chat.kwargs is 'b=1,a="x': "x is not JSON"""),
         (
             ["--chat.student.kwargs", "chat_template=x"],
             "chat.student.kwargs is 'chat_template=x': chat_template is not an argument of chat",
@@ -161,3 +165,11 @@ def test_only_what_is_set_counts_in_the_hash() -> None:
         ["--span.thinking"],
     ]
     assert len({config_hash(read(*args)) for args in changes} | {plain}) == len(changes) + 1
+
+
+@pytest.mark.parametrize("template", ["{{ raise_exception('no') }}", "{{ 'nothing of the turn' }}"])
+def test_a_template_of_one_role_that_fails_is_named(tokenizer: Any, template: str) -> None:
+    with pytest.raises(UserError) as caught:
+        make_chats(read("--chat.teacher.template", template).chat, tokenizer)
+    assert str(caught.value).startswith("chat.teacher.template: the chat template")
+    assert str(caught.value).endswith("Fix the template, or leave out --chat.teacher.template")

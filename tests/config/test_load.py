@@ -287,6 +287,14 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     [
         ({"sample.group_size": "x"}, "--sample.group-size is 'x', must be a whole number"),
         ({"sample.group_size": "1"}, "sample.group_size is 1: a wrong rollout"),
+        (
+            {"sample.group_size": "1", "method": "grpo"},
+            "sample.group_size is 1: the policy gradient compares",
+        ),
+        (
+            {"sample.group_size": "1", "method": "opsd", "loss.policy_weight": "1"},
+            "sample.group_size is 1: the policy gradient compares",
+        ),
         ({"sample.top_p": "1.5"}, "--sample.top-p is '1.5', must be at most 1"),
         ({"optim.lr": "nan"}, "--optim.lr is 'nan', must be a finite number"),
         ({"loss.importance_clip": "x"}, "--loss.importance-clip is 'x', must be a number, or none"),

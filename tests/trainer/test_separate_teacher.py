@@ -14,7 +14,8 @@ from rosd_fast.config import Config
 from rosd_fast.errors import UserError
 from rosd_fast.model.attention import hidden_states
 from rosd_fast.trainer.learner import Learner
-from rosd_fast.trainer.separate_teacher import with_rows
+from rosd_fast.trainer.separate_teacher import local_rows, with_rows
+from rosd_fast.utils.distributed import World
 from tests.tiny import VOCAB, mark_trainable
 
 WIDE = {"hidden_size": 48, "num_hidden_layers": 3, "tie_word_embeddings": False}
@@ -197,6 +198,27 @@ def test_scaled_logits_on_one_side(make_model, distill_samples, monkeypatch) -> 
         Learner(student, options, teacher=teacher), pack(samples, max_tokens=999), monkeypatch
     )
     torch.testing.assert_close(gradients["model.norm.weight"], expected, rtol=1e-5, atol=1e-9)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5, 8])
+@pytest.mark.parametrize(("rows", "student_rows"), [(64, 64), (64, 67), (46, 47)])
+def test_each_rank_keeps_the_common_rows_of_its_own(
+    monkeypatch, ranks: int, rows: int, student_rows: int
+) -> None:
+    parts = torch.arange(student_rows).chunk(ranks)  # as DTensor does
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: ranks)
+    for rank, part in enumerate(parts):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda group, rank=rank: rank)
+        assert local_rows(rows, student_rows, World()) == int((part < rows).sum())
+
+
+def test_a_rank_without_common_rows_is_refused(monkeypatch) -> None:
+    """On every rank, so that none waits for the others."""
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda group: 4)
+    for rank in range(4):
+        monkeypatch.setattr(torch.distributed, "get_rank", lambda group, rank=rank: rank)
+        with pytest.raises(UserError, match=r"parallel.head: shard: the last of 4 ranks would"):
+            local_rows(60, 80, World())
 
 
 @pytest.mark.parametrize("tied", [True, False])

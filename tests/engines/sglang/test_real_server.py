@@ -47,6 +47,7 @@ from rosd_fast.train import start, train, train_on
 from rosd_fast.types import Generation, GenerationRequest, PackedSequences, SamplingParams
 from tests.engines.sglang.fake_sglang import ENGINE, LIMITS, WATCH
 from tests.launch import module_command
+from tests.teacher_folder import save_teacher
 
 pytestmark = pytest.mark.sglang
 PYTHON = os.environ.get("ROSD_SGLANG_PYTHON", "")
@@ -570,6 +571,32 @@ def test_a_teacher_on_a_server_teaches_two_ranks(tmp_path: Path) -> None:
     )
     assert done.returncode == 0, done.stderr[-3000:]
     near = train(small(tmp_path, name="near", engine__kind="local"))
+    runs = [read_metrics(run / "metrics.jsonl")[1:] for run in (near, tmp_path / "far")]
+    assert len(runs[0]) == len(runs[1]) == 3
+    for ours, theirs in zip(*runs, strict=True):
+        for name in ("loss/divergence", "loss/teacher_entropy", "loss/student_entropy"):
+            assert theirs[name] == pytest.approx(ours[name], rel=1e-3), name
+        assert theirs["loss/num_distilled_tokens"] == ours["loss/num_distilled_tokens"] > 0
+
+
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_another_model_on_a_server_teaches_as_one_in_the_trainer(
+    tmp_path: Path, ranks: int
+) -> None:
+    """Wider and deeper than the student, with more rows of the vocabulary."""
+    teacher = save_teacher(tmp_path / "teacher", rows=16, hidden_size=64, head_dim=32)
+    changes = {"method": "opd", "teacher__model": teacher}
+    file = tmp_path / "far.toml"
+    file.write_text(to_toml(with_teacher(tmp_path, name="far", **changes)))
+    done = subprocess.run(
+        module_command(ranks, "rosd_fast", "train", "--config", file),
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    near = train(small(tmp_path, name="near", engine__kind="local", **changes))
     runs = [read_metrics(run / "metrics.jsonl")[1:] for run in (near, tmp_path / "far")]
     assert len(runs[0]) == len(runs[1]) == 3
     for ours, theirs in zip(*runs, strict=True):

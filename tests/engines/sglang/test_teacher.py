@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import gc
+import weakref
 from collections.abc import Callable, Coroutine
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,15 +16,21 @@ from hypothesis import strategies as st
 
 from rosd_fast.batch.packing import pack
 from rosd_fast.config import Config
+from rosd_fast.config.load import apply_args, load_preset
 from rosd_fast.engines.sglang.client import Endpoint
 from rosd_fast.engines.sglang.pool import ServerHandle
 from rosd_fast.engines.sglang.teacher import SglangTeacher
 from rosd_fast.engines.weight_check import check_teacher_server
 from rosd_fast.errors import RunFailed, UserError
 from rosd_fast.model.attention import hidden_states
+from rosd_fast.model.load import load_model
+from rosd_fast.pipeline import sample_and_annotate
+from rosd_fast.run import open_run
+from rosd_fast.train import start, train_on
 from rosd_fast.trainer.learner import Learner
 from rosd_fast.types import PackedSequences, TrainSample
 from tests.engines.sglang.fake_sglang import LIMITS, FakeSglang, expected_states
+from tests.teacher_folder import save_teacher
 
 SAMPLES = [
     TrainSample(
@@ -175,6 +184,77 @@ def test_a_step_equals_that_with_a_teacher_in_the_process(tiny_llama: Callable[.
         for name, value in one.metrics.items():
             assert other.metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
     far.load_state_dict(far.state_dict())
+
+
+def test_a_separate_teacher_of_another_width(tiny_llama: Callable[..., Any]) -> None:
+    """Its head alone is left in the trainer, with more vocabulary rows than the student has."""
+    rows = tiny_llama().config.vocab_size + 8
+    options = Config.model_validate({"teacher": {"backend": "sglang", "model": "other"}})
+
+    def other() -> Any:
+        return tiny_llama(seed=1, hidden_size=48, num_hidden_layers=3, vocab_size=rows)
+
+    near = Learner(tiny_llama(), options, teacher=other())
+    far = Learner(tiny_llama(), options, teacher=other())
+    far.teacher.discard_model()
+    assert far.teacher.model is far.model
+    fake, served = FakeSglang(), other()
+    fake.states = lambda ids: states_of(served, ids)
+    batches = pack(SAMPLES, max_tokens=60)
+    for _ in range(3):
+        states = with_teacher(lambda teacher, _: teacher.states(batches), fake, hidden_size=48)
+        one, other_result = near.step(batches), far.step(batches, states)
+        assert one.metrics["loss/divergence"] > 0
+        for name, value in one.metrics.items():
+            assert other_result.metrics[name] == pytest.approx(value, rel=1e-4, abs=1e-6), name
+
+
+@pytest.mark.parametrize("wrong", [False, True], ids=["right model", "wrong model"])
+def test_a_run_compares_the_server_with_the_separate_teacher(tmp_path: Path, wrong: bool) -> None:
+    """Then nothing but its head is left of it in the trainer."""
+    folder = save_teacher(tmp_path / "teacher", rows=16)
+    served = load_model(
+        save_teacher(tmp_path / "served", rows=16, seed=2) if wrong else folder,
+        dtype="float32",
+        device=torch.device("cpu"),
+    ).model
+
+    async def run_with(fake: FakeSglang) -> None:
+        fake.states = lambda ids: states_of(served, ids)
+        options = {
+            "method": "opd",
+            "steps": 1,
+            "out": str(tmp_path),
+            "name": "run",
+            "data.dev": None,
+            "data.dev_ood": None,
+            "sample.problems_per_step": 2,
+            "sample.group_size": 2,
+            "teacher.model": folder,
+            "teacher.backend": "sglang",
+            "teacher.url": fake.url,
+        }
+        with open_run(apply_args(load_preset("quickstart"), options)) as run:
+            loaded = run.teacher
+            assert loaded is not None and loaded.hidden_size == 48
+            left = weakref.ref(loaded.model)
+            del loaded
+            async with run.open_engines() as engines:
+                await start(run, engines)
+                gc.collect()
+                assert run.teacher is None and left() is None
+                sampled = await sample_and_annotate(run.inputs, engines, 1, run.progress)
+                assert (await train_on(run, engines, 1, sampled))["loss/divergence"] > 0
+
+    async def test() -> None:
+        async with FakeSglang() as fake:
+            await run_with(fake)
+
+    if wrong:
+        with pytest.raises(RunFailed, match=r"does the server run the model that teacher.model"):
+            asyncio.run(test())
+    else:
+        asyncio.run(test())
 
 
 def test_a_server_with_another_model_is_noticed(tiny_llama: Callable[..., Any]) -> None:

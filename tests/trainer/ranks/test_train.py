@@ -16,6 +16,7 @@ import pytest
 from safetensors.torch import load_file
 
 from tests.launch import module_command
+from tests.teacher_folder import save_teacher
 
 ARGS = "--sample.problems-per-step 4 --sample.group-size 4 --eval.every 0 --eval.problems 8".split()
 
@@ -103,6 +104,18 @@ def test_five_steps_are_the_same_on_two_ranks_and_resume_on_one(tmp_path: Path) 
 def test_reflections_with_the_teachers_weights_are_the_same_on_two_ranks(tmp_path: Path) -> None:
     """They are written by a full copy of the teacher, gathered from the shards of an average."""
     options = "--teacher.kind ema --reflect.weights teacher --reflect.probe-every 1".split()
+    for ranks in (1, 2):
+        steps = ["--steps", "3", "--out", tmp_path, "--name", f"on{ranks}"]
+        result = train(ranks, *ARGS, *options, *steps)
+        assert result.returncode == 0, result.stderr
+    assert_same_run(tmp_path / "on1", tmp_path / "on2")
+
+
+@pytest.mark.slow
+def test_a_separate_teacher_is_the_same_on_two_ranks(tmp_path: Path) -> None:
+    """It also writes the reflections, with the whole model that rank 0 keeps for that."""
+    teacher = save_teacher(tmp_path / "teacher", rows=16)
+    options = ["--teacher.model", teacher, "--reflect.weights", "teacher"]
     for ranks in (1, 2):
         steps = ["--steps", "3", "--out", tmp_path, "--name", f"on{ranks}"]
         result = train(ranks, *ARGS, *options, *steps)
