@@ -67,9 +67,8 @@ def test_nothing_is_taught(quickstart: Quickstart, method: str, temperature: flo
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 def test_by_any_divergence(quickstart: Quickstart, divergence: str, strategy: str) -> None:
     changes = {"loss__divergence": divergence, "loss__strategy": strategy, "loss__beta": 0.3}
-    for temperature in (1.0, 0.6):
-        options = changes | {"method": "sdpo", "sample__temperature": temperature}
-        assert_zero(*gradients(quickstart, options))
+    changes |= {"method": "sdpo", "sample__temperature": 0.6}
+    assert_zero(*gradients(quickstart, changes))
 
 
 @pytest.mark.parametrize(
