@@ -108,7 +108,7 @@ def locate_errors(
 
     thinking: by rollout id, the number of first tokens that are thinking, where spans may not fall;
     the whole completion is then what follows. None: spans may fall anywhere.
-    reencode_with: a tokenizer, to begin spans where the public code does (`reencoded_start`, a known bug);
+    reencode_with: a tokenizer, to begin spans where the public code does (`reencode`, a known bug);
     None: at the quote's first token.
     """
     thinking = thinking or {}
