@@ -8,7 +8,7 @@ re-tokenized.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from rosd_fast.errors import UserError
 from rosd_fast.text.prompts import (
@@ -70,20 +70,22 @@ def build_samples(
             max_tokens=config.max_prompt_tokens,
             cut_right=cut_right,
         )
-        samples.append(
-            TrainSample(
-                rollout_id=rollout.id,
-                problem_id=problem.id,
-                student_prompt_ids=rollout.prompt_ids,
-                teacher_prompt_ids=prompt_ids,
-                completion_ids=rollout.completion_ids,
-                logprobs=rollout.logprobs,
-                start=span.start,
-                end=span.end,
-                reflection_cut=cut,
-            )
-        )
+        samples.append(sample_of(rollout, span, teacher_prompt_ids=prompt_ids, reflection_cut=cut))
     return samples
+
+
+def sample_of(rollout: Rollout, span: ErrorSpan, **loss: Any) -> TrainSample:
+    """The sample of a rollout's tokens in `span`; `loss` is the fields that name and weigh it."""
+    return TrainSample(
+        rollout_id=rollout.id,
+        problem_id=rollout.problem_id,
+        student_prompt_ids=rollout.prompt_ids,
+        completion_ids=rollout.completion_ids,
+        logprobs=rollout.logprobs,
+        start=span.start,
+        end=span.end,
+        **loss,
+    )
 
 
 def teacher_prompt(

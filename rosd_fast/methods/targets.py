@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from rosd_fast.batch.samples import sample_of
 from rosd_fast.types import ErrorSpan, TrainSample
 
 if TYPE_CHECKING:
@@ -35,17 +36,8 @@ def distilled(
 
     cut: whether a text of the teacher's prompt had to be cut to fit.
     """
-    return TrainSample(
-        rollout_id=rollout.id,
-        problem_id=rollout.problem_id,
-        student_prompt_ids=rollout.prompt_ids,
-        teacher_prompt_ids=teacher_prompt_ids,
-        completion_ids=rollout.completion_ids,
-        logprobs=rollout.logprobs,
-        start=span.start,
-        end=span.end,
-        weight=weight,
-        reflection_cut=cut,
+    return sample_of(
+        rollout, span, teacher_prompt_ids=teacher_prompt_ids, weight=weight, reflection_cut=cut
     )
 
 
@@ -56,18 +48,7 @@ def reinforced(
 
     span: the tokens; None: all.
     """
-    span = span or whole(rollout)
-    return TrainSample(
-        rollout_id=rollout.id,
-        problem_id=rollout.problem_id,
-        student_prompt_ids=rollout.prompt_ids,
-        completion_ids=rollout.completion_ids,
-        logprobs=rollout.logprobs,
-        start=span.start,
-        end=span.end,
-        advantage=advantage,
-        weight=weight,
-    )
+    return sample_of(rollout, span or whole(rollout), advantage=advantage, weight=weight)
 
 
 def with_tokens(groups: Sequence[Group]) -> Iterator[Rollout]:

@@ -24,6 +24,7 @@ from rosd_fast.report.style import (
     finish,
     line,
     name_ends,
+    near_one,
     percent,
     plain,
     trend,
@@ -92,17 +93,7 @@ def entropies(ax: Axes, rows: Rows) -> None:
 
 def importance_weight(ax: Axes, rows: Rows) -> None:
     """Draw how far the trained weights have moved from those that sampled."""
-    trend(ax, series(rows, "loss/importance_weight_mean"), GREEN)
-    finish(
-        ax,
-        rows,
-        "Importance weight",
-        "mean weight",
-        note="probability of the sampled token, student / rollout engine",
-    )
-    if ax.lines:  # nearly always 1: rounding errors must not look like a signal
-        low, high = ax.get_ylim()
-        ax.set_ylim(min(low, 0.99), max(high, 1.01))
+    near_one(ax, rows, "loss/importance_weight_mean", "Importance weight", "mean weight")
 
 
 def distilled(ax: Axes, rows: Rows) -> None:

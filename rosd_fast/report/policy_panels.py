@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from rosd_fast.report.colours import BLUE, GREEN, ORANGE, PURPLE
+from rosd_fast.report.colours import BLUE, ORANGE, PURPLE
 from rosd_fast.report.series import series
-from rosd_fast.report.style import Rows, finish, percent, trend
+from rosd_fast.report.style import Rows, finish, near_one, percent, trend
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -26,17 +26,7 @@ def logprob(ax: Axes, rows: Rows) -> None:
 
 def ratio(ax: Axes, rows: Rows) -> None:
     """Draw how far the trained weights have moved from those that sampled."""
-    trend(ax, series(rows, "policy/ratio_mean"), GREEN)
-    finish(
-        ax,
-        rows,
-        "Probability ratio",
-        "mean ratio",
-        note="probability of the sampled token, student / rollout engine",
-    )
-    if ax.lines:  # nearly always 1: rounding errors must not look like a signal
-        low, high = ax.get_ylim()
-        ax.set_ylim(min(low, 0.99), max(high, 1.01))
+    near_one(ax, rows, "policy/ratio_mean", "Probability ratio", "mean ratio")
 
 
 def clipping(ax: Axes, rows: Rows) -> None:

@@ -14,8 +14,8 @@ import numpy as np
 from matplotlib.patheffects import withStroke
 from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
-from rosd_fast.report.colours import FAINT, INK, MUTED
-from rosd_fast.report.series import Series, smoothing_window
+from rosd_fast.report.colours import FAINT, GREEN, INK, MUTED
+from rosd_fast.report.series import Series, series, smoothing_window
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -153,6 +153,16 @@ def _heading(ax: Axes, title: str, note: str) -> None:
         fontsize=9,
         labelcolor=INK,
     )
+
+
+def near_one(ax: Axes, rows: Rows, metric: str, title: str, label: str) -> None:
+    """Draw a ratio of the trained policy to the one that sampled, which is nearly always 1."""
+    trend(ax, series(rows, metric), GREEN)
+    note = "probability of the sampled token, student / rollout engine"
+    finish(ax, rows, title, label, note=note)
+    if ax.lines:  # rounding errors must not look like a signal
+        low, high = ax.get_ylim()
+        ax.set_ylim(min(low, 0.99), max(high, 1.01))
 
 
 def percent(ax: Axes, values: Sequence[float] = (), *, least_range: float = 1.0) -> None:

@@ -37,6 +37,7 @@ from rosd_kernels.testing.checking import (
     full_float32,
     measure,
     poisoned_memory,
+    sparsity_check,
 )
 from rosd_kernels.testing.peers import eager_jsd, gemm_floor, liger_jsd, peaked_states
 
@@ -163,15 +164,8 @@ def check_sparsity(
 
     exact, _ = gradient("exact")
     sparse, out = gradient(rule)
-    error = float((sparse - exact).abs().sum(1).max())
-    bound = out.stats.grad_error_bound + 1e-5 * float(exact.abs().sum(1).max())
-    fits = rule.rule != "mass" or out.stats.dropped_mass_max <= rule.bound * (1 + 1e-4)
-    ok = error <= bound and fits and 0 < out.stats.active_frac < 1
-    text = (
-        f"error {error:.1e}, bound {bound:.1e}, dropped {out.stats.dropped_mass_max:.1e}, "
-        f"active {out.stats.active_frac:.2f}"
-    )
-    return Check(f"sparsity {name}({rule.bound}) {divergence}", ok, text)
+    title = f"sparsity {name}({rule.bound}) {divergence}"
+    return sparsity_check(title, exact, sparse, out.stats, rule)
 
 
 def timings(

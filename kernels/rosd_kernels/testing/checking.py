@@ -12,6 +12,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from rosd_kernels.records import SpanStats
+from rosd_kernels.sparsity import Sparsity
+
 # (loss, gradients relative to their largest element). With bfloat16, G and the result are rounded.
 TOLERANCES = {torch.float32: (1e-5, 1e-5), torch.bfloat16: (1e-4, 1e-2)}
 SLACK = 1e-6  # float32's rounding of log-probabilities, for values near zero
@@ -49,6 +52,21 @@ class Timing(NamedTuple):
     median_s: float | None  # None: it did not run
     peak_bytes: int | None  # beyond inputs and gradients; None: not measured on a CPU
     text: str
+
+
+def sparsity_check(
+    name: str, exact: Tensor, sparse: Tensor, stats: SpanStats, rule: Sparsity
+) -> Check:
+    """Whether a sparse gradient [N, H] lies within its reported bounds, and drops something."""
+    error = float((sparse - exact).abs().sum(1).max())
+    bound = stats.grad_error_bound + 1e-5 * float(exact.abs().sum(1).max())
+    fits = rule.rule != "mass" or stats.dropped_mass_max <= rule.bound * (1 + 1e-4)
+    ok = error <= bound and fits and 0 < stats.active_frac < 1
+    text = (
+        f"error {error:.1e}, bound {bound:.1e}, dropped {stats.dropped_mass_max:.1e}, "
+        f"active {stats.active_frac:.2f}"
+    )
+    return Check(name, ok, text)
 
 
 def measure(name: str, step: Callable[[], Any], device: torch.device, repeats: int) -> Timing:
