@@ -190,7 +190,7 @@ def sciknoweval_lengths(data: Path) -> list[tuple[int, list[int]]]:
     requests = [
         GenerationRequest(
             id=problem.id,
-            prompt_ids=chat.render(problem.prompt, system=problem.system),
+            prompt_ids=chat.render_problem(problem),
             params=params,
             n=ROLLOUTS,
         )

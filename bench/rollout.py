@@ -50,10 +50,7 @@ def main() -> None:
     model.to(device).eval()  # type: ignore[arg-type]
     tokenizer = AutoTokenizer.from_pretrained(args.model)
     chat = chat_format(tokenizer)
-    prompts = [
-        chat.render(problem.prompt, system=problem.system)
-        for problem in load_split("dev")[: args.problems]
-    ]
+    prompts = [chat.render_problem(problem) for problem in load_split("dev")[: args.problems]]
     setting = Setting(
         group_size=args.group_size,
         max_new_tokens=args.max_new_tokens,

@@ -113,7 +113,7 @@ async def render_prompts(inputs: Inputs, problem: Problem) -> list[Prompt]:
                 budget=config.teacher.max_prompt_tokens,
                 answer=config.sample.max_new_tokens,
             )
-    ids = inputs.chats.eval.render(problem.prompt, system=problem.system)
+    ids = inputs.chats.eval.render_problem(problem)
     if ids != prompts["student"].ids:
         prompts["eval"] = replace(prompts["student"], role="eval", ids=ids)
     return [*prompts.values()]

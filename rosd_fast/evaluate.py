@@ -17,27 +17,27 @@ from rosd_fast.report.metrics import EVAL_TOTALS
 from rosd_fast.report.stages import Stage
 from rosd_fast.rollout.sample import collect_groups
 from rosd_fast.types import GenerationRequest, SamplingParams
-from rosd_fast.verify import verify_all
 
 if TYPE_CHECKING:
     from rosd_fast.config import EvalConfig
     from rosd_fast.engines.base import RolloutEngine
+    from rosd_fast.engines.lifecycle import Engines
     from rosd_fast.inputs import Inputs
     from rosd_fast.report.progress import Progress
     from rosd_fast.text.chat import ChatFormat
     from rosd_fast.types import Problem
+    from rosd_fast.verify import VerifierPool
 
 
-async def evaluate_splits(
-    inputs: Inputs, engine: RolloutEngine, progress: Progress
-) -> dict[str, float]:
+async def evaluate_splits(inputs: Inputs, engines: Engines, progress: Progress) -> dict[str, float]:
     """Return the metrics of the development splits, always with the same draws."""
     config, metrics = inputs.config, {}
     with progress.stage(Stage.EVALUATE):
         for split, problems in inputs.dev_splits.items():
             metrics |= await evaluate(
-                engine,
+                engines.student,
                 problems,
+                verifiers=engines.verifiers,
                 split=split,
                 config=config.eval,
                 max_new_tokens=config.sample.max_new_tokens,
@@ -54,6 +54,7 @@ async def evaluate(
     engine: RolloutEngine,
     problems: Sequence[Problem],
     *,
+    verifiers: VerifierPool,
     split: str,
     config: EvalConfig,
     max_new_tokens: int,
@@ -96,7 +97,7 @@ async def evaluate(
     )
     generations = await engine.generate(requests, on_tokens=on_tokens)
     groups = collect_groups(chosen, requests, generations, chat=chat)
-    verdicts = verify_all(groups, threshold=threshold)
+    verdicts = await verifiers.verify(groups, threshold=threshold)
 
     successes: defaultdict[str, list[bool]] = defaultdict(list)  # by domain
     for group in groups:
@@ -129,7 +130,7 @@ def build_eval_requests(
     return [
         GenerationRequest(
             id=f"eval/{split}/{problem.id}",
-            prompt_ids=chat.render(problem.prompt, system=problem.system),
+            prompt_ids=chat.render_problem(problem),
             params=params,
             n=1 if config.temperature == 0 else config.samples,
             seed=seed,

@@ -18,7 +18,6 @@ from typing import TYPE_CHECKING
 from rosd_fast.report.stages import Stage
 from rosd_fast.rollout.sample import RolloutOptions, sample_groups, sampling_params, stream_groups
 from rosd_fast.rollout.select import select_groups
-from rosd_fast.verify import verify_all
 
 if TYPE_CHECKING:
     from rosd_fast.engines.lifecycle import Engines
@@ -65,7 +64,7 @@ async def _behind_barrier(
             engines.student, problems, on_tokens=progress.tokens, **_options(inputs, step)
         )
     with progress.stage(Stage.VERIFY):
-        verdicts = verify_all(groups, threshold=config.select.threshold)
+        verdicts = await engines.verifiers.verify(groups, threshold=config.select.threshold)
         selection = _select(inputs, groups, verdicts)
     with progress.stage(method.annotate_stage):
         annotations = await method.annotate(step, selection.kept, verdicts, engines, progress)
@@ -91,7 +90,9 @@ async def _streamed(
                     engines.student, problems, on_tokens=progress.tokens, **_options(inputs, step)
                 ):
                     groups[group.problem.id] = group
-                    verdicts |= verify_all([group], threshold=config.select.threshold)
+                    verdicts |= await engines.verifiers.verify(
+                        [group], threshold=config.select.threshold
+                    )
                     kept = _select(inputs, [group], verdicts).kept
                     if kept:
                         tasks.create_task(annotate(kept))

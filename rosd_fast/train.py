@@ -53,7 +53,7 @@ async def run_steps(run: Run) -> None:
         try:
             await start(run, engines)
             if run.first_step == 1:
-                run.finish_step(0, await evaluate_splits(inputs, engines.student, progress))
+                run.finish_step(0, await evaluate_splits(inputs, engines, progress))
             for step in range(run.first_step, config.steps + 1):
                 sampled = await (ahead or sample_and_annotate(inputs, engines, step, progress))
                 if config.engine.one_step_ahead and step < config.steps:
@@ -63,7 +63,7 @@ async def run_steps(run: Run) -> None:
                 metrics = await train_on(run, engines, step, sampled)
                 last = step == config.steps or run.stop.requested
                 if last or is_due(step, config.eval.every):
-                    metrics |= await evaluate_splits(inputs, engines.student, progress)
+                    metrics |= await evaluate_splits(inputs, engines, progress)
                 # The row before the checkpoint: killed in between, a resumed run repeats the step.
                 run.finish_step(step, metrics)
                 if last or is_due(step, config.checkpoint.every):

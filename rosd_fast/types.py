@@ -24,6 +24,14 @@ SpanSource = Literal["quote", "normalized", "fuzzy", "full", "random"]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Message:
+    """A turn of a conversation. `role` is system, user, assistant, or what the template knows."""
+
+    role: str
+    content: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Problem:
     """A question with a verifiable answer.
 
@@ -33,11 +41,21 @@ class Problem:
 
     id: str
     domain: str  # the name its metrics are grouped under
-    prompt: str  # the user turn, as shown to the student
+    prompt: str  # the last user turn, as shown to the student
     answer: str  # what the verifier compares with
-    verifier: str  # a name in rosd_fast.verify.VERIFIERS
+    verifier: str  # a name in rosd_fast.verify.VERIFIERS, or FILE.py:FUNCTION
     system: str | None = None  # the system turn, None: no system turn
+    context: tuple[Message, ...] = ()  # the turns between the system turn and the prompt
     reference: str | None = None  # a worked solution of the data set, None: it has none
+    teacher_prompt: str | None = None  # user turn of the teacher in place of its template's
+    feedback: str | None = None  # what a solver of a wrong rollout is told; None: what it says
+    weight: float = 1.0  # multiplies the loss of the problem's tokens, at least 0
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        """The whole conversation, up to the user turn that the student answers."""
+        first = () if self.system is None else (Message(role="system", content=self.system),)
+        return (*first, *self.context, Message(role="user", content=self.prompt))
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -115,6 +133,23 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Judgement:
+    """What a verifier says about a completion.
+
+    answer: the answer found in it, None: none found.
+    reason: why the score is not 1, as in "no answer tag" or "timed out"; None: nothing to say.
+    """
+
+    score: float  # in [0, 1]
+    answer: str | None
+    reason: str | None = None
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.score <= 1.0:
+            raise ValueError(f"score {self.score} is outside [0, 1]")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Verdict:
     """The verifier's judgement of a rollout. `success` is `score >= threshold`."""
 
@@ -122,6 +157,7 @@ class Verdict:
     score: float  # in [0, 1]
     success: bool
     answer: str | None  # the answer found in the completion, None: none found
+    reason: str | None = None  # why the score is not 1, None: nothing to say
 
     @property
     def feedback(self) -> str:

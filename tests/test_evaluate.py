@@ -15,6 +15,7 @@ from rosd_fast.errors import UserError
 from rosd_fast.evaluate import evaluate
 from rosd_fast.text.chat import chat_format
 from rosd_fast.types import Generation, GenerationRequest, Problem, SamplingParams
+from rosd_fast.verify import VerifierPool
 
 
 class RecordingEngine(RolloutEngine):
@@ -85,7 +86,11 @@ def run(engine: RolloutEngine, tokenizer: Any, **changes: Any) -> dict[str, floa
         "threshold": 1.0,
         "seed": 11,
     } | changes
-    options |= {"chat": chat_format(tokenizer), "stop_token_ids": (tokenizer.eos_token_id,)}
+    options |= {
+        "chat": chat_format(tokenizer),
+        "stop_token_ids": (tokenizer.eos_token_id,),
+        "verifiers": VerifierPool(),
+    }
     return asyncio.run(evaluate(engine, problems, config=config, **options))
 
 

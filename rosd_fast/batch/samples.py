@@ -111,7 +111,7 @@ def teacher_prompt(
             for name, text in texts.items()
         }
         user = fill_template(template, {**values, "problem": problem.prompt})
-        return chat.render(user, system=problem.system)
+        return chat.render_problem(problem, user)
 
     longest = max(map(len, texts.values()), default=0)
     if cut_right:

@@ -143,4 +143,4 @@ def prompt_lengths(problems: Sequence[Problem], options: Options) -> list[int]:
     assert options.model is not None
     tokenizer = load_tokenizer(find(options.model), trust_remote_code=options.trust_remote_code)
     chat = chat_format(tokenizer)
-    return [len(chat.render(problem.prompt, system=problem.system)) for problem in problems]
+    return [len(chat.render_problem(problem)) for problem in problems]

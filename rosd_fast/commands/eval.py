@@ -86,6 +86,7 @@ async def measure(options: Options, problems: Sequence[Problem]) -> dict[str, fl
     from rosd_fast.evaluate import evaluate
     from rosd_fast.model.load import load_model
     from rosd_fast.utils.distributed import pick_device
+    from rosd_fast.verify import VerifierPool
 
     loaded = load_model(
         options.model,
@@ -105,6 +106,7 @@ async def measure(options: Options, problems: Sequence[Problem]) -> dict[str, fl
         return await evaluate(
             engine,
             problems,
+            verifiers=VerifierPool(),
             split=SPLIT,
             config=eval_config(options),
             max_new_tokens=options.max_new_tokens,

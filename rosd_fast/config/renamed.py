@@ -46,9 +46,17 @@ ADDED_LATER = (
     "span.control",
     "span.negative_weight",
     "select.on_lone_success",
+    "data.split_seed",
+    "data.bad_rows",
+    "data.columns",
 )
 """Options, or whole sections, that runs did not have when hashing began. Each counts in the hash
 only where it differs from its default. A new option that decides what is learned belongs here."""
+
+
+BEFORE = {"data.answer_instruction": "off", "data.overlap": "keep"}
+"""Options that runs did not have either, and the value that means what such runs did: it is not the
+default. A resumed run whose config.toml lacks the option gets this value."""
 
 
 def old_names(layer: Mapping[str, Any]) -> list[str]:
@@ -59,21 +67,27 @@ def old_names(layer: Mapping[str, Any]) -> list[str]:
 def translate(layer: dict[str, Any]) -> dict[str, Any]:
     """The options of a TOML file with each old name replaced by the new one.
 
-    An option that is given under both names keeps its old name, which is then reported.
+    An option that is given under both names keeps its old name, which is then reported. An option
+    of `BEFORE` that the file lacks is added.
     """
     for old in old_names(layer):
         new = RENAMED[old]
         if not _has(layer, new):
             layer = _moved(layer, old, new, VALUES.get(old, {}))
+    for name, value in BEFORE.items():
+        section, _, key = name.partition(".")
+        if isinstance(layer.get(section), Mapping) and not _has(layer, name):
+            layer = {**layer, section: {**layer[section], key: value}}
     return layer
 
 
 def legacy_options(options: dict[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """`options`, a dump of a `Config`, under the names that they were first hashed with."""
     legacy = dict(options)
-    for name in ADDED_LATER:
+    for name in (*ADDED_LATER, *BEFORE):
         section, _, key = name.rpartition(".")
-        if section and _has(legacy, name) and legacy[section][key] == defaults[section][key]:
+        before = BEFORE.get(name, defaults.get(section, {}).get(key))
+        if section and _has(legacy, name) and legacy[section][key] == before:
             legacy[section] = {k: v for k, v in legacy[section].items() if k != key}
         elif not section and name in legacy and legacy[name] == defaults[name]:
             del legacy[name]

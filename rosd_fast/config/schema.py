@@ -8,63 +8,24 @@ with a value ("none: ...") stays a line. This module imports neither torch nor t
 
 from __future__ import annotations
 
-import re
-from copy import copy
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from rosd_fast.config.chat import wrong_kwargs
 from rosd_fast.config.checks import conflict
-
-PositiveInt = Annotated[int, Field(ge=1)]
-NonNegativeInt = Annotated[int, Field(ge=0)]
-PositiveFloat = Annotated[float, Field(gt=0)]
-NonNegativeFloat = Annotated[float, Field(ge=0)]
-Probability = Annotated[float, Field(gt=0, le=1)]
-DecayRate = Annotated[float, Field(ge=0, lt=1)]
-Dtype = Literal["float32", "bfloat16"]
-Device = Literal["auto", "cpu", "cuda"]
-
-
-class Section(BaseModel):
-    """A group of options. It is frozen, and an unknown key is an error."""
-
-    model_config = ConfigDict(
-        frozen=True, extra="forbid", allow_inf_nan=False, use_attribute_docstrings=True
-    )
-
-    @classmethod
-    def __pydantic_init_subclass__(cls, **kwargs: Any) -> None:
-        super().__pydantic_init_subclass__(**kwargs)
-        for field in cls.model_fields.values():
-            field.description = re.sub(r"\n(?!\w+: )", " ", field.description or "") or None
-
-
-def same_as(section: type[Section], name: str, **changes: Any) -> Any:
-    """The definition of an option of `section`, for a command that has the same option.
-
-    It brings range, text and default. changes: attributes that differ, as in `default=3`.
-    """
-    field = copy(section.model_fields[name])
-    for attribute, value in changes.items():
-        setattr(field, attribute, value)
-    return field
-
-
-class DataConfig(Section):
-    """Where problems come from."""
-
-    train: str = "quickstart:train"
-    """Training problems: a .jsonl file or quickstart:train."""
-    dev: str | None = "quickstart:dev"
-    """In-domain development problems to evaluate on; None: no in-domain evaluation."""
-    dev_ood: str | None = None
-    """Out-of-domain development problems to evaluate on; None: no out-of-domain evaluation."""
-    verifier: str | None = None
-    """Verifier for problems that name none (number, choice, exact, contains)."""
-    shuffle: bool = True
-    """Shuffle the problems in every epoch, by the seed."""
+from rosd_fast.config.problems import DataConfig, EvalConfig, VerifyConfig
+from rosd_fast.config.section import (
+    DecayRate,
+    Device,
+    Dtype,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Probability,
+    Section,
+)
 
 
 class RoleChat(Section):
@@ -151,6 +112,10 @@ class SelectConfig(Section):
     """Drop groups whose rollouts all have the same score."""
     warn_after_steps: NonNegativeInt = 2
     """After this many steps in a row with nothing to learn from, say what would help.
+    0: never."""
+    stop_after_steps: NonNegativeInt = 5
+    """End the run after this many steps in a row in which no rollout gives an answer, where the
+    method learns from right and wrong.
     0: never."""
 
 
@@ -507,21 +472,6 @@ class PackConfig(Section):
     """Minimum length of a shared prefix in tokens, which the model computes once; 0: no sharing."""
 
 
-class EvalConfig(Section):
-    """Evaluation on the development splits: before training, every few steps, and at the end."""
-
-    every: NonNegativeInt = 10
-    """Steps between evaluations; 0: only before training and at the end."""
-    problems: NonNegativeInt = 0
-    """Number of problems per split to evaluate on, the first ones; 0: all."""
-    samples: PositiveInt = 4
-    """Rollouts per problem; the accuracy is their mean (mean@k)."""
-    temperature: NonNegativeFloat = 1.0
-    """Sampling temperature in evaluation; 0: greedy, with one rollout per problem."""
-    top_p: Probability = 1.0
-    """Nucleus sampling in evaluation."""
-
-
 class CheckpointConfig(Section):
     """Checkpoints: a Hugging Face model folder plus the state that resuming needs."""
 
@@ -661,6 +611,7 @@ class Config(Section):
     dump_rollouts: bool = True
     """Write the rollouts of each step to rollouts/step_*.jsonl."""
     data: DataConfig = DataConfig()
+    verify: VerifyConfig = VerifyConfig()
     chat: ChatConfig = ChatConfig()
     sample: SampleConfig = SampleConfig()
     select: SelectConfig = SelectConfig()

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack, asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ from rosd_fast.engines.base import RolloutEngine
 from rosd_fast.engines.factory import open_engine, open_sglang_teacher
 from rosd_fast.engines.local.engine import LocalEngine
 from rosd_fast.engines.sglang.teacher import SglangTeacher
+from rosd_fast.verify import Limits, VerifierPool
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -22,16 +23,18 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Engines:
-    """Everything that generates or scores text for a run.
+    """Everything that generates, scores or verifies text for a run.
 
     student: samples with the current weights.
     teacher: samples with the teacher's weights; None where nothing is written with them.
     teacher_server: scores with the teacher's weights; None where the learner does.
+    verifiers: judges completions.
     """
 
     student: RolloutEngine
     teacher: LocalEngine | None = None
     teacher_server: SglangTeacher | None = None
+    verifiers: VerifierPool = field(default_factory=VerifierPool)
 
 
 @asynccontextmanager
@@ -68,4 +71,8 @@ async def open_engines(
                 shares_learner_weights=False,
             )
             stack.push_async_callback(teacher.close)
-        yield Engines(student=student, teacher=teacher, teacher_server=teacher_server)
+        verifiers = VerifierPool(Limits(**config.verify.model_dump()))
+        stack.push_async_callback(verifiers.close)
+        yield Engines(
+            student=student, teacher=teacher, teacher_server=teacher_server, verifiers=verifiers
+        )

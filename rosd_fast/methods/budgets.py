@@ -40,7 +40,7 @@ def check_budgets(
         texts = {**dict.fromkeys(placeholders(template), ""), "problem": problem.prompt}
         user = fill_template(template, texts)
         chat = chats.teacher if section == "teacher" else chats.reflector
-        length = len(chat.render(user, system=problem.system))
+        length = len(chat.render_problem(problem, user))
         if length >= options.max_prompt_tokens:
             raise UserError(
                 f"{section}.{name} and the problem have {length} tokens together, and "

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from rosd_fast.text.decode import decode
 from rosd_fast.types import GenerationRequest, SamplingParams
-from rosd_fast.verify import score
+from rosd_fast.verify import judge
 
 if TYPE_CHECKING:
     from rosd_fast.engines.base import RolloutEngine
@@ -50,7 +50,7 @@ async def teacher_helps(
     generations = await engine.generate(requests)
     for sample, generation in zip(samples, generations, strict=True):
         group = group_of[sample.rollout_id]
-        after += score(group.problem, decode(tokenizer, generation.completion_ids))[0]
+        after += judge(group.problem, decode(tokenizer, generation.completion_ids)).score
         scores = [verdicts[rollout.id].score for rollout in group.rollouts]
         before += sum(scores) / len(scores)
     return before / len(samples), after / len(samples)

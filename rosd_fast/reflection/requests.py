@@ -249,7 +249,7 @@ class _TaskBuilder:
 
         def render(keep: int) -> tuple[int, ...]:
             user = whole[:keep] if self.cut_right else user_turn(keep)
-            return self.chat.render(user, system=problem.system, opening=opening)
+            return self.chat.render_problem(problem, user, opening=opening)
 
         fitted = fit_prompt(render, longest=limit, max_tokens=config.max_prompt_tokens)
         if fitted is None:

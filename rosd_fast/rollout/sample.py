@@ -109,7 +109,7 @@ def sampling_params(config: SampleConfig, stop_token_ids: Sequence[int]) -> Samp
 
 def problem_prompt(problem: Problem, chat: ChatFormat, max_prompt_tokens: int) -> tuple[int, ...]:
     """A problem's own prompt. Raises UserError when it is longer than `max_prompt_tokens`."""
-    prompt_ids = chat.render(problem.prompt, system=problem.system)
+    prompt_ids = chat.render_problem(problem)
     if len(prompt_ids) > max_prompt_tokens:
         raise UserError(
             f"its prompt has {len(prompt_ids)} tokens, more than sample.max_prompt_tokens = "

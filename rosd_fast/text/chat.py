@@ -21,7 +21,7 @@ from rosd_fast.text.decode import decode
 from rosd_fast.text.thinking import FAMILIES, Tags, Thinking
 
 if TYPE_CHECKING:
-    from rosd_fast.types import Group, Rollout
+    from rosd_fast.types import Group, Message, Problem, Rollout
 
 Mode = Literal["plain", "open", "closed"]
 Turns = Sequence[tuple[str, str]]  # (role, text)
@@ -53,17 +53,42 @@ class ChatFormat:
     generation_prompt: str = ""
     prefix: str = ""
 
-    def render(self, user: str, *, system: str | None = None, opening: str = "") -> tuple[int, ...]:
+    def render_problem(
+        self, problem: Problem, user: str | None = None, *, opening: str = ""
+    ) -> tuple[int, ...]:
+        """The ids of a problem's prompt, after its system turn and the turns before it.
+
+        user: replaces the problem's own user turn. Otherwise as `render`.
+        """
+        return self.render(
+            problem.prompt if user is None else user,
+            system=problem.system,
+            context=problem.context,
+            opening=opening,
+        )
+
+    def render(
+        self,
+        user: str,
+        *,
+        system: str | None = None,
+        context: Sequence[Message] = (),
+        opening: str = "",
+    ) -> tuple[int, ...]:
         """The ids of a prompt: chat template, generation prompt, and the answer's `opening`.
 
         system: the problem's own system turn, which replaces the role's. If the template has no
-        system role, the system text precedes the user text. Raises UserError when the template
-        fails.
+        system role, the system text precedes the first user text. context: the turns between the
+        system turn and the user turn. Raises UserError when the template fails.
         """
         system = self.system if system is None else system
-        if system is not None and not self.system_role:
-            system, user = None, f"{system}\n\n{user}"
-        options = _sanitize(self.tokenizer, user, system or "")
+        turns = [*((turn.role, turn.content) for turn in context), ("user", user)]
+        if system is not None and self.system_role:
+            turns = [("system", system), *turns]
+        elif system is not None:
+            first = next(at for at, (role, _) in enumerate(turns) if role == "user")
+            turns[first] = ("user", f"{system}\n\n{turns[first][1]}")
+        options = _sanitize(self.tokenizer, *(text for _, text in turns))
         if opening := self.prefix + opening:
             # As part of the template it is encoded together with the text before it. Jinja drops a
             # line break at the end of a template, and one that follows a block.
@@ -73,7 +98,7 @@ class ChatFormat:
             options["chat_template"] = self.template
         try:
             ids = self.tokenizer.apply_chat_template(
-                self._messages(_turns(user, system)),
+                self._messages(turns),
                 add_generation_prompt=True,
                 tokenize=True,
                 return_dict=False,

@@ -56,7 +56,8 @@ def test_a_careful_solution_is_right_and_adds_up(kind: str) -> None:
     for _ in range(200):
         plan = draw(kind, rng, "train")
         solution = solve(plan, rng, SLIP[kind], careful=True)
-        score, found = VERIFIERS["number"](solution.text, str(plan.answer))
+        judged = VERIFIERS["number"](solution.text, str(plan.answer))
+        score, found = judged.score, judged.answer
         assert (score, found) == (1.0, str(plan.answer))
         assert solution.first_error is None
         for left, sign, right, result in EQUATION.findall(solution.text):

@@ -24,7 +24,7 @@ def verify_boxed(completion: str, answer: str) -> tuple[float, str | None]:
 def boxed() -> Iterator[None]:
     register_verifier("boxed", verify_boxed, answers="a whole number", example=r"\boxed{{answer}}")
     yield
-    del verify._REGISTERED["boxed"]
+    del verify.registry._REGISTERED["boxed"]
 
 
 def group_of(problem: Problem, *texts: str) -> Group:
@@ -65,4 +65,4 @@ def test_an_answer_it_cannot_match_is_refused_in_its_own_words(tmp_path: Path) -
 def test_a_name_is_given_once() -> None:
     with pytest.raises(ValueError, match="there is a verifier 'number' already"):
         register_verifier("number", verify_boxed, answers="a whole number")
-    assert VERIFIERS["number"]("<answer>4</answer>", "4") == (1.0, "4")
+    assert VERIFIERS["number"]("<answer>4</answer>", "4").score == 1.0

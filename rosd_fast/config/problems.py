@@ -1,0 +1,105 @@
+"""Options of data sets, verifiers and evaluation, which several commands share."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from rosd_fast.config.section import (
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    Probability,
+    Section,
+)
+
+
+class ColumnsConfig(Section):
+    """The column of the data set that each field of a problem is read from; None: recognized."""
+
+    prompt: str | None = None
+    """Problem: text, or the turns of a conversation."""
+    answer: str | None = None
+    """Right answer."""
+    system: str | None = None
+    """System turn."""
+    reference: str | None = None
+    """Worked solution."""
+    verifier: str | None = None
+    """Name of the verifier."""
+    domain: str | None = None
+    """Name under which metrics are grouped."""
+    id: str | None = None
+    """Name of the problem, unique in the data set."""
+    weight: str | None = None
+    """Factor of the problem's loss."""
+    teacher_prompt: str | None = None
+    """User turn of the teacher, in place of its template's."""
+    feedback: str | None = None
+    """What a solver of a wrong rollout is told, in place of what the verifier says."""
+
+
+class DataConfig(Section):
+    """Where problems come from (see docs/data.md)."""
+
+    train: str = "quickstart:train"
+    """Training problems: files, folders, hub ids, quickstart:train or reasoning_gym:TASK,
+    comma-separated, each with settings of its own after @, as in
+    a.jsonl,b.parquet@weight=0.5@verifier=math."""
+    dev: str | None = "quickstart:dev"
+    """In-domain development problems to evaluate on: a source like data.train, or a share of the
+    training problems to hold out, as in 10%; None: no in-domain evaluation."""
+    dev_ood: str | None = None
+    """Out-of-domain development problems to evaluate on; None: no out-of-domain evaluation."""
+    verifier: str | None = None
+    """Verifier for problems that name none (see docs/verifiers.md), or FILE.py:FUNCTION."""
+    answer_instruction: str = "auto"
+    """How the model is told to answer, at the end of each prompt; any other text is added as it is.
+    auto: by the verifier's sentence, unless the prompt says how to answer.
+    off: not at all."""
+    overlap: Literal["drop", "keep"] = "drop"
+    """What happens to training problems that are in a development split too.
+    drop: they are left out of training.
+    keep: they stay."""
+    split_seed: NonNegativeInt = 0
+    """Seed of the share that is held out (data.dev 10%)."""
+    bad_rows: Literal["error", "skip"] = "error"
+    """What happens to a row that is not a problem.
+    error: the run ends before it starts, and names the row.
+    skip: it is left out, and counted."""
+    check_rows: NonNegativeInt = 20_000
+    """Number of rows of a data set that are checked before the run starts, spread evenly. The
+    others are checked when their step comes, and left out if they are bad. 0: all."""
+    columns: ColumnsConfig = ColumnsConfig()
+    shuffle: bool = True
+    """Shuffle the problems in every epoch, by the seed."""
+
+
+class VerifyConfig(Section):
+    """The processes in which verifiers run."""
+
+    workers: NonNegativeInt = 0
+    """Number of worker processes; 0: one per core, at most 8."""
+    timeout_s: PositiveFloat = 10.0
+    """Seconds that a verifier may take for a completion; then the score is 0."""
+    memory_mib: PositiveInt = 2048
+    """Memory of a worker process in MiB."""
+    run_code: bool = False
+    """Run code that the model writes (verifier code), under bubblewrap without network."""
+
+
+class EvalConfig(Section):
+    """Evaluation on the development splits: before training, every few steps, and at the end."""
+
+    every: NonNegativeInt = 10
+    """Steps between evaluations; 0: only before training and at the end."""
+    problems: NonNegativeInt = 0
+    """Number of problems per split to evaluate on, the first ones; 0: all."""
+    samples: PositiveInt = 4
+    """Rollouts per problem; the accuracy is their mean (mean@k)."""
+    temperature: NonNegativeFloat = 1.0
+    """Sampling temperature in evaluation; 0: greedy, with one rollout per problem."""
+    top_p: Probability = 1.0
+    """Nucleus sampling in evaluation."""
+    overlap: bool = False
+    """Evaluate on the servers while the learner works on the next step (kind sglang)."""
