@@ -54,9 +54,8 @@ class DataConfig(Section):
     verifier: str | None = None
     """Verifier for problems that name none (see docs/verifiers.md), or FILE.py:FUNCTION."""
     answer_instruction: str = "auto"
-    """How the model is told to answer, at the end of each prompt; any other text is added as it is.
-    auto: by the verifier's sentence, unless the prompt says how to answer.
-    off: not at all."""
+    """How the model is told to answer, at the end of each prompt: auto, by the verifier's sentence
+    unless the prompt says it already; off, not at all; any other text, as it is."""
     overlap: Literal["drop", "keep"] = "drop"
     """What happens to training problems that are in a development split too.
     drop: they are left out of training.

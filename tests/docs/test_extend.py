@@ -49,8 +49,8 @@ def test_every_block_runs() -> None:
 @pytest.fixture
 def with_yes_no(monkeypatch: pytest.MonkeyPatch) -> None:
     """Step 2 of the page; the verifier is gone after the test."""
-    monkeypatch.setitem(verify.registry._REGISTERED, "yes_no", verify.VERIFIERS["exact"])
-    del verify.registry._REGISTERED["yes_no"]
+    monkeypatch.setitem(registry._REGISTERED, "yes_no", verify.VERIFIERS["exact"])
+    del registry._REGISTERED["yes_no"]
     function = run(blocks("A verifier")[0])["verify_yes_no"]
     verify.register_verifier("yes_no", function, answers="yes or no")
 

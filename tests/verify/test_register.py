@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from rosd_fast import verify
+from rosd_fast.verify import registry
 from rosd_fast.data.problems import load_problems
 from rosd_fast.errors import UserError
 from rosd_fast.types import Group, Problem, Rollout
@@ -24,7 +25,7 @@ def verify_boxed(completion: str, answer: str) -> tuple[float, str | None]:
 def boxed() -> Iterator[None]:
     register_verifier("boxed", verify_boxed, answers="a whole number", example=r"\boxed{{answer}}")
     yield
-    del verify.registry._REGISTERED["boxed"]
+    del registry._REGISTERED["boxed"]
 
 
 def group_of(problem: Problem, *texts: str) -> Group:
