@@ -77,9 +77,11 @@ def dispatch(args: Sequence[str]) -> int:
 
     wants_help = "-h" in rest or "--help" in rest
     rest = [arg for arg in rest if arg not in ("-h", "--help")]
-    given = read_args(rest, options_of(command.Options), command.POSITIONAL)
+    aliases = getattr(command, "ALIASES", {})
+    given = read_args(rest, options_of(command.Options), command.POSITIONAL, aliases)
     if wants_help:
-        print_help(" ".join([name, *map(str.upper, command.POSITIONAL)]), command.defaults(given))
+        places = [option.rpartition(".")[2].upper() for option in command.POSITIONAL]
+        print_help(" ".join([name, *places]), command.defaults(given))
         return 0
     return command.run(given)
 

@@ -8,10 +8,10 @@ the same words as for a file.
 
 from __future__ import annotations
 
-import types
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import SequenceMatcher
+from types import MappingProxyType, NoneType
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
@@ -53,7 +53,7 @@ def options_of(model: type[BaseModel], prefix: str = "") -> dict[str, Option]:
         found[name] = Option(
             name=name,
             num_values=_num_values(kind),
-            nullable=types.NoneType in get_args(kind),
+            nullable=NoneType in get_args(kind),
             repeated=_is_sequence(kind),
         )
     return found
@@ -86,16 +86,27 @@ def nearest(name: str, known: Iterable[str]) -> str | None:
 
 
 def read_args(
-    args: Sequence[str], options: Mapping[str, Option], positional: Sequence[str] = ()
+    args: Sequence[str],
+    options: Mapping[str, Option],
+    positional: Sequence[str] = (),
+    aliases: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """The values that the arguments set, by option name, as text: {"sample.group_size": "8"}.
 
     The value of a switch is True or False, that of an option with two values is a list of two, and
     `none` is None where an option can be none. `positional` options may be given without their
     names. A later value replaces an earlier one, but those of a repeated option add up:
-    `--preset a,b --preset c` is ["a", "b", "c"]. Raises UserError for an unknown option, a missing
-    value and an unexpected argument.
+    `--preset a,b --preset c` is ["a", "b", "c"].
+
+    aliases: other names of options, which help and messages do not use: {"data": "data.source"}.
+
+    Raises UserError for an unknown option, a missing value and an unexpected argument, and
+    ValueError for an alias that is an option's name, or names none.
     """
+    wrong = [name for name, own in aliases.items() if name in options or own not in options]
+    if wrong:
+        raise ValueError(f"alias {wrong[0]}: it is an option already, or its option does not exist")
+    named = {**options, **{name: options[own] for name, own in aliases.items()}}
     values: dict[str, Any] = {}
     rest = iter(args)
     places = iter(positional)
@@ -103,7 +114,7 @@ def read_args(
         _check_text(arg)
         if arg.startswith("-") and arg != "-":
             body, equals, text = arg.partition("=")
-            option, state = _find(body, options)
+            option, state = _find(body, named, options)
             value = _value(option, state, text if equals else None, rest)
             if option.repeated:
                 value = [*values.get(option.name, ()), *listed(value)]
@@ -121,12 +132,17 @@ def read_args(
     return values
 
 
-def _find(arg: str, options: Mapping[str, Option]) -> tuple[Option, bool]:
-    """(the option that `arg` names, False if it is negated, as in --data.no-shuffle)."""
+def _find(
+    arg: str, named: Mapping[str, Option], options: Mapping[str, Option]
+) -> tuple[Option, bool]:
+    """(the option that `arg` names, False if it is negated, as in --data.no-shuffle).
+
+    named: the options by all their names, of which `options` has the ones that are suggested.
+    """
     name = arg.lstrip("-").replace("-", "_")
     if arg.startswith("--"):
-        if name in options:
-            return options[name], True
+        if name in named:
+            return named[name], True
         table, dot, key = name.rpartition(".")
         positive = table + dot + key.removeprefix("no_")
         if positive in options and not options[positive].num_values:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from rosd_fast.config import Config, Section
+from rosd_fast.config import Config, DataConfig, Section, SourceConfig
 from rosd_fast.config.arguments import nearest, options_of, read_args
+from rosd_fast.config.load import apply_args
 from rosd_fast.errors import UserError
 
 OPTIONS = options_of(Config)
@@ -107,3 +108,58 @@ def test_nearest_prefers_the_whole_name() -> None:
     assert nearest("temperature", names) in names[:2]
     assert nearest("zzz", names) is None
     assert nearest("x", []) is None
+
+
+class Shown(Section):
+    """Options of a command that reads a data set."""
+
+    show: int = 0
+    data: SourceConfig = SourceConfig(source="quickstart:dev")
+
+
+SHOWN = options_of(Shown)
+ALIASES = {"data": "data.source", "verifier": "data.verifier"}
+
+
+@pytest.mark.parametrize(
+    "args", [["f.jsonl"], ["--data", "f.jsonl"], ["--data=f.jsonl"], ["--data.source", "f.jsonl"]]
+)
+def test_an_alias_and_a_place_set_the_option(args: list[str]) -> None:
+    args = [*args, "--verifier", "none", "--show", "2"]
+    given = read_args(args, SHOWN, ["data.source"], ALIASES)
+    assert given == {"data.source": "f.jsonl", "data.verifier": None, "show": "2"}
+    assert apply_args(Shown(), given).data.source == "f.jsonl"
+
+
+def test_messages_have_the_options_own_name_and_never_the_alias() -> None:
+    for args, message in (
+        (["--verifier"], "--data.verifier needs a value"),
+        (["--verifer", "x"], "unknown option --verifer. Did you mean --data.verifier?"),
+        (["--data.sorce", "x"], "unknown option --data.sorce. Did you mean --data.source?"),
+    ):
+        with pytest.raises(UserError) as caught:
+            read_args(args, SHOWN, aliases=ALIASES)
+        assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("alias", [{"show": "data.source"}, {"file": "data.file"}])
+def test_an_alias_that_clashes_or_names_nothing_is_a_broken_contract(alias: dict[str, str]) -> None:
+    with pytest.raises(ValueError, match=f"alias {next(iter(alias))}"):
+        read_args([], SHOWN, aliases=alias)
+
+
+def test_a_source_is_trained_on_with_its_own_options() -> None:
+    given = {"data.source": "a.jsonl", "data.verifier": "math", "data.columns.prompt": "question"}
+    source = apply_args(Shown(), given).data
+    data = source.as_training()
+    assert (data.train, data.dev, data.dev_ood) == ("a.jsonl", None, None)
+    assert (data.verifier, data.columns.prompt) == ("math", "question")
+    for name in ("verifier", "answer_instruction", "bad_rows", "columns"):
+        mine, runs = SourceConfig.model_fields[name], DataConfig.model_fields[name]
+        assert (mine.annotation, mine.default, mine.metadata) == (
+            runs.annotation,
+            runs.default,
+            runs.metadata,
+        )
+    with pytest.raises(ValueError, match="no source"):
+        SourceConfig().as_training()
