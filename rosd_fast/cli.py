@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import Any
 
 from rosd_fast import __version__
+from rosd_fast.commands import rank
 from rosd_fast.errors import RunFailed, UserError
 
 COMMANDS = {
@@ -50,11 +51,6 @@ def main(args: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of the output is gone, as in `rosd-fast ... | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return FAILED
-
-
-def rank() -> int:
-    """The rank of this process under torchrun; 0 without torchrun."""
-    return int(os.environ.get("RANK", "0"))
 
 
 def dispatch(args: Sequence[str]) -> int:

@@ -162,6 +162,23 @@ def test_options_reach_the_loop(calls: Calls, tmp_path: Path) -> None:
     assert resume is None
 
 
+def test_a_name_that_a_file_gives_and_a_run_has_is_changed(
+    calls: Calls, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "exp"
+    folder.mkdir()
+    config = apply_args(load_preset("quickstart"), {"name": "exp", "out": str(tmp_path)})
+    file = folder / "config.toml"
+    file.write_text(to_toml(config))
+    for args in (["--config", str(file)], ["--config", str(file), "--name", "exp"]):
+        assert main(["train", *args, "--optim.lr", "1e-4"]) == 0
+    assert [called.name for called, _ in calls] == [
+        "exp-2",
+        "exp",
+    ]  # a name that is asked for stays
+    assert capsys.readouterr().out.count("so this run is exp-2") == 1
+
+
 def test_resume_takes_the_runs_own_options(calls: Calls, tmp_path: Path) -> None:
     config = apply_args(load_preset("quickstart"), {"seed": "7", "name": "mine"})
     (tmp_path / "config.toml").write_text(to_toml(config))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from rosd_fast.config import Config, DataConfig, Section, SourceConfig
-from rosd_fast.config.arguments import nearest, options_of, read_args
+from rosd_fast.config.arguments import BOOLEANS, options_of, read_args
 from rosd_fast.config.load import apply_args
 from rosd_fast.errors import UserError
 
@@ -45,6 +45,9 @@ def test_every_option_is_read_with_dashes_and_underscores(name: str) -> None:
         (("--data.no-shuffle",), {"data.shuffle": False}),
         (("--data.no_shuffle",), {"data.shuffle": False}),
         (("--data.shuffle=false",), {"data.shuffle": "false"}),
+        (("--data.shuffle", "false"), {"data.shuffle": "false"}),
+        (("--data.shuffle", "No", "--steps", "3"), {"data.shuffle": "No", "steps": "3"}),
+        (("--data.shuffle", "--steps", "3"), {"data.shuffle": True, "steps": "3"}),
         (("--data.dev", "none", "--name", "None"), {"data.dev": None, "name": None}),
         (("--model", "none"), {"model": "none"}),
         (("--optim.betas", "0.9", "0.95"), {"optim.betas": ["0.9", "0.95"]}),
@@ -71,6 +74,8 @@ def test_spellings(args: tuple[str, ...], values: dict[str, object]) -> None:
         (["--steps", "--seed", "1"], "--steps needs a value"),
         (["--optim.betas", "0.9"], "--optim.betas needs 2 values"),
         (["--data.no-shuffle=false"], "--data.shuffle takes no value when it is negated"),
+        (["--data.no-shuffle", "true"], "--data.shuffle takes no value when it is negated"),
+        (["--data.shuffle", "maybe"], "unexpected argument 'maybe'"),
         (["steps"], "unexpected argument 'steps'. Did you mean --steps?"),
         (["qqqqqq"], "unexpected argument 'qqqqqq'. Options are written --name value"),
         (["--model", "\udcff"], "the argument '\\udcff' is not UTF-8"),
@@ -80,6 +85,22 @@ def test_mistakes(args: list[str], message: str) -> None:
     with pytest.raises(UserError) as caught:
         read(*args)
     assert str(caught.value).startswith(message)
+
+
+@pytest.mark.parametrize("word", BOOLEANS)
+def test_a_switch_takes_each_word_that_says_true_or_false(word: str) -> None:
+    expected = word in ("true", "yes", "1", "on")
+    for args in (("--data.shuffle", word), (f"--data.shuffle={word.upper()}",)):
+        assert apply_args(Config(), read(*args)).data.shuffle == expected
+    with pytest.raises(UserError, match="--data.shuffle is 'maybe', must be true or false"):
+        apply_args(Config(), read("--data.shuffle=maybe"))
+
+
+def test_what_follows_a_switch_is_an_argument_unless_it_is_such_a_word() -> None:
+    given = read("--trust-remote-code", "folder", positional=("model",))
+    assert given == {"trust_remote_code": True, "model": "folder"}
+    given = read("--trust-remote-code", "true", "folder", positional=("model",))
+    assert given == {"trust_remote_code": "true", "model": "folder"}
 
 
 def test_a_repeated_option_adds_up() -> None:
@@ -100,14 +121,6 @@ def test_positional_arguments() -> None:
     }
     with pytest.raises(UserError, match="unexpected argument 'two'"):
         read("one", "two", positional=("model",))
-
-
-def test_nearest_prefers_the_whole_name() -> None:
-    names = ["sample.temperature", "eval.temperature", "eval.samples"]
-    assert nearest("eval.temprature", names) == "eval.temperature"
-    assert nearest("temperature", names) in names[:2]
-    assert nearest("zzz", names) is None
-    assert nearest("x", []) is None
 
 
 class Shown(Section):
