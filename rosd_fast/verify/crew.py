@@ -141,7 +141,8 @@ class Crew:
     async def run(self, jobs: Sequence[Job], addresses: Mapping[str, Address]) -> list[Outcome]:
         """What came of each job, in order.
 
-        Raises RunFailed when workers cannot be started at all.
+        Raises UserError for a verifier that could never be loaded, and RunFailed when workers
+        cannot be started at all.
         """
         if not jobs:
             return []
@@ -154,13 +155,14 @@ class Crew:
             await done
         finally:  # also when the caller is cancelled: jobs that no worker has are dropped
             self._calls.remove(call)
+        for name in {job.verifier for job in jobs} & self.broken.keys():
+            if name not in self.descriptions:
+                raise self.broken[name]
         return [outcome for outcome in call.outcomes if outcome is not None]
 
     async def describe(self, name: str, address: Address) -> Description:
         """What a verifier's file says of it. Raises UserError when it cannot be loaded."""
         await self.run([Job(verifier=name, completion=None, answer=None)], {name: address})
-        if name in self.broken:
-            raise self.broken[name]
         return self.descriptions[name]
 
     async def close(self) -> None:
@@ -310,9 +312,8 @@ class Crew:
         if message["kind"] == "begun":
             batch.limit_s, batch.loading = LOAD_S, message["name"]
         elif message["kind"] == "broken":
-            self.broken[name] = UserError(
-                message["what"], where=message["where"], fix=message["fix"]
-            )
+            about = {key: message[key] for key in ("what", "where", "fix")}
+            self.broken[name] = UserError(**about)
         elif message["kind"] == "loaded":
             self.descriptions[name] = Description(**message["description"])
         else:

@@ -51,7 +51,7 @@ class VerifierPool:
     async def judge(self, tasks: Sequence[Task]) -> list[Judgement]:
         """The judgements, in the order of the tasks.
 
-        Raises UserError for a verifier that no worker could find, and RunFailed when no worker can
+        Raises UserError for a verifier that no worker could load, and RunFailed when no worker can
         be started. If it is cancelled, what has not begun is not done.
         """
         jobs = jobs_of(tasks)

@@ -23,7 +23,7 @@ from rosd_fast.verify.protocol import Description
 from rosd_fast.verify.registry import VERIFIERS, Verifier, add_verifier
 from rosd_fast.verify.tags import OPEN
 
-Example = str | Callable[[str], str] | None
+Example = str | Callable[[str], Any] | None
 
 _NAME = re.compile(r"(?P<file>.+\.py):(?P<function>[^\W\d]\w*(\.[^\W\d]\w*)*)", re.DOTALL)
 _ANSWER_MARKS = (OPEN, r"\boxed")
@@ -94,7 +94,7 @@ def description_of(function: Callable[..., Any], module: ModuleType, origin: Ori
 
 def example_of(function: Callable[..., Any], module: ModuleType) -> Example:
     """The example that the function or its file gives, None: none."""
-    value = _about(function, module, "example")
+    value: Any = _about(function, module, "example")
     return value if isinstance(value, str) or callable(value) else None
 
 

@@ -154,7 +154,7 @@ def perfect(example: Example, answer: str) -> str:
     """A completion that is right, by the example that the verifier's file gives."""
     if example is None:
         raise ValueError("the verifier gives no example")
-    return example(answer) if callable(example) else example.replace("{answer}", answer)
+    return str(example(answer)) if callable(example) else example.replace("{answer}", answer)
 
 
 def limit_memory(memory_mib: int | None) -> None:
