@@ -21,12 +21,11 @@ from rosd_fast.errors import UserError
 from rosd_fast.verify.origin import Origin
 from rosd_fast.verify.protocol import Description
 from rosd_fast.verify.registry import VERIFIERS, Verifier, add_verifier
-from rosd_fast.verify.tags import OPEN
+from rosd_fast.verify.tags import TAG_MARKS
 
 Example = str | Callable[[str], Any] | None
 
 _NAME = re.compile(r"(?P<file>.+\.py):(?P<function>[^\W\d]\w*(\.[^\W\d]\w*)*)", re.DOTALL)
-_ANSWER_MARKS = (OPEN, r"\boxed")
 
 
 def is_user_file(name: str) -> bool:
@@ -61,7 +60,7 @@ def add_user_verifier(name: str, origin: Origin, description: Description) -> Ve
         raise ValueError(f"{name} runs in worker processes only")
 
     instruction = description.instruction
-    marks = tuple(mark for mark in _ANSWER_MARKS if mark in instruction)
+    marks = tuple(mark for mark in TAG_MARKS if mark in instruction)
     if name not in VERIFIERS:
         add_verifier(
             Verifier(
