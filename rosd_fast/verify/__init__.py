@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rosd_fast.types import Group, Judgement, Problem, Verdict
+from rosd_fast.verify import code, gym
 from rosd_fast.verify.choice import verify_choice
 from rosd_fast.verify.number import verify_number
 from rosd_fast.verify.pool import VerifierPool, verdict
@@ -59,6 +60,24 @@ register_verifier(
 )
 register_verifier("exact", verify_exact, answers="words", marks=TAG_MARKS)
 register_verifier("contains", verify_contains, answers="words", instruction="")
+register_verifier(
+    "code",
+    code.verify_code,
+    answers='tests, as in {"tests": ["assert f(1) == 2"]} or {"cases": [{"stdin": ..., "stdout": ...}]}',
+    instruction=code.INSTRUCTION,
+    marks=code.MARKS,
+    accepts=code.is_tests,
+    runs_code=True,
+)
+register_verifier(
+    "reasoning_gym",
+    gym.verify_gym,
+    answers="an exercise of reasoning_gym, as JSON",
+    example=gym.right_completion,
+    marks=(OPEN,),
+    requires=("reasoning_gym",),
+    extra="gym",
+)
 
 
 def verify_all(groups: Sequence[Group], *, threshold: float) -> dict[str, Verdict]:
@@ -90,4 +109,6 @@ def judge(problem: Problem, completion: str) -> Judgement:
 def is_verifiable(verifier: str, answer: str) -> bool:
     """Whether a completion can be right at all: the answer to `choice` must be a letter."""
     chosen = VERIFIERS[verifier]
+    if chosen.accepts is not None:
+        return chosen.accepts(answer)
     return chosen(chosen.perfect(answer), answer).score == 1.0
