@@ -12,6 +12,7 @@ from rosd_fast.commands import rank
 from rosd_fast.config import Config, PositiveFloat, PositiveInt
 from rosd_fast.config.arguments import as_flag, options_of
 from rosd_fast.config.load import apply_args, apply_toml, load_config, load_preset
+from rosd_fast.config.toml import is_dump
 from rosd_fast.errors import UserError
 
 POSITIONAL: tuple[str, ...] = ()
@@ -116,19 +117,17 @@ def run(given: Mapping[str, Any]) -> int:
 def note_unread(config: Config, given: Mapping[str, Any]) -> None:
     """Say in a line which options the user has set that the method does not read.
 
-    Those are options of the command line, and of a file where it changes their value.
+    Those are options of the command line, and of a file of the user's own where it changes their
+    value; a run's config.toml has them all.
     """
     from rosd_fast.methods import find_method
 
-    sources = _own(given, SOURCES)
     names = [name for name in options_of(Config) if name in given]
-    if sources["config"] is not None and Path(sources["config"]).expanduser().is_file():
-        before = load_preset(*sources["preset"])
-        names = [
-            name
-            for name in options_of(Config)
-            if name in given or _value(config, name) != _value(before, name)
-        ]
+    file = given.get("config")
+    if file is not None and not is_dump(Path(file).expanduser()):
+        before = load_preset(*given.get("preset", ()))
+        changed = (n for n in options_of(Config) if _value(config, n) != _value(before, n))
+        names += [name for name in changed if name not in given]
     unread = find_method(config.method).unread(config, names)
     if unread and not rank():
         more = f" and {len(unread) - MAX_NAMED} more" if len(unread) > MAX_NAMED else ""

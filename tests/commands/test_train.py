@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -81,7 +82,7 @@ def test_mistakes_of_like(tmp_path: Path) -> None:
 def test_options_that_the_method_does_not_read_are_said(
     finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def noted(**given: str) -> str:
+    def noted(**given: Any) -> str:
         options = {name.replace("__", "."): value for name, value in given.items()}
         note_unread(read_config(options), options)
         return capsys.readouterr().out
@@ -99,4 +100,8 @@ def test_options_that_the_method_does_not_read_are_said(
     file = tmp_path / "own.toml"
     file.write_text("method = 'grpo'\n[reflect]\nthink = true\nmode = 'verbatim'\n")
     assert noted(config=str(file)) == "the method grpo does not read reflect.think\n"
+    said = noted(config=str(file), span__granularity="span")  # the command line comes first
+    assert said == "the method grpo does not read span.granularity, reflect.think\n"
     assert noted(like=str(finished), method="grpo") == ""
+    assert noted(config=str(finished), method="grpo") == ""
+    assert noted(config=str(finished / "config.toml"), method="grpo") == ""

@@ -85,11 +85,15 @@ def test_what_is_said_not_to_be_read() -> None:
 
     assert {"teacher.solution_template", "policy.clip_low"} <= of("rosd")
     assert not {"reflect.mode", "span.control", "select.on_no_success"} & of("rosd")
-    assert {"reflect.mode", "span.granularity", "teacher.kind", "select.on_no_success"} <= of("grpo")
+    assert {"reflect.mode", "span.granularity", "teacher.kind", "select.on_no_success"} <= of(
+        "grpo"
+    )
     assert "policy.clip_low" not in of("grpo")
     assert "teacher.kind" not in of("grpo", **{"loss.distill_weight": 1})
     assert "reflect.demonstration" in of("opsd") and "reflect.demonstration" not in of("sdpo")
     assert "policy.dual_clip" in of("sdpo")
     for method in METHODS:
         assert not {"optim.lr", "sample.group_size", "loss.beta"} & of(method)
-    assert Method.unread(Config(), ["reflect.mode"]) == []  # nothing is said of a method of your own
+    assert (
+        Method.unread(Config(), ["reflect.mode"]) == []
+    )  # nothing is said of a method of your own
