@@ -18,7 +18,7 @@ from rosd_fast.batch.weights import micro_batch_mean, mini_batches, with_problem
 from rosd_fast.config import Config
 from rosd_fast.engines.lifecycle import Engines
 from rosd_fast.errors import RunFailed
-from rosd_fast.evaluate import evaluate_splits
+from rosd_fast.evaluation.training import evaluate_splits
 from rosd_fast.pipeline import Sampled, sample_and_annotate
 from rosd_fast.report.advice import describe_unanswered
 from rosd_fast.report.diagnostics import located_errors
