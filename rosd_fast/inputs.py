@@ -32,6 +32,7 @@ from rosd_fast.trainer.separate_teacher import (
 )
 from rosd_fast.types import Problem
 from rosd_fast.utils.distributed import launched, pick_device
+from rosd_fast.verify.user_file import absolute_verifier
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -195,7 +196,9 @@ def with_absolute_paths(config: Config) -> Config:
     return config.model_copy(
         update={
             "model": absolute_model(config.model),
-            "data": data.model_copy(update=sources),
+            "data": data.model_copy(
+                update={**sources, "verifier": absolute_verifier(data.verifier)}
+            ),
             "chat": read_templates(config.chat),
             "engine": engine.model_copy(update=places),
             "teacher": config.teacher.model_copy(

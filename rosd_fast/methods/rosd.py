@@ -227,6 +227,7 @@ class Rosd(Method):
                 wrong_samples(training.samples, verdicts, options.probe_problems),
                 groups,
                 verdicts,
+                verifiers=engines.verifiers,
                 tokenizer=self.model.tokenizer,
                 params=sampling_params(self.config.sample, self.model.stop_token_ids),
                 seed=self.config.seed,
