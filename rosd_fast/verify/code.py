@@ -37,7 +37,7 @@ _FENCE = re.compile(r"^[ \t]*(?P<fence>`{3,}|~{3,})[^\n]*\n(?P<code>.*?)^[ \t]*(
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Tests:
+class Suite:
     """What a program must do: assertions that hold, or an output for each input."""
 
     setup: str
@@ -86,7 +86,7 @@ def last_code(completion: str) -> str | None:
     return blocks[-1] if blocks else None
 
 
-def read_tests(answer: str) -> Tests | None:
+def read_tests(answer: str) -> Suite | None:
     """The tests of a right answer; None when it is not one."""
     try:
         value: Any = json.loads(answer)
@@ -99,14 +99,14 @@ def read_tests(answer: str) -> Tests | None:
     if not isinstance(setup, str) or bool(asserts) == bool(cases):
         return None
     if asserts:
-        return Tests(setup=setup, asserts=tuple(asserts)) if _texts(asserts) else None
+        return Suite(setup=setup, asserts=tuple(asserts)) if _texts(asserts) else None
     if not isinstance(cases, list) or not all(isinstance(case, dict) for case in cases):
         return None
     stdins = [case.get("stdin", "") for case in cases]
     stdouts = [case.get("stdout") for case in cases]
     if not _texts(stdins) or not _texts(stdouts):
         return None
-    return Tests(setup=setup, stdins=tuple(stdins), stdouts=tuple(stdouts))
+    return Suite(setup=setup, stdins=tuple(stdins), stdouts=tuple(stdouts))
 
 
 def is_tests(answer: str) -> bool:
@@ -114,7 +114,7 @@ def is_tests(answer: str) -> bool:
     return read_tests(answer) is not None
 
 
-def failure_of(report: dict[str, Any], tests: Tests, index: int) -> str | None:
+def failure_of(report: dict[str, Any], tests: Suite, index: int) -> str | None:
     """Why a test failed; None: it passed."""
     if not report["passed"]:
         return report["reason"]

@@ -5,6 +5,8 @@ a task's scorer may need any of it:
 
     {"question": "...", "answer": "7", "metadata": {"source_dataset": "leg_counting", ...}}
 
+Some scorers evaluate an answer as Python or sympy; `guard` keeps them from executing one.
+
 JSON has no tuples; those of an exercise are written as {"__tuple__": [...]}. Scores are shaped: a
 task may give a part of 1 for an answer in a wrong form, or for one that is nearly right.
 """
@@ -17,6 +19,7 @@ from functools import cache
 from typing import Any
 
 from rosd_fast.types import Judgement
+from rosd_fast.verify.guard import GUARD
 from rosd_fast.verify.tags import CLOSE, OPEN, last_answer, why_no_answer
 
 
@@ -29,7 +32,11 @@ def verify_gym(completion: str, answer: str) -> Judgement:
     if found is None:
         return Judgement(score=0.0, answer=None, reason=why_no_answer(completion))
     name = exercise["metadata"]["source_dataset"]
-    score = float(scorer(name)(found, exercise))
+    score_answer = scorer(name)
+    with GUARD.up() as guard:
+        score = float(score_answer(found, exercise))
+    if guard.has_refused:
+        return Judgement(score=0.0, answer=found, reason="the answer is code, not a value")
     if math.isnan(score):
         raise ValueError(f"the task {name} gave no score")
     return Judgement(

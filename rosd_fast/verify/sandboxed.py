@@ -164,7 +164,7 @@ def execute(texts: list[str], *, exits: bool) -> str | None:
 
     exits: whether the program may end itself without an error.
     """
-    names: dict[str, Any] = {"__name__": "__main__", "__builtins__": __builtins__}
+    names: dict[str, Any] = {"__name__": "__main__", "exit": sys.exit, "quit": sys.exit}
     try:
         for text in texts:
             exec(compile(text, "program.py", "exec"), names)

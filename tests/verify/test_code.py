@@ -16,7 +16,7 @@ from rosd_fast.data.problems import load_problems
 from rosd_fast.errors import UserError
 from rosd_fast.types import Judgement, Problem
 from rosd_fast.verify import VERIFIERS, Limits, VerifierPool, is_verifiable, sandbox
-from rosd_fast.verify.code import Tests, last_code, lines_of, read_tests
+from rosd_fast.verify.code import Suite, last_code, lines_of, read_tests
 
 needs_bubblewrap = pytest.mark.skipif(
     shutil.which("bwrap") is None, reason="needs bubblewrap: apt-get install bubblewrap"
@@ -66,9 +66,9 @@ def test_any_text_has_a_block_or_none(text: str) -> None:
 @pytest.mark.parametrize(
     ("answer", "tests"),
     [
-        (ASSERTS, Tests(setup="import math", asserts=("assert f(1) == 2", "assert f(2) == 3"))),
-        (CASES, Tests(setup="", stdins=("1 2\n", "4 5\n"), stdouts=("3\n", "9"))),
-        ('{"cases": [{"stdout": "3"}]}', Tests(setup="", stdins=("",), stdouts=("3",))),
+        (ASSERTS, Suite(setup="import math", asserts=("assert f(1) == 2", "assert f(2) == 3"))),
+        (CASES, Suite(setup="", stdins=("1 2\n", "4 5\n"), stdouts=("3\n", "9"))),
+        ('{"cases": [{"stdout": "3"}]}', Suite(setup="", stdins=("",), stdouts=("3",))),
         ('{"tests": []}', None),
         ('{"tests": "assert f(1)"}', None),
         ('{"tests": [1]}', None),
@@ -81,7 +81,7 @@ def test_any_text_has_a_block_or_none(text: str) -> None:
         ("", None),
     ],
 )
-def test_read_tests(answer: str, tests: Tests | None) -> None:
+def test_read_tests(answer: str, tests: Suite | None) -> None:
     assert read_tests(answer) == tests
     assert is_verifiable("code", answer) == (tests is not None)
 

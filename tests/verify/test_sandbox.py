@@ -16,10 +16,10 @@ from rosd_fast.verify.sandbox import Budget, SandboxFailed, run, unavailable
 pytestmark = pytest.mark.skipif(
     shutil.which("bwrap") is None, reason="needs bubblewrap: apt-get install bubblewrap"
 )
-BUDGET = Budget(seconds=3.0, memory_bytes=512 << 20)
+BUDGET = Budget(seconds=3.0, memory_bytes=128 << 20)
 
 
-def tested(program: str, *tests: str, **options: Any) -> list[str]:
+def outcomes(program: str, *tests: str, **options: Any) -> list[str]:
     """What came of each test: "passed", or why it failed."""
     reports = run(program, BUDGET, tests=tests or ("pass",), **options)
     return ["passed" if report["passed"] else report["reason"] for report in reports]
@@ -37,7 +37,7 @@ def test_it_works_here() -> None:
 def test_each_test_runs_alone_after_setup_and_program() -> None:
     program = "def f(x): return x + y\ndone = []"
     tests = ["done.append(1); assert f(1) == 3", "assert not done", "assert f(1) == 4, 'no'", "f()"]
-    assert tested(program, *tests, setup="y = 2") == [
+    assert outcomes(program, *tests, setup="y = 2") == [
         *("passed", "passed", "AssertionError: no"),
         "TypeError: f() missing 1 required positional argument: 'x'",
     ]
@@ -68,16 +68,16 @@ def test_standard_input_and_output() -> None:
     ],
 )
 def test_leaving_or_printing_is_not_passing(program: str, reason: str) -> None:
-    (found,) = tested(program, "assert False")
+    (found,) = outcomes(program, "assert False")
     assert found.startswith(reason)
 
 
 def test_no_network() -> None:
     connect = "import socket\nsocket.create_connection(('{}', 53), timeout=1)"
     for address in ("1.1.1.1", "127.0.0.1"):
-        (found,) = tested(connect.format(address))
+        (found,) = outcomes(connect.format(address))
         assert found.startswith(("OSError", "ConnectionRefusedError"))
-    (found,) = tested("import socket; print(socket.if_nameindex()); assert 0, socket.if_nameindex()")
+    (found,) = outcomes("import socket; print(socket.if_nameindex()); assert 0, socket.if_nameindex()")
     assert found == "AssertionError: [(1, 'lo')]"
 
 
@@ -86,20 +86,20 @@ def test_it_sees_nothing_of_this_machine(tmp_path: Path, monkeypatch: pytest.Mon
     secret.write_text("x")
     monkeypatch.setenv("ROSD_SECRET", "x")
     for path in (secret, Path.cwd() / "pyproject.toml", Path(__file__), Path("/etc/passwd")):
-        (found,) = tested(f"open({str(path)!r})")
+        (found,) = outcomes(f"open({str(path)!r})")
         assert found.startswith("FileNotFoundError")
     home = "import os\nassert 0, [os.listdir(d) for d in ('/', '/tmp') if os.path.exists(d)]"
-    (found,) = tested(home)
+    (found,) = outcomes(home)
     assert "proc" not in found and found.endswith(", []]")
-    (found,) = tested("import os; assert 0, (os.environ.get('ROSD_SECRET'), os.getuid())")
+    (found,) = outcomes("import os; assert 0, (os.environ.get('ROSD_SECRET'), os.getuid())")
     assert found == "AssertionError: (None, 65534)"
 
 
 @pytest.mark.parametrize("path", ["/x", "/usr/x", "/usr/bin/python3", "/etc/x", "/dev/x"])
 def test_it_writes_to_tmp_only(path: str) -> None:
-    (found,) = tested(f"open({path!r}, 'w').write('x')")
+    (found,) = outcomes(f"open({path!r}, 'w').write('x')")
     assert found.split(":")[0] in ("OSError", "PermissionError", "FileNotFoundError")
-    assert tested("open('/tmp/x', 'w').write('x'); assert open('/tmp/x').read() == 'x'") == [
+    assert outcomes("open('/tmp/x', 'w').write('x'); assert open('/tmp/x').read() == 'x'") == [
         "passed"
     ]
 
@@ -137,33 +137,33 @@ def test_it_writes_to_tmp_only(path: str) -> None:
     ],
 )  # fmt: skip
 def test_bombs_end_with_a_reason(program: str, reason: str) -> None:
-    (found,) = tested(program)
+    (found,) = outcomes(program)
     assert found.startswith(reason)
 
 
 def test_endless_output_is_cut_off() -> None:
     endless = "while True: print('x' * 1000)"
     assert printed(endless) == ["printed more than 65,536 bytes"]
-    assert tested(endless) == ["timed out"]  # beside assertions, it goes nowhere
+    assert outcomes(endless) == ["timed out"]  # beside assertions, it goes nowhere
 
 
 def test_threads_work() -> None:
     program = "import threading\nt = threading.Thread(target=print); t.start(); t.join()"
-    assert tested(program) == ["passed"]
+    assert outcomes(program) == ["passed"]
 
 
 def test_a_test_that_hangs_leaves_time_for_the_others() -> None:
     program = "def f(x):\n    while x: pass\n"
-    assert tested(program, "f(0)", "f(1)", "f(0)") == ["passed", "timed out", "passed"]
+    assert outcomes(program, "f(0)", "f(1)", "f(0)") == ["passed", "timed out", "passed"]
 
 
 def test_code_that_ends_the_runner_passes_nothing() -> None:
     with pytest.raises(SandboxFailed, match="ended before all tests"):
-        tested("import os, time; os.kill(os.getppid(), 9); time.sleep(9)", "pass", "pass")
+        outcomes("import os, time; os.kill(os.getppid(), 9); time.sleep(9)", "pass", "pass")
 
 
 def test_no_process_is_left() -> None:
-    tested("import time; time.sleep(60)")
+    outcomes("import time; time.sleep(60)")
     found = subprocess.run(["ps", "-eo", "ppid,args"], capture_output=True, text=True).stdout
     own = [line.split(maxsplit=1)[1] for line in found.split("\n") if line.split()[:1] == [str(os.getpid())]]
     assert not [args for args in own if args.startswith("bwrap")]
