@@ -64,8 +64,15 @@ def test_verifiers_go_from_the_row_over_the_option_to_the_shape() -> None:
     assert (name, problem.verifier) == ("sciknoweval", "choice")
     assert read_one(science, verifier="exact")[1].verifier == "exact"
     assert read_one(ROW, verifier="exact")[1].verifier == "number"
+
+
+def test_a_data_set_cannot_name_code_to_run() -> None:
     named = {**ROW, "verifier": "score.py:judge"}
-    assert read_one(named)[1].verifier == "score.py:judge"
+    assert 'the field "verifier" names a file of code' in error_of(named)
+    assert "names a file of code" in error_of(named, verifier="other.py:judge")
+    assert read_one(named, verifier="score.py:judge")[1].verifier == "score.py:judge"
+    unnamed = {"prompt": "2 + 2 = ?", "answer": "4"}
+    assert read_one(unnamed, verifier="score.py:judge")[1].verifier == "score.py:judge"
 
 
 @pytest.mark.parametrize("answer", [[CALL], json.dumps([CALL, CALL])])
