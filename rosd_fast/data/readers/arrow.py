@@ -47,17 +47,17 @@ def reading(path: Path, kind: str) -> Iterator[None]:
         yield
     except ImportError:
         raise UserError(f"{kind} files need pyarrow", where=str(path), fix=EXTRA) from None
-    except OSError as error:
-        raise unreadable(path, error) from None
     except Exception as error:
-        if not type(error).__module__.startswith("pyarrow"):
+        if isinstance(error, OSError) and error.errno is not None:
+            raise unreadable(path, error) from None
+        if not isinstance(error, OSError | ValueError | NotImplementedError):
             raise
         raise damaged(path, kind, error) from None
 
 
 def damaged(path: Path, kind: str, error: Exception) -> UserError:
     """The error for a file that pyarrow cannot read."""
-    reason = str(error).partition("\n")[0].partition(". ")[0]
+    reason = str(error).partition("\n")[0].partition(". ")[0].rstrip(" .")
     return UserError(
         f"the file cannot be read as {kind} ({reason})",
         where=str(path),
