@@ -89,6 +89,12 @@ def test_an_answer_that_is_no_list_of_calls(answer: Any) -> None:
     assert error_of(row).startswith('data.jsonl:1: the field "answer" is not a JSON list of {"Act')
 
 
+def test_own_rows_and_calls_of_tools_may_share_a_file() -> None:
+    rows = [ROW, {"prompt": "Use tools.", "answer": [CALL]}]
+    name, problems = read_all(*rows)
+    assert (name, [p.verifier for p in problems]) == ("tooluse", ["number", "tools"])
+
+
 def test_an_exercise_is_its_own_answer() -> None:
     metadata = {"source_dataset": "leg_counting", "total_legs": 4}
     row = {"question": "Legs of a cat?", "answer": "4", "metadata": metadata}
