@@ -16,6 +16,7 @@ from rosd_fast.errors import UserError
 
 EXTRA = 'pip install "rosd-fast[data]"'
 BATCH = 4096  # rows that are unpacked at a time
+RELEASE_EVERY = 100  # rows
 IPC_FILE = b"ARROW1"  # what a file begins with that is not a stream
 
 
@@ -73,9 +74,10 @@ class ArrowRows(Rows):
 
         self._path = path
         self.folder = path.resolve().parent.name
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        buffer = pa.py_buffer(mapped)
-        if mapped[: len(IPC_FILE)] == IPC_FILE:
+        self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._num_reads = 0
+        buffer = pa.py_buffer(self._mapped)
+        if self._mapped[: len(IPC_FILE)] == IPC_FILE:
             reader = pa.ipc.open_file(buffer)
             self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         else:
@@ -86,6 +88,7 @@ class ArrowRows(Rows):
         return self._firsts[-1]
 
     def __getitem__(self, index: int) -> Any:
+        self._release()
         number = bisect_right(self._firsts, index) - 1
         row = self._batches[number].slice(index - self._firsts[number], 1)
         if row.nbytes > MAX_ROW_BYTES:
@@ -101,6 +104,12 @@ class ArrowRows(Rows):
             raise UserError(
                 f"a value cannot be read ({error})", where=self.where(index), fix="Correct the row"
             ) from None
+
+    def _release(self) -> None:
+        """Now and then give back the pages of the file that were read: they count as memory."""
+        self._num_reads += 1
+        if self._num_reads % RELEASE_EVERY == 0 and hasattr(mmap, "MADV_DONTNEED"):
+            self._mapped.madvise(mmap.MADV_DONTNEED)
 
     def where(self, index: int) -> str:
         return f"{self._path}, row {index + 1}"
