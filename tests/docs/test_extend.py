@@ -13,8 +13,8 @@ import pytest
 from rosd_fast import methods, verify
 from rosd_fast.config import DataConfig
 from rosd_fast.config.load import apply_args, load_preset
-from rosd_fast.data import shapes
 from rosd_fast.data.problems import load_problems
+from rosd_fast.data.shapes import registry as shapes
 from rosd_fast.errors import UserError
 from rosd_fast.report import read_rollouts, rollouts_path
 from rosd_fast.report.metrics import read_metrics
@@ -43,7 +43,7 @@ def run(source: str) -> dict[str, Any]:
 @pytest.fixture(autouse=True)
 def without_new_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
     """A shape that a block registers is gone after the test."""
-    monkeypatch.setattr(shapes.registry, "_REGISTERED", dict(shapes.registry._REGISTERED))
+    monkeypatch.setattr(shapes, "_REGISTERED", dict(shapes._REGISTERED))
 
 
 def test_every_block_runs() -> None:
