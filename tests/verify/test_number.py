@@ -205,6 +205,7 @@ UNEQUAL = [
     ("1e-7", "0"),
     # units: two that differ, also when the numbers are equal
     ("72 m", "72 cm"),
+    ("y = 72", "x = 72"),
     ("72 hours", "72 minutes"),
     ("$72", "72 \u20ac"),
     ("72 cents", "$72"),
