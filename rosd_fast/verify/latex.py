@@ -81,7 +81,7 @@ def _is_contradiction(text: str) -> bool:
 def _have_other_units(found: str, wanted: str) -> bool:
     r"""Whether both have a unit, and not the same: \sqrt{2}\text{ m} and \sqrt{2}\text{ cm}.
 
-    The same holds for the base of a number, which counts as ten where only the right answer has none.
+    The same holds for the base of a number, which is ten where only the right answer has none.
     """
     bases = [_BASE.fullmatch(simplify(text)) for text in (found, wanted)]
     if bases[0]:

@@ -28,7 +28,7 @@ TOOLS_MARKS = ("Action Input:", "Action Input ", "Action_Input")
 
 END_OF_THINKING = "</think>"
 _ACTION = re.compile(r"^[ \t>*#-]*action(?:\*\*)?[ \t]*:[ \t*]*", re.IGNORECASE | re.MULTILINE)
-_INPUT = re.compile(r"[ \t>*#-]*action[ _]input(?:\*\*)?[ \t]*:[ \t*]*", re.IGNORECASE)
+_INPUT = re.compile(r"[ \t>*#-]*action[ _]input(?:\*\*)?[ \t]*:[ \t*]*(?:`(?!`))?", re.IGNORECASE)
 _FENCE = re.compile(r"\s*```(?:json)?\s*")
 _REST_OF_LINE = re.compile(r"[ \t`*]*(?:\n|\Z)")
 _NAMES = ("Action", "action", "name")
