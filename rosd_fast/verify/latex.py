@@ -36,7 +36,7 @@ MIN_ROUNDED_PLACES = 6
 MAX_ROUNDING = 1e-5  # relative
 
 
-@lru_cache(maxsize=65_536)
+@lru_cache(maxsize=8192)
 def simplify(text: str) -> str:
     r"""`text` in one notation of several that mean the same: \dfrac12 is \frac{1}{2}.
 
@@ -66,7 +66,7 @@ def compare_notation(found: str, wanted: str) -> bool | None:
     return _compare_lists(found, wanted)
 
 
-@lru_cache(maxsize=65_536)
+@lru_cache(maxsize=8192)
 def _quantity(text: str) -> Quantity | None:
     return parse_quantity(text)
 

@@ -37,7 +37,7 @@ def verify_math(completion: str, answer: str) -> Judgement:
     return Judgement(score=float(reason is None), answer=found, reason=reason)
 
 
-@lru_cache(maxsize=65_536)
+@lru_cache(maxsize=8192)
 def why_unequal(found: str, wanted: str) -> str | None:
     """Why two answers are not equal; None: they are. The rollouts of a group repeat answers."""
     if not found:
