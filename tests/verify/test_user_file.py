@@ -18,7 +18,7 @@ from rosd_fast.types import Problem
 from rosd_fast.verify import VERIFIERS, Limits, VerifierPool, register_verifier, registry
 from rosd_fast.verify.user_file import absolute_verifier, is_user_file
 
-FILE = '''
+FILE = """
 from words import WORDS  # beside this file
 
 INSTRUCTION = "Answer yes or no between <answer> and </answer>."
@@ -34,7 +34,7 @@ def plain(completion, answer):
 
 plain.instruction = "Say it."
 plain.example = None
-'''
+"""
 
 
 @pytest.fixture
@@ -80,7 +80,9 @@ def test_what_the_file_says_counts(file: Path, pool: VerifierPool) -> None:
     assert verifier.is_instructed("Use <answer></answer>.") and not verifier.is_instructed("Yes?")
     right, wrong = pool.judge_sync([(problem(name), "I say yes"), (problem(name), "I say no")])
     assert (right.score, right.answer, wrong.score, wrong.answer) == (1.0, "yes", 0.0, "no")
-    checked = pool.check_answers([(name, "no"), (name, "perhaps"), ("number", "4"), ("number", "x")])
+    checked = pool.check_answers(
+        [(name, "no"), (name, "perhaps"), ("number", "4"), ("number", "x")]
+    )
     assert [judgement.score for judgement in checked] == [1.0, 0.0, 1.0, 0.0]
 
 
@@ -113,7 +115,10 @@ def test_the_file_never_runs_in_the_trainer(file: Path, pool: VerifierPool) -> N
     [
         ("def score(c, a:\n  pass\n", r"my verifier\.py:1: is not Python: '\(' was never closed"),
         ("\nimport nothing_like_it\n", r"my verifier\.py:2: raises ModuleNotFoundError: No module"),
-        ("x = 1\ny = 1 / 0\n", r"my verifier\.py:2: raises ZeroDivisionError: division by zero when"),
+        (
+            "x = 1\ny = 1 / 0\n",
+            r"my verifier\.py:2: raises ZeroDivisionError: division by zero when",
+        ),
         ("import sys\nsys.exit('bye')\n", r"my verifier\.py:2: raises SystemExit: bye when"),
         ("def scores(c, a): pass\n", r"has no function score\. Did you mean scores\?"),
         ("def other(c, a): pass\n", r"has no function score\. It has other"),
@@ -136,9 +141,7 @@ def test_a_file_that_cannot_be_loaded_is_one_line(
         pool.judge_sync([(problem(f"{file}:score"), "yes")] * 2)
 
 
-def test_a_file_that_is_broken_during_the_run_costs_no_step(
-    file: Path, pool: VerifierPool
-) -> None:
+def test_a_file_that_is_broken_during_the_run_costs_no_step(file: Path, pool: VerifierPool) -> None:
     name = f"{file}:score"
     tasks = [(problem(name), "yes")] * 2
     file.write_text(FILE.replace("last = ", "completion == 'end' and exit_now(); last = "))
@@ -182,7 +185,7 @@ def test_only_a_function_with_a_place_can_travel(function: Any, pool: VerifierPo
             pool.judge_sync(tasks)
 
 
-SCRIPT = '''
+SCRIPT = """
 from rosd_fast.types import Problem
 from rosd_fast.verify import Limits, VerifierPool, register_verifier
 
@@ -201,7 +204,7 @@ def main():
 
 
 {start}
-'''
+"""
 
 
 def run_script(tmp_path: Path, start: str) -> Any:
