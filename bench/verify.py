@@ -72,7 +72,8 @@ def measured(args: argparse.Namespace, folder: Path):  # noqa: ANN201
                 with VerifierPool(Limits(workers=workers, run_code=True)) as pool:
                     starts.append(seconds(pool, cases[:1]))
                     seconds(pool, cases[1 : 1 + 8 * workers])  # all workers have started
-                    rates.append(len(cases) / seconds(pool, cases[1 + 8 * workers :] or cases))
+                    rest = cases[1 + 8 * workers :] or cases
+                    rates.append(len(rest) / seconds(pool, rest))
                     latencies += [seconds(pool, [case]) for case in cases[:50]]
             yield {
                 "verifier": verifier,

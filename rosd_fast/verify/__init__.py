@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from rosd_fast.types import Group, Judgement, Problem, Verdict
 from rosd_fast.verify import code, gym
 from rosd_fast.verify.choice import verify_choice
+from rosd_fast.verify.math import MATH_INSTRUCTION, MATH_MARKS, verify_math
 from rosd_fast.verify.number import verify_number
 from rosd_fast.verify.pool import VerifierPool, verdict
 from rosd_fast.verify.protocol import Limits
@@ -28,6 +29,12 @@ from rosd_fast.verify.registry import (
     register_verifier,
 )
 from rosd_fast.verify.tags import CLOSE, OPEN, TAG_MARKS
+from rosd_fast.verify.tools import (
+    TOOLS_INSTRUCTION,
+    TOOLS_MARKS,
+    perfect_calls,
+    verify_tools,
+)
 from rosd_fast.verify.words import verify_contains, verify_exact
 
 __all__ = [
@@ -63,7 +70,7 @@ register_verifier("contains", verify_contains, answers="words", instruction="")
 register_verifier(
     "code",
     code.verify_code,
-    answers='tests, as in {"tests": ["assert f(1) == 2"]} or {"cases": [{"stdin": ..., "stdout": ...}]}',
+    answers='tests as JSON: {"tests": ["assert f(1) == 2"]} or {"cases": [{"stdin": "1", ...}]}',
     instruction=code.INSTRUCTION,
     marks=code.MARKS,
     accepts=code.is_tests,
@@ -77,6 +84,24 @@ register_verifier(
     marks=(OPEN,),
     requires=("reasoning_gym",),
     extra="gym",
+)
+register_verifier(
+    "math",
+    verify_math,
+    answers="a mathematical expression",
+    example=r"\boxed{{answer}}",
+    instruction=MATH_INSTRUCTION,
+    marks=MATH_MARKS,
+    requires=("math_verify",),
+    extra="math",
+)
+register_verifier(
+    "tools",
+    verify_tools,
+    answers='a JSON list of calls such as {"Action": "search", "Action_Input": {"query": "x"}}',
+    example=perfect_calls,
+    instruction=TOOLS_INSTRUCTION,
+    marks=TOOLS_MARKS,
 )
 
 
