@@ -179,7 +179,9 @@ def load_data(config: Config) -> tuple[Problems, dict[str, Problems]]:
     sources = {"dev": config.data.dev, "ood": config.data.dev_ood}
     every_row = config.data.model_copy(update={"check_rows": 0})
     splits = {
-        name: load_problems(source, data=every_row, verify=config.verify, first=config.eval.problems)
+        name: load_problems(
+            source, data=every_row, verify=config.verify, first=config.eval.problems
+        )
         for name, source in sources.items()
         if source is not None
     }

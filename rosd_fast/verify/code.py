@@ -33,7 +33,9 @@ MARKS = ("```", "code block")
 OUTPUT_BYTES = 1 << 16  # at least; more where a right output is longer
 TIME_SHARE = 0.8  # of the verifier's time for the tests, so that it can still report
 
-_FENCE = re.compile(r"^[ \t]*(?P<fence>`{3,}|~{3,})[^\n]*\n(?P<code>.*?)^[ \t]*(?P=fence)[ \t]*$", re.M | re.S)
+_FENCE = re.compile(
+    r"^[ \t]*(?P<fence>`{3,}|~{3,})[^\n]*\n(?P<code>.*?)^[ \t]*(?P=fence)[ \t]*$", re.M | re.S
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

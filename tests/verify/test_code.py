@@ -15,7 +15,7 @@ from rosd_fast.config import DataConfig, VerifyConfig
 from rosd_fast.data.problems import load_problems
 from rosd_fast.errors import UserError
 from rosd_fast.types import Judgement, Problem
-from rosd_fast.verify import VERIFIERS, Limits, VerifierPool, is_verifiable, sandbox
+from rosd_fast.verify import VERIFIERS, Limits, VerifierPool, is_verifiable
 from rosd_fast.verify.code import Suite, last_code, lines_of, read_tests
 
 needs_bubblewrap = pytest.mark.skipif(
@@ -142,7 +142,7 @@ def test_a_data_set_of_code_is_refused_where_it_cannot_run(
         load_problems(data, verify=VerifyConfig())
     monkeypatch.setattr("rosd_fast.verify.pool.unavailable", lambda: "bubblewrap is not installed")
     allowed = VerifyConfig(run_code=True)
-    with pytest.raises(UserError, match="cannot run code: bubblewrap is not installed. Install"):
+    with pytest.raises(UserError, match=r"cannot run code: bubblewrap is not installed\. Install"):
         load_problems(data, verify=allowed)
     assert len(load_problems(data)) == 1  # to look at it needs neither
     monkeypatch.setattr("rosd_fast.verify.pool.unavailable", lambda: None)
