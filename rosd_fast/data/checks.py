@@ -12,7 +12,6 @@ import numpy as np
 from rosd_fast.config import DataConfig
 from rosd_fast.data.collection import Checked, Part, Problems
 from rosd_fast.data.fields import unmatchable
-from rosd_fast.data.verifiable import can_be_right
 from rosd_fast.errors import UserError
 from rosd_fast.types import Problem
 
@@ -56,9 +55,7 @@ def check(problems: Problems, data: DataConfig, first: int = 0) -> Problems:
         num_bad=len(bad),
         faults=tuple(faults),
     )
-    return Problems(
-        ids.renamed_parts(), left, instruction=problems.instruction, check=checked
-    )
+    return problems.with_rows(left, checked, ids.renamed_parts())
 
 
 def spread(total: int, count: int) -> list[int]:
@@ -82,7 +79,7 @@ def examine(
         some = indices[start : start + AT_ONCE]
         found = [_attempt(problems, index) for index in some]
         read = [each for each in found if isinstance(each, Problem)]
-        right = iter(can_be_right(read))
+        right = iter(problems.answers.right(read))
         for index, each in zip(some, found, strict=True):
             if isinstance(each, Problem) and not next(right):
                 each = unmatchable(each, problems.where(index))
