@@ -296,7 +296,7 @@ def without_teacher(inputs: Inputs) -> tuple[Inputs, LoadedModel | None]:
 def make_folder(config: Config, model: LoadedModel) -> Path:
     """Make the run folder, with its resolved config.toml. Raises UserError."""
     name = config.name or f"{model.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = Path(config.out) / name
+    folder = Path(config.out).expanduser() / name
     try:
         folder.mkdir(parents=True)
         write_atomic(

@@ -39,7 +39,7 @@ def train(config: Config, *, resume: Path | None = None) -> Path:
     with open_world(config.parallel, config.device) as world:
         if not world.is_rank0:
             run_worker(world)
-            return Path(config.out)
+            return Path(config.out).expanduser()
         with open_run(config, resume=resume, world=world) as run:
             asyncio.run(run_steps(run))
     return run.folder
