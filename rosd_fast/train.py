@@ -11,9 +11,10 @@ and learning in `rosd_fast.update`.
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
-from rosd_fast.batch.weights import micro_batch_mean, mini_batches
+from rosd_fast.batch.weights import micro_batch_mean, mini_batches, with_problem_weights
 from rosd_fast.config import Config
 from rosd_fast.engines.lifecycle import Engines
 from rosd_fast.evaluate import evaluate_splits
@@ -89,6 +90,8 @@ async def train_on(run: Run, engines: Engines, step: int, sampled: Sampled) -> d
     progress, method = run.progress, run.inputs.method
     verdicts, selection = sampled.verdicts, sampled.selection
     training = method.build(selection.kept, verdicts, sampled.annotations, progress)
+    weighted = with_problem_weights(training.samples, selection.kept)
+    training = replace(training, samples=weighted)
     training = without_unknown_tokens(run, step, training)
     measured = await method.measure(step, training, selection.kept, verdicts, engines, progress)
     if not any(sample.has_effect for sample in training.samples):

@@ -48,8 +48,14 @@ class Problem:
     context: tuple[Message, ...] = ()  # the turns between the system turn and the prompt
     reference: str | None = None  # a worked solution of the data set, None: it has none
     teacher_prompt: str | None = None  # user turn of the teacher in place of its template's
-    feedback: str | None = None  # what a solver of a wrong rollout is told; None: what it says
-    weight: float = 1.0  # multiplies the loss of the problem's tokens, at least 0
+    feedback: str | None = None  # told about a wrong rollout; None: what the verifier says
+    weight: float = 1.0  # multiplies the loss of the problem's tokens; 0: they teach nothing
+
+    def feedback_on(self, verdict: Verdict) -> str:
+        """What a solver is told about a rollout: the data set's words, else the verifier's; empty
+        for a success.
+        """
+        return "" if verdict.success else self.feedback or verdict.feedback
 
     @property
     def messages(self) -> tuple[Message, ...]:

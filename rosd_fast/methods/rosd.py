@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from rosd_fast.batch.samples import build_samples, sample_metrics
+from rosd_fast.batch.samples import build_samples, sample_metrics, teacher_template
 from rosd_fast.config import Config, uses_teacher_weights
 from rosd_fast.config.templates import check_templates
 from rosd_fast.engines.local.grammar_mask import GrammarCompiler
@@ -118,7 +118,13 @@ class Rosd(Method):
             located = replace(located, spans=arm.spans)
         with progress.stage(Stage.BUILD):
             shown = self._demonstrations(groups, verdicts, annotations, arm)
-            show_feedback = config.teacher.show_feedback
+            feedback = {}
+            if config.teacher.show_feedback:
+                feedback = {
+                    rollout.id: group.problem.feedback_on(verdicts[rollout.id])
+                    for group in groups
+                    for rollout in group.rollouts
+                }
             samples = build_samples(
                 groups,
                 arm.reflections,
@@ -126,7 +132,7 @@ class Rosd(Method):
                 chat=self.chats.teacher,
                 config=arm.templates,
                 demonstrations={name: text for name, text in shown.items() if text},
-                feedback={v.rollout_id: v.feedback for v in verdicts.values() if show_feedback},
+                feedback=feedback,
                 cut_right=config.compat.cut_prompts_right,
             )
             if config.span.control == "negative":
@@ -163,7 +169,9 @@ class Rosd(Method):
                 reflection = arm.reflections.get(rollout.id)
                 if reflection is None or rollout.id not in arm.spans:
                     continue
-                if "demonstration" not in placeholders(arm.template_of(reflection)):
+                if "demonstration" not in placeholders(
+                    teacher_template(group.problem, arm.template_of(reflection))
+                ):
                     continue
                 seen = annotations.get(rollout.id, reflection).demonstration_id
                 if seen in siblings:

@@ -19,6 +19,7 @@ from rosd_fast.report import read_rollouts, rollouts_path
 from rosd_fast.report.metrics import read_metrics
 from rosd_fast.train import train
 from rosd_fast.types import Group, Rollout
+from rosd_fast.verify import registry
 
 PAGE = Path(__file__).parents[2] / "docs" / "extend.md"
 BLOCK = re.compile(r"^([ ]*)```python\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
