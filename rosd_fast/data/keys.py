@@ -19,7 +19,11 @@ from rosd_fast.types import Message
 Keys = np.ndarray
 """[n] uint64, the key of each problem."""
 
-_SPACES = str.maketrans(dict.fromkeys(",;:?\t\n\v\f\r\x1c\x1d\x1e\x1f\x85\u2028\u2029", " "))
+# Bytes of UTF-8: their lower case is folded, prose punctuation and white space are spaces.
+_LOWER = bytes.maketrans(
+    b"ABCDEFGHIJKLMNOPQRSTUVWXYZ,;:?\t\n\v\f\r\x1c\x1d\x1e\x1f",
+    b"abcdefghijklmnopqrstuvwxyz" + b" " * 13,
+)
 _SYMBOLS = "!\"#$%&'()*+-/<=>@[\\]^`{|}~"
 _MORE_SYMBOLS = "×÷·±≤≥≠≈→°∈∪∩√∞€£"
 # What NFKC leaves as it is: dashes, quotation marks, characters without width, turns of direction.
@@ -48,9 +52,14 @@ def normal_text(text: str) -> str:
     symbols = _SYMBOLS
     if not text.isascii():
         raised = unicodedata.normalize("NFKC", text.translate(_RAISED)).translate(_UNIFIED)
-        text = unicodedata.normalize("NFKC", raised.casefold())
+        text = " ".join(unicodedata.normalize("NFKC", raised.casefold()).split())
         symbols += _MORE_SYMBOLS
-    normal = " ".join(text.casefold().translate(_SPACES).split())
+    # Bytes are translated in a fifth of the time that text takes.
+    normal = text.encode("utf-8", "surrogatepass").translate(_LOWER)
+    normal = normal.decode("utf-8", "surrogatepass")
+    while "  " in normal:
+        normal = normal.replace("  ", " ")
+    normal = normal.strip()
     for symbol in symbols:
         if symbol in normal:
             normal = normal.replace(f" {symbol}", symbol).replace(f"{symbol} ", symbol)

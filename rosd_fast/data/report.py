@@ -1,6 +1,6 @@
 """What a data set is: counts, lengths, repetitions, bad rows. `rosd-fast data` prints it.
 
-    Problems -> summarize -> Summary     one pass over the rows, which takes 40 bytes per problem
+Problems -> summarize -> Summary     one pass over the rows, which takes 40 bytes per problem
 """
 
 from __future__ import annotations
@@ -8,20 +8,21 @@ from __future__ import annotations
 import re
 from array import array
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from zlib import crc32
 
 import numpy as np
 
+from rosd_fast.data.fields import unmatchable
 from rosd_fast.data.instruct import OFF, instruction_of
-from rosd_fast.data.keys import Keys, as_keys, normal_text, problem_key, repeated
+from rosd_fast.data.keys import Keys, problem_key, repeated
 from rosd_fast.data.problems import Problems
 from rosd_fast.errors import UserError
-from rosd_fast.types import Problem
+from rosd_fast.types import Judgement, Problem
 
 MAX_LISTED = 20  # bad rows that are listed per kind
 NUM_BARS = 10
+BATCH = 2048  # problems whose answers are checked at a time
 
 _LITERAL = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|-?\d[\d.,]*")
 
@@ -65,7 +66,7 @@ class Summary:
     fields: what some problems have beyond prompt and answer -> number of problems.
     instructions: the sentence added to a prompt, "" for none -> number of prompts.
     lengths: [n] characters of the prompts, instruction included.
-    answers: [n] hashes of the answers.
+    answers: [n] keys of the answers.
     first: verifier -> the indices of its first problems with different answers, two at most.
     """
 
@@ -93,48 +94,90 @@ class Summary:
         return self.indices[pairs[differ]]
 
 
-def summarize(problems: Problems) -> Summary:
-    """Read every row of a data set. A row that is not a problem is among the faults."""
-    faults, bad = Faults(), set()
-    for index, error in problems.find_bad():
-        faults.add(error)
-        bad.add(index)
-    groups, with_system = Counter[tuple[str, str]](), Counter[tuple[str, str]]()
-    fields, instructions = Counter[str](), Counter[str]()
-    indices, keys, answers, lengths = array("q"), array("Q"), array("I"), array("q")
-    first: dict[str, list[int]] = defaultdict(list)
-    first_answers: dict[str, set[int]] = defaultdict(set)
-    for index in range(len(problems)):
-        if index in bad:
-            continue
-        problem = problems.bare(index)
-        quickstart = problems.source(index).is_quickstart
-        sentence = instruction_of(problem, OFF if quickstart else problems.instruction)
-        group = (problem.domain, problem.verifier)
-        answer = crc32(normal_text(problem.answer).encode())
-        groups[group] += 1
-        with_system[group] += problem.system is not None
-        fields.update(extra_fields(problem))
-        instructions[sentence] += 1
-        indices.append(index)
-        keys.append(problem_key(problem.prompt, problem.context))
-        answers.append(answer)
-        lengths.append(len(problem.prompt) + (len(sentence) + 2 if sentence else 0))
-        if len(first[problem.verifier]) < 2 and answer not in first_answers[problem.verifier]:
-            first[problem.verifier].append(index)
-            first_answers[problem.verifier].add(answer)
-    return Summary(
-        indices=np.array(indices, np.int64),
-        groups=groups,
-        with_system=with_system,
-        fields=fields,
-        instructions=instructions,
-        lengths=np.array(lengths, np.int64),
-        keys=as_keys(keys),
-        answers=np.array(answers, np.uint32),
-        first=dict(first),
-        faults=faults,
+def summarize(
+    problems: Problems,
+    check: Callable[[Sequence[Problem]], Sequence[Judgement]],
+    *,
+    on_rows: Callable[[int], None] = lambda count: None,
+) -> Summary:
+    """Read every row of a data set. A row that is not a problem is among the faults.
+
+    check: how the verifiers score an example of a right completion to each of some problems; where
+    that is less than 1, no completion can be right. on_rows: told the number of rows read so far.
+    """
+    found = Collected()
+    for start in range(0, len(problems), BATCH):
+        good = [*readable(problems, range(start, min(start + BATCH, len(problems))), found.faults)]
+        judgements = check([problem for _, problem in good])
+        for (index, problem), judgement in zip(good, judgements, strict=True):
+            if judgement.score < 1:
+                found.faults.add(unmatchable(problem, problems.where(index)))
+            else:
+                found.add(problems, index, problem)
+        on_rows(min(start + BATCH, len(problems)))
+    return found.summary()
+
+
+def readable(
+    problems: Problems, indices: Iterable[int], faults: Faults
+) -> Iterator[tuple[int, Problem]]:
+    """(index, problem without instruction) of the rows that are problems; others are faults."""
+    for index in indices:
+        try:
+            yield index, problems.bare(index)
+        except UserError as error:
+            faults.add(error)
+
+
+@dataclass(slots=True)
+class Collected:
+    """What is known of the problems read so far."""
+
+    faults: Faults = field(default_factory=Faults)
+    groups: Counter[tuple[str, str]] = field(default_factory=Counter)
+    with_system: Counter[tuple[str, str]] = field(default_factory=Counter)
+    fields: Counter[str] = field(default_factory=Counter)
+    instructions: Counter[str] = field(default_factory=Counter)
+    arrays: dict[str, array[int]] = field(
+        default_factory=lambda: {
+            "indices": array("q"),
+            "lengths": array("q"),
+            "keys": array("Q"),
+            "answers": array("Q"),
+        }
     )
+    first: dict[str, dict[int, int]] = field(default_factory=lambda: defaultdict(dict))
+
+    def add(self, problems: Problems, index: int, problem: Problem) -> None:
+        """Count a problem."""
+        setting = OFF if problems.source(index).is_quickstart else problems.instruction
+        sentence = instruction_of(problem, setting)
+        group = (problem.domain, problem.verifier)
+        answer = problem_key(problem.answer)
+        self.groups[group] += 1
+        self.with_system[group] += problem.system is not None
+        self.fields.update(extra_fields(problem))
+        self.instructions[sentence] += 1
+        length = len(problem.prompt) + (len(sentence) + 2 if sentence else 0)
+        key = problem_key(problem.prompt, problem.context)
+        for name, value in zip(self.arrays, (index, length, key, answer), strict=True):
+            self.arrays[name].append(value)
+        first = self.first[problem.verifier]
+        if len(first) < 2:
+            first.setdefault(answer, index)
+
+    def summary(self) -> Summary:
+        """All of it."""
+        arrays = {name: np.array(values) for name, values in self.arrays.items()}
+        return Summary(
+            groups=self.groups,
+            with_system=self.with_system,
+            fields=self.fields,
+            instructions=self.instructions,
+            first={name: [*first.values()] for name, first in self.first.items()},
+            faults=self.faults,
+            **arrays,
+        )
 
 
 def extra_fields(problem: Problem) -> list[str]:

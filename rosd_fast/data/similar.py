@@ -110,8 +110,10 @@ def _signatures(parts: Iterable[Sequence[str]]) -> np.ndarray:
     factors = random.integers(1 << 63, size=(2, BANDS * ROWS), dtype=np.uint64) * 2 + 1
     bands = []
     for prompts in parts:
-        words = [[crc32(word.encode("utf-8", "surrogatepass")) for word in _words(p)] or [0]
-                 for p in prompts]
+        words = [
+            [crc32(word.encode("utf-8", "surrogatepass")) for word in _words(p)] or [0]
+            for p in prompts
+        ]
         starts = np.cumsum([0, *map(len, words)])[:-1]
         flat = np.concatenate([np.array(each, np.uint64) for each in words])
         smallest = np.stack(

@@ -160,7 +160,9 @@ def all_dropped(split: str, overlaps: Sequence[Overlap]) -> UserError:
     )
 
 
-def describe_overlap(overlap: Overlap, name: Callable[[int], str], other: Callable[[int], str]) -> str:
+def describe_overlap(
+    overlap: Overlap, name: Callable[[int], str], other: Callable[[int], str]
+) -> str:
     """A sentence on the problems in two splits.
 
     name, other: the name of a problem by its index in `split`, and in `other`.

@@ -45,10 +45,22 @@ def test_another_answer_makes_another_problem() -> None:
 @pytest.mark.parametrize(
     ("one", "other"),
     [
-        ("Solve the equation for the unknown: x + 3 = 5", "Solve the equation for the unknown: x - 3 = 5"),
-        ("Name the compound with the formula NaCl, please", "Name the compound with the formula KCl, please"),
-        ("Give the mass of the molecule c1ccccc1 in grams", "Give the mass of the molecule C1CCCCC1 in grams"),
-        ("Differentiate this function with respect to y now", "Differentiate this function with respect to x now"),
+        (
+            "Solve the equation for the unknown: x + 3 = 5",
+            "Solve the equation for the unknown: x - 3 = 5",
+        ),
+        (
+            "Name the compound with the formula NaCl, please",
+            "Name the compound with the formula KCl, please",
+        ),
+        (
+            "Give the mass of the molecule c1ccccc1 in grams",
+            "Give the mass of the molecule C1CCCCC1 in grams",
+        ),
+        (
+            "Differentiate this function with respect to y now",
+            "Differentiate this function with respect to x now",
+        ),
     ],
 )
 def test_formulas_names_and_variables_are_figures(one: str, other: str) -> None:
@@ -59,9 +71,7 @@ def test_a_hyphen_is_no_minus() -> None:
     assert figures("a well-known man, 3 - 1 and x-1, a-b") == ["3", "-", "1", "x", "-", "1", "a-b"]
 
 
-@given(
-    st.integers(0, 10**6), st.integers(0, 10**6), st.sampled_from(["pens", "books", "stamps"])
-)
+@given(st.integers(0, 10**6), st.integers(0, 10**6), st.sampled_from(["pens", "books", "stamps"]))
 def test_a_template_with_another_number_is_never_similar(a: int, b: int, what: str) -> None:
     template = "Eva has {} pens in a box, and finds 10 of them. How many {} has Eva now?"
     pairs = similar_pairs([(template.format(a, what), "5"), (template.format(b, what), "5")])
@@ -70,7 +80,9 @@ def test_a_template_with_another_number_is_never_similar(a: int, b: int, what: s
 
 @given(st.permutations(range(12)))
 def test_the_order_of_the_texts_does_not_matter(order: list[int]) -> None:
-    texts = [(t, "28") for t in (STORY, *REWORDED, *OTHERS)] + [(f"Other {i}?", "1") for i in (1, 2, 3)]
+    texts = [(t, "28") for t in (STORY, *REWORDED, *OTHERS)] + [
+        (f"Other {i}?", "1") for i in (1, 2, 3)
+    ]
     found = similar_pairs([texts[i] for i in order])
     named = {order[i] for pair in found.tolist() for i in pair}
     assert named == {0, 1, 2, 3}
