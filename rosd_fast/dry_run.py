@@ -19,7 +19,7 @@ from rich.text import Text
 from torch import Tensor
 
 from rosd_fast.config import Config
-from rosd_fast.data.problems import ProblemStream
+from rosd_fast.data.stream import ProblemStream
 from rosd_fast.engines.base import RolloutEngine
 from rosd_fast.engines.lifecycle import Engines
 from rosd_fast.errors import UserError
@@ -62,7 +62,7 @@ def dry_run(
     console = Console(highlight=False, soft_wrap=True)
     ranks = num_gpus or (num_ranks() if num_ranks() > 1 else NODE)
     available = gpu_memory() if gpu_memory_gib is None else int(gpu_memory_gib * GIB)
-    longest = max(inputs.problems, key=lambda problem: len(problem.prompt))
+    longest = max(inputs.problems.checked, key=lambda problem: len(problem.prompt))
     prompts = asyncio.run(render_prompts(inputs, longest))
     print_prompts(console, prompts, inputs)
     print_notes(console, inputs)

@@ -74,14 +74,14 @@ def read_text(value: Any, name: str, where: str) -> str:
     return check_text(value, name, where)
 
 
-def read_id(value: Any, name: str, where: str, domain: str) -> str:
+def read_id(value: Any, name: str, where: str, domain: str, *, fix: str = "") -> str:
     """An id: a string as it is, a number after the domain."""
     if isinstance(value, bool) or not isinstance(value, int | str):
-        raise wrong_type(value, name, where, "a string or number")
+        raise wrong_type(value, name, where, "a string or number", fix=fix)
     return f"{domain}:{value}" if isinstance(value, int) else read_text(value, name, where)
 
 
-def read_weight(value: Any, name: str, where: str) -> float:
+def read_weight(value: Any, name: str, where: str, *, fix: str = "") -> float:
     """A factor of the loss: a finite number of at least 0, also as text, as CSV has it."""
     try:
         weight = float(value) if isinstance(value, str | int | float | Decimal) else None
@@ -89,7 +89,7 @@ def read_weight(value: Any, name: str, where: str) -> float:
         weight = None
     if weight is None or isinstance(value, bool):
         what = shorten(value) if isinstance(value, str) else f"a JSON {type_name(value)}"
-        raise UserError(f'the field "{name}" is {what}, not a number', where=where)
+        raise UserError(f'the field "{name}" is {what}, not a number', where=where, fix=fix)
     if not math.isfinite(weight) or weight < 0:
         raise UserError(
             f'the field "{name}" is {weight}',
@@ -110,9 +110,10 @@ def check_text(value: str, name: str, where: str) -> str:
     return value
 
 
-def wrong_type(value: Any, name: str, where: str, wanted: str) -> UserError:
+def wrong_type(value: Any, name: str, where: str, wanted: str, *, fix: str = "") -> UserError:
     """The error for a field of another type, as in `is a JSON list, not a string`."""
-    return UserError(f'the field "{name}" is a JSON {type_name(value)}, not {wanted}', where=where)
+    what = f'the field "{name}" is a JSON {type_name(value)}, not {wanted}'
+    return UserError(what, where=where, fix=fix)
 
 
 def type_name(value: Any) -> str:

@@ -47,6 +47,7 @@ class Source:
     split: str | None = None  # of a data set, or of the files of a folder
     config: str | None = None  # of a data set that has several
     columns: Mapping[str, str] = field(default_factory=dict)  # field -> column
+    options: Mapping[str, str] = field(default_factory=dict)  # of a task of reasoning_gym
 
     @property
     def name(self) -> str:
@@ -103,17 +104,19 @@ def parse_source(text: str, *, verifier: str | None, columns: Mapping[str, str])
     if not place:
         raise UserError("a source is empty", where=text or ",", fix="Name a file before the @")
     values: dict[str, Any] = {"verifier": verifier}
-    own = dict(columns)
+    own, options, is_gym = dict(columns), {}, place.startswith(GYM)
     for name, value in settings:
-        if name not in SETTINGS:
+        if name not in SETTINGS and not is_gym:
             raise UserError(f"there is no setting {name}", where=text, fix=_nearest(name))
         if not value:
             raise UserError(f"the setting {name} has no value", where=text)
-        if name in COLUMN_SETTINGS:
+        if name in COLUMN_SETTINGS and not is_gym:
             own[name] = value
+        elif name not in SETTINGS or name in COLUMN_SETTINGS:
+            options[name] = value
         else:
             values[name] = _weight(value, text) if name == "weight" else value
-    return Source(text=place, columns=own, **values)
+    return Source(text=place, columns={} if is_gym else own, options=options, **values)
 
 
 def split_sources(text: str) -> list[str]:

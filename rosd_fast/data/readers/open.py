@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict
 from pathlib import Path
 
+from rosd_fast.data.gym import GymRows
 from rosd_fast.data.readers.base import ChainedRows, ListRows, Rows
-from rosd_fast.data.readers.files import files_of_folder, files_of_pattern, kind_of
+from rosd_fast.data.readers.files import files_of_folder, files_of_pattern
 from rosd_fast.data.readers.json import open_json
 from rosd_fast.data.sources import Source
 from rosd_fast.errors import UserError
@@ -16,6 +17,8 @@ def open_rows(source: Source) -> Rows:
     """The rows of a source. Raises UserError for what cannot be read."""
     if source.is_quickstart:
         return quickstart_rows(source)
+    if source.is_gym:
+        return GymRows(source)
     path = Path(source.text).expanduser()
     if source.is_pattern:
         return _open_files(source, files_of_pattern(source), path.resolve().parent.name)

@@ -88,7 +88,7 @@ def read_messages(row: Row) -> Fields:
 def read_verl(row: Row) -> Fields:
     """The answer is `reward_model.ground_truth`; `data_source` says how it is compared."""
     talk = read_turns(row, "prompt")
-    source = row.text("data_source").lower()
+    source = row.label("data_source").lower()
     if row.value("answer") is None:
         row = row.with_column("answer", "reward_model.ground_truth")
     if is_cases(row.value("answer")):
@@ -97,9 +97,9 @@ def read_verl(row: Row) -> Fields:
         answer, verifier = split_solution(row.answer("answer"))
         if any(part in source for part in NUMBER_SOURCES):
             verifier = verifier or "number"
-        elif row.text("ability") == "math" or any(part in source for part in MATH_SOURCES):
+        elif row.label("ability") == "math" or any(part in source for part in MATH_SOURCES):
             verifier = verifier or "math"
-    return _fields(talk, answer=answer, verifier=verifier, domain=as_domain(row.text("ability")))
+    return _fields(talk, answer=answer, verifier=verifier, domain=as_domain(row.label("ability")))
 
 
 def _fields(talk: Conversation, *, reference: str | None = None, **values: Any) -> Fields:

@@ -63,8 +63,8 @@ def read_math(row: Row) -> Fields:
         prompt=row.text(row.first(*PROMPTS) or "problem", required=True),
         answer=str(int(answer)) if _WHOLE.fullmatch(answer) else answer,  # AIME's 033 is 33
         verifier="math",
-        domain=as_domain(row.text("type") or row.text("subject")),
-        id=row.text("unique_id") or None,
+        domain=as_domain(row.label("type") or row.label("subject")),
+        id=row.label("unique_id") or None,
         reference=solution or None,
     )
 

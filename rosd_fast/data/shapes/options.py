@@ -37,7 +37,7 @@ def read_options(row: Row) -> Fields:
         prompt="\n".join([question.rstrip(), "", *lines]),
         answer=ascii_uppercase[_right_one(row, texts, labels)],
         verifier="choice",
-        domain=as_domain(row.text("subject") or row.text("category")),
+        domain=as_domain(row.label("subject") or row.label("category")),
     )
 
 

@@ -99,10 +99,11 @@ def unknown_shape(objects: Sequence[Mapping[str, Any]], rows: list[Row], where: 
         missing = [field for field in missing if field != "answer"] or ["prompt", "answer"]
     options = " ".join(f"data.columns.{field}=COLUMN" for field in missing)
     settings = "".join(f"@{field}=COLUMN" for field in missing)
+    name = "Name them" if len(missing) > 1 else "Name it"
     return UserError(
         f"{what}; columns are {listed(names)}",
         where=where,
-        fix=f"Name it: {options}, or FILE{settings} for one file (dots reach into objects)",
+        fix=f"{name}: {options}, or FILE{settings} for one file (dots reach into objects)",
     )
 
 

@@ -31,7 +31,7 @@ class Row:
 
     @cached_property
     def _in_any_case(self) -> dict[str, str]:
-        return {key.lower(): key for key in reversed(self._values) if isinstance(key, str)}
+        return {key.lower(): key for key in reversed(list(self._values)) if isinstance(key, str)}
 
     def key(self, name: str) -> str | None:
         """The row's own spelling of a column that it has; None: it has no such column."""
@@ -59,6 +59,11 @@ class Row:
         if value is None or (not required and isinstance(value, str) and not value.strip()):
             return ""
         return read_text(value, self.shown(name), self.where)
+
+    def label(self, name: str) -> str:
+        """A column of short text; "" for anything else, as data sets call many things `type`."""
+        value = self.value(name)
+        return value.strip() if isinstance(value, str) else ""
 
     def answer(self, name: str) -> str:
         """A column of answers as text: numbers in plain digits, lists as JSON."""

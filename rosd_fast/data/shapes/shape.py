@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rosd_fast.data.fields import check_verifier, read_id, read_weight, type_name
+from rosd_fast.data.fields import check_verifier, read_id, read_weight, type_name, wrong_type
 from rosd_fast.data.shapes.row import Row
 from rosd_fast.errors import UserError
 from rosd_fast.types import Message, Problem
@@ -79,34 +79,55 @@ class Shape:
         except UserError as error:
             if error.fix:
                 raise
-            fix = f"Rows are read as {self.says}: correct this one, or set data.bad_rows=skip"
+            fix = f"Correct the row ({self.says}), or set data.bad_rows=skip"
             raise UserError(error.what, where=error.where, fix=fix) from None
 
     def _problem(self, row: Row, source: Source, folder: str, number: int) -> Problem:
         check_no_image(row)
         fields = self.read(row)
-        domain = source.domain or row.text("domain") or fields.domain or folder or "problems"
-        weight = row.value("weight")
+        domain = source.domain or extra(row, "domain") or fields.domain or folder or "problems"
         return Problem(
             id=id_of(row, fields, domain, number),
             domain=domain,
             prompt=fields.prompt,
             answer=fields.answer,
             verifier=pick_verifier(row, fields, source.verifier),
-            system=fields.system or row.text("system") or None,
+            system=fields.system or extra(row, "system"),
             context=fields.context,
-            reference=row.text("reference") or fields.reference,
-            teacher_prompt=row.text("teacher_prompt") or None,
-            feedback=row.text("feedback") or None,
-            weight=1.0 if weight is None else read_weight(weight, row.shown("weight"), row.where),
+            reference=extra(row, "reference") or fields.reference,
+            teacher_prompt=extra(row, "teacher_prompt"),
+            feedback=extra(row, "feedback"),
+            weight=weight_of(row),
         )
+
+
+def extra(row: Row, name: str) -> str | None:
+    """A column of text that any shape may have; None when it is absent, null or blank."""
+    value = row.value(name)
+    if value is not None and not isinstance(value, str):
+        raise wrong_type(value, row.shown(name), row.where, "a string", fix=ignore(name))
+    return row.text(name) or None
+
+
+def weight_of(row: Row) -> float:
+    """The factor of the problem's loss; 1 where the row has none, and where its cell is blank."""
+    value = row.value("weight")
+    if value is None or value == "":
+        return 1.0
+    return read_weight(value, row.shown("weight"), row.where, fix=ignore("weight"))
+
+
+def ignore(name: str) -> str:
+    """How to leave out a column that a data set has for another purpose."""
+    return f"Correct it, or ignore the column: data.columns.{name}=''"
 
 
 def id_of(row: Row, fields: Fields, domain: str, number: int) -> str:
     """The row's id: of its column `id` or `idx`, or the shape's, or else its number."""
     name = row.first("id", "idx")
     value, shown = (fields.id, "id") if name is None else (row.value(name), row.shown(name))
-    return read_id(number if value is None else value, shown, row.where, domain)
+    value = number if value is None else value
+    return read_id(value, shown, row.where, domain, fix=ignore("id"))
 
 
 def pick_verifier(row: Row, fields: Fields, default: str | None) -> str:
