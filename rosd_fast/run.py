@@ -35,7 +35,7 @@ from rosd_fast.report import (
     summarize,
     write_rollouts,
 )
-from rosd_fast.report.advice import LearningWatch
+from rosd_fast.report.advice import AnswerWatch, LearningWatch
 from rosd_fast.report.metrics import MetricsLog, read_metrics
 from rosd_fast.report.progress import Progress, progress
 from rosd_fast.report.rollouts import write_skipped
@@ -71,6 +71,8 @@ class Run:
     stop: whether Ctrl-C or SIGTERM asked for an end after the current step.
     watch: which signs of collapse the metrics have shown.
     idle: whether the last steps had anything to learn from.
+    silent: whether the last steps had any answer. A resumed run counts from its first step.
+    failure: why the run ends before its last step; None: it does not.
     teacher: a separate teacher's full model, as long as something besides the learner needs it.
     first_step: the first step that this process runs; 1 unless it resumes.
     last_step: the last step that is done; 0 before the first.
@@ -84,9 +86,11 @@ class Run:
     stop: StopRequest
     watch: Watch
     idle: LearningWatch
+    silent: AnswerWatch
     first_step: int
     teacher: LoadedModel | None = None
     last_step: int = 0
+    failure: str | None = None
 
     @property
     def config(self) -> Config:
@@ -182,14 +186,19 @@ class Run:
         """Write the samples of a step that was skipped to RUN/skipped/."""
         write_skipped(self.folder, step, samples)
 
-    def finish_step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add the stages' times to the metrics, write the row, show it, and warn of a collapse."""
+    def finish_step(
+        self, step: int, metrics: Mapping[str, float], unanswered: str = ""
+    ) -> None:
+        """Add the stages' times to the metrics, write the row, show it, and warn of a collapse.
+
+        unanswered: what `describe_unanswered` says about the step.
+        """
         row = {**metrics, **self.progress.clock.metrics()}
         self.log.write(step, row)
         self.progress.step_done(step, row)
         for warned in self.watch.add({"step": step, **row}):
             self.progress.note(f"warning: step {step}: {warned.text}")
-        if (advice := self.idle.see(row)) is not None:
+        if (advice := self.idle.see(row, unanswered)) is not None:
             self.progress.note(advice)
         self.last_step = step
 
@@ -268,6 +277,9 @@ def opened(config: Config, resume: Path | None, world: World, lock: RunLock) -> 
                 stop=stop,
                 watch=Watch(read_metrics(log.path)),
                 idle=LearningWatch(config.select.warn_after_steps, read_metrics(log.path)),
+                silent=AnswerWatch(
+                    config.select.stop_after_steps if inputs.method.needs_verdicts else 0
+                ),
                 first_step=first_step,
                 teacher=teacher,
             )

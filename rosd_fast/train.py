@@ -17,8 +17,10 @@ from pathlib import Path
 from rosd_fast.batch.weights import micro_batch_mean, mini_batches, with_problem_weights
 from rosd_fast.config import Config
 from rosd_fast.engines.lifecycle import Engines
-from rosd_fast.evaluate import evaluate_splits
+from rosd_fast.errors import RunFailed
+from rosd_fast.evaluation.training import evaluate_splits
 from rosd_fast.pipeline import Sampled, sample_and_annotate
+from rosd_fast.report.advice import describe_unanswered
 from rosd_fast.report.diagnostics import located_errors
 from rosd_fast.report.metrics import rollout_metrics
 from rosd_fast.report.progress import Hidden
@@ -35,7 +37,7 @@ def train(config: Config, *, resume: Path | None = None) -> Path:
 
     Under torchrun only rank 0 knows the run folder; the other ranks return `config.out`. Ctrl-C and
     SIGTERM end the run after the current step, with a checkpoint. Raises UserError for everything
-    that the user can fix.
+    that the user can fix, and RunFailed for a run that cannot go on, or learns nothing from it.
     """
     with open_world(config.parallel, config.device) as world:
         if not world.is_rank0:
@@ -43,6 +45,8 @@ def train(config: Config, *, resume: Path | None = None) -> Path:
             return Path(config.out).expanduser()
         with open_run(config, resume=resume, world=world) as run:
             asyncio.run(run_steps(run))
+    if run.failure is not None:
+        raise RunFailed(run.failure)
     return run.folder
 
 
@@ -62,11 +66,13 @@ async def run_steps(run: Run) -> None:
                         sample_and_annotate(inputs, engines, step + 1, Hidden())
                     )
                 metrics = await train_on(run, engines, step, sampled)
-                last = step == config.steps or run.stop.requested
-                if last or is_due(step, config.eval.every):
+                unanswered = describe_unanswered(sampled.groups, sampled.verdicts)
+                run.failure = run.silent.see(metrics, unanswered)
+                last = step == config.steps or run.stop.requested or run.failure is not None
+                if run.failure is None and (last or is_due(step, config.eval.every)):
                     metrics |= await evaluate_splits(inputs, engines, progress)
                 # The row before the checkpoint: killed in between, a resumed run repeats the step.
-                run.finish_step(step, metrics)
+                run.finish_step(step, metrics, unanswered)
                 if last or is_due(step, config.checkpoint.every):
                     with progress.stage(Stage.CHECKPOINT):
                         run.save(step, metrics)

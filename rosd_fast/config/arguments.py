@@ -98,6 +98,7 @@ def read_args(
     values: dict[str, Any] = {}
     rest = deque(args)
     places = iter(positional)
+    fix = "Options are written --name value"
     while rest:
         arg = rest.popleft()
         _check_text(arg)
@@ -108,10 +109,12 @@ def read_args(
             if option.repeated:
                 value = [*values.get(option.name, ()), *listed(value)]
             values[option.name] = value
+            if value is True:
+                fix = f"{option.flag} takes true or false"
         elif (name := next(places, None)) is not None:
             values[name] = arg
         else:
-            fix = suggestion(arg, options, as_flag) or "Options are written --name value"
+            fix = suggestion(arg, options, as_flag) or fix
             raise UserError(f"unexpected argument {arg!r}", fix=fix)
     return values
 

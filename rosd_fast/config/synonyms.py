@@ -154,8 +154,8 @@ ADVICE: Mapping[str, str] = {
     "training problems, set data.dev to 10%",
     "world_size gpus n_gpus num_devices devices nproc nproc_per_node n_gpus_per_node "
     "num_gpus_per_node gpus_per_node nnodes num_nodes num_processes num_machines "
-    "data_parallel_size dp_size": "torchrun sets the number of ranks: torchrun --nproc-per-node 8 -m "
-    "rosd_fast train ... (docs/scaling.md)",
+    "data_parallel_size dp_size": "torchrun sets the number of ranks: "
+    "torchrun --nproc-per-node 8 -m rosd_fast train ... (docs/scaling.md)",
     "deepspeed deepspeed_config ds_config zero zero_stage fsdp fsdp_config accelerate "
     "accelerate_config use_fsdp": "torchrun is enough: it starts the ranks, over which weights and "
     "optimizer are sharded (docs/scaling.md)",

@@ -99,6 +99,7 @@ class Method(ABC):
     annotate_stage: Stage = Stage.REFLECT  # counts the time of `annotate`; streamed, sampling does
     default_weights: ClassVar[tuple[float, float]] = (1.0, 0.0)  # divergence, policy gradient
     needs_success: ClassVar[bool] = True  # whether `select.on_no_success` applies
+    tells_apart: ClassVar[bool] = True  # whether it trains right and wrong rollouts differently
     has_reflections: ClassVar[bool] = False  # whether it has the control arms of the reflection
 
     def __init__(
@@ -170,6 +171,11 @@ class Method(ABC):
     def policy_weight(self) -> float:
         """Weight of the policy gradient in the loss."""
         return self.weights(self.config)[1]
+
+    @property
+    def needs_verdicts(self) -> bool:
+        """Whether a run teaches nothing as long as no rollout gives an answer."""
+        return self.tells_apart or self.policy_weight > 0
 
     @property
     def needs_teacher(self) -> bool:

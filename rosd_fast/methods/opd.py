@@ -28,6 +28,7 @@ class Opd(Method):
     """Distills every token of every rollout from a separate teacher."""
 
     needs_success = False
+    tells_apart = False
 
     @classmethod
     def check_options(cls, config: Config) -> None:

@@ -25,6 +25,7 @@ from rosd_fast.verify.registry import (
     as_judgement,
     register_verifier,
 )
+from rosd_fast.verify.tags import CLOSE, OPEN, TAG_MARKS
 from rosd_fast.verify.words import verify_contains, verify_exact
 
 __all__ = [
@@ -41,9 +42,21 @@ __all__ = [
     "verify_all",
 ]
 
-register_verifier("number", verify_number, answers="a decimal number or a fraction")
-register_verifier("choice", verify_choice, answers="one letter")
-register_verifier("exact", verify_exact, answers="words")
+register_verifier(
+    "number",
+    verify_number,
+    answers="a number: a decimal or a fraction, with or without a unit",
+    instruction=f"Give the final answer as a number between {OPEN} and {CLOSE}.",
+    marks=TAG_MARKS,
+)
+register_verifier(
+    "choice",
+    verify_choice,
+    answers="one letter",
+    instruction=f"Give the letter of the right option between {OPEN} and {CLOSE}.",
+    marks=TAG_MARKS,
+)
+register_verifier("exact", verify_exact, answers="words", marks=TAG_MARKS)
 register_verifier("contains", verify_contains, answers="words", instruction="")
 
 

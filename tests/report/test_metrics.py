@@ -183,7 +183,7 @@ def test_rollout_metrics() -> None:
     got = rollout_metrics(groups, verdicts, samples, FakeSelection(kept=(groups[0],)), 3)  # type: ignore[arg-type]
     assert got == {
         "rollout/accuracy": 0.25,
-        "rollout/answered_frac": 0.75,
+        "rollout/answer_found_frac": 0.75,
         "rollout/tokens_mean": 3.0,
         "rollout/truncated_frac": 0.5,
         "rollout/groups_kept_frac": 0.5,
