@@ -27,15 +27,19 @@ def load_problems(text: str, *, data: DataConfig | None = None, first: int = 0) 
     Raises UserError, with file, row and column, for what is not a problem.
     """
     data = data or DataConfig()
+    return check(open_problems(text, data=data), data, first)
+
+
+def open_problems(text: str, *, data: DataConfig) -> Problems:
+    """The same problems, none of which is checked. Raises UserError for what cannot be read."""
     if data.verifier is not None:
         check_verifier(data.verifier, where="data.verifier")
     sources = parse_sources(text, verifier=data.verifier, columns=data.columns.model_dump())
     parts = open_parts(sources)
     total = sum(len(part.rows) for part in parts)
-    problems = Problems(parts, instruction=data.answer_instruction, rows=range(total))
     if not total:
         raise UserError("the data set has no problems", where=text)
-    return check(problems, data, first)
+    return Problems(parts, range(total), instruction=data.answer_instruction)
 
 
 def open_parts(sources: Sequence[Source]) -> list[Part]:
