@@ -45,7 +45,7 @@ class Part:
             self.rows[number],
             where=self.rows.where(number),
             source=self.source,
-            folder=self.rows.folder,
+            folder=self.rows.domain(number),
             number=number + 1,
         )
         return replace(problem, id=self.prefix + problem.id) if self.prefix else problem

@@ -44,6 +44,10 @@ class Rows(ABC):
             except UserError:
                 yield None
 
+    def domain(self, index: int) -> str:
+        """The domain of a row that names none."""
+        return self.folder
+
     @abstractmethod
     def where(self, index: int) -> str:
         """The place of a row in an error message: "train.jsonl:17", "x.parquet, row 3"."""
@@ -72,9 +76,12 @@ class ListRows(Rows):
 
 
 class ChainedRows(Rows):
-    """The rows of several files, one file after the other."""
+    """The rows of several files, one file after the other.
 
-    def __init__(self, parts: Sequence[Rows], *, folder: str, files: Sequence[str]) -> None:
+    folder: the domain of all of them; empty: each file has its own.
+    """
+
+    def __init__(self, parts: Sequence[Rows], *, files: Sequence[str], folder: str = "") -> None:
         self._parts = tuple(parts)
         self._firsts = [0, *accumulate(len(part) for part in parts)]
         self.folder, self.files = folder, tuple(files)
@@ -85,6 +92,10 @@ class ChainedRows(Rows):
     def __getitem__(self, index: int) -> Any:
         part, row = self._place(index)
         return part[row]
+
+    def domain(self, index: int) -> str:
+        part, row = self._place(index)
+        return self.folder or part.domain(row)
 
     def where(self, index: int) -> str:
         part, row = self._place(index)

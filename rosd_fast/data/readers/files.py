@@ -12,7 +12,6 @@ import shutil
 import stat
 import tempfile
 import zlib
-from collections.abc import Iterable
 from pathlib import Path
 from typing import IO
 
@@ -123,73 +122,69 @@ def kind_of(path: Path) -> str:
     return suffixes[-1].lower() if suffixes else ""
 
 
-def files_of_folder(source: Source, folder: Path) -> list[Path]:
-    """The files with rows in a folder and those below it, in order.
-
-    Raises UserError where there is none, and where it is not plain which are meant.
-    """
-    found = [
-        path
-        for path in sorted(folder.rglob("*"))
-        if kind_of(path) in FILES
-        and path.name not in METADATA
-        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
-        and path.is_file()
-    ]
-    return chosen(source, found, folder)
-
-
 def files_of_pattern(source: Source) -> list[Path]:
     """The files that a pattern such as data/*.parquet matches, in order. Raises UserError."""
     pattern = Path(source.text).expanduser()
-    anchor = Path(pattern.anchor) if pattern.is_absolute() else Path()
-    found = sorted(
-        path
-        for path in anchor.glob(str(pattern.relative_to(anchor)))
-        if path.is_file() and kind_of(path) in FILES
-    )
-    return chosen(source, found, Path())
+    anchor = Path(pattern.anchor)
+    files = sorted(path for path in anchor.glob(str(pattern.relative_to(anchor))) if path.is_file())
+    if not files:
+        raise UserError("no file matches", where=source.text)
+    return files
 
 
-def chosen(source: Source, files: list[Path], folder: Path) -> list[Path]:
-    """The files of the source's split. Raises UserError where nothing or too much is left."""
+def files_of_folder(source: Source, folder: Path) -> list[Path]:
+    """The files with rows in a folder and those below it, in order.
+
+    Raises UserError where there is none, and where it is not plain which of them are meant.
+    """
+    files = [path for path in sorted(folder.rglob("*")) if _has_rows(path, folder)]
     if not files:
         raise UserError(
-            "has no files with rows" if not source.is_pattern else "no file matches",
+            "the folder has no files with rows",
             where=source.text,
-            fix=f"Files with rows end in {', '.join(FILES)}",
+            fix=f"Their names end in {', '.join(FILES)}",
         )
-    splits = {path: split_of(path.relative_to(folder)) for path in files}
-    known = sorted({split for split in splits.values() if split is not None})
-    if source.split is not None:
-        files = [path for path in files if splits[path] == source.split]
-        if not files:
-            raise UserError(
-                f"there is no split {source.split}",
-                where=source.text,
-                fix=f"It has {', '.join(known)}" if known else "Leave @split away",
-            )
-    elif len(known) > 1:
-        raise UserError(
-            f"has files of several splits: {', '.join(known)}",
-            where=source.text,
-            fix=f"Name one, as in {source.text}@split={known[-1]}",
-        )
+    files = files_of_split(source, files, folder)
     kinds = sorted({kind_of(path) for path in files})
     if len(kinds) > 1:
         raise UserError(
-            f"has files of several kinds: {', '.join(kinds)}",
+            f"the folder has files of several kinds: {', '.join(kinds)}",
             where=source.text,
             fix=f"Name those that you mean, as in {source.text}/*{kinds[0]}",
         )
     return files
 
 
+def files_of_split(source: Source, files: list[Path], folder: Path) -> list[Path]:
+    """The files of the source's split. Raises UserError for none, and for several splits."""
+    splits = {path: split_of(path.relative_to(folder)) for path in files}
+    known = sorted({split for split in splits.values() if split is not None})
+    if source.split is not None:
+        files = [path for path in files if splits[path] == source.split]
+        if not files:
+            raise UserError(
+                f"the folder has no files of the split {source.split}",
+                where=source.text,
+                fix=f"It has {', '.join(known)}" if known else "Leave @split away",
+            )
+    elif len(known) > 1:
+        raise UserError(
+            f"the folder has files of several splits: {', '.join(known)}",
+            where=source.text,
+            fix=f"Name one, as in {source.text}@split={known[-1]}",
+        )
+    return files
+
+
+def _has_rows(path: Path, folder: Path) -> bool:
+    hidden = any(part.startswith(".") for part in path.relative_to(folder).parts)
+    return kind_of(path) in FILES and path.name not in METADATA and not hidden and path.is_file()
+
+
 def split_of(path: Path) -> str | None:
     """The split that a file belongs to by its name, or by that of its folder."""
     for part in reversed(path.parts):
-        words: Iterable[str] = re.split(r"[^a-z]+", part.lower())
-        for word in words:
+        for word in re.split(r"[^a-z]+", part.lower()):
             if word in SPLITS:
                 return word
     return None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 
 HASHES = "####"
-_ANNOTATION = re.compile(r"<<[^<>\n]*>>")
+_ANNOTATION = re.compile(r"<<[^<>=\n]*=[^<>\n]*>>")
 _BOXED = re.compile(r"\\(?:boxed|fbox)\s*(\{|[^\s{}$]+)")
 
 

@@ -80,7 +80,7 @@ def read_code(row: Row) -> Fields:
     tests = row.parsed("tests")
     if isinstance(tests, str):
         tests = [row.text("tests", required=True)]
-    if isinstance(tests, list) and all(isinstance(test, str) for test in tests):
+    if tests and isinstance(tests, list) and all(isinstance(test, str) for test in tests):
         tests = {"tests": tests, "setup": row.text("setup")}
     return Fields(
         prompt=row.text(row.first(*PROMPTS) or PROMPTS[0], required=True),
