@@ -1,33 +1,31 @@
-"""The data of a run: training problems and development splits, none of which is in two of them.
+"""The data of a run: training problems and development splits, no problem in two of them.
 
     data.train, data.dev, data.dev_ood -> Problems -> keys -> divide -> Datasets
 """
 
 from __future__ import annotations
 
-import os
-from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from itertools import combinations
-from typing import overload
+from dataclasses import dataclass
 
 import numpy as np
 
 from rosd_fast.config import DataConfig
-from rosd_fast.data.checks import examine
+from rosd_fast.data.checks import check
 from rosd_fast.data.collection import Problems
-from rosd_fast.data.instruct import OFF, describe_instructions, instruction_of
-from rosd_fast.data.keys import Keys
+from rosd_fast.data.notes import (
+    held_out_notes,
+    instruction_notes,
+    look_at,
+    overlap_notes,
+    similar_notes,
+)
 from rosd_fast.data.problems import load_problems, open_problems
 from rosd_fast.data.row_keys import keys_of
-from rosd_fast.data.similar import Text, similar_pairs
-from rosd_fast.data.splits import DEV, NAMED, OOD, TRAIN, Division, describe_overlap, divide
-from rosd_fast.data.splits import parse_share
+from rosd_fast.data.splits import DEV, OOD, TRAIN, Division, divide, parse_share
 from rosd_fast.errors import UserError
 from rosd_fast.text.printable import printable
 
-NAMES = {DEV: "dev", OOD: "ood"}  # of the splits in metrics
+SHORT = {DEV: "dev", OOD: "ood"}  # names of the splits in metrics
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -35,7 +33,7 @@ class Datasets:
     """The data of a run.
 
     dev: "dev" and "ood", those that were asked for, cut to eval.problems.
-    notes: a line on each source, and on what was held out, left out or is nearly the same.
+    notes: a line on each source, and on what is held out, left out, or nearly the same.
     """
 
     train: Problems
@@ -46,21 +44,60 @@ class Datasets:
 def load_datasets(data: DataConfig, *, first: int = 0) -> Datasets:
     """Load the data of a run. Raises UserError, with file, row and column, for what is wrong.
 
-    first: number of problems per development split, 0: all. Each row of a development split is
-    checked, since an evaluation reads them all; of the training rows data.check_rows are.
+    first: number of problems per development split; 0: all. All of these are checked, since an
+    evaluation reads them, and data.check_rows of the training rows.
 
-    The training rows are read once for their keys when there is a development split.
+    Where there is a development split, every training row is read once for its key.
     """
-    share = None if data.dev is None else parse_share(data.dev)
-    for name in (TRAIN, OOD):
-        refuse_share(getattr(data, name.removeprefix("data.")), where=name)
+    share = parse_dev(data)
     train = load_problems(data.train, data=data)
     given = {DEV: None if share is not None else data.dev, OOD: data.dev_ood}
     opened = {name: open_problems(text, data=data) for name, text in given.items() if text}
-    if share is None and not opened:
-        return Datasets(train=train, dev={}, notes=tuple(source_notes({TRAIN: train})))
+    splits, notes = {TRAIN: train}, []
+    if share is not None or opened:
+        found = divide_data(train, opened, data, share)
+        splits[TRAIN] = train.select(found.train)
+        if found.held_out is not None:
+            chosen = np.sort(found.held_out[: first or None])
+            splits[DEV] = checked_whole(train.select(chosen), data)
+        elif DEV in opened:
+            splits[DEV] = checked_whole(opened[DEV], data, first)
+        if found.ood is not None:
+            splits[OOD] = checked_whole(opened[OOD].select(found.ood), data, first)
+        notes += held_out_notes(found, data)
+        notes += overlap_notes(found, {TRAIN: train, **opened})
+    looked = {name: look_at(problems) for name, problems in splits.items()}
+    notes += [*instruction_notes(looked), *similar_notes(looked)]
+    named = {TRAIN: train, **{name: splits[name] for name in opened}}
+    read = [f"{name}: {note}" for name, problems in named.items() for note in problems.notes()]
+    return Datasets(
+        train=splits[TRAIN],
+        dev={SHORT[name]: splits[name] for name in SHORT if name in splits},
+        notes=tuple(printable(note, keep="") for note in (*read, *notes)),
+    )
+
+
+def parse_dev(data: DataConfig) -> float | None:
+    """The share that data.dev holds out; None: it names data, as the other two always do.
+
+    Raises UserError for a share that cannot be held out.
+    """
+    for name, text in ((TRAIN, data.train), (OOD, data.dev_ood)):
+        if text is not None and parse_share(text, where=name) is not None:
+            raise UserError(
+                f"{text!r} is a share, not data",
+                where=name,
+                fix=f"Hold a share of the training problems out with data.dev={text.strip()}",
+            )
+    return None if data.dev is None else parse_share(data.dev)
+
+
+def divide_data(
+    train: Problems, opened: dict[str, Problems], data: DataConfig, share: float | None
+) -> Division:
+    """Divide the problems by their keys. opened: the data that development splits name."""
     keys = {name: keys_of(problems) for name, problems in opened.items()}
-    found = divide(
+    return divide(
         keys_of(train),
         dev=keys.get(DEV),
         ood=keys.get(OOD),
@@ -68,41 +105,10 @@ def load_datasets(data: DataConfig, *, first: int = 0) -> Datasets:
         seed=data.split_seed,
         drop=data.overlap == "drop",
     )
-    splits = {TRAIN: train.select(found.train)}
-    if found.held_out is not None:
-        splits[DEV] = checked_whole(train, found.held_out, data, first)
-    elif DEV in opened:
-        splits[DEV] = checked_whole(opened[DEV], range(len(opened[DEV])), data, first)
-    if found.ood is not None:
-        splits[OOD] = checked_whole(opened[OOD], found.ood, data, first)
-    notes = [
-        *source_notes({TRAIN: train, **opened}),
-        *held_out_notes(found, data),
-        *overlap_notes(found, {TRAIN: train, **opened}),
-        *similar_notes({name: problems.checked for name, problems in splits.items()}),
-    ]
-    return Datasets(
-        train=splits[TRAIN],
-        dev={short: splits[name] for name, short in NAMES.items() if name in splits},
-        notes=tuple(notes),
-    )
 
 
-def refuse_share(text: str | None, *, where: str) -> None:
-    """Raise UserError if `text` is a share: only data.dev can be one."""
-    if text is not None and parse_share(text, where=where) is not None:
-        raise UserError(
-            f"{text!r} is a share, not data", where=where, fix=f"Hold it out: data.dev={text}"
-        )
-
-
-def checked_whole(
-    problems: Problems, indices: Sequence[int] | np.ndarray, data: DataConfig, first: int
-) -> Problems:
-    """The good problems at `indices`, at most `first` of them, in file order; all are checked.
-
-    Raises UserError for a bad row, unless data.bad_rows is skip.
-    """
-    good: dict[int, Problem] = {}
-    places: dict[str, int] = {}
-    ...
+def checked_whole(problems: Problems, data: DataConfig, first: int = 0) -> Problems:
+    """The problems, or the first ones, each of which is checked. Raises UserError."""
+    if problems.is_checked:
+        return problems[:first] if first else problems
+    return check(problems, data.model_copy(update={"check_rows": 0}), first)

@@ -9,7 +9,7 @@ Two problems are near-duplicates when three things hold:
 So two problems of one template that differ in a number, in a formula or in their answer are not.
 Problems with equal keys are the same problem, not a near-duplicate (see keys.py).
 
-    figures and answer -> buckets -> MinHash of the words, in bands -> pairs -> compared word by word
+    figures and answer -> buckets -> MinHash of the words, in bands -> pairs -> compared exactly
 """
 
 from __future__ import annotations

@@ -163,18 +163,28 @@ def all_dropped(split: str, overlaps: Sequence[Overlap]) -> UserError:
 def describe_overlap(
     overlap: Overlap, name: Callable[[int], str], other: Callable[[int], str]
 ) -> str:
-    """A sentence on the problems in two splits.
+    """A line on the problems in two splits.
 
     name, other: the name of a problem by its index in `split`, and in `other`.
 
-    "2 problems of data.train are in data.dev too and left out: train.jsonl:17 = dev.jsonl:3, ..."
+    "data.train: 2 problems are in data.dev too and left out: train.jsonl:17 = dev.jsonl:3, ..."
     """
-    pairs = [f"{name(i)} = {other(j)}" for i, j in overlap.pairs[:NAMED].tolist()]
-    listed = ", ".join([*pairs, *(["..."] if len(overlap) > NAMED else [])])
     one = len(overlap) == 1
-    what = f"{len(overlap):,} {'problem' if one else 'problems'} of {overlap.split}"
-    verb = f"{'is' if one else 'are'} in {overlap.other} too"
-    return f"{what} {verb}{' and left out' if overlap.dropped else ''}: {listed}"
+    verb = "problem is" if one else "problems are"
+    left_out = " and left out" if overlap.dropped else ""
+    shown = named_pairs(overlap.pairs.tolist(), name, "=", other)
+    return f"{overlap.split}: {len(overlap):,} {verb} in {overlap.other} too{left_out}: {shown}"
+
+
+def named_pairs(
+    pairs: Sequence[Sequence[int]],
+    name: Callable[[int], str],
+    sign: str,
+    other: Callable[[int], str],
+) -> str:
+    """The first few pairs by name, and "..." where there are more."""
+    shown = [f"{name(i)} {sign} {other(j)}" for i, j in pairs[:NAMED]]
+    return ", ".join([*shown, *(["..."] if len(pairs) > NAMED else [])])
 
 
 def _rank(keys: Keys, seed: int) -> np.ndarray:

@@ -132,17 +132,17 @@ def test_overlaps_are_counted_and_named() -> None:
     assert [len(o) for o in kept.overlaps] == [1, 3, 2]
     text = describe_overlap(found.overlaps[1], "train.jsonl:{}".format, "dev.jsonl:{}".format)
     assert text == (
-        "3 problems of data.train are in data.dev too and left out: train.jsonl:1 = dev.jsonl:1, "
+        "data.train: 3 problems are in data.dev too and left out: train.jsonl:1 = dev.jsonl:1, "
         "train.jsonl:2 = dev.jsonl:3, train.jsonl:3 = dev.jsonl:1"
     )
     text = describe_overlap(kept.overlaps[0], "ood.jsonl:{}".format, "dev.jsonl:{}".format)
-    assert text == "1 problem of data.dev_ood is in data.dev too: ood.jsonl:0 = dev.jsonl:3"
+    assert text == "data.dev_ood: 1 problem is in data.dev too: ood.jsonl:0 = dev.jsonl:3"
 
 
 def test_long_overlaps_name_the_first_few() -> None:
     [overlap] = divide(MANY[:2000], dev=MANY[:1500], ood=None).overlaps
     text = describe_overlap(overlap, str, str)
-    assert text.startswith("1,500 problems of data.train are in data.dev too and left out: 0 = 0, ")
+    assert text.startswith("data.train: 1,500 problems are in data.dev too and left out: 0 = 0, ")
     assert text.endswith("2 = 2, ...")
 
 

@@ -102,5 +102,15 @@ class ArrowRows(Rows):
                 f"a value cannot be read ({error})", where=self.where(index), fix="Correct the row"
             ) from None
 
+    def batch(self, start: int, stop: int) -> Iterator[Any]:
+        number = bisect_right(self._firsts, start) - 1
+        rows = self._batches[number].slice(start - self._firsts[number], stop - start)
+        if len(rows) == stop - start and rows.nbytes <= MAX_ROW_BYTES:
+            try:
+                return iter(rows.to_pylist())
+            except (ValueError, ArithmeticError):
+                pass  # the bad row is found among all of them, one by one
+        return super().batch(start, stop)
+
     def where(self, index: int) -> str:
         return f"{self._path}, row {index + 1}"

@@ -82,7 +82,8 @@ class JsonLines(Rows):
         )
 
     def batch(self, start: int, stop: int) -> Iterator[Any]:
-        first, end = int(self._starts[self._line(start)]), int(self._starts[self._line(stop - 1) + 1])
+        last = self._line(stop - 1)
+        first, end = int(self._starts[self._line(start)]), int(self._starts[last + 1])
         if end - first <= MAX_ROW_BYTES:
             lines = self._file.read(first, end).split(b"\n")
             try:
