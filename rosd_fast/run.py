@@ -186,9 +186,7 @@ class Run:
         """Write the samples of a step that was skipped to RUN/skipped/."""
         write_skipped(self.folder, step, samples)
 
-    def finish_step(
-        self, step: int, metrics: Mapping[str, float], unanswered: str = ""
-    ) -> None:
+    def finish_step(self, step: int, metrics: Mapping[str, float], unanswered: str = "") -> None:
         """Add the stages' times to the metrics, write the row, show it, and warn of a collapse.
 
         unanswered: what `describe_unanswered` says about the step.

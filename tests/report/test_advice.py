@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import pytest
@@ -99,7 +100,12 @@ REFLECTED = IDLE | {"rollout/accuracy": 0.5, "reflect/num_reflections": 16.0}
             "problems_per_step",
             "leak",
         ),
-        (IDLE | {"rollout/accuracy": 0.5}, "no rollout gave a sample", "select/*", "data.answer_instruction"),
+        (
+            IDLE | {"rollout/accuracy": 0.5},
+            "no rollout gave a sample",
+            "select/*",
+            "data.answer_instruction",
+        ),
     ],
 )
 def test_advice(changes: dict[str, Any], seen: str, fix: str, not_said: str) -> None:
@@ -167,7 +173,7 @@ def test_a_run_without_answers_should_end_after_so_many_steps_in_a_row() -> None
     assert [never.see(MUTE) for _ in range(9)] == [None] * 9
 
 
-def verified(texts: dict[str, str | None]) -> tuple[list[Group], dict[str, Verdict]]:
+def verified(texts: Mapping[str, str | None]) -> tuple[list[Group], dict[str, Verdict]]:
     """A group of rollouts with these texts, and what the verifier says why there is no answer."""
     rollouts = tuple(
         Rollout(
