@@ -122,4 +122,5 @@ async def train_on(run: Run, engines: Engines, step: int, sampled: Sampled) -> d
         **rollout_metrics(sampled.groups, verdicts, training.samples, selection, step - 1),
         **selection.metrics(),
         **engines.student.take_metrics(),
+        **run.bad_row_metrics(sampled.bad_rows),
     }

@@ -8,9 +8,10 @@ index is asked for. The problems of a small data set stay in memory.
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from typing import TYPE_CHECKING, overload
 
 import numpy as np
@@ -131,8 +132,8 @@ class Problems(Sequence[Problem]):
     @property
     def sizes(self) -> list[int]:
         """The number of problems of each source."""
-        bounds = np.searchsorted(np.asarray(self.rows), self._firsts)
-        return np.diff(bounds, append=len(self)).tolist()
+        bounds = [bisect_left(self.rows, first) for first in self._firsts]
+        return [end - start for start, end in pairwise([*bounds, len(self)])]
 
     @property
     def recognized(self) -> list[tuple[Source, Shape, int]]:
@@ -142,31 +143,37 @@ class Problems(Sequence[Problem]):
     @property
     def is_checked(self) -> bool:
         """Whether all problems were checked; then `problems[i]` raises nothing."""
+        if len(self) > len(self.check.rows):
+            return self.check.whole
         return self.check.whole or bool(np.isin(self.rows, self.check.rows).all())
 
     @property
     def checked(self) -> Problems:
         """The problems that were checked: all of a small data set, a sample of a large one."""
-        if self.check.whole:
-            return self
-        return self.select(np.flatnonzero(np.isin(self.rows, self.check.rows)))
+        return self if self.check.whole else self.select_rows(self.check.rows)
 
     def select(self, indices: Sequence[int] | np.ndarray) -> Problems:
         """The problems at `indices`, which ascend."""
         rows = np.asarray(self.rows)[np.asarray(indices, np.int64)]
         return Problems(self.parts, rows, instruction=self.instruction, check=self.check)
 
+    def select_rows(self, rows: np.ndarray) -> Problems:
+        """Those of the problems whose row is among `rows`, which ascend."""
+        left = rows[np.isin(rows, np.asarray(self.rows), assume_unique=True)]
+        return Problems(self.parts, left, instruction=self.instruction, check=self.check)
+
     def notes(self) -> list[str]:
         """What a user is told of the data set: shapes, files, and what was not checked."""
         notes = []
         for source, shape, size in self.recognized:
-            notes.append(f"{source.text}: {size:,} problems, read as {shape.says}")
+            if not source.is_quickstart:
+                notes.append(f"{source.text}: {_count(size, 'problem')}, read as {shape.says}")
         for part in self.parts:
             if part.rows.files:
                 notes.append(f"{part.source.text}: read {_listed(part.rows.files)}")
         if self.check.num_bad:
             notes.append(
-                f"{self.check.num_bad:,} bad rows were left out; the first: {self.check.faults[0]}"
+                f"left out {_count(self.check.num_bad, 'bad row')}; {self.check.faults[0]}"
             )
         if not self.is_checked:
             notes.append(
@@ -174,6 +181,10 @@ class Problems(Sequence[Problem]):
                 "when they are drawn"
             )
         return notes
+
+
+def _count(number: int, noun: str) -> str:
+    return f"{number:,} {noun}{'' if number == 1 else 's'}"
 
 
 def _listed(files: Sequence[str], limit: int = 5) -> str:

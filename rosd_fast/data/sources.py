@@ -9,6 +9,7 @@ Face hub, quickstart:SPLIT or reasoning_gym:TASK. A setting counts for its sourc
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -54,10 +55,15 @@ class Source:
         """A short name: "train" for data/train.jsonl, "gsm8k" for openai/gsm8k."""
         if self.is_quickstart or self.is_gym:
             return self.text.partition(":")[2]
-        name = Path(self.text).expanduser().name
+        name = self.path.name
         while Path(name).suffix in (*FILES, *COMPRESSED):
             name = Path(name).stem
         return name
+
+    @property
+    def path(self) -> Path:
+        """The file or folder that it names."""
+        return _path(self.text)
 
     @property
     def is_quickstart(self) -> bool:
@@ -73,6 +79,10 @@ class Source:
         if self.is_quickstart or self.is_gym or Path(self.text).suffix in (*FILES, *COMPRESSED):
             return False
         return bool(_HUB_ID.fullmatch(self.text)) and not _exists(self.text)
+
+    @property
+    def is_folder(self) -> bool:
+        return _exists(self.text) and self.path.is_dir()
 
     @property
     def is_pattern(self) -> bool:
@@ -147,14 +157,14 @@ def absolute_verifier(name: str | None) -> str | None:
     path, colon, function = (name or "").rpartition(":")
     if not colon or not path.endswith(".py"):
         return name
-    return f"{Path(path).expanduser().absolute()}:{function}"
+    return f"{_path(path).absolute()}:{function}"
 
 
 def _absolute_source(text: str) -> str:
     place, settings = split_settings(text)
     source = Source(text=place)
     if place and not (source.is_quickstart or source.is_gym or source.is_on_hub):
-        place = str(Path(place).expanduser().absolute())
+        place = str(_path(place).absolute())
     values = [
         (name, absolute_verifier(value) if name == "verifier" else value)
         for name, value in settings
@@ -182,9 +192,13 @@ def _nearest(name: str) -> str:
     return f"Did you mean {near[0]}? ({known})" if near else known.capitalize()
 
 
+def _path(text: str) -> Path:
+    return Path(os.path.expanduser(text))  # as it is where there is no such user
+
+
 def _exists(text: str) -> bool:
     """Whether there is a file or folder of that name."""
     try:
-        return bool(text) and Path(text).expanduser().exists()
-    except (OSError, ValueError, RuntimeError):  # too long a name, a null byte, no such user
+        return bool(text) and _path(text).exists()
+    except (OSError, ValueError):  # too long a name, a null byte
         return False

@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 from bisect import bisect_right
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any
@@ -16,6 +16,7 @@ from rosd_fast.errors import UserError
 
 EXTRA = 'pip install "rosd-fast[data]"'
 BATCH = 4096  # rows that are unpacked at a time
+RELEASE_EVERY = 100  # rows
 IPC_FILE = b"ARROW1"  # what a file begins with that is not a stream
 
 
@@ -47,17 +48,17 @@ def reading(path: Path, kind: str) -> Iterator[None]:
         yield
     except ImportError:
         raise UserError(f"{kind} files need pyarrow", where=str(path), fix=EXTRA) from None
-    except OSError as error:
-        raise unreadable(path, error) from None
     except Exception as error:
-        if not type(error).__module__.startswith("pyarrow"):
+        if isinstance(error, OSError) and error.errno is not None:
+            raise unreadable(path, error) from None
+        if not isinstance(error, OSError | ValueError | NotImplementedError):
             raise
         raise damaged(path, kind, error) from None
 
 
 def damaged(path: Path, kind: str, error: Exception) -> UserError:
     """The error for a file that pyarrow cannot read."""
-    reason = str(error).partition("\n")[0].partition(". ")[0]
+    reason = str(error).partition("\n")[0].partition(". ")[0].rstrip(" .")
     return UserError(
         f"the file cannot be read as {kind} ({reason})",
         where=str(path),
@@ -73,9 +74,10 @@ class ArrowRows(Rows):
 
         self._path = path
         self.folder = path.resolve().parent.name
-        mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-        buffer = pa.py_buffer(mapped)
-        if mapped[: len(IPC_FILE)] == IPC_FILE:
+        self._mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        self._num_reads = 0
+        buffer = pa.py_buffer(self._mapped)
+        if self._mapped[: len(IPC_FILE)] == IPC_FILE:
             reader = pa.ipc.open_file(buffer)
             self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         else:
@@ -86,6 +88,7 @@ class ArrowRows(Rows):
         return self._firsts[-1]
 
     def __getitem__(self, index: int) -> Any:
+        self._release()
         number = bisect_right(self._firsts, index) - 1
         row = self._batches[number].slice(index - self._firsts[number], 1)
         if row.nbytes > MAX_ROW_BYTES:
@@ -103,14 +106,27 @@ class ArrowRows(Rows):
             ) from None
 
     def batch(self, start: int, stop: int) -> Iterator[Any]:
-        number = bisect_right(self._firsts, start) - 1
+        while start < stop:
+            number = bisect_right(self._firsts, start) - 1
+            end = min(stop, self._firsts[number + 1])
+            yield from self._some(number, start, end)
+            start = end
+
+    def _some(self, number: int, start: int, stop: int) -> Iterator[Any]:
+        """The rows from `start` to before `stop`, all of record batch `number`."""
+        self._release(stop - start)
         rows = self._batches[number].slice(start - self._firsts[number], stop - start)
-        if len(rows) == stop - start and rows.nbytes <= MAX_ROW_BYTES:
-            try:
+        if rows.nbytes <= MAX_ROW_BYTES:
+            with suppress(ValueError, ArithmeticError):  # then one row after the other
                 return iter(rows.to_pylist())
-            except (ValueError, ArithmeticError):
-                pass  # the bad row is found among all of them, one by one
         return super().batch(start, stop)
+
+    def _release(self, num_rows: int = 1) -> None:
+        """Now and then give back the pages of the file that were read: they count as memory."""
+        self._num_reads += num_rows
+        if self._num_reads >= RELEASE_EVERY and hasattr(mmap, "MADV_DONTNEED"):
+            self._num_reads = 0
+            self._mapped.madvise(mmap.MADV_DONTNEED)
 
     def where(self, index: int) -> str:
         return f"{self._path}, row {index + 1}"

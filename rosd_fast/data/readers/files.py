@@ -124,7 +124,7 @@ def kind_of(path: Path) -> str:
 
 def files_of_pattern(source: Source) -> list[Path]:
     """The files that a pattern such as data/*.parquet matches, in order. Raises UserError."""
-    pattern = Path(source.text).expanduser()
+    pattern = source.path
     anchor = Path(pattern.anchor)
     files = sorted(path for path in anchor.glob(str(pattern.relative_to(anchor))) if path.is_file())
     if not files:

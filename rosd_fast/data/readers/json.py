@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 
 from rosd_fast.data.readers.base import MAX_ROW_BYTES, ListRows, Rows
-from rosd_fast.data.readers.files import RowFile
+from rosd_fast.data.readers.files import RowFile, kind_of
+from rosd_fast.data.sources import FILES
 from rosd_fast.errors import UserError
 
 MAX_LIST_BYTES = 256 * 2**20
@@ -136,11 +137,11 @@ def decode(data: bytes, path: Path, *, line: int = 1) -> str:
         return data.decode()
     except UnicodeDecodeError as error:
         line += data.count(b"\n", 0, error.start)
-        raise UserError(
-            "the text is not UTF-8",
-            where=f"{path}:{line}",
-            fix=f"Convert it: iconv -f latin1 -t utf-8 {path}",
-        ) from None
+        encoding = "utf-16" if b"\0" in data else "latin1"
+        fix = f"Convert it: iconv -f {encoding} -t utf-8 {path}"
+        if kind_of(path) not in FILES:
+            fix = f"Files with rows end in {', '.join(FILES)}"
+        raise UserError("the text is not UTF-8", where=f"{path}:{line}", fix=fix) from None
 
 
 def parse_json(text: str, path: Path, *, first_line: int = 1, fix: str) -> Any:

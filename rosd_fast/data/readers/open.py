@@ -18,19 +18,23 @@ from rosd_fast.errors import UserError
 
 def open_rows(source: Source) -> Rows:
     """The rows of a source. Raises UserError for what cannot be read."""
+    path = source.path
+    if (source.split or source.config) and not (source.is_on_hub or source.is_folder):
+        raise UserError(
+            "only folders and data sets of the hub have a split or a config",
+            where=source.text,
+            fix="Leave the setting away",
+        )
     if source.is_quickstart:
         return quickstart_rows(source)
     if source.is_gym:
         return GymRows(source)
     if source.is_on_hub:
         return open_dataset(source)
-    path = Path(source.text).expanduser()
     if source.is_pattern:
         return open_files(files_of_pattern(source))
-    if path.is_dir():
+    if source.is_folder:
         return open_folder(source, path)
-    if source.split or source.config:
-        raise UserError("a file has no split or config", where=source.text, fix="Leave it away")
     return open_file(path)
 
 
