@@ -13,7 +13,7 @@ from rosd_fast.config.chat import make_chats, read_templates
 from rosd_fast.config.load import is_built_in
 from rosd_fast.data.collection import Problems
 from rosd_fast.data.datasets import load_datasets
-from rosd_fast.data.sources import absolute_sources, absolute_verifier
+from rosd_fast.data.sources import absolute_sources
 from rosd_fast.data.stream import ProblemStream
 from rosd_fast.engines.factory import check_engine
 from rosd_fast.machine import check_memory
@@ -34,6 +34,7 @@ from rosd_fast.trainer.separate_teacher import (
 )
 from rosd_fast.types import Problem
 from rosd_fast.utils.distributed import launched, pick_device
+from rosd_fast.verify.user_file import absolute_verifier
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -92,7 +93,7 @@ def load_inputs(config: Config, *, weights: bool = True) -> Inputs:
     method_type.check_options(config)
     check_adamw(config.optim, several_ranks=launched())
     parse_scales(config.optim.lr_scale)
-    data = load_datasets(config.data, first=config.eval.problems)
+    data = load_datasets(config.data, verify=config.verify, first=config.eval.problems)
     stream = ProblemStream(
         data.train,
         batch_size=config.sample.problems_per_step,
@@ -189,12 +190,13 @@ def with_absolute_paths(config: Config) -> Config:
     data, engine = config.data, config.engine
     texts = {name: getattr(data, name) for name in ("train", "dev", "dev_ood")}
     sources = {name: text and absolute_sources(text) for name, text in texts.items()}
-    sources["verifier"] = absolute_verifier(data.verifier)
     places = {name: absolute(getattr(engine, name)) for name in ("python", "sync_folder")}
     return config.model_copy(
         update={
             "model": absolute_model(config.model),
-            "data": data.model_copy(update=sources),
+            "data": data.model_copy(
+                update={**sources, "verifier": absolute_verifier(data.verifier)}
+            ),
             "chat": read_templates(config.chat),
             "engine": engine.model_copy(update=places),
             "teacher": config.teacher.model_copy(

@@ -4,8 +4,8 @@
 
 Behind a barrier, all groups are sampled before the first annotation is generated, which suits an
 engine that computes its requests together. Streamed, a group is annotated as soon as its own
-rollouts are verified, while other groups still sample: the slowest rollout of a step then delays
-the annotations of its own group only.
+rollouts are verified, while other groups still sample: the slowest rollout of a step, or a verifier
+that hangs on one, then delays the annotations of its own group only.
 """
 
 from __future__ import annotations
@@ -88,8 +88,13 @@ async def _streamed(
     verdicts: dict[str, Verdict] = {}
     annotations: dict[str, Reflection] = {}
 
-    async def annotate(kept: Sequence[Group]) -> None:
-        annotations.update(await inputs.method.annotate(step, kept, verdicts, engines, progress))
+    async def follow(group: Group) -> None:
+        """Verify and annotate a group while others still sample."""
+        verdicts.update(await engines.verifiers.verify([group], threshold=config.select.threshold))
+        if kept := _select(inputs, [group], verdicts).kept:
+            annotations.update(
+                await inputs.method.annotate(step, kept, verdicts, engines, progress)
+            )
 
     try:
         with progress.stage(Stage.SAMPLE):
@@ -101,12 +106,7 @@ async def _streamed(
                     **_options(inputs, step),
                 ):
                     groups[group.problem.id] = group
-                    verdicts |= await engines.verifiers.verify(
-                        [group], threshold=config.select.threshold
-                    )
-                    kept = _select(inputs, [group], verdicts).kept
-                    if kept:
-                        tasks.create_task(annotate(kept))
+                    tasks.create_task(follow(group))
     except BaseExceptionGroup as failed:  # one line for the user, not a tree
         raise failed.exceptions[0] from None
     ordered = [groups[problem.id] for problem in drawn.problems]

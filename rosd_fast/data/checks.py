@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
@@ -12,7 +13,6 @@ import numpy as np
 from rosd_fast.config import DataConfig
 from rosd_fast.data.collection import Checked, Part, Problems
 from rosd_fast.data.fields import unmatchable
-from rosd_fast.data.verifiable import can_be_right
 from rosd_fast.errors import UserError
 from rosd_fast.types import Problem
 
@@ -33,21 +33,21 @@ def check(problems: Problems, data: DataConfig, first: int = 0) -> Problems:
     good, bad, faults = array("q"), array("q"), []  # indices
     kept: dict[int, Problem] = {}
     ids = Ids(problems)
-    for index, found in examine(
-        problems, range(total) if whole else spread(total, data.check_rows)
-    ):
-        fault = found if isinstance(found, UserError) else ids.add(index, found.id)
-        if fault is not None and data.bad_rows == "error":
-            raise fault
-        if isinstance(found, UserError) or fault is not None:
-            bad.append(index)
-            faults += [str(fault)] if len(faults) < MAX_FAULTS else []
-            continue
-        good.append(index)
-        if keep:
-            kept[index] = found
-        if len(good) == first:
-            break
+    chosen = range(total) if whole else spread(total, data.check_rows)
+    with closing(problems.answers):
+        for index, found in examine(problems, chosen):
+            fault = found if isinstance(found, UserError) else ids.add(index, found.id)
+            if fault is not None and data.bad_rows == "error":
+                raise fault
+            if isinstance(found, UserError) or fault is not None:
+                bad.append(index)
+                faults += [str(fault)] if len(faults) < MAX_FAULTS else []
+                continue
+            good.append(index)
+            if keep:
+                kept[index] = found
+            if len(good) == first:
+                break
     if not good:
         raise UserError(f"no row is a problem. The first: {faults[0]}")
     rows = np.asarray(problems.rows)
@@ -59,7 +59,7 @@ def check(problems: Problems, data: DataConfig, first: int = 0) -> Problems:
         faults=tuple(faults),
     )
     left = checked.rows if first else np.delete(rows, bad) if bad else problems.rows
-    return Problems(ids.renamed_parts(), left, instruction=problems.instruction, check=checked)
+    return problems.with_rows(left, checked, ids.renamed_parts())
 
 
 def spread(total: int, count: int) -> list[int]:
@@ -83,7 +83,7 @@ def examine(
         some = indices[start : start + AT_ONCE]
         found = [_attempt(problems, index) for index in some]
         read = [each for each in found if isinstance(each, Problem)]
-        right = iter(can_be_right(read))
+        right = iter(problems.answers.right(read))
         for index, each in zip(some, found, strict=True):
             if isinstance(each, Problem) and not next(right):
                 each = unmatchable(each, problems.where(index))

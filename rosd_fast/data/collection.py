@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, overload
 import numpy as np
 
 from rosd_fast.data.instruct import instructed
-from rosd_fast.data.verifiable import check_verifiable
+from rosd_fast.data.verifiable import AnswerCheck
 from rosd_fast.types import Problem
 
 if TYPE_CHECKING:
@@ -75,6 +75,7 @@ class Problems(Sequence[Problem]):
     parts: the sources.
     rows: the number of each problem's row among the rows of all sources; they ascend.
     instruction: the option data.answer_instruction.
+    answers: tells whether a completion can be right.
     check: what was checked of the data set.
     """
 
@@ -84,10 +85,11 @@ class Problems(Sequence[Problem]):
         rows: Sequence[int] | np.ndarray,
         *,
         instruction: str,
+        answers: AnswerCheck,
         check: Checked | None = None,
     ) -> None:
         self.parts, self.rows = tuple(parts), rows
-        self.instruction = instruction
+        self.instruction, self.answers = instruction, answers
         self.check = check or Checked()
         self._firsts = [part.first for part in self.parts]
 
@@ -106,6 +108,7 @@ class Problems(Sequence[Problem]):
             return kept
         part, number = self.place(row)
         problem = part.problem(number)
+        self.answers.open(problem.verifier, part.rows.where(number))
         return problem if part.source.is_quickstart else instructed(problem, self.instruction)
 
     def bare(self, index: int) -> Problem:
@@ -116,7 +119,8 @@ class Problems(Sequence[Problem]):
     def verified(self, index: int) -> Problem:
         """The problem, if a completion can be right. Raises UserError."""
         problem = self[index]
-        check_verifiable(problem, self.where(index))
+        if (fault := self.answers.fault(problem, self.where(index))) is not None:
+            raise fault
         return problem
 
     def where(self, index: int) -> str:
@@ -155,12 +159,24 @@ class Problems(Sequence[Problem]):
     def select(self, indices: Sequence[int] | np.ndarray) -> Problems:
         """The problems at `indices`, which ascend."""
         rows = np.asarray(self.rows)[np.asarray(indices, np.int64)]
-        return Problems(self.parts, rows, instruction=self.instruction, check=self.check)
+        return self.with_rows(rows, self.check)
 
     def select_rows(self, rows: np.ndarray) -> Problems:
         """Those of the problems whose row is among `rows`, which ascend."""
         left = rows[np.isin(rows, np.asarray(self.rows), assume_unique=True)]
-        return Problems(self.parts, left, instruction=self.instruction, check=self.check)
+        return self.with_rows(left, self.check)
+
+    def with_rows(
+        self, rows: Sequence[int] | np.ndarray, check: Checked, parts: Sequence[Part] | None = None
+    ) -> Problems:
+        """The problems of other rows of the data set, with what was checked of it."""
+        return Problems(
+            parts or self.parts,
+            rows,
+            instruction=self.instruction,
+            answers=self.answers,
+            check=check,
+        )
 
     def notes(self) -> list[str]:
         """What a user is told of the data set: shapes, files, and what was not checked."""

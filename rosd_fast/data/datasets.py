@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from rosd_fast.config import DataConfig
+from rosd_fast.config import DataConfig, VerifyConfig
 from rosd_fast.data.checks import check
 from rosd_fast.data.collection import Problems
 from rosd_fast.data.notes import (
@@ -41,18 +41,23 @@ class Datasets:
     notes: tuple[str, ...]
 
 
-def load_datasets(data: DataConfig, *, first: int = 0) -> Datasets:
+def load_datasets(
+    data: DataConfig, *, verify: VerifyConfig | None = None, first: int = 0
+) -> Datasets:
     """Load the data of a run. Raises UserError, with file, row and column, for what is wrong.
 
-    first: number of problems per development split; 0: all. All of these are checked, since an
+    verify: limits of the processes in which verifiers judge whether an answer can be given. first:
+    number of problems per development split; 0: all. All of these are checked, since an
     evaluation reads them, and data.check_rows of the training rows.
 
     Where there is a development split, every training row is read once for its key.
     """
     share = parse_dev(data)
-    train = load_problems(data.train, data=data)
+    train = load_problems(data.train, data=data, verify=verify)
     given = {DEV: None if share is not None else data.dev, OOD: data.dev_ood}
-    opened = {name: open_problems(text, data=data) for name, text in given.items() if text}
+    opened = {
+        name: open_problems(text, data=data, verify=verify) for name, text in given.items() if text
+    }
     splits, notes = {TRAIN: train}, []
     if share is not None or opened:
         found = divide_data(train, opened, data, share)

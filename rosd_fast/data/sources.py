@@ -9,7 +9,6 @@ Face hub, quickstart:SPLIT or reasoning_gym:TASK. A setting counts for its sourc
 from __future__ import annotations
 
 import difflib
-import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -18,6 +17,7 @@ from typing import Any
 
 from rosd_fast.errors import UserError
 from rosd_fast.quickstart import QUICKSTART
+from rosd_fast.verify.user_file import absolute_verifier
 
 GYM = "reasoning_gym:"  # prefix of the names of tasks, as in reasoning_gym:leg_counting
 COMPRESSED = (".gz", ".bz2", ".xz", ".zst")
@@ -152,14 +152,6 @@ def absolute_sources(text: str) -> str:
     return text if is_share(text) else ",".join(map(_absolute_source, split_sources(text)))
 
 
-def absolute_verifier(name: str | None) -> str | None:
-    """The absolute path of a verifier FILE.py:FUNCTION; any other name stays."""
-    path, colon, function = (name or "").rpartition(":")
-    if not colon or not path.endswith(".py"):
-        return name
-    return f"{_path(path).absolute()}:{function}"
-
-
 def _absolute_source(text: str) -> str:
     place, settings = split_settings(text)
     source = Source(text=place)
@@ -193,7 +185,10 @@ def _nearest(name: str) -> str:
 
 
 def _path(text: str) -> Path:
-    return Path(os.path.expanduser(text))  # as it is where there is no such user
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # no such user
+        return Path(text)
 
 
 def _exists(text: str) -> bool:

@@ -122,7 +122,9 @@ class ProblemStream:
             bad.append(str(error))
             return None
         if problem.id in ids:
-            bad.append(f"{self._problems.where(index)}: the id {problem.id!r} is in this step twice")
+            bad.append(
+                f"{self._problems.where(index)}: the id {problem.id!r} is in this step twice"
+            )
             return None
         return problem
 

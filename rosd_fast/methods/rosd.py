@@ -42,6 +42,15 @@ class Rosd(Method):
     """Distills each rollout from its first error on, from a teacher that has read a reflection."""
 
     has_reflections = True
+    reads = (
+        "reflect.*",
+        "span.*",
+        "select.on_*",
+        "teacher.wrong_template",
+        "teacher.correct_template",
+        "teacher.demonstration_note",
+        "teacher.show_feedback",
+    )
 
     @classmethod
     def check_options(cls, config: Config) -> None:
@@ -221,6 +230,7 @@ class Rosd(Method):
                 wrong_samples(training.samples, verdicts, options.probe_problems),
                 groups,
                 verdicts,
+                verifiers=engines.verifiers,
                 tokenizer=self.model.tokenizer,
                 params=sampling_params(self.config.sample, self.model.stop_token_ids),
                 seed=self.config.seed,

@@ -127,9 +127,7 @@ def one_split(loaded: Any, source: Source) -> Any:
         return loaded[split]
     named = ", ".join(splits)
     what = f"has the splits {named}" if split is None else f"has no split {split}, but {named}"
-    raise UserError(
-        what, where=source.text, fix=f"Name one, as in {source.text}@split={splits[0]}"
-    )
+    raise UserError(what, where=source.text, fix=f"Name one, as in {source.text}@split={splits[0]}")
 
 
 @contextmanager
