@@ -60,7 +60,7 @@ class Inputs:
     chats: Chats
     problems: Problems
     dev_splits: dict[str, Problems]
-    data_notes: tuple[str, ...]
+    data_notes: list[str]
     stream: ProblemStream
     token_bytes: TokenBytes
     method: Method

@@ -15,14 +15,20 @@ from rosd_fast.config import (
     VerifyConfig,
     same_as,
 )
+from rosd_fast.config.load import apply_args, load_config
+from rosd_fast.errors import UserError
 
 if TYPE_CHECKING:
-    pass
+    from rich.console import Console
+
+    from rosd_fast.data.collection import Problems
+    from rosd_fast.data.report import Summary
 
 POSITIONAL = ("data.source",)
 ALIASES = {"source": "data.source", "data": "data.source", "verifier": "data.verifier"}
 RUN_OPTIONS = ("method", "model", "trust_remote_code")  # that a run has under the same name
 BAD_ROWS = 1  # exit code of a data set that has some
+MAX_TOKENIZED = 20_000  # prompts whose tokens are counted
 
 
 class DataSection(SourceConfig):
@@ -35,8 +41,9 @@ class DataSection(SourceConfig):
 
 
 class Options(Section):
-    """Check every row of a data set; print what it was recognized as, counts, lengths, repeated
-    problems, bad rows, examples and how the verifier scores. The exit code is 1 with bad rows."""
+    """Check every row of a data set. Print as what it was read, counts, lengths, repeated problems,
+    bad rows, examples, and how the verifier scores. The exit code is 1 when rows are bad, unless
+    data.bad_rows is skip."""
 
     data: DataSection = DataSection()
     verify: VerifyConfig = VerifyConfig()
@@ -66,28 +73,139 @@ def run(given: Mapping[str, Any]) -> int:
     if options.data.source is None:
         raise UserError("no data set is named", fix="Name one: rosd-fast data FILE.jsonl")
 
+    from contextlib import closing
+
     from rich.console import Console
 
     from rosd_fast.commands import data_view as view
-    from rosd_fast.data.instruct import describe_instructions
+    from rosd_fast.data.datasets import parse_dev
     from rosd_fast.data.problems import open_problems
-    from rosd_fast.data.report import histogram
-    from rosd_fast.verify import Limits, VerifierPool
+    from rosd_fast.data.report import summarize
 
     console = Console(highlight=False)
-    problems = open_problems(options.data.source, data=options.data.as_training())
-    limits = Limits(**options.verify.model_dump())
-    with VerifierPool(limits) as pool:
-        summary = read_all(problems, pool)
-        view.print_sources(console, problems, faults=len(summary.faults))
-        view.print_faults(console, summary.faults)
-        if not len(summary.indices):
-            return BAD_ROWS
+    data = options.data.as_training()
+    parse_dev(with_splits(options))  # before a long reading
+    problems = open_problems(data.train, data=data, verify=options.verify)
+    with view.reading(len(problems)) as on_rows, closing(problems.answers):
+        summary = summarize(problems, on_rows)
+    view.print_sources(console, problems, summary)
+    if len(summary.indices):
         view.print_groups(console, summary)
-        view.print_instructions(console, summary, describe_instructions(summary.instructions))
-        longest = problems.where(int(summary.indices[summary.lengths.argmax()]))
-        view.print_lengths(
-            console, summary.lengths, histogram(summary.lengths), unit="characters", longest=longest
-        )
-        print_repetitions(console, problems, summary)
-    return BAD_ROWS if summary.faults else 0
+        view.print_lengths(console, problems, summary)
+        if options.model is not None:
+            print_token_lengths(console, problems, summary, options)
+        view.print_repetitions(console, problems, summary)
+        print_splits(console, options)
+        print_verifiers(console, problems, summary, options)
+        print_examples(console, problems, summary, given, options)
+    view.print_faults(console, summary.faults)
+    return BAD_ROWS if summary.faults and options.data.bad_rows == "error" else 0
+
+
+def print_splits(console: Console, options: Options) -> None:
+    """Print what a run would hold out, leave out, and find nearly the same in two splits."""
+    from rosd_fast.commands.data_view import say
+    from rosd_fast.data.datasets import load_datasets
+    from rosd_fast.data.splits import TRAIN
+
+    if options.data.dev is None and options.data.dev_ood is None:
+        return
+    found = load_datasets(with_splits(options), verify=options.verify)
+    say(console, f"splits: {len(found.train):,} problems to train on", "bold")
+    for name, lines in found.about.items():
+        for line in lines if name != TRAIN else []:
+            say(console, f"  {name}: {line}")
+    for line in found.shared:
+        say(console, f"  {line}")
+    console.print()
+
+
+def with_splits(options: Options) -> DataConfig:
+    """The data of the run. Its bad rows are skipped: they are listed by then."""
+    names = ("dev", "dev_ood", "overlap", "split_seed")
+    own = {name: getattr(options.data, name) for name in names}
+    return options.data.as_training().model_copy(update=own | {"bad_rows": "skip"})
+
+
+def print_verifiers(
+    console: Console, problems: Problems, summary: Summary, options: Options
+) -> None:
+    """Print how each verifier scores a right answer, a wrong one and none."""
+    from rosd_fast.commands.data_view import print_judgements
+    from rosd_fast.data.report import trials
+    from rosd_fast.verify import Limits, VerifierPool
+
+    with VerifierPool(Limits(**options.verify.model_dump())) as pool:
+        for indices in summary.first.values():
+            some = [problems[index] for index in indices]
+            tried = trials(some)
+            judged = pool.judge_sync([(some[0], completion) for _, completion in tried])
+            print_judgements(console, some[0], tried, judged)
+
+
+def print_examples(
+    console: Console,
+    problems: Problems,
+    summary: Summary,
+    given: Mapping[str, Any],
+    options: Options,
+) -> None:
+    """Print the first problems: as text, or as the prompts of every role of a run."""
+    from rosd_fast.commands.data_view import print_example
+
+    if options.model or options.preset or options.config:
+        show_prompts(given, options)
+        return
+    for index in summary.indices[: options.show].tolist():
+        print_example(console, problems[index])
+
+
+def show_prompts(given: Mapping[str, Any], options: Options) -> None:
+    """Print each role's prompt for the first problems, and the traps that they step into."""
+    import asyncio
+
+    from rich.console import Console
+
+    from rosd_fast.dry_run import print_notes, print_prompts, render_prompts
+    from rosd_fast.inputs import load_inputs
+    from rosd_fast.text.printable import printable
+
+    inputs = load_inputs(run_config(given, options), weights=False)
+    console = Console(highlight=False, soft_wrap=True)
+    for problem in inputs.problems[: options.show]:
+        console.rule(printable(problem.id, keep=""))
+        prompts = asyncio.run(render_prompts(inputs, problem))
+        print_prompts(console, prompts, inputs, with_ids="show" in given)
+    print_notes(console, inputs)
+
+
+def run_config(given: Mapping[str, Any], options: Options) -> Config:
+    """The options of the run on this data set: presets, file, model and chat. Raises UserError."""
+    own = {name: given[name] for name in given if name.startswith("chat.") or name in RUN_OPTIONS}
+    data = options.data.as_training().model_copy(update={"bad_rows": "skip"})
+    own |= {f"data.{name}": value for name, value in data.model_dump().items() if name != "columns"}
+    own |= {name: given[name] for name in given if name.startswith("data.columns.")}
+    own["sample.problems_per_step"] = "1"  # a data set may have fewer than a step needs
+    return load_config(own, presets=options.preset, file=options.config)
+
+
+def print_token_lengths(
+    console: Console, problems: Problems, summary: Summary, options: Options
+) -> None:
+    """Print the lengths of the prompts in tokens, under the model's chat template."""
+    import numpy as np
+
+    from rosd_fast.commands.data_view import print_histogram
+    from rosd_fast.config.chat import make_chats, read_templates
+    from rosd_fast.data.checks import spread
+    from rosd_fast.model.load import find, load_tokenizer
+
+    assert options.model is not None
+    tokenizer = load_tokenizer(find(options.model), trust_remote_code=options.trust_remote_code)
+    chat = make_chats(read_templates(options.chat), tokenizer).student
+    count = len(summary.indices)
+    some = summary.indices[spread(count, min(count, MAX_TOKENIZED))].tolist()
+    lengths = np.array([len(chat.render_problem(problems[index])) for index in some])
+    among = f" of {len(some):,} problems, spread evenly" if len(some) < count else ""
+    longest = problems.where(some[int(lengths.argmax())])
+    print_histogram(console, f"tokens per prompt{among}", lengths, longest)

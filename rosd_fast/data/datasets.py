@@ -12,13 +12,8 @@ import numpy as np
 from rosd_fast.config import DataConfig, VerifyConfig
 from rosd_fast.data.checks import check
 from rosd_fast.data.collection import Problems
-from rosd_fast.data.notes import (
-    held_out_notes,
-    instruction_notes,
-    look_at,
-    overlap_notes,
-    similar_notes,
-)
+from rosd_fast.data.instruct import describe_instructions
+from rosd_fast.data.notes import held_out_notes, look_at, overlap_notes, similar_notes
 from rosd_fast.data.problems import load_problems, open_problems
 from rosd_fast.data.row_keys import keys_of
 from rosd_fast.data.splits import DEV, OOD, TRAIN, Division, divide, parse_share
@@ -33,12 +28,20 @@ class Datasets:
     """The data of a run.
 
     dev: "dev" and "ood", those that were asked for, cut to eval.problems.
-    notes: a line on each source, and on what is held out, left out, or nearly the same.
+    about: option, such as data.train -> lines on what it was read as, and the answer instruction.
+    shared: lines on what is held out, is in two splits, or is nearly the same in two.
     """
 
     train: Problems
     dev: dict[str, Problems]
-    notes: tuple[str, ...]
+    about: dict[str, list[str]]
+    shared: list[str]
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user is told at the start of a run."""
+        about = [f"{name}: {line}" for name, lines in self.about.items() for line in lines]
+        return [printable(line, keep="") for line in (*about, *self.shared)]
 
 
 def load_datasets(
@@ -58,7 +61,7 @@ def load_datasets(
     opened = {
         name: open_problems(text, data=data, verify=verify) for name, text in given.items() if text
     }
-    splits, notes = {TRAIN: train}, []
+    splits, shared = {TRAIN: train}, []
     if share is not None or opened:
         found = divide_data(train, opened, data, share)
         splits[TRAIN] = train.select(found.train)
@@ -69,16 +72,17 @@ def load_datasets(
             splits[DEV] = checked_whole(opened[DEV], data, first)
         if found.ood is not None:
             splits[OOD] = checked_whole(opened[OOD].select(found.ood), data, first)
-        notes += held_out_notes(found, data)
-        notes += overlap_notes(found, {TRAIN: train, **opened})
+        shared += held_out_notes(found, data)
+        shared += overlap_notes(found, {TRAIN: train, **opened})
     looked = {name: look_at(problems) for name, problems in splits.items()}
-    notes += [*instruction_notes(looked), *similar_notes(looked)]
-    named = {TRAIN: train, **{name: splits[name] for name in opened}}
-    read = [f"{name}: {note}" for name, problems in named.items() for note in problems.notes()]
+    about = {TRAIN: train.notes(), **{name: splits[name].notes() for name in opened}}
+    for name, each in looked.items():
+        about.setdefault(name, []).extend(describe_instructions(each.sentences))
     return Datasets(
         train=splits[TRAIN],
         dev={SHORT[name]: splits[name] for name in SHORT if name in splits},
-        notes=tuple(printable(note, keep="") for note in (*read, *notes)),
+        about=about,
+        shared=[*shared, *similar_notes(looked)],
     )
 
 

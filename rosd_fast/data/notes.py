@@ -1,4 +1,4 @@
-"""What a user is told of the data of a run: instructions, splits, near-duplicates."""
+"""What a user is told of the splits of a run: sizes, overlaps, near-duplicates."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import numpy as np
 from rosd_fast.config import DataConfig
 from rosd_fast.data.checks import spread
 from rosd_fast.data.collection import Problems
-from rosd_fast.data.instruct import OFF, describe_instructions, instruction_of
+from rosd_fast.data.instruct import OFF, instruction_of
 from rosd_fast.data.keys import normal_text
 from rosd_fast.data.similar import Text, similar_pairs
 from rosd_fast.data.splits import DEV, Division, describe_overlap, named_pairs
@@ -27,11 +27,13 @@ MAX_COMPARED = 20_000  # problems per split among which near-duplicates are look
 class Looked:
     """Problems of a split that are looked at closely: the checked ones, or some, spread evenly.
 
+    size: number of problems of the whole split.
     texts: prompt, without instruction, and answer of each.
     sentences: the sentence added to the prompt, "" for none -> number of prompts.
     """
 
     problems: Problems
+    size: int
     texts: list[Text]
     sentences: Counter[str]
 
@@ -46,7 +48,7 @@ def look_at(problems: Problems) -> Looked:
         problem = some.bare(index)
         texts.append((problem.prompt, problem.answer))
         sentences[added_sentence(some, index, problem)] += 1
-    return Looked(problems=some, texts=texts, sentences=sentences)
+    return Looked(problems=some, size=len(problems), texts=texts, sentences=sentences)
 
 
 def added_sentence(problems: Problems, index: int, bare: Problem) -> str:
@@ -56,15 +58,6 @@ def added_sentence(problems: Problems, index: int, bare: Problem) -> str:
     """
     part, _ = problems.place(int(problems.rows[index]))
     return instruction_of(bare, OFF if part.source.is_quickstart else problems.instruction)
-
-
-def instruction_notes(looked: Mapping[str, Looked]) -> list[str]:
-    """How the model is told to answer, by split."""
-    return [
-        f"{name}: {line}"
-        for name, each in looked.items()
-        for line in describe_instructions(each.sentences)
-    ]
 
 
 def held_out_notes(found: Division, data: DataConfig) -> list[str]:
@@ -88,11 +81,14 @@ def overlap_notes(found: Division, problems: Mapping[str, Problems]) -> list[str
 def similar_notes(looked: Mapping[str, Looked]) -> list[str]:
     """Which problems have near-duplicates in another split; both stay where they are."""
     notes, names, each = [], [*looked], [*looked.values()]
-    for (i, j), pairs in cross_pairs([one.texts for one in each]).items():
+    texts = [one.texts for one in each]
+    for (i, j), pairs in cross_pairs(texts).items():
         count = len({index for index, _ in pairs})
         what = "problem is a near-duplicate" if count == 1 else "problems are near-duplicates"
         shown = named_pairs(pairs, place_in(each[i].problems), "~", place_in(each[j].problems))
-        notes.append(f"{names[i]}: {count:,} {what} of {names[j]}: {shown}")
+        some = sum(len(one.problems) < one.size for one in (each[i], each[j]))
+        among = f" (among {len(texts[i]):,} and {len(texts[j]):,} compared)" if some else ""
+        notes.append(f"{names[i]}: {count:,} {what} of {names[j]}{among}: {shown}")
     return notes
 
 

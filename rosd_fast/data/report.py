@@ -13,16 +13,20 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from rosd_fast.data.checks import AT_ONCE, Ids, spread
+from rosd_fast.data.collection import Problems
 from rosd_fast.data.fields import unmatchable
-from rosd_fast.data.instruct import OFF, instruction_of
 from rosd_fast.data.keys import Keys, problem_key, repeated
-from rosd_fast.data.problems import Problems
+from rosd_fast.data.notes import added_sentence
+from rosd_fast.data.similar import similar_pairs
 from rosd_fast.errors import UserError
-from rosd_fast.types import Judgement, Problem
+from rosd_fast.types import Problem
+from rosd_fast.verify import VERIFIERS
 
+MAX_COMPARED = 100_000  # problems among which near-duplicates are looked for
 MAX_LISTED = 20  # bad rows that are listed per kind
 NUM_BARS = 10
-BATCH = 2048  # problems whose answers are checked at a time
+NO_ANSWER = "I am not sure."
 
 _LITERAL = re.compile(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"|-?\d[\d.,]*")
 
@@ -35,23 +39,30 @@ class Bar:
     high: int | None
     count: int
 
+    @property
+    def name(self) -> str:
+        """The range in words."""
+        if self.high is None:
+            return f"{self.low:,} or more"
+        return f"{self.low:,}" if self.low == self.high else f"{self.low:,} to {self.high:,}"
+
 
 @dataclass(slots=True)
 class Faults:
-    """Bad rows by kind: a kind is what was wrong, but for the row's own texts and numbers.
+    """Bad rows by kind: what is wrong, with "..." for the row's own texts and numbers.
 
-    listed: kind -> the first ones, as errors say them.
+    counts: kind -> number of rows. listed: kind -> the first ones.
     """
 
     counts: Counter[str] = field(default_factory=Counter)
-    listed: dict[str, list[str]] = field(default_factory=lambda: defaultdict(list))
+    listed: dict[str, list[UserError]] = field(default_factory=lambda: defaultdict(list))
 
     def add(self, error: UserError) -> None:
         """Count a bad row, and list it if it is among the first of its kind."""
         kind = _LITERAL.sub("...", error.what)
         self.counts[kind] += 1
         if len(self.listed[kind]) < MAX_LISTED:
-            self.listed[kind].append(str(error))
+            self.listed[kind].append(error)
 
     def __len__(self) -> int:
         return sum(self.counts.values())
@@ -86,6 +97,18 @@ class Summary:
         """[r, 2] (index, index of the first one) of problems that stand in the data set before."""
         return self.indices[repeated(self.keys)]
 
+    def similar(self, problems: Problems) -> tuple[np.ndarray, int]:
+        """([p, 2] indices of near-duplicates, number of different problems that were compared).
+
+        Of very many problems some are compared, spread evenly.
+        """
+        _, first = np.unique(self.keys, return_index=True)
+        some = np.sort(first)
+        some = self.indices[some[spread(len(some), min(len(some), MAX_COMPARED))]]
+        bare = map(problems.bare, some.tolist())
+        pairs = similar_pairs([(problem.prompt, problem.answer) for problem in bare])
+        return some[pairs], len(some)
+
     @property
     def contradictions(self) -> np.ndarray:
         """The repetitions that have another answer than the first one."""
@@ -94,27 +117,25 @@ class Summary:
         return self.indices[pairs[differ]]
 
 
-def summarize(
-    problems: Problems,
-    check: Callable[[Sequence[Problem]], Sequence[Judgement]],
-    *,
-    on_rows: Callable[[int], None] = lambda count: None,
-) -> Summary:
-    """Read every row of a data set. A row that is not a problem is among the faults.
+def summarize(problems: Problems, on_rows: Callable[[int], None] | None = None) -> Summary:
+    """Read and check every row of a data set. A row that is not a problem is among the faults.
 
-    check: how the verifiers score an example of a right completion to each of some problems; where
-    that is less than 1, no completion can be right. on_rows: told the number of rows read so far.
+    problems: all of a data set, none of them checked. on_rows: told the number of rows read so far.
     """
-    found = Collected()
-    for start in range(0, len(problems), BATCH):
-        good = [*readable(problems, range(start, min(start + BATCH, len(problems))), found.faults)]
-        judgements = check([problem for _, problem in good])
-        for (index, problem), judgement in zip(good, judgements, strict=True):
-            if judgement.score < 1:
-                found.faults.add(unmatchable(problem, problems.where(index)))
+    found, ids = Collected(), Ids(problems)
+    for start in range(0, len(problems), AT_ONCE):
+        stop = min(start + AT_ONCE, len(problems))
+        good = [*readable(problems, range(start, stop), found.faults)]
+        right = problems.answers.right([problem for _, problem in good])
+        for (index, problem), is_right in zip(good, right, strict=True):
+            where = problems.where(index)
+            fault = ids.add(index, problem.id) if is_right else unmatchable(problem, where)
+            if fault is not None:
+                found.faults.add(fault)
             else:
-                found.add(problems, index, problem)
-        on_rows(min(start + BATCH, len(problems)))
+                found.add(index, problem, added_sentence(problems, index, problem))
+        if on_rows is not None:
+            on_rows(stop)
     return found.summary()
 
 
@@ -124,7 +145,9 @@ def readable(
     """(index, problem without instruction) of the rows that are problems; others are faults."""
     for index in indices:
         try:
-            yield index, problems.bare(index)
+            problem = problems.bare(index)
+            problems.answers.open(problem.verifier, problems.where(index))
+            yield index, problem
         except UserError as error:
             faults.add(error)
 
@@ -148,10 +171,8 @@ class Collected:
     )
     first: dict[str, dict[int, int]] = field(default_factory=lambda: defaultdict(dict))
 
-    def add(self, problems: Problems, index: int, problem: Problem) -> None:
-        """Count a problem."""
-        setting = OFF if problems.source(index).is_quickstart else problems.instruction
-        sentence = instruction_of(problem, setting)
+    def add(self, index: int, problem: Problem, sentence: str) -> None:
+        """Count a problem. sentence: the instruction that its prompt will end with."""
         group = (problem.domain, problem.verifier)
         answer = problem_key(problem.answer)
         self.groups[group] += 1
@@ -190,6 +211,18 @@ def extra_fields(problem: Problem) -> list[str]:
         "weight": problem.weight != 1.0,
     }
     return [name for name, given in has.items() if given]
+
+
+def trials(problems: Sequence[Problem]) -> list[tuple[str, str]]:
+    """(what it is, completion) to show how the verifier of a problem scores: right, another, none.
+
+    problems: the problem, and if there is one another with the same verifier and another answer:
+    its right completion is another answer here.
+    """
+    verifier = VERIFIERS[problems[0].verifier]
+    found = [("right answer", verifier.perfect(problems[0].answer))]
+    found += [("another answer", verifier.perfect(other.answer)) for other in problems[1:2]]
+    return [*found, ("no answer", NO_ANSWER)]
 
 
 def histogram(values: Sequence[int] | np.ndarray, bars: int = NUM_BARS) -> list[Bar]:
