@@ -50,6 +50,11 @@ def judge(pool: VerifierPool, code: str, answer: str) -> Judgement:
         ("```python\nx = 1", None),
         ("x = 1", None),
         ("```python\n```", ""),
+        ("```python\nx\n``` and more\ny\n```", "x\n``` and more\ny\n"),
+        ("````python\nx\n```\ny\n`````", "x\n```\ny\n"),
+        ("```x\n" * 100_000, None),
+        ("```\n" * 100_000 + "x", ""),
+        ("```\na\r\nb\n```\r\n", "a\r\nb\n"),
         ("", None),
     ],
 )
@@ -58,9 +63,13 @@ def test_last_code(completion: str, code: str | None) -> None:
 
 
 @given(st.text(alphabet="`~ \nab", max_size=60))
-def test_any_text_has_a_block_or_none(text: str) -> None:
+def test_what_stands_between_fences_is_found_after_any_text_without(text: str) -> None:
+    """Unless the text leaves a block of its own open."""
     code = last_code(text)
     assert code is None or code in text
+    if "```" not in text and "~~~" not in text:
+        assert code is None
+        assert last_code(f"{text}\n```\nx = 1\n```") == "x = 1\n"
 
 
 @pytest.mark.parametrize(
