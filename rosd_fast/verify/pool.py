@@ -170,7 +170,7 @@ class LoopThread:
 
 def shut_down(loop: asyncio.AbstractEventLoop, crew: Crew, thread: threading.Thread) -> None:
     """End a crew's processes, its loop and its thread."""
-    if threading.current_thread() is thread:  # where the last reference went; it cannot await itself
+    if threading.current_thread() is thread:  # the last reference went there; it cannot wait here
         threading.Thread(target=shut_down, args=(loop, crew, thread)).start()
         return
     asyncio.run_coroutine_threadsafe(crew.close(), loop).result()

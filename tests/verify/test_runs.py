@@ -51,7 +51,7 @@ def test_a_file_verifies_a_run_and_its_failures_cost_no_step(
     monkeypatch.chdir(tmp_path)
     write_data(tmp_path / "data.jsonl")
     (tmp_path / "judge.py").write_text(FILE)
-    folder = (tmp_path / train(options(**{"data.verifier": "judge.py:score", "steps": 1}))).resolve()
+    folder = tmp_path / train(options(**{"data.verifier": "judge.py:score", "steps": 1}))
     rollouts = read_rollouts(rollouts_path(folder, 1))
     wrong = [r for r in rollouts if not r["success"]]
     assert 0 < len(wrong) < len(rollouts)
