@@ -20,8 +20,9 @@ from typing import Any, Self, TypeVar
 
 from rosd_fast.errors import UserError
 from rosd_fast.types import Group, Judgement, Problem, Verdict
-from rosd_fast.verify.crew import Address, Crew, Job
+from rosd_fast.verify.crew import Crew
 from rosd_fast.verify.here import refuse_in_worker
+from rosd_fast.verify.jobs import Address, Job
 from rosd_fast.verify.origin import origin_of
 from rosd_fast.verify.protocol import FAILURES, Failure, Limits, Outcome
 from rosd_fast.verify.registry import VERIFIERS, Verifier

@@ -65,6 +65,10 @@ def test_standard_input_and_output() -> None:
             "    except OSError: pass\nos._exit(0)",
             '{"passed": true}',
         ),
+        ("import builtins; builtins.exec = lambda *given: None", "AssertionError"),
+        ("import builtins; builtins.compile = lambda *given: 'pass'", "AssertionError"),
+        ("import os, sys; sys.stdout.flush = lambda: os._exit(0)", "ended early, with exit code 0"),
+        ("import os; os.write = lambda *given: 0; os._exit = print", "AssertionError"),
         ("import sys; sys.modules['builtins'].AssertionError = None; f = None", "AssertionError"),
     ],
 )
