@@ -13,7 +13,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -77,6 +77,7 @@ class Run:
     teacher: a separate teacher's full model, as long as something besides the learner needs it.
     first_step: the first step that this process runs; 1 unless it resumes.
     last_step: the last step that is done; 0 before the first.
+    noted_rows: bad rows of the data set that were noted.
     """
 
     inputs: Inputs
@@ -91,6 +92,7 @@ class Run:
     first_step: int
     teacher: LoadedModel | None = None
     last_step: int = 0
+    noted_rows: set[str] = field(default_factory=set)
     failure: str | None = None
 
     @property
@@ -159,6 +161,19 @@ class Run:
         moves = self.config.teacher.model is None and self.learners.world.size > 1
         if engines.teacher is not None and moves:
             self.learners.gather_teacher(engines.teacher.model)
+
+    def bad_row_metrics(self, bad_rows: Sequence[str]) -> dict[str, float]:
+        """`data/num_bad_rows` of a step, of a data set that is checked as it is drawn.
+
+        Each bad row is noted once.
+        """
+        if self.inputs.problems.is_checked:
+            return {}
+        for text in bad_rows:
+            if text not in self.noted_rows:
+                self.noted_rows.add(text)
+                self.progress.note(f"left out: {text}")
+        return {"data/num_bad_rows": float(len(bad_rows))}
 
     def write_rollouts(
         self,
@@ -268,6 +283,8 @@ def opened(config: Config, resume: Path | None, world: World, lock: RunLock) -> 
                 shown.note(f"epochs: {epochs:g} are {config.steps} steps")
             if changed is not None:
                 shown.note(changed)
+            for text in inputs.problems.notes():
+                shown.note(f"data: {text}")
             for text in inputs.chat_notes():
                 shown.note(f"chat template: {text}")
             run = Run(

@@ -30,6 +30,7 @@ from rosd_fast.trainer.learner import StepResult
 from rosd_fast.trainer.ranks import run_worker
 from rosd_fast.update import diagnostics, is_due, update, without_unknown_tokens
 from rosd_fast.utils.distributed import open_world
+from rosd_fast.verify.here import refuse_in_worker
 
 
 def train(config: Config, *, resume: Path | None = None) -> Path:
@@ -39,6 +40,7 @@ def train(config: Config, *, resume: Path | None = None) -> Path:
     SIGTERM end the run after the current step, with a checkpoint. Raises UserError for everything
     that the user can fix, and RunFailed for a run that cannot go on, or learns nothing from it.
     """
+    refuse_in_worker("calls train")
     with open_world(config.parallel, config.device) as world:
         if not world.is_rank0:
             run_worker(world)
@@ -122,4 +124,6 @@ async def train_on(run: Run, engines: Engines, step: int, sampled: Sampled) -> d
         **rollout_metrics(sampled.groups, verdicts, training.samples, selection, step - 1),
         **selection.metrics(),
         **engines.student.take_metrics(),
+        **run.bad_row_metrics(sampled.bad_rows),
+        **engines.verifiers.take_metrics(),
     }

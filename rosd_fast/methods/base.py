@@ -9,6 +9,7 @@ trains on whatever samples the method builds. A method therefore answers three q
     what must be generated before a rollout can teach?     `annotate`
     which tokens are trained, under which teacher prompt?  `build`
     what has to be checked before the run starts?          `check_options`, `check_problems`
+    and of a problem that is first read while it runs?     `check_problem`
 
 The methods of this package (`docs/methods.md` has the table of the family):
 
@@ -213,6 +214,12 @@ class Method(ABC):
     def needs_teacher_engine(self) -> bool:
         """Whether text is generated with the teacher's weights (`Engines.teacher`)."""
         return False
+
+    def check_problem(self, problem: Problem) -> None:  # noqa: B027
+        """Raise UserError for a problem that the method cannot train on.
+
+        It is asked of the problems of a large data set that were not among `check_problems`.
+        """
 
     def check_problems(self, problems: Sequence[Problem]) -> None:  # noqa: B027
         """Raise UserError for a problem, or a tokenizer, that the method cannot train on."""

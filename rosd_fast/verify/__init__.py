@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from rosd_fast.types import Group, Judgement, Problem, Verdict
 from rosd_fast.verify.choice import verify_choice
 from rosd_fast.verify.number import verify_number
-from rosd_fast.verify.pool import Limits, VerifierPool
+from rosd_fast.verify.pool import VerifierPool, verdict
+from rosd_fast.verify.protocol import Limits
 from rosd_fast.verify.registry import (
     VERIFIERS,
     Verifier,
@@ -69,13 +70,7 @@ def verify_all(groups: Sequence[Group], *, threshold: float) -> dict[str, Verdic
     for group in groups:
         for rollout in group.rollouts:
             found = judge(group.problem, rollout.text)
-            verdicts[rollout.id] = Verdict(
-                rollout_id=rollout.id,
-                score=found.score,
-                success=found.score >= threshold,
-                answer=found.answer,
-                reason=found.reason,
-            )
+            verdicts[rollout.id] = verdict(rollout.id, found, threshold)
     return verdicts
 
 

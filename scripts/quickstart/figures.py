@@ -23,7 +23,7 @@ from rosd_fast.rollout.select import select_groups
 from rosd_fast.text.token_bytes import TokenBytes
 from rosd_fast.types import Group, SamplingParams
 from rosd_fast.utils.distributed import pick_device
-from rosd_fast.verify import verify_all
+from rosd_fast.verify import VerifierPool, verify_all
 
 Figures = dict[str, float]
 
@@ -94,6 +94,7 @@ async def measure(model_folder: str, *, group_size: int = 8, seed: int = 0) -> F
         taught,
         kept,
         verdicts,
+        verifiers=VerifierPool(),
         tokenizer=model.tokenizer,
         params=params,
         seed=seed,
