@@ -25,7 +25,7 @@ from rosd_fast.config.load import apply_args
 if TYPE_CHECKING:
     from rosd_fast.types import Problem
 
-POSITIONAL: tuple[str, ...] = ()
+POSITIONAL = ("model",)
 SPLIT = "data"
 
 
@@ -68,8 +68,11 @@ def run(given: Mapping[str, Any]) -> int:
 
     from rosd_fast.config.chat import read_templates
     from rosd_fast.data.problems import load_problems
+    from rosd_fast.model.run_folder import run_model
 
     options = options.model_copy(update={"chat": read_templates(options.chat)})
+    if (found := run_model(options.model)) is not None:
+        print(found.describe())
     every_row = DataConfig(verifier=options.verifier, check_rows=0)
     problems = load_problems(options.data, data=every_row, first=options.problems)
     metrics = asyncio.run(measure(options, problems))
