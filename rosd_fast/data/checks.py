@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
@@ -32,7 +33,9 @@ def check(problems: Problems, data: DataConfig, first: int = 0) -> Problems:
     good, bad, faults = array("q"), array("q"), []
     kept: dict[int, Problem] = {}
     ids = Ids(problems)
-    for row, found in examine(problems, range(total) if whole else spread(total, data.check_rows)):
+    for row, found in examine(
+        problems, range(total) if whole else sample(problems, data.check_rows)
+    ):
         fault = found if isinstance(found, UserError) else ids.add(row, found.id)
         if fault is not None and data.bad_rows == "error":
             raise fault
@@ -56,6 +59,15 @@ def check(problems: Problems, data: DataConfig, first: int = 0) -> Problems:
         faults=tuple(faults),
     )
     return problems.with_rows(left, checked, ids.renamed_parts())
+
+
+def sample(problems: Problems, count: int) -> list[int]:
+    """`count` indices spread evenly, and the first problem of each source.
+
+    The latter show whether two sources number their problems alike.
+    """
+    firsts = [bisect_left(problems.rows, part.first) for part in problems.parts]
+    return sorted({*spread(len(problems), count), *firsts} - {len(problems)})
 
 
 def spread(total: int, count: int) -> list[int]:
