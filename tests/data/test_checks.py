@@ -135,5 +135,5 @@ def test_answers_of_a_verifier_in_a_file_are_checked_apart(tmp_path: Path) -> No
     with pytest.raises(UserError, match=r"a\.jsonl:2: no completion can match the answer 'quiet'"):
         load(source)
     assert [p.prompt for p in load(source, bad_rows="skip")] == ["x\n\nShout."]
-    with pytest.raises(UserError, match="has no function scor. Did you mean score"):
+    with pytest.raises(UserError, match=r"has no function scor. Did you mean score"):
         load(source.removesuffix("e"))

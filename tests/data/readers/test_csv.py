@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -15,6 +16,11 @@ from rosd_fast.data.readers.open import open_file
 from rosd_fast.errors import UserError
 
 CELLS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\r\0"), max_size=8)
+
+
+def last_row(path: Path) -> Any:
+    rows = open_csv(path, delimiter=",")
+    return rows[len(rows) - 1]
 
 
 @settings(max_examples=200, deadline=None)
@@ -79,8 +85,7 @@ def test_damage_is_named_by_line(tmp_path: Path, content: bytes, message: str) -
     path = tmp_path / "a.csv"
     path.write_bytes(content)
     with pytest.raises(UserError) as caught:
-        rows = open_csv(path, delimiter=",")
-        rows[len(rows) - 1]
+        last_row(path)
     assert f"{path}{message}" in str(caught.value) and "\n" not in str(caught.value)
 
 

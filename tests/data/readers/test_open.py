@@ -9,6 +9,7 @@ from typing import Any
 
 import datasets
 import pytest
+from datasets import config
 
 from rosd_fast.data.readers import hub
 from rosd_fast.data.readers.base import Rows
@@ -112,7 +113,7 @@ def test_folders_of_save_to_disk(tmp_path: Path) -> None:
 @pytest.fixture
 def data_home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A cache of `datasets` of the test's own."""
-    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(config, "HF_DATASETS_CACHE", str(tmp_path / "cache"))
     return tmp_path
 
 
@@ -135,10 +136,10 @@ def test_the_hub_out_of_reach_gets_one_line(
     data_home: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    before = datasets.config.HF_HUB_OFFLINE
+    before = config.HF_HUB_OFFLINE
     text = error_of("no-such-owner/no-such-data")
     assert "no such file, and the hub cannot be reached" in text
-    assert before == datasets.config.HF_HUB_OFFLINE
+    assert before == config.HF_HUB_OFFLINE
 
 
 def test_without_the_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
