@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import reduce
 from itertools import count
 from pathlib import Path
 from typing import Any
 
 from rosd_fast.commands import rank
 from rosd_fast.config import Config, PositiveFloat, PositiveInt
-from rosd_fast.config.arguments import as_flag
-from rosd_fast.config.load import apply_args, apply_toml, load_config
+from rosd_fast.config.arguments import as_flag, options_of
+from rosd_fast.config.load import apply_args, apply_toml, load_config, load_preset
+from rosd_fast.config.toml import is_dump
 from rosd_fast.errors import UserError
 
 POSITIONAL: tuple[str, ...] = ()
 SOURCES = ("preset", "config", "like", "resume")
 DRY_RUN = ("dry_run", "num_gpus", "gpu_memory_gib")
+MAX_NAMED = 4  # options in a note
 FREE_ON_RESUME = ("steps", "epochs")
 
 
@@ -94,6 +97,7 @@ def run_file(run: str) -> Path:
 def run(given: Mapping[str, Any]) -> int:
     """Train, or print what a run would do. The run prints the path of its folder."""
     config = read_config(given)
+    note_unread(config, given)
     options = apply_args(Options(), _own(given, (*SOURCES, *DRY_RUN)))
     if options.dry_run:
         from rosd_fast.dry_run import dry_run
@@ -108,6 +112,31 @@ def run(given: Mapping[str, Any]) -> int:
 
     train(config, resume=None if options.resume is None else Path(options.resume).expanduser())
     return 0
+
+
+def note_unread(config: Config, given: Mapping[str, Any]) -> None:
+    """Say in a line which options the user has set that the method does not read.
+
+    Those are options of the command line, and of a file of the user's own where it changes their
+    value; a run's config.toml has them all.
+    """
+    from rosd_fast.methods import find_method
+
+    names = [name for name in options_of(Config) if name in given]
+    file = given.get("config")
+    if file is not None and not is_dump(Path(file).expanduser()):
+        before = load_preset(*given.get("preset", ()))
+        changed = (n for n in options_of(Config) if _value(config, n) != _value(before, n))
+        names += [name for name in changed if name not in given]
+    unread = find_method(config.method).unread(config, names)
+    if unread and not rank():
+        more = f" and {len(unread) - MAX_NAMED} more" if len(unread) > MAX_NAMED else ""
+        print(f"the method {config.method} does not read {', '.join(unread[:MAX_NAMED])}{more}")
+
+
+def _value(config: Config, name: str) -> Any:
+    """The value of an option, by its dotted name."""
+    return reduce(getattr, name.split("."), config)
 
 
 def with_free_name(config: Config) -> Config:

@@ -28,8 +28,9 @@ divergence.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from rosd_fast.config.checks import control_arms
@@ -87,6 +88,19 @@ class TrainingSet:
                 )
 
 
+OWN_OPTIONS = (
+    "reflect.*",
+    "span.*",
+    "select.on_*",
+    "teacher.*_template",
+    "teacher.demonstration_note",
+    "teacher.show_feedback",
+)
+"""Patterns of the options that some methods read and others do not."""
+TEACHER_OPTIONS = ("teacher.*",)  # read where anything is distilled
+POLICY_OPTIONS = ("policy.advantage", "policy.*clip*", "policy.mask_truncated")  # or reinforced
+
+
 class Method(ABC):
     """Turns verified rollouts into training samples.
 
@@ -101,6 +115,7 @@ class Method(ABC):
     needs_success: ClassVar[bool] = True  # whether `select.on_no_success` applies
     tells_apart: ClassVar[bool] = True  # whether it trains right and wrong rollouts differently
     has_reflections: ClassVar[bool] = False  # whether it has the control arms of the reflection
+    reads: ClassVar[tuple[str, ...]] = OWN_OPTIONS  # those of them that it reads
 
     def __init__(
         self, config: Config, model: LoadedModel, token_bytes: TokenBytes, chats: Chats
@@ -140,6 +155,19 @@ class Method(ABC):
                     where=f"{option}: {given}",
                     fix="Leave it out, or set loss.distill_weight",
                 )
+
+    @classmethod
+    def unread(cls, config: Config, names: Iterable[str]) -> list[str]:
+        """Return those of the options `names` that a run of this method never reads."""
+        distill, policy = cls.weights(config)
+        unread = [] if distill else [*TEACHER_OPTIONS]
+        unread += [] if policy else [*POLICY_OPTIONS]
+        return [
+            name
+            for name in names
+            if _matches(name, unread)
+            or (_matches(name, OWN_OPTIONS) and not _matches(name, cls.reads))
+        ]
 
     @classmethod
     def weights(cls, config: Config) -> tuple[float, float]:
@@ -267,3 +295,7 @@ class Method(ABC):
     ) -> dict[str, float]:
         """Return further metrics that cost sampling, before the update. The default has none."""
         return {}
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

@@ -29,6 +29,7 @@ class Opd(Method):
 
     needs_success = False
     tells_apart = False
+    reads = ("span.thinking",)
 
     @classmethod
     def check_options(cls, config: Config) -> None:

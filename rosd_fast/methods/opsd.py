@@ -23,6 +23,7 @@ class Opsd(SolutionMethod):
 
     needs_success = False
     tells_apart = False
+    reads = ("span.thinking", "teacher.solution_template", "teacher.show_feedback")
 
     def check_problems(self, problems: Sequence[Problem]) -> None:
         """Raise UserError for a problem without a reference solution."""

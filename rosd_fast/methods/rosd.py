@@ -42,6 +42,15 @@ class Rosd(Method):
     """Distills each rollout from its first error on, from a teacher that has read a reflection."""
 
     has_reflections = True
+    reads = (
+        "reflect.*",
+        "span.*",
+        "select.on_*",
+        "teacher.wrong_template",
+        "teacher.correct_template",
+        "teacher.demonstration_note",
+        "teacher.show_feedback",
+    )
 
     @classmethod
     def check_options(cls, config: Config) -> None:

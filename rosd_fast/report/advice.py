@@ -68,10 +68,11 @@ class AnswerWatch:
         self._silent = self._silent + 1 if _is_silent(row) else 0
         if self._after == 0 or self._silent < self._after:
             return None
+        fixes = "; ".join([ANSWER_FIX, *(": ".join(cause) for cause in _truncation([row]))])
         return (
             f"no rollout gave an answer in {_last_steps(self._silent)}{_in_brackets(unanswered)}, "
-            f"so there is no right and wrong to learn from: {ANSWER_FIX}; "
-            "select.stop_after_steps 0 trains on"
+            f"so there is no right and wrong to learn from: {fixes}; select.stop_after_steps 0 "
+            "trains on"
         )
 
 
@@ -140,14 +141,19 @@ def _causes(rows: Sequence[Row], unanswered: str | None) -> Iterator[tuple[str, 
     """
     if unanswered is not None:
         yield f"the verifier found no answer in any rollout{_in_brackets(unanswered)}", ANSWER_FIX
+    yield from _truncation(rows)
+    yield from _group_causes(rows)
+    if _sum(rows, "reflect/num_reflections"):
+        yield from _reflection_causes(rows)
+
+
+def _truncation(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:
+    """Yield the cause that is in the length of the rollouts."""
     if (share := _mean(rows, "rollout/truncated_frac")) >= TRUNCATED:
         yield (
             f"{share:.0%} of the rollouts reach sample.max_new_tokens",
             "raise it, or ask for shorter answers",
         )
-    yield from _group_causes(rows)
-    if _sum(rows, "reflect/num_reflections"):
-        yield from _reflection_causes(rows)
 
 
 def _group_causes(rows: Sequence[Row]) -> Iterator[tuple[str, str]]:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from rosd_fast.commands.train import read_config, with_free_name
+from rosd_fast.commands.train import note_unread, read_config, with_free_name
 from rosd_fast.config import Config
 from rosd_fast.config.load import apply_args, load_preset, to_toml
 from rosd_fast.errors import UserError
@@ -76,3 +77,31 @@ def test_mistakes_of_like(tmp_path: Path) -> None:
     ):
         with pytest.raises(UserError, match=message):
             read_config(given)
+
+
+def test_options_that_the_method_does_not_read_are_said(
+    finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def noted(**given: Any) -> str:
+        options = {name.replace("__", "."): value for name, value in given.items()}
+        note_unread(read_config(options), options)
+        return capsys.readouterr().out
+
+    assert noted(method="grpo", preset=("quickstart",)) == ""  # a preset is not the user's choice
+    said = noted(method="grpo", span__granularity="span", optim__lr="1e-3", reflect__mode="free")
+    assert said == "the method grpo does not read reflect.mode, span.granularity\n"
+    assert noted(reflect__mode="free") == ""
+    many = {f"reflect__{name}": "0" for name in ("temperature", "probe_every")}
+    many |= {f"span__{name}": "1" for name in ("min_score", "negative_weight")}
+    assert noted(method="sft", **many, policy__clip_low="0.1", teacher__kind="ema").endswith(
+        "does not read reflect.temperature, reflect.probe_every, span.min_score, "
+        "span.negative_weight and 1 more\n"
+    )
+    file = tmp_path / "own.toml"
+    file.write_text("method = 'grpo'\n[reflect]\nthink = true\nmode = 'verbatim'\n")
+    assert noted(config=str(file)) == "the method grpo does not read reflect.think\n"
+    said = noted(config=str(file), span__granularity="span")  # the command line comes first
+    assert said == "the method grpo does not read span.granularity, reflect.think\n"
+    assert noted(like=str(finished), method="grpo") == ""
+    assert noted(config=str(finished), method="grpo") == ""
+    assert noted(config=str(finished / "config.toml"), method="grpo") == ""

@@ -68,7 +68,7 @@ KNOWN = set(READING) | {
         ("eval_steps", "eval.every"),
         ("resume_from_checkpoint", "resume"),
         ("learing_rate", "optim.lr"),  # a slip in another trainer's word
-        ("mdoel", "model"),
+        ("problems_per_stp", "sample.problems_per_step"),
         ("eval.temprature", "eval.temperature"),
         ("optim.beta", "optim.betas"),  # a slip, not the KL coefficient
         ("loss.betta", "loss.beta"),

@@ -169,6 +169,10 @@ def test_a_run_without_answers_should_end_after_so_many_steps_in_a_row() -> None
         "in 'so 72.'), so"
     )
     assert "data.answer_instruction" in text and "select.stop_after_steps 0" in text
+    assert "sample.max_new_tokens" not in text
+    assert "100% of the rollouts reach sample.max_new_tokens: raise it" in (
+        watch.see(MUTE | {"rollout/truncated_frac": 1.0}) or ""
+    )
     never = AnswerWatch(0)
     assert [never.see(MUTE) for _ in range(9)] == [None] * 9
 
