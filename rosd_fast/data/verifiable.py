@@ -8,7 +8,6 @@ from rosd_fast.data.fields import check_verifier, unmatchable
 from rosd_fast.errors import UserError
 from rosd_fast.types import Problem
 from rosd_fast.verify import VERIFIERS, Limits, VerifierPool, is_verifiable
-from rosd_fast.verify.user_file import is_user_file
 
 
 class AnswerCheck:
@@ -19,15 +18,23 @@ class AnswerCheck:
     """
 
     def __init__(self, limits: Limits | None = None) -> None:
+        """limits: of the run that will verify completions; None: there is none, so code of a model
+        need not be allowed."""
         self._pool = VerifierPool(limits)
+        self._runs_code = limits is not None
+        self._open: set[str] = set()
 
     def open(self, name: str, where: str) -> None:
-        """Load the verifier of a user's file, unless it is known.
+        """Load the verifier of a user's file, and see that any other exists and can be used here.
 
-        Raises UserError for one that cannot be loaded, and for any other that does not exist.
+        where: what names it. Raises UserError.
         """
-        if is_user_file(check_verifier(name, where=where)) and name not in VERIFIERS:
+        if name in self._open:
+            return
+        check_verifier(name, where=where)
+        if name not in VERIFIERS or not VERIFIERS[name].runs_code or self._runs_code:
             self._pool.open(name, where=where)
+        self._open.add(name)
 
     def right(self, problems: Sequence[Problem], *, every: int = 1) -> list[bool]:
         """Whether each problem's verifier accepts its example of a right completion.
