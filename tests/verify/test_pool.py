@@ -9,7 +9,6 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -62,11 +61,11 @@ def score(completion, answer):
 
 
 @pytest.fixture
-def traps(tmp_path: Path) -> Iterator[str]:
+def traps(tmp_path: Path) -> str:
     """The name of a verifier that does what a completion says."""
     file = tmp_path / "traps.py"
     file.write_text(TRAPS)
-    yield f"{file}:score"
+    return f"{file}:score"
 
 
 def problem(verifier: str, answer: str = "yes", id: str = "p") -> Problem:

@@ -1,0 +1,225 @@
+r"""`math` on pairs of answers: what is equal, what is not, and where math-verify errs."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from rosd_fast.types import WRONG
+from rosd_fast.verify import VERIFIERS, is_verifiable
+from rosd_fast.verify.latex import compare_notation, simplify
+from rosd_fast.verify.math import why_unequal
+
+pytest.importorskip("math_verify")
+
+EQUAL = [
+    # fractions and numbers
+    (r"\frac{1}{2}", "0.5"),
+    (r"\dfrac12", r"\frac{1}{2}"),
+    (r"\tfrac{3}{4}", "3/4"),
+    (r"1\frac12", r"\frac32"),
+    ("12,345", "12345"),
+    ("033", "33"),
+    ("33", "033"),
+    (r"1.5\times 10^3", "1500"),
+    ("10^{-7}", "0.0000001"),
+    ("2^{-3}", r"\frac18"),
+    ("0.333333", r"\frac13"),
+    ("6.283185", r"2\pi"),
+    ("6!", "720"),
+    (r"\binom{5}{2}", "10"),
+    (r"\log_2 8", "3"),
+    ("2:3", r"\frac23"),
+    # radicals, pi, infinity, complex numbers
+    (r"2\sqrt{3}", r"\sqrt{12}"),
+    (r"\frac{\sqrt2}{2}", r"\frac{1}{\sqrt{2}}"),
+    (r"\sqrt[3]{8}", "2"),
+    (r"\frac{\pi}{4}", r"\pi/4"),
+    (r"\infty", r"+\infty"),
+    ("3+2i", "2i+3"),
+    # lists, points, sets, intervals, matrices
+    ("-1,3", "3, -1"),
+    (r"\pm 3", "-3, 3"),
+    (r"1\text{ or }2", "1,2"),
+    (r"\left(\frac12, 3\right)", "(0.5,3)"),
+    (r"(1,\sqrt{4})", "(1,2)"),
+    ("1,2", "(1,2)"),  # a point without its brackets
+    (r"\{1,2,3\}", r"\{3,1,2\}"),
+    (r"\emptyset", r"\{\}"),
+    ("[0,1)", "[0, 1)"),
+    (r"(-\infty,3]", r"\left(-\infty, 3\right]"),
+    (r"(-\infty,0)\cup[1,2]", r"[1,2]\cup(-\infty,0)"),
+    (r"\mathbb{R}", r"(-\infty,\infty)"),
+    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix} 1 & 2 \\ 3 & 4 \end{pmatrix}"),
+    (r"\begin{bmatrix}1\\2\end{bmatrix}", r"\begin{pmatrix}1\\2\end{pmatrix}"),
+    # expressions, equations, inequalities
+    ("x^2+2x+1", "(x+1)^2"),
+    (r"\frac{x^2-1}{x-1}", "x+1"),
+    (r"\sin^2x+\cos^2x", "1"),
+    ("x=3", "3"),
+    ("3", "x=3"),
+    ("5+7=12", "12"),
+    ("y=2x+1", "y=1+2x"),
+    ("a=1,b=2", "b=2,a=1"),
+    ("x>3", r"(3,\infty)"),
+    (r"(3,\infty)", "x>3"),
+    # percentages, units, degrees, money
+    (r"50\%", "50"),
+    (r"50\%", "0.5"),
+    (r"12\text{ cm}", "12"),
+    (r"5\sqrt{2}\text{ cm}", r"5\sqrt2"),
+    ("12", r"12\text{ cm}"),
+    (r"90^\circ", "90"),
+    (r"\$5.50", "5.5"),
+    ("1011", "1011_2"),
+    # words and letters
+    (r"\text{east}", r"\text{East}"),
+    ("east", r"\text{east}"),
+    (r"\textbf{(C)}", "C"),
+    ("C", r"\text{(C)}"),
+]
+
+UNEQUAL = [
+    ("33", "330"),
+    ("-33", "33"),
+    ("0.333", r"\frac13"),
+    (r"\frac12", r"\frac21"),
+    ("1 1/2", "11/2"),
+    ("2^{-3}", "-8"),
+    ("1e-7", "1e-8"),
+    ("0.0000001", "0.0000002"),
+    ("0.0000001", "0"),
+    (r"10^{-7}\sqrt2", r"2\cdot10^{-7}"),
+    ("1.41", r"\sqrt{2}"),
+    ("3.14", r"\pi"),
+    (r"\frac{\pi}{4}", r"\frac{\pi}{3}"),
+    (r"\infty", r"-\infty"),
+    ("3-2i", "3+2i"),
+    ("(1,2)", "(2,1)"),
+    ("(1,2,3)", "(1,2)"),
+    ("1,2", "(2,1)"),
+    (r"\{1,2\}", r"\{1,3\}"),
+    (r"(2,1)", r"\{1,2\}"),
+    ("[0,1)", "[0,1]"),
+    ("(0,1)", "[0,1]"),
+    (r"\begin{pmatrix}1&2\\3&4\end{pmatrix}", r"\begin{pmatrix}1&2\\3&5\end{pmatrix}"),
+    ("x^2+1", "(x+1)^2"),
+    ("y=3", "x=3"),
+    ("x=3", "x=-3"),
+    ("a=1,b=2", "a=2,b=1"),
+    (r"x\ge3", "x>3"),
+    (r"(3,\infty)", "x<3"),
+    (r"0.5\%", "0.5"),
+    (r"50\%", "5"),
+    (r"12\text{ m}", r"12\text{ cm}"),
+    (r"\sqrt{2}\text{ m}", r"\sqrt{2}\text{ cm}"),
+    ("11_2", "11"),
+    ("11_2", "11_8"),
+    (r"\text{west}", r"\text{east}"),
+    ("seat", "east"),
+    ("on", "no"),
+    ("B", "C"),
+    (r"\text{None}", "0"),
+    ("x", "0"),
+    # more than one answer, or half of one
+    ("12 or 13", "12"),
+    ("12, 13", "12"),
+    ("12", "12,13"),
+    (r"\text{12 or 13}", "12"),
+    (r"\pm3", "3"),
+    ("3", r"\pm3"),
+    ("not 12", "12"),
+    ("13=12", "12"),
+    ("5-7", "5"),
+    ("3 4", "34"),
+    ("1,23", "1.23"),
+    ("1,23", "123"),
+    ("1.2.3", "1.2"),
+    ("2024-01-05", "2024"),
+]
+
+LIBRARY_SAYS_UNEQUAL = [
+    (r"0.\overline{3}", r"\frac13"),
+    (r"180^\circ", r"\pi"),
+    ("3x=6", "x=2"),
+    (r"e^{i\pi}", "-1"),
+    ("i", r"\sqrt{-1}"),
+]
+"""Equal, and refused; docs/verifiers.md names them. When math-verify learns one, the test fails."""
+
+
+@pytest.mark.parametrize(("found", "answer"), EQUAL)
+def test_equal(found: str, answer: str) -> None:
+    assert why_unequal(found, answer) is None
+    assert VERIFIERS["math"](f"So it is $\\boxed{{{found}}}$.", answer).score == 1.0
+    assert is_verifiable("math", answer) and is_verifiable("math", f"${answer}$")
+
+
+@pytest.mark.parametrize(("found", "answer"), UNEQUAL)
+def test_unequal(found: str, answer: str) -> None:
+    assert why_unequal(found, answer) is not None
+    assert why_unequal(answer, answer) is None
+
+
+@pytest.mark.parametrize(("found", "answer"), LIBRARY_SAYS_UNEQUAL)
+def test_where_the_library_errs(found: str, answer: str) -> None:
+    assert why_unequal(found, answer) is not None
+
+
+@pytest.mark.parametrize(
+    "found",
+    [
+        "9^{9^{9^9}}",
+        "2^{2^{2^{2^{2^2}}}}",
+        "99999999^{99999999}",
+        "1000000!",
+        r"\binom{1000000}{500000}",
+        "(" * 60 + "1" + ")" * 60,
+        "{" * 60 + "x" + "}" * 60,
+        "x+" * 3000 + "x",
+        "x^{" * 30 + "x" + "}" * 30,
+    ],
+)
+def test_what_would_take_hours_is_refused_but_equal_to_itself(found: str) -> None:
+    assert why_unequal(found, "7") is not None
+    if len(found) < 500:
+        assert why_unequal(found, found) is None
+
+
+def test_places() -> None:
+    verify = VERIFIERS["math"]
+    assert verify(r"\boxed{\frac{1}{2}}", "0.5").answer == r"\frac{1}{2}"
+    assert verify("<answer>1/2</answer>", "0.5").score == 1.0
+    assert verify(r"<answer>\boxed{1/2}</answer>", "0.5").score == 1.0
+    assert verify(r"<answer>2</answer>, no: \boxed{1/2}", "0.5").score == 1.0
+    assert verify(r"\boxed{2} <answer>1/2</answer>", "0.5").score == 1.0
+    assert verify("so\n#### 1/2", "0.5").score == 1.0
+    assert verify("The answer is 1/2", "0.5").answer is None
+
+
+def test_reasons() -> None:
+    verify = VERIFIERS["math"]
+    assert verify("1/2", "0.5").reason == r"no \boxed{} and no answer tag"
+    assert verify(r"\boxed{1/2", "0.5").reason == "the answer is not closed"
+    assert verify(r"\boxed{}", "0.5").reason == "the answer is empty"
+    assert verify(r"\boxed{1/3}", "0.5").reason == WRONG
+    assert verify(r"\boxed{0.\overline{3}}", "x").reason is not None
+    long = verify(rf"\boxed{{{'x+' * 1000}x}}", "0.5")
+    assert long.reason == "an answer of 2001 characters cannot be compared"
+
+
+@given(st.integers(-(10**6), 10**6), st.integers(2, 999))
+def test_numbers_need_no_algebra(top: int, bottom: int) -> None:
+    value = rf"\frac{{{top}}}{{{bottom}}}"
+    assert compare_notation(value, f"{top}/{bottom}") is True
+    assert compare_notation(value, f"{top + 1}/{bottom}") is False
+    assert compare_notation(f"({top}, {value})", rf"\left({top},{top}/{bottom}\right)") is True
+    assert compare_notation(f"({value}, {top})", f"({top}, {value})") is (top == 0)
+
+
+@given(st.integers(0, 10**6), st.integers(0, 99))
+def test_a_space_joins_no_digits(one: int, two: int) -> None:
+    assert simplify(f"{one} {two}") != simplify(f"{one}{two}")
+    assert compare_notation(f"{one} {two}", f"{one}{two}") is not True
+    assert compare_notation(f"\\boxed{{ {one} }}", f"$ {one} $") is True
