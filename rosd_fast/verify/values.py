@@ -14,7 +14,9 @@ from math import pi
 POINTS = (1.3707, -0.8343, 2.1129)
 """Values of the variable A; those of the other letters follow from them."""
 EQUAL, UNEQUAL = 1e-12, 1e-6  # relative distance of all values, of any value
-TINY, LARGE = 1e-6, 1e6  # between which the distance of two values says something
+TINY = 1e-6  # below, a value may be 0 but for rounding
+MAX_DISTANCE = 1e-6  # of equal values, so that whole numbers are never equal by rounding
+LARGE = 1e12  # above, whole numbers are rounded
 MAX_CHARS = 200
 
 _TOKEN = re.compile(r"\\(?:frac|sqrt|pi|cdot|times)(?![a-zA-Z])\s*|[0-9]+|[a-zA-Z]|[-+*/^(){}\[\]]")
@@ -35,15 +37,14 @@ def compare_values(found: str, wanted: str) -> bool | None:
     one, two = values(found), values(wanted)
     if one is None or two is None:
         return None
-    gaps = []
-    for a, b in zip(one, two, strict=True):
-        size = max(abs(a), abs(b))
-        if not TINY < size < LARGE:
-            return None
-        gaps.append(abs(a - b) / size)
-    if max(gaps) <= EQUAL:
+    sizes = [max(abs(a), abs(b)) for a, b in zip(one, two, strict=True)]
+    distances = [abs(a - b) for a, b in zip(one, two, strict=True)]
+    if not min(sizes) > TINY:
+        return None
+    gap = max(distance / size for distance, size in zip(distances, sizes, strict=True))
+    if gap <= EQUAL and max(distances) <= MAX_DISTANCE and max(sizes) < LARGE:
         return True
-    return False if max(gaps) > UNEQUAL and _letters(found) == _letters(wanted) else None
+    return False if gap > UNEQUAL and _letters(found) == _letters(wanted) else None
 
 
 def _letters(latex: str) -> set[str]:
