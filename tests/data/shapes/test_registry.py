@@ -44,7 +44,7 @@ def test_a_column_map_goes_before_recognition() -> None:
         ({"answer": "x", "text": "4"}, {}, ["Name it: data.columns.prompt=COLUMN, or"]),
         ({f"c{n}": 1 for n in range(30)}, {}, ["c11 and 18 more"]),
         ({}, {}, ["columns are none"]),
-        ({"query": "x"}, {"prompt": "qery"}, ["no row has the column 'qery'", "mean query?"]),
+        ({"query": "x"}, {"prompt": "query1"}, ["no row has the column 'query1'", "mean query?"]),
         ({"a": {"b": 1}}, {"prompt": "a.c"}, ["no row has the column 'a.c'", "Columns are a"]),
     ],
 )
