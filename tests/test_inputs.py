@@ -29,6 +29,18 @@ def test_paths_are_the_same_from_wherever_a_run_is_resumed(
     assert found.engine.sync_folder == str(Path.home() / "weights")
 
 
+def test_every_path_in_a_list_of_sources_becomes_absolute(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    data = {"train": "a.jsonl@weight=2,quickstart:train", "dev": "10%", "dev_ood": "owner/name"}
+    data["verifier"] = "mine.py:score"
+    found = with_absolute_paths(Config.model_validate({"data": data})).data
+    assert found.train == f"{tmp_path}/a.jsonl@weight=2,quickstart:train"
+    assert (found.dev, found.dev_ood) == ("10%", "owner/name")
+    assert found.verifier == f"{tmp_path}/mine.py:score"
+
+
 @pytest.mark.parametrize(
     ("epochs", "shuffle", "steps"), [(2, True, 6), (0.5, True, 2), (0.01, True, 1), (3, False, 10)]
 )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -33,7 +34,7 @@ def check(problems: Problems, data: DataConfig, first: int = 0) -> Problems:
     good, bad, faults = array("q"), array("q"), []  # indices
     kept: dict[int, Problem] = {}
     ids = Ids(problems)
-    chosen = range(total) if whole else spread(total, data.check_rows)
+    chosen = range(total) if whole else sample(problems, data.check_rows)
     with closing(problems.answers):
         for index, found in examine(problems, chosen):
             fault = found if isinstance(found, UserError) else ids.add(index, found.id)
@@ -60,6 +61,15 @@ def check(problems: Problems, data: DataConfig, first: int = 0) -> Problems:
     )
     left = checked.rows if first else np.delete(rows, bad) if bad else problems.rows
     return problems.with_rows(left, checked, ids.renamed_parts())
+
+
+def sample(problems: Problems, count: int) -> list[int]:
+    """`count` indices spread evenly, and the first problem of each source.
+
+    The latter show whether two sources number their problems alike.
+    """
+    firsts = [bisect_left(problems.rows, part.first) for part in problems.parts]
+    return sorted({*spread(len(problems), count), *firsts} - {len(problems)})
 
 
 def spread(total: int, count: int) -> list[int]:

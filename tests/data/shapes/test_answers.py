@@ -14,7 +14,9 @@ from rosd_fast.data.shapes.answers import after_hashes, before_hashes, last_boxe
     [
         ("2 + 3 = 5\n#### 5", "5"),
         ("#### 1,234 \n", "1,234"),
-        ("#### 1\nno\n####-7\nmore", "-7"),
+        ("#### 1\nno\n####-7", "-7"),
+        ("in one line #### 7", "7"),
+        ("#### A heading\nand no answer", None),
         ("5", None),
         ("solution ####", None),
         ("solution #### \n ", None),
@@ -38,6 +40,8 @@ def test_a_solution_loses_its_annotations_only() -> None:
         (r"\boxed{\left\{x \mid x > 0\right.}", r"\left\{x \mid x > 0\right."),
         (r"\fbox{3}", "3"),
         (r"thus \boxed 9.", "9"),
+        (r"\boxed{1}, and $\boxed 9$", "9"),
+        (r"\boxed{\boxed{8}}", r"\boxed{8}"),
         (r"\boxed{1}, \boxed{2", None),  # cut off: the earlier box is not its answer
         (r"\boxed{}", None),
         ("boxed{1}", None),

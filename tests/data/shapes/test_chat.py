@@ -165,6 +165,18 @@ def test_an_answer_that_is_nowhere() -> None:
     assert "names no verifier" in error_of({"messages": turns("2 + 3?"), "answer": "5"})
 
 
+def test_turns_as_text_are_a_conversation_under_every_column() -> None:
+    said = json.dumps([SYSTEM, *turns("2 + 3?")])
+    name, problem = read_one({"prompt": said, "answer": "2 + 3 = 5\n#### 5"})
+    assert (name, problem.prompt, problem.system) == ("chat", "2 + 3?", "Be brief.")
+    assert (problem.answer, problem.reference) == ("5", "2 + 3 = 5")
+
+
+def test_the_solution_of_a_verl_row_is_the_reference() -> None:
+    row = verl("openai/gsm8k", "5", extra_info={"answer": "2 + 3 = <<2+3=5>>5\n#### 5"})
+    assert read_one(row)[1].reference == "2 + 3 = 5"
+
+
 def test_a_mapped_conversation_goes_before_messages() -> None:
     row = {**ROW, "chat": turns("4 + 4?"), "answer": "8"}
     name, problem = read_one(row, columns={"prompt": "chat"})

@@ -64,8 +64,15 @@ def test_verifiers_go_from_the_row_over_the_option_to_the_shape() -> None:
     assert (name, problem.verifier) == ("sciknoweval", "choice")
     assert read_one(science, verifier="exact")[1].verifier == "exact"
     assert read_one(ROW, verifier="exact")[1].verifier == "number"
+
+
+def test_a_data_set_cannot_name_code_to_run() -> None:
     named = {**ROW, "verifier": "score.py:judge"}
-    assert read_one(named)[1].verifier == "score.py:judge"
+    assert 'the field "verifier" names a file of code' in error_of(named)
+    assert "names a file of code" in error_of(named, verifier="other.py:judge")
+    assert read_one(named, verifier="score.py:judge")[1].verifier == "score.py:judge"
+    unnamed = {"prompt": "2 + 2 = ?", "answer": "4"}
+    assert read_one(unnamed, verifier="score.py:judge")[1].verifier == "score.py:judge"
 
 
 @pytest.mark.parametrize("answer", [[CALL], json.dumps([CALL, CALL])])
@@ -80,6 +87,12 @@ def test_tool_use_by_its_kind_and_by_its_answer(answer: Any) -> None:
 def test_an_answer_that_is_no_list_of_calls(answer: Any) -> None:
     row = {"prompt": "Use tools.", "answer": answer, "kind": "tooluse"}
     assert error_of(row).startswith('data.jsonl:1: the field "answer" is not a JSON list of {"Act')
+
+
+def test_own_rows_and_calls_of_tools_may_share_a_file() -> None:
+    rows = [ROW, {"prompt": "Use tools.", "answer": [CALL]}]
+    name, problems = read_all(*rows)
+    assert (name, [p.verifier for p in problems]) == ("tooluse", ["number", "tools"])
 
 
 def test_an_exercise_is_its_own_answer() -> None:
