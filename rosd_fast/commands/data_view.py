@@ -34,10 +34,10 @@ def say(console: Console, text: str, style: str = "") -> None:
 
 
 @contextmanager
-def reading(total: int) -> Iterator[Callable[[int], None]]:
-    """Show on a terminal how many rows are read; yields what is told their number."""
-    with Console(stderr=True).status(f"reading {total:,} rows") as status:
-        yield lambda count: status.update(f"reading: {count:,} of {total:,} rows")
+def busy() -> Iterator[Callable[[str], None]]:
+    """Show on a terminal what is being done; yields what is told it."""
+    with Console(stderr=True).status("reading") as status:
+        yield status.update
 
 
 def print_sources(console: Console, problems: Problems, summary: Summary) -> None:
@@ -93,14 +93,19 @@ def print_histogram(console: Console, what: str, values: np.ndarray, most_at: st
     console.print()
 
 
-def print_repetitions(console: Console, problems: Problems, summary: Summary) -> None:
-    """Print which problems are in the data set twice, or nearly so."""
+def print_repetitions(
+    console: Console, problems: Problems, summary: Summary, similar: np.ndarray, compared: int
+) -> None:
+    """Print which problems are in the data set twice, or nearly so.
+
+    similar: [p, 2] near-duplicates among `compared` different problems.
+    """
     place = place_in(problems)
-    similar, compared = summary.similar(problems)
-    among = f" among {compared:,} that were compared" if compared < len(summary.indices) else ""
+    some = compared < len(summary.indices) - len(summary.repetitions)
+    among = f" among {compared:,} that were compared" if some else ""
     found = [
         print_pairs(console, "problems more than once", summary.repetitions, "=", place),
-        print_pairs(console, "of these with another answer", summary.contradictions, "≠", place),
+        print_pairs(console, "of these with another answer", summary.contradictions, "=", place),
         print_pairs(console, f"near-duplicates{among}", similar, "~", place),
     ]
     if not any(found):

@@ -64,9 +64,7 @@ def test_a_share_is_held_out_whatever_the_order_of_the_rows(tmp_path: Path) -> N
     )
 
 
-def test_overlaps_are_left_out_and_named(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_overlaps_are_left_out_and_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     train = write(tmp_path / "train.jsonl", rows_of(range(20)))
     dev_rows = [*rows_of(range(30, 32)), {"prompt": STORY.format(4).upper(), "answer": 24}]

@@ -143,4 +143,4 @@ def test_histogram_is_not_squeezed_by_one_long_prompt() -> None:
     assert bars[-1].high is None and bars[-1].name.endswith("or more")
     assert histogram([]) == []
     assert [bar.name for bar in histogram([7, 7, 8])] == ["7", "8"]
-    assert [bar.name for bar in histogram(np.array([1000, 2999]))][0] == "1,000 to 1,199"
+    assert histogram(np.array([1000, 2999]))[0].name == "1,000 to 1,199"
