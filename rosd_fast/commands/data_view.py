@@ -33,6 +33,11 @@ def say(console: Console, text: str, style: str = "") -> None:
     console.print(Text(printable(text, keep=""), style), soft_wrap=True)
 
 
+def counted(count: int, noun: str) -> str:
+    """A count with its noun: "1 row", "2,000 rows"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 @contextmanager
 def busy() -> Iterator[Callable[[str], None]]:
     """Show on a terminal what is being done; yields what is told it."""
@@ -46,16 +51,18 @@ def print_sources(console: Console, problems: Problems, summary: Summary) -> Non
     alone = len(recognized) == 1 and not bad
     for source, shape, count in recognized:
         weight = f", weight {source.weight:g}" if source.weight != 1 else ""
-        what = f"{count:,} {'problems' if alone else 'rows'}{weight}, read as {shape.says}"
-        say(console, f"{source.text}: {what}", "bold")
+        what = counted(count, "problem" if alone else "row")
+        say(console, f"{source.text}: {what}{weight}, read as {shape.says}", "bold")
     if not alone:
-        listed = f", and {bad:,} bad {'row' if bad == 1 else 'rows'}, listed below" if bad else ""
-        say(console, f"{len(summary.indices):,} problems{listed}")
+        listed = f", and {counted(bad, 'bad row')}, listed below" if bad else ""
+        say(console, f"{counted(len(summary.indices), 'problem')}{listed}")
     if summary.fields:
         used = [f"{name} ({count:,})" for name, count in summary.fields.most_common()]
         say(console, f"further fields in use: {', '.join(used)}")
     lines = describe_instructions(summary.instructions)
-    for line in lines or ["no answer instruction is added to a prompt"]:
+    if not lines and len(summary.indices):
+        lines = ["no answer instruction is added to a prompt"]
+    for line in lines:
         say(console, line)
     console.print()
 
@@ -172,7 +179,7 @@ def print_faults(console: Console, faults: Faults) -> None:
     for kind, count in faults.counts.most_common():
         listed = faults.listed[kind]
         fixes = {error.fix for error in listed}
-        say(console, f"{count:,} bad {'row' if count == 1 else 'rows'}: {kind}", "bold")
+        say(console, f"{counted(count, 'bad row')}: {kind}", "bold")
         for error in listed:
             say(console, f"  {error if len(fixes) > 1 else f'{error.where}: {error.what}'}")
         if count > len(listed):

@@ -150,6 +150,14 @@ def test_what_a_data_set_is(tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert "no answer instruction is added to a prompt" in off
 
 
+def test_the_page_shows_what_is_printed(capsys: pytest.CaptureFixture[str]) -> None:
+    page = (Path(__file__).parents[2] / "docs" / "data.md").read_text()
+    command = "$ rosd-fast data quickstart:dev --show 1\n"
+    shown = page.partition(command)[2].partition("```")[0]
+    text = printed(capsys, "quickstart:dev", "--show", "1")
+    assert [line.rstrip() for line in text.strip().split("\n")] == shown.strip().split("\n")
+
+
 def test_bad_rows_are_listed_and_the_rest_is_shown(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
