@@ -11,13 +11,16 @@ and learning in `rosd_fast.update`.
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from pathlib import Path
 
-from rosd_fast.batch.weights import micro_batch_mean, mini_batches
+from rosd_fast.batch.weights import micro_batch_mean, mini_batches, with_problem_weights
 from rosd_fast.config import Config
 from rosd_fast.engines.lifecycle import Engines
+from rosd_fast.errors import RunFailed
 from rosd_fast.evaluation.training import evaluate_splits
 from rosd_fast.pipeline import Sampled, sample_and_annotate
+from rosd_fast.report.advice import describe_unanswered
 from rosd_fast.report.diagnostics import located_errors
 from rosd_fast.report.metrics import rollout_metrics
 from rosd_fast.report.progress import Hidden
@@ -27,6 +30,7 @@ from rosd_fast.trainer.learner import StepResult
 from rosd_fast.trainer.ranks import run_worker
 from rosd_fast.update import diagnostics, is_due, update, without_unknown_tokens
 from rosd_fast.utils.distributed import open_world
+from rosd_fast.verify.here import refuse_in_worker
 
 
 def train(config: Config, *, resume: Path | None = None) -> Path:
@@ -34,14 +38,17 @@ def train(config: Config, *, resume: Path | None = None) -> Path:
 
     Under torchrun only rank 0 knows the run folder; the other ranks return `config.out`. Ctrl-C and
     SIGTERM end the run after the current step, with a checkpoint. Raises UserError for everything
-    that the user can fix.
+    that the user can fix, and RunFailed for a run that cannot go on, or learns nothing from it.
     """
+    refuse_in_worker("calls train")
     with open_world(config.parallel, config.device) as world:
         if not world.is_rank0:
             run_worker(world)
-            return Path(config.out)
+            return Path(config.out).expanduser()
         with open_run(config, resume=resume, world=world) as run:
             asyncio.run(run_steps(run))
+    if run.failure is not None:
+        raise RunFailed(run.failure)
     return run.folder
 
 
@@ -61,11 +68,13 @@ async def run_steps(run: Run) -> None:
                         sample_and_annotate(inputs, engines, step + 1, Hidden())
                     )
                 metrics = await train_on(run, engines, step, sampled)
-                last = step == config.steps or run.stop.requested
-                if last or is_due(step, config.eval.every):
+                unanswered = describe_unanswered(sampled.groups, sampled.verdicts)
+                run.failure = run.silent.see(metrics, unanswered)
+                last = step == config.steps or run.stop.requested or run.failure is not None
+                if run.failure is None and (last or is_due(step, config.eval.every)):
                     metrics |= await evaluate_splits(inputs, engines, progress)
                 # The row before the checkpoint: killed in between, a resumed run repeats the step.
-                run.finish_step(step, metrics)
+                run.finish_step(step, metrics, unanswered)
                 if last or is_due(step, config.checkpoint.every):
                     with progress.stage(Stage.CHECKPOINT):
                         run.save(step, metrics)
@@ -89,6 +98,8 @@ async def train_on(run: Run, engines: Engines, step: int, sampled: Sampled) -> d
     progress, method = run.progress, run.inputs.method
     verdicts, selection = sampled.verdicts, sampled.selection
     training = method.build(selection.kept, verdicts, sampled.annotations, progress)
+    weighted = with_problem_weights(training.samples, selection.kept)
+    training = replace(training, samples=weighted)
     training = without_unknown_tokens(run, step, training)
     measured = await method.measure(step, training, selection.kept, verdicts, engines, progress)
     if not any(sample.has_effect for sample in training.samples):
@@ -113,4 +124,6 @@ async def train_on(run: Run, engines: Engines, step: int, sampled: Sampled) -> d
         **rollout_metrics(sampled.groups, verdicts, training.samples, selection, step - 1),
         **selection.metrics(),
         **engines.student.take_metrics(),
+        **run.bad_row_metrics(sampled.bad_rows),
+        **engines.verifiers.take_metrics(),
     }

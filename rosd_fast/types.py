@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 FinishReason = Literal["stop", "length"]
 SpanSource = Literal["quote", "normalized", "fuzzy", "full", "random"]
 
+WRONG = "wrong answer"
+"""The reason of a `Judgement` on an answer that could be read and is not the right one."""
+MAX_QUOTED_CHARS = 400
+"""Longest answer that `Verdict.feedback` repeats."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
@@ -48,8 +53,14 @@ class Problem:
     context: tuple[Message, ...] = ()  # the turns between the system turn and the prompt
     reference: str | None = None  # a worked solution of the data set, None: it has none
     teacher_prompt: str | None = None  # user turn of the teacher in place of its template's
-    feedback: str | None = None  # what a solver of a wrong rollout is told; None: what it says
-    weight: float = 1.0  # multiplies the loss of the problem's tokens, at least 0
+    feedback: str | None = None  # told about a wrong rollout; None: what the verifier says
+    weight: float = 1.0  # multiplies the loss of the problem's tokens; 0: they teach nothing
+
+    def feedback_on(self, verdict: Verdict) -> str:
+        """What a solver is told about a rollout: the data set's words, else the verifier's; empty
+        for a success.
+        """
+        return "" if verdict.success else self.feedback or verdict.feedback
 
     @property
     def messages(self) -> tuple[Message, ...]:
@@ -137,7 +148,8 @@ class Judgement:
     """What a verifier says about a completion.
 
     answer: the answer found in it, None: none found.
-    reason: why the score is not 1, as in "no answer tag" or "timed out"; None: nothing to say.
+    reason: why the score is not 1, as in "no answer tag" or "timed out"; never names the right
+        answer. None: nothing to say.
     """
 
     score: float  # in [0, 1]
@@ -165,8 +177,11 @@ class Verdict:
         if self.success:
             return ""
         if self.answer is None:
-            return "No answer was found."
-        return f"The answer {self.answer} is wrong."
+            why = self.reason or "no answer was found"
+            return f"{why[:1].upper()}{why[1:]}."
+        is_short = len(self.answer) <= MAX_QUOTED_CHARS and "\n" not in self.answer
+        what = f"The answer {self.answer} is wrong" if is_short else "The answer is wrong"
+        return f"{what}." if self.reason in (None, WRONG) else f"{what}: {self.reason}."
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.score <= 1.0:

@@ -228,7 +228,12 @@ def make_group(
     def make(
         texts: Sequence[str], scores: Sequence[float], *, id: str = "p0", **fields: Any
     ) -> tuple[Group, dict[str, Verdict]]:
-        given = {"domain": "sums", "prompt": "2 + 2 = ?", "answer": "4", "verifier": "number"}
+        given: dict[str, Any] = {
+            "domain": "sums",
+            "prompt": "2 + 2 = ?",
+            "answer": "4",
+            "verifier": "number",
+        }
         problem = Problem(id=id, **(given | fields))
         prompt_ids = chat.render(problem.prompt, system=problem.system)
         rollouts = []

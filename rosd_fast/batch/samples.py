@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from rosd_fast.errors import UserError
 from rosd_fast.text.prompts import (
     cut_middle,
+    fill_known,
     fill_template,
     fit_prompt,
     placeholders,
@@ -50,7 +51,9 @@ def build_samples(
         reflection, span = reflections.get(rollout.id), spans.get(rollout.id)
         if reflection is None or span is None:
             continue
-        template = config.correct_template if reflection.correct else config.wrong_template
+        template = teacher_template(
+            problem, config.correct_template if reflection.correct else config.wrong_template
+        )
         texts = {"explanation": reflection.explanation, "quote": reflection.quote}
         texts = {name: text for name, text in texts.items() if name in placeholders(template)}
         present = {name: text for name, text in texts.items() if text}
@@ -72,6 +75,11 @@ def build_samples(
         )
         samples.append(sample_of(rollout, span, teacher_prompt_ids=prompt_ids, reflection_cut=cut))
     return samples
+
+
+def teacher_template(problem: Problem, template: str) -> str:
+    """The user turn of the teacher: the problem's own, else `template`."""
+    return problem.teacher_prompt or template
 
 
 def sample_of(rollout: Rollout, span: ErrorSpan, **loss: Any) -> TrainSample:
@@ -110,7 +118,7 @@ def teacher_prompt(
             name: text[:keep] if name == "explanation" else cut_middle(text, keep)
             for name, text in texts.items()
         }
-        user = fill_template(template, {**values, "problem": problem.prompt})
+        user = fill_known(template, {**values, "problem": problem.prompt})
         return chat.render_problem(problem, user)
 
     longest = max(map(len, texts.values()), default=0)

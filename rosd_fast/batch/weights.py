@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
-from rosd_fast.types import TrainSample
+from rosd_fast.types import Group, TrainSample
 
 Normalize = Literal["token", "sequence", "constant"]
 
@@ -24,6 +24,19 @@ def mini_batches(samples: Sequence[TrainSample], count: int) -> list[list[TrainS
     for sample in samples:
         parts[place[sample.problem_id]].append(sample)
     return parts
+
+
+def with_problem_weights(
+    samples: Sequence[TrainSample], groups: Sequence[Group]
+) -> list[TrainSample]:
+    """Multiply each sample's weight by its problem's.
+
+    What a loss is divided by does not depend on these weights.
+    """
+    weights = {group.problem.id: group.problem.weight for group in groups}
+    return [
+        replace(sample, weight=sample.weight * weights[sample.problem_id]) for sample in samples
+    ]
 
 
 def normalized(

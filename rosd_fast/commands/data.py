@@ -57,7 +57,7 @@ def run(given: Mapping[str, Any]) -> int:
 
     from rosd_fast.data.problems import load_problems
 
-    problems = load_problems(options.source, verifier=options.verifier)
+    problems = load_problems(options.source, data=DataConfig(verifier=options.verifier))
     console = Console(highlight=False)
     console.print(Text(f"{options.source}: {len(problems):,} problems"), soft_wrap=True)
     print_domains(console, problems)

@@ -70,8 +70,8 @@ def run(given: Mapping[str, Any]) -> int:
     from rosd_fast.data.problems import load_problems
 
     options = options.model_copy(update={"chat": read_templates(options.chat)})
-    problems = load_problems(options.data, verifier=options.verifier)
-    problems = problems[: options.problems or None]
+    every_row = DataConfig(verifier=options.verifier, check_rows=0)
+    problems = load_problems(options.data, data=every_row, first=options.problems)
     metrics = asyncio.run(measure(options, problems))
     print_table(options, problems, metrics)
     return 0

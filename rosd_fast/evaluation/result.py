@@ -12,7 +12,7 @@ import numpy as np
 
 from rosd_fast.evaluation.records import Completion
 from rosd_fast.stats import Estimate, estimate_mean, majority, pass_at
-from rosd_fast.verify.number import parse_number
+from rosd_fast.verify.quantity import parse_quantity
 from rosd_fast.verify.words import normalize
 
 
@@ -83,9 +83,8 @@ def problem_majority(completions: Sequence[Completion]) -> float:
 def vote(answer: str) -> str:
     """The answer in a form in which equal answers are equal texts: "$1,234.0" and "1234"."""
     text = normalize(unicodedata.normalize("NFKC", answer)).strip("$ ").removesuffix(".")
-    number = parse_number(text)
-    if number is not None:
-        return str(number)
+    if (number := parse_quantity(text)) is not None:
+        return str(number.value)
     if text[:1] in ("[", "{"):
         try:
             return json.dumps(json.loads(answer), sort_keys=True)

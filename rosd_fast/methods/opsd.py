@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 
 from rosd_fast.errors import UserError
 from rosd_fast.methods.solution import SolutionMethod
+from rosd_fast.text.prompts import placeholders
 
 if TYPE_CHECKING:
     from rosd_fast.types import Group, Problem, Rollout, Verdict
@@ -21,11 +22,17 @@ class Opsd(SolutionMethod):
     """Distills whole rollouts from a teacher that has read the reference solution."""
 
     needs_success = False
+    tells_apart = False
+    reads = ("span.thinking", "teacher.solution_template", "teacher.show_feedback")
 
     def check_problems(self, problems: Sequence[Problem]) -> None:
         """Raise UserError for a problem without a reference solution."""
         super().check_problems(problems)
-        missing = [problem for problem in problems if not problem.reference]
+        missing = [
+            problem
+            for problem in problems
+            if not problem.reference and "demonstration" in placeholders(self.template_of(problem))
+        ]
         if missing:
             raise UserError(
                 f"has no reference solution, which the method opsd shows the teacher "

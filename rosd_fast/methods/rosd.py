@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from rosd_fast.batch.samples import build_samples, sample_metrics
+from rosd_fast.batch.samples import build_samples, sample_metrics, teacher_template
 from rosd_fast.config import Config, uses_teacher_weights
 from rosd_fast.config.templates import check_templates
 from rosd_fast.engines.local.grammar_mask import GrammarCompiler
@@ -42,6 +42,15 @@ class Rosd(Method):
     """Distills each rollout from its first error on, from a teacher that has read a reflection."""
 
     has_reflections = True
+    reads = (
+        "reflect.*",
+        "span.*",
+        "select.on_*",
+        "teacher.wrong_template",
+        "teacher.correct_template",
+        "teacher.demonstration_note",
+        "teacher.show_feedback",
+    )
 
     @classmethod
     def check_options(cls, config: Config) -> None:
@@ -54,11 +63,14 @@ class Rosd(Method):
         """Whether reflections or probes are written with the teacher's weights."""
         return uses_teacher_weights(self.config)
 
+    def check_problem(self, problem: Problem) -> None:
+        """Raise UserError when the problem fills a template's budget."""
+        check_budgets(self.config, self.chats, problem, used_templates(self.config))
+
     def check_problems(self, problems: Sequence[Problem]) -> None:
         """Raise UserError when the longest problem fills a template's budget, when quotes cannot be
         constrained with this tokenizer, or when reference solutions are asked for and missing."""
-        longest = max(problems, key=lambda problem: len(problem.prompt))
-        check_budgets(self.config, self.chats, longest, used_templates(self.config))
+        self.check_problem(max(problems, key=lambda problem: len(problem.prompt)))
         check_references(self.config, problems)
         if self.config.reflect.mode != "free" and self.config.reflect.control != "none":
             vocab_size = head(self.model.model).weight.shape[0]
@@ -118,7 +130,13 @@ class Rosd(Method):
             located = replace(located, spans=arm.spans)
         with progress.stage(Stage.BUILD):
             shown = self._demonstrations(groups, verdicts, annotations, arm)
-            show_feedback = config.teacher.show_feedback
+            feedback = {}
+            if config.teacher.show_feedback:
+                feedback = {
+                    rollout.id: group.problem.feedback_on(verdicts[rollout.id])
+                    for group in groups
+                    for rollout in group.rollouts
+                }
             samples = build_samples(
                 groups,
                 arm.reflections,
@@ -126,7 +144,7 @@ class Rosd(Method):
                 chat=self.chats.teacher,
                 config=arm.templates,
                 demonstrations={name: text for name, text in shown.items() if text},
-                feedback={v.rollout_id: v.feedback for v in verdicts.values() if show_feedback},
+                feedback=feedback,
                 cut_right=config.compat.cut_prompts_right,
             )
             if config.span.control == "negative":
@@ -163,7 +181,9 @@ class Rosd(Method):
                 reflection = arm.reflections.get(rollout.id)
                 if reflection is None or rollout.id not in arm.spans:
                     continue
-                if "demonstration" not in placeholders(arm.template_of(reflection)):
+                if "demonstration" not in placeholders(
+                    teacher_template(group.problem, arm.template_of(reflection))
+                ):
                     continue
                 seen = annotations.get(rollout.id, reflection).demonstration_id
                 if seen in siblings:
@@ -210,6 +230,7 @@ class Rosd(Method):
                 wrong_samples(training.samples, verdicts, options.probe_problems),
                 groups,
                 verdicts,
+                verifiers=engines.verifiers,
                 tokenizer=self.model.tokenizer,
                 params=sampling_params(self.config.sample, self.model.stop_token_ids),
                 seed=self.config.seed,

@@ -9,7 +9,7 @@ from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from rosd_fast.batch.samples import sample_metrics, teacher_prompt
+from rosd_fast.batch.samples import sample_metrics, teacher_prompt, teacher_template
 from rosd_fast.config.templates import check_solution_template
 from rosd_fast.methods.base import Method, TrainingSet
 from rosd_fast.methods.budgets import check_budgets
@@ -32,10 +32,13 @@ class SolutionMethod(Method):
         super().check_options(config)
         check_solution_template(config.teacher)
 
+    def check_problem(self, problem: Problem) -> None:
+        """Raise UserError when the problem fills the template's budget."""
+        check_budgets(self.config, self.chats, problem, [("teacher", "solution_template")])
+
     def check_problems(self, problems: Sequence[Problem]) -> None:
         """Raise UserError when the longest problem fills the template's budget."""
-        longest = max(problems, key=lambda problem: len(problem.prompt))
-        check_budgets(self.config, self.chats, longest, [("teacher", "solution_template")])
+        self.check_problem(max(problems, key=lambda problem: len(problem.prompt)))
 
     @abstractmethod
     def solution(
@@ -56,27 +59,35 @@ class SolutionMethod(Method):
         num_missing = 0
         with progress.stage(Stage.BUILD):
             for group in groups:
+                template = self.template_of(group.problem)
+                wanted = "demonstration" in placeholders(template)
                 for rollout in group.rollouts:
-                    solution = self.solution(group, rollout, verdicts)
+                    solution = self.solution(group, rollout, verdicts) if wanted else None
                     span = self.distilled_span(rollout)
-                    num_missing += not solution
-                    if not solution or span is None:
+                    num_missing += wanted and not solution
+                    if span is None or (wanted and not solution):
                         continue
                     spans[rollout.id] = span
-                    prompt_ids, cut = self._prompt(group.problem, solution, verdicts[rollout.id])
+                    prompt_ids, cut = self._prompt(
+                        group.problem, solution or "", verdicts[rollout.id]
+                    )
                     samples.append(distilled(rollout, span, prompt_ids, cut=cut))
         metrics = {**sample_metrics(samples), NO_DEMONSTRATION: float(num_missing)}
         return self.training_set(samples, spans, groups, verdicts, metrics)
+
+    def template_of(self, problem: Problem) -> str:
+        """The user turn of the teacher: the problem's own, else `teacher.solution_template`."""
+        return teacher_template(problem, self.config.teacher.solution_template)
 
     def _prompt(
         self, problem: Problem, solution: str, verdict: Verdict
     ) -> tuple[tuple[int, ...], bool]:
         """The teacher's prompt, and whether a text in it was cut to fit."""
         options = self.config.teacher
-        template = options.solution_template
+        template = self.template_of(problem)
         texts = {
             "demonstration": solution,
-            "feedback": verdict.feedback if options.show_feedback else "",
+            "feedback": problem.feedback_on(verdict) if options.show_feedback else "",
         }
         return teacher_prompt(
             problem,

@@ -80,11 +80,14 @@ def check_prompts(
     max_prompt_tokens: int,
     context_length: int | None = None,
 ) -> None:
-    """Raise UserError, naming the problem, unless every prompt fits budget and context.
+    """Raise UserError, naming the problem, unless every prompt fits budget and context, and the
+    chat template shows the turns before it.
 
     context_length: tokens a sequence may have, of which the answer needs at least one; None: no
     limit.
     """
+    for roles in {tuple(turn.role for turn in problem.context) for problem in problems} - {()}:
+        chat.check_roles(roles)
     for problem in problems:
         num_tokens = len(problem_prompt(problem, chat, max_prompt_tokens))
         if context_length is not None and num_tokens >= context_length:

@@ -110,6 +110,27 @@ class ChatFormat:
             raise _failed(error) from error
         return tuple(int(token) for token in ids)
 
+    def check_roles(self, roles: Sequence[str]) -> None:
+        """Raise UserError unless the template renders earlier turns of these roles, in order."""
+        turns = [(role, f"the-turn-{at}") for at, role in enumerate(roles)]
+        turns.append(("user", USER_MARK))
+        try:
+            text = self.text(turns)
+        except template_errors() as error:
+            raise UserError(
+                f"the chat template fails on turns of the roles {', '.join(roles)} and user "
+                f"({error})",
+                where="tokenizer" if self.template is None else "chat.student.template",
+                fix="Leave these turns out, or give another template with --chat.student.template",
+            ) from error
+        lost = sorted({role for role, mark in turns if mark not in text})
+        if lost:
+            raise UserError(
+                f"the chat template leaves out earlier turns of the role {lost[0]}",
+                where="tokenizer" if self.template is None else "chat.student.template",
+                fix="Leave these turns out, or give another template with --chat.student.template",
+            )
+
     def text(self, turns: Turns, *, generation: bool = True) -> str:
         """The text of turns as the template renders them. Raises `template_errors`."""
         return self.tokenizer.apply_chat_template(

@@ -23,6 +23,14 @@ def fill_template(template: str, values: Mapping[str, str]) -> str:
     return PLACEHOLDER.sub(lambda match: values[match[1]], template)
 
 
+def fill_known(template: str, values: Mapping[str, str]) -> str:
+    """Replace the placeholders that `values` names, in one pass; other names in braces are text.
+
+    For templates of a data set, whose text may have braces of its own, as in `\\frac{a}{b}`.
+    """
+    return PLACEHOLDER.sub(lambda match: values.get(match[1], match[0]), template)
+
+
 def cut_middle(text: str, keep: int) -> str:
     """The first and last characters of `text`, `keep` in total, around an ellipsis."""
     if len(text) <= keep:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rosd_fast.batch.weights import Normalize, mini_batches, normalized
-from rosd_fast.types import TrainSample
+from rosd_fast.batch.weights import Normalize, mini_batches, normalized, with_problem_weights
+from rosd_fast.types import Group, Problem, TrainSample
 
 MAX_NEW_TOKENS = 12
 
@@ -111,3 +111,23 @@ def test_each_mini_batch_has_its_own_normalizer(samples: list[TrainSample], coun
             own = next(s for s in others if s.rollout_id == sample.rollout_id)
             num_tokens = sum(s.num_tokens for s in others)
             assert sample.weight * num_tokens == pytest.approx(own.weight)
+
+
+@given(samples=sample_lists(), weights=st.lists(st.sampled_from([0.0, 0.5, 1.0, 3.0]), min_size=8))
+def test_the_weight_of_a_problem_multiplies_that_of_its_samples(
+    samples: list[TrainSample], weights: list[float]
+) -> None:
+    groups = [
+        Group(
+            problem=Problem(
+                id=f"p{i}", domain="d", prompt="?", answer="4", verifier="number", weight=weights[i]
+            ),
+            rollouts=(),
+        )
+        for i in range(8)
+    ]
+    weighted = with_problem_weights(samples, groups)
+    for sample, other in zip(samples, weighted, strict=True):
+        assert other.weight == sample.weight * weights[int(sample.problem_id[1:])]
+        assert other.rollout_id == sample.rollout_id
+        assert other.has_effect == (sample.has_effect and other.weight > 0)

@@ -9,6 +9,7 @@ import pytest
 from rosd_fast.errors import UserError
 from rosd_fast.text.chat import chat_format
 from rosd_fast.text.thinking import THINK
+from rosd_fast.types import Message, Problem
 from tests.chat_templates import (
     CHANNELS,
     LISTS,
@@ -59,6 +60,56 @@ def test_system_text_goes_before_the_user_text_without_a_system_role(tokenizer, 
     assert chat_format(tokenizer).system_role and not chat_format(other).system_role
     ids = chat_format(other).render("2 + 2 = ?", system="Be brief.")
     assert other.decode(ids) == "<|user|>Be brief.\n\n2 + 2 = ?<|end|><|assistant|>"
+
+
+TALK = (
+    Message(role="user", content="1 + 1 = ?"),
+    Message(role="assistant", content="It is 2."),
+)
+
+
+def test_earlier_turns_stand_between_the_system_turn_and_the_prompt(tokenizer):
+    problem = Problem(
+        id="p",
+        domain="sums",
+        prompt="2 + 2 = ?",
+        answer="4",
+        verifier="number",
+        system="Be brief.",
+        context=TALK,
+    )
+    chat = chat_format(tokenizer)
+    before = (
+        "<|system|>Be brief.<|end|><|user|>1 + 1 = ?<|end|><|assistant|>It is 2.<|end|><|user|>"
+    )
+    rendered = tokenizer.decode(chat.render_problem(problem))
+    assert rendered == before + "2 + 2 = ?<|end|><|assistant|>"
+    other = tokenizer.decode(chat.render_problem(problem, "A hint.", opening="<answer>"))
+    assert other == before + "A hint.<|end|><|assistant|><answer>"
+    assert [turn.role for turn in problem.messages] == ["system", "user", "assistant", "user"]
+    assert problem.messages[-1].content == "2 + 2 = ?"
+
+
+def test_system_text_goes_before_the_first_of_several_user_turns(tokenizer):
+    other = with_template(tokenizer, REFUSES + USER_ONLY)
+    ids = chat_format(other).render("2 + 2 = ?", system="Be brief.", context=TALK)
+    text = other.decode(ids)
+    assert text.startswith("<|user|>Be brief.\n\n1 + 1 = ?<|end|>")
+    assert "2 + 2 = ?<|end|>" in text
+
+
+def test_a_template_that_loses_earlier_turns_is_refused(tokenizer):
+    chat_format(tokenizer).check_roles(["user", "assistant"])
+    loses = chat_format(with_template(tokenizer, USER_ONLY))
+    loses.check_roles(["user"])
+    with pytest.raises(UserError, match="leaves out earlier turns of the role assistant"):
+        loses.check_roles(["user", "assistant"])
+    alternates = (
+        "{% if messages[1] and messages[1]['role'] == 'user' %}"
+        "{{ raise_exception('alternate!') }}{% endif %}"
+    )
+    with pytest.raises(UserError, match="alternate!"):
+        chat_format(with_template(tokenizer, alternates + USER_ONLY)).check_roles(["user"])
 
 
 def test_a_template_that_fails_is_a_user_error(tokenizer):

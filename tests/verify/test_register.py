@@ -8,12 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from rosd_fast import verify
-from rosd_fast.verify import registry
 from rosd_fast.data.problems import load_problems
 from rosd_fast.errors import UserError
 from rosd_fast.types import Group, Problem, Rollout
-from rosd_fast.verify import VERIFIERS, register_verifier, verify_all
+from rosd_fast.verify import VERIFIERS, register_verifier, registry, verify_all
 
 
 def verify_boxed(completion: str, answer: str) -> tuple[float, str | None]:
