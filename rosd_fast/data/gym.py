@@ -68,16 +68,10 @@ def with_answer(task: str, exercise: Mapping[str, Any], where: str) -> dict[str,
     if answer is None and task in EXAMPLES:
         answer = exercise["metadata"].get(EXAMPLES[task])
     if answer is None:
-        raise UserError(
-            "its exercises come without a right answer", where=where, fix="Name another"
-        )
-    text = answer if isinstance(answer, str) else _as_text(answer)
+        what = "its exercises come without a right answer"
+        raise UserError(what, where=where, fix="Name another task")
+    text = answer if isinstance(answer, str) else json.dumps(answer)
     return mark_tuples({**exercise, "answer": text})
-
-
-def _as_text(answer: Any) -> str:
-
-    return json.dumps(answer)
 
 
 def mark_tuples(value: Any) -> Any:

@@ -40,6 +40,9 @@ def load_problems(
     if data.verifier is not None:
         answers.open(check_verifier(data.verifier, where="data.verifier"), "data.verifier")
     sources = parse_sources(text, verifier=data.verifier, columns=data.columns.model_dump())
+    for source in sources:
+        if source.verifier not in (None, data.verifier):
+            answers.open(check_verifier(source.verifier, where=source.text), source.text)
     parts = open_parts(sources)
     total = sum(len(part.rows) for part in parts)
     problems = Problems(parts, range(total), instruction=data.answer_instruction, answers=answers)

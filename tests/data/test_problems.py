@@ -137,10 +137,10 @@ def test_line_separators_in_strings_do_not_end_a_line(tmp_path: Path) -> None:
         ({"prompt": "x", "answer": "4"}, "names no verifier"),
         (
             {"prompt": "x", "answer": "[]", "kind": "tooluse"},
-            "none for its kind 'tooluse'",
+            'is not a JSON list of {"Action"',
         ),
         (
-            {"prompt": "x", "answer": [{"Action": "a"}]},
+            {"prompt": "x", "answer": ["a"]},
             "none for an answer that is a list",
         ),
     ],

@@ -15,9 +15,10 @@ from typing import Any
 import pytest
 
 from rosd_fast import methods
+from rosd_fast.config import DataConfig
 from rosd_fast.config.load import apply_args, load_preset
-from rosd_fast.data import rows
 from rosd_fast.data.problems import load_problems
+from rosd_fast.data.shapes import registry as shapes
 from rosd_fast.errors import UserError
 from rosd_fast.report import read_rollouts, rollouts_path
 from rosd_fast.report.metrics import read_metrics
@@ -54,6 +55,12 @@ def my_verifier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
     sys.modules.pop("my_verifier", None)
     for name in set(VERIFIERS) - before:
         del registry._REGISTERED[name]
+
+
+@pytest.fixture(autouse=True)
+def without_new_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shape that a block registers is gone after the test."""
+    monkeypatch.setattr(shapes, "_REGISTERED", dict(shapes._REGISTERED))
 
 
 def test_every_block_runs() -> None:
@@ -132,22 +139,15 @@ def test_the_new_method_trains_a_step(tmp_path: Path, monkeypatch: pytest.Monkey
     assert row["loss/divergence"] > 0
 
 
-def test_converted_rows_load(tmp_path: Path) -> None:
-    convert = run(blocks("A data format")[0])["from_gsm8k"]
-    line = json.dumps({"question": "What is 500 + 734?", "answer": "500 + 734\n#### 1,234"})
-    path = tmp_path / "gsm8k.jsonl"
-    path.write_text("".join(f"{row}\n" for row in convert([line])))
-    (problem,) = load_problems(str(path))
-    assert (problem.answer, problem.verifier, problem.domain) == ("1,234", "number", "gsm8k")
-
-
-def test_csv_rows_become_problems(tmp_path: Path) -> None:
-    read = run(blocks("A data format")[1])["read_csv_rows"]
-    path = tmp_path / "problems.csv"
-    path.write_text('prompt,answer\n"What is\n2 + 3?",5\nWhat is 1 + 1?,two\n')
-    (first, second) = read(path)
-    options: dict[str, Any] = {"folder": "sums", "verifier": "number"}
-    problem = rows.parse_row(first[1], where=first[0], number=1, **options)
-    assert problem.prompt == "What is\n2 + 3?" and problem.id == "sums:1"
-    with pytest.raises(UserError, match=r"problems\.csv:4"):  # one row of the file has two lines
-        rows.parse_row(second[1], where=second[0], number=2, **options)
+def test_the_new_shape_is_recognized(tmp_path: Path) -> None:
+    run(blocks("A data format")[0])
+    row = {"passage": "Cats have four legs.", "question": "do cats have legs", "answer": True}
+    path = tmp_path / "boolq.jsonl"
+    path.write_text(f"{json.dumps(row)}\n")
+    problems = load_problems(str(path), data=DataConfig(answer_instruction="off"))
+    assert problems.recognized[0][1].says == "BoolQ: a question about a passage, yes or no"
+    assert problems[0].prompt == "Cats have four legs.\n\ndo cats have legs? Answer yes or no."
+    assert (problems[0].answer, problems[0].verifier) == ("yes", "exact")
+    path.write_text("".join(f"{json.dumps(r)}\n" for r in [row, row, {**row, "answer": "yes"}]))
+    with pytest.raises(UserError, match=r'boolq\.jsonl:3: the field "answer" is a JSON string'):
+        load_problems(str(path))

@@ -103,10 +103,10 @@ def is_reachable(source: Source) -> bool:
 @contextmanager
 def offline() -> Iterator[None]:
     """Have the libraries look into their caches only: they try the hub for half a minute first."""
-    import datasets
-    import huggingface_hub
+    from datasets import config
+    from huggingface_hub import constants
 
-    modules = (datasets.config, huggingface_hub.constants)
+    modules: tuple[Any, ...] = (config, constants)
     before = [module.HF_HUB_OFFLINE for module in modules]
     try:
         for module in modules:

@@ -1,6 +1,6 @@
 """Shapes of rows: GSM8K, MATH, conversations and others, recognized by their columns.
 
-    recognize  rows -> Shape; `register_shape`
+    registry   the shapes by name: `register_shape`; which one rows have: `recognize`
     shape      Shape, what it reads (Fields), and the columns that all shapes may have
     row        a row under its column map
     plain maths chat options code    what each shape reads
@@ -12,7 +12,7 @@
 from __future__ import annotations
 
 from rosd_fast.data.shapes import chat, code, maths, options, plain
-from rosd_fast.data.shapes.recognize import recognize, register_shape
+from rosd_fast.data.shapes.registry import recognize, register_shape
 from rosd_fast.data.shapes.row import Row
 from rosd_fast.data.shapes.shape import Fields, Shape
 

@@ -1,22 +1,23 @@
-"""Find the final answer that a worked solution ends with."""
+"""Find the final answer that a worked solution of a data set ends with."""
 
 from __future__ import annotations
 
 import re
 
-HASHES = "####"
-_ANNOTATION = re.compile(r"<<[^<>\n]*>>")
-_BOXED = re.compile(r"\\(?:boxed|fbox)\s*(\{|[^\s{}$]+)")
+from rosd_fast.verify.tags import BOXED, HASHES, boxed_range
+
+_ANNOTATION = re.compile(r"<<[^<>=\n]*=[^<>\n]*>>")
+_BARE = re.compile(r"\\boxed\s*([^\s{}$\\][^\s{}$]*)")
 
 
 def after_hashes(text: str) -> str | None:
-    """What follows the last `####` on its line; None when nothing does.
+    """What follows `####` in the last line; None when nothing does.
 
     >>> after_hashes("2 + 3 = <<2+3=5>>5\\n#### 5")
     '5'
     """
-    _, found, after = text.rpartition(HASHES)
-    return (after.strip().split("\n")[0].strip() or None) if found else None
+    last_line = text.rstrip().rpartition("\n")[2]
+    return last_line.rpartition(HASHES)[2].strip() or None if HASHES in last_line else None
 
 
 def before_hashes(text: str) -> str:
@@ -25,20 +26,15 @@ def before_hashes(text: str) -> str:
 
 
 def last_boxed(text: str) -> str | None:
-    r"""The content of the last `\boxed{}`, braces counted; None when it is absent or not closed.
+    r"""The content of the last `\boxed{}` or `\fbox{}`; None when it is absent or not closed.
 
-    >>> last_boxed(r"so \boxed{\frac{1}{2}}.")
-    '\\frac{1}{2}'
+    >>> last_boxed(r"so \boxed{\frac{1}{2}}."), last_boxed(r"so $\boxed 9$.")
+    ('\\frac{1}{2}', '9')
     """
-    boxes = list(_BOXED.finditer(text))
-    if not boxes:
-        return None
-    found = boxes[-1]
-    if found[1] != "{":  # \boxed 5
-        return found[1].rstrip(".,;")
-    depth, start = 1, found.end()
-    for place in re.finditer(r"\\.|[{}]", text[start:], re.DOTALL):
-        depth += {"{": 1, "}": -1}.get(place[0], 0)
-        if depth == 0:
-            return text[start : start + place.start()].strip() or None
-    return None
+    text = text.replace(r"\fbox", BOXED)
+    start, end = boxed_range(text)
+    last = text.rfind(BOXED)
+    if last > end:  # without braces, or cut off
+        bare = _BARE.match(text, last)
+        return bare[1].rstrip(".,;") if bare else None
+    return text[start:end].strip() or None

@@ -52,13 +52,7 @@ def is_verl(row: Row) -> bool:
 
 def turns_column(row: Row, *names: str) -> str | None:
     """The first of the columns that holds turns; None: none of them does."""
-    return next((name for name in names if _is_turns(row.parsed_or_none(name))), None)
-
-
-def _is_turns(value: Any) -> bool:
-    if not isinstance(value, list) or not all(isinstance(turn, Mapping) for turn in value):
-        return False
-    return any("role" in turn or "from" in turn for turn in value)
+    return next((name for name in names if row.has_turns(name)), None)
 
 
 def read_messages(row: Row) -> Fields:
@@ -99,7 +93,14 @@ def read_verl(row: Row) -> Fields:
             verifier = verifier or "number"
         elif row.label("ability") == "math" or any(part in source for part in MATH_SOURCES):
             verifier = verifier or "math"
-    return _fields(talk, answer=answer, verifier=verifier, domain=as_domain(row.label("ability")))
+    solution = row.reach("extra_info.answer")
+    return _fields(
+        talk,
+        answer=answer,
+        verifier=verifier,
+        domain=as_domain(row.label("ability")),
+        reference=_without_hashes(solution) if isinstance(solution, str) else None,
+    )
 
 
 def _fields(talk: Conversation, *, reference: str | None = None, **values: Any) -> Fields:
@@ -142,10 +143,10 @@ def _without_hashes(text: str) -> str:
 
 def read_turns(row: Row, name: str) -> Conversation:
     """The parts of the conversation in a column. Raises UserError for one without a user turn."""
-    value = row.parsed(name)
-    if not _is_turns(value):
+    if not row.has_turns(name):
         raise row.wrong_type(name, "a list of turns")
-    turns = [_turn(row, name, number, turn) for number, turn in enumerate(value, start=1)]
+    value = enumerate(row.parsed(name), start=1)
+    turns = [_turn(row, name, number, turn) for number, turn in value]
     system, turns = (turns[0].content, turns[1:]) if turns[0].role == "system" else (None, turns)
     last = max((at for at, turn in enumerate(turns) if turn.role == "user"), default=None)
     if last is None:

@@ -15,7 +15,6 @@ from collections.abc import Mapping
 from typing import Any
 
 from rosd_fast.data.fields import check_text
-from rosd_fast.data.shapes.maths import has_text_prompt
 from rosd_fast.data.shapes.row import Row
 from rosd_fast.data.shapes.shape import PROMPTS, Fields
 
@@ -25,7 +24,7 @@ OUTPUTS = ("stdout", "output")
 
 def is_mbpp(row: Row) -> bool:
     """Whether there is a list of assertions, `test_list`."""
-    return has_text_prompt(row, *PROMPTS, "text") and bool(row.parsed_or_none("test_list"))
+    return row.has_text(*PROMPTS, "text") and bool(row.parsed_or_none("test_list"))
 
 
 def read_mbpp(row: Row) -> Fields:
@@ -46,7 +45,7 @@ def read_mbpp(row: Row) -> Fields:
 
 def is_humaneval(row: Row) -> bool:
     """Whether there is a function's head, and tests of it by its name."""
-    return has_text_prompt(row, "prompt") and all(
+    return row.has_text("prompt") and all(
         isinstance(row.value(name), str) for name in ("test", "entry_point")
     )
 
@@ -72,7 +71,7 @@ def is_code(row: Row) -> bool:
     """Whether a problem comes with `tests`: assertions, or inputs and outputs."""
     tests = row.parsed_or_none("tests")
     asserts = isinstance(tests, str) and "assert" in tests
-    return has_text_prompt(row) and (asserts or (isinstance(tests, list | dict) and bool(tests)))
+    return row.has_text(*PROMPTS) and (asserts or (isinstance(tests, list | dict) and bool(tests)))
 
 
 def read_code(row: Row) -> Fields:
@@ -80,7 +79,7 @@ def read_code(row: Row) -> Fields:
     tests = row.parsed("tests")
     if isinstance(tests, str):
         tests = [row.text("tests", required=True)]
-    if isinstance(tests, list) and all(isinstance(test, str) for test in tests):
+    if tests and isinstance(tests, list) and all(isinstance(test, str) for test in tests):
         tests = {"tests": tests, "setup": row.text("setup")}
     return Fields(
         prompt=row.text(row.first(*PROMPTS) or PROMPTS[0], required=True),

@@ -17,7 +17,7 @@ LABELS = ("verifier", "kind", "level", "type", "subject")
 def is_gsm8k(row: Row) -> bool:
     """Whether the answer is a solution that ends in `#### 42`."""
     answer = row.value("answer")
-    return has_text_prompt(row) and isinstance(answer, str) and after_hashes(answer) is not None
+    return row.has_text(*PROMPTS) and isinstance(answer, str) and after_hashes(answer) is not None
 
 
 def read_gsm8k(row: Row) -> Fields:
@@ -37,13 +37,13 @@ def read_gsm8k(row: Row) -> Fields:
 def is_math(row: Row) -> bool:
     r"""Whether solution or answer ends in `\boxed{}`."""
     texts = (row.value("solution"), row.value("answer"))
-    return has_text_prompt(row) and any(isinstance(t, str) and last_boxed(t) for t in texts)
+    return row.has_text(*PROMPTS) and any(isinstance(t, str) and last_boxed(t) for t in texts)
 
 
 def is_aime(row: Row) -> bool:
     """Whether the answer to a `problem` is a whole number from 0 to 999."""
     has_labels = row.first(*LABELS) is not None
-    return has_text_prompt(row, "problem") and not has_labels and _whole(row.value("answer"))
+    return row.has_text("problem") and not has_labels and _whole(row.value("answer"))
 
 
 def read_math(row: Row) -> Fields:
@@ -73,12 +73,6 @@ def as_domain(name: str) -> str | None:
     """A published label as the name of a domain: "Counting & Probability" is
     counting_probability."""
     return re.sub(r"\W+", "_", name).strip("_").lower() or None
-
-
-def has_text_prompt(row: Row, *names: str) -> bool:
-    """Whether the problem is a text, not a conversation."""
-    name = row.first(*(names or PROMPTS))
-    return name is not None and isinstance(row.value(name), str)
 
 
 def _whole(value: Any) -> bool:

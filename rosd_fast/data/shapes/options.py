@@ -7,7 +7,7 @@ from string import ascii_uppercase
 from typing import Any
 
 from rosd_fast.data.fields import check_text, shorten
-from rosd_fast.data.shapes.maths import as_domain, has_text_prompt
+from rosd_fast.data.shapes.maths import as_domain
 from rosd_fast.data.shapes.row import Row
 from rosd_fast.data.shapes.shape import PROMPTS, Fields
 
@@ -23,7 +23,7 @@ def is_options(row: Row) -> bool:
     return (
         isinstance(value, list | dict)
         and len(value) > 0
-        and has_text_prompt(row)
+        and row.has_text(*PROMPTS)
         and row.first(*ANSWERS) is not None
     )
 

@@ -4,6 +4,7 @@ reasoning_gym."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 from rosd_fast.data.shapes.row import Row
@@ -44,11 +45,14 @@ def is_tool_use(row: Row) -> bool:
 
 
 def read_tool_use(row: Row) -> Fields:
-    """The answer stays the JSON list that it is. Raises UserError for anything else."""
-    if not calls(row):
-        raise row.error("answer", 'is not a JSON list of {"Action": ..., "Action_Input": ...}')
+    """The answer stays the JSON list that it is. Raises UserError for a row of this kind whose
+    answer is anything else."""
     own = read_own(row)
-    return Fields(prompt=own.prompt, answer=own.answer, verifier="tools")
+    if calls(row):
+        return replace(own, verifier="tools")
+    if own.verifier == "tools":
+        raise row.error("answer", 'is not a JSON list of {"Action": ..., "Action_Input": ...}')
+    return own
 
 
 def calls(row: Row) -> list[Any]:

@@ -88,6 +88,18 @@ class Row:
         except UserError:
             return None
 
+    def has_turns(self, name: str) -> bool:
+        """Whether a column is a conversation: a list of turns, each an object."""
+        turns = self.parsed_or_none(name)
+        if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
+            return False
+        return any("role" in turn or "from" in turn for turn in turns)
+
+    def has_text(self, *names: str) -> bool:
+        """Whether the first of the columns with a value is text, and not a conversation."""
+        name = self.first(*names)
+        return isinstance(self.value(name or ""), str) and not self.has_turns(name or "")
+
     def with_column(self, field: str, column: str) -> Row:
         """The row with a field that is read from another column, dotted names included."""
         return Row(self._values, where=self.where, columns={field: column})

@@ -13,7 +13,14 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from rosd_fast.data.fields import check_verifier, read_id, read_weight, type_name, wrong_type
+from rosd_fast.data.fields import (
+    check_verifier,
+    read_id,
+    read_weight,
+    shorten,
+    type_name,
+    wrong_type,
+)
 from rosd_fast.data.shapes.row import Row
 from rosd_fast.errors import UserError
 from rosd_fast.types import Message, Problem
@@ -131,8 +138,17 @@ def id_of(row: Row, fields: Fields, domain: str, number: int) -> str:
 
 
 def pick_verifier(row: Row, fields: Fields, default: str | None) -> str:
-    """The row's own verifier, or else `default`, or else the shape's. Raises UserError for none."""
+    """The row's own verifier, or else `default`, or else the shape's. Raises UserError for none.
+
+    A row cannot name a file: whoever reads a data set would run code by it.
+    """
     named = row.text("verifier")
+    if named and ".py:" in named and named not in (default, *VERIFIERS):
+        raise row.error(
+            "verifier",
+            f"names a file of code ({shorten(named)})",
+            fix="Name it yourself, if you trust it: data.verifier, or FILE@verifier=",
+        )
     if named:
         return check_verifier(named, where=row.where)
     if default or fields.verifier:

@@ -1,4 +1,4 @@
-"""Which shape the rows of a source have."""
+"""The shapes by name, and which of them the rows of a source have."""
 
 from __future__ import annotations
 
