@@ -12,12 +12,11 @@ from __future__ import annotations
 import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from math import comb
 
 import numpy as np
 from numpy.typing import NDArray
 
-from rosd_fast.stats import difference_interval, mean_interval
+from rosd_fast.stats import difference_interval, mean_interval, pass_at
 
 DRAWS = 10_000
 PROBLEMS = (10, 20, 50, 200)
@@ -61,12 +60,13 @@ class Coverage:
 def measure_means(draws: int = DRAWS) -> Iterator[Coverage]:
     """The coverage of mean@k in every population."""
     for population, (a, b) in BETAS.items():
+        rng = generator(population)
+        chance = rng.beta(a, b, (draws, max(PROBLEMS)))
         for samples in SAMPLES:
+            values = rng.binomial(samples, chance) / samples
             for problems in PROBLEMS:
-                rng = generator(population, samples, problems)
-                right = rng.binomial(samples, rng.beta(a, b, (draws, problems)))
                 yield coverage(
-                    mean_interval(right / samples, samples=samples),
+                    mean_interval(values[:, :problems], samples=samples),
                     population=population,
                     figure="mean",
                     truth=a / (a + b),
@@ -78,15 +78,15 @@ def measure_means(draws: int = DRAWS) -> Iterator[Coverage]:
 def measure_pass_at(draws: int = DRAWS, *, samples: int = 16) -> Iterator[Coverage]:
     """The coverage of pass@2, pass@4 and pass@8 from 16 samples."""
     for population, (a, b) in BETAS.items():
+        rng = generator(population)
+        right = rng.binomial(samples, rng.beta(a, b, (draws, max(PROBLEMS))))
         for j in (2, 4, 8):
             steps = np.arange(j)
-            truth = 1 - float(np.prod((b + steps) / (a + b + steps)))  # E (1 - p)^j of a Beta
-            table = np.array([1 - comb(samples - c, j) / comb(samples, j) for c in range(17)])
+            truth = 1 - float(np.prod((b + steps) / (a + b + steps)))  # 1 - E (1 - p)^j of a Beta
+            table = pass_at(np.arange(samples + 1), samples, j)
             for problems in PROBLEMS:
-                rng = generator(population, j, problems)
-                right = rng.binomial(samples, rng.beta(a, b, (draws, problems)))
                 yield coverage(
-                    mean_interval(table[right], samples=samples),
+                    mean_interval(table[right[:, :problems]], samples=samples),
                     population=population,
                     figure=f"pass@{j}",
                     truth=truth,
@@ -98,13 +98,14 @@ def measure_pass_at(draws: int = DRAWS, *, samples: int = 16) -> Iterator[Covera
 def measure_differences(draws: int = DRAWS) -> Iterator[Coverage]:
     """The coverage of the paired difference of two models."""
     for population, (kind, size) in PAIRS.items():
+        rng = generator(population)
+        first, second, truth = draw_pair(rng, kind, size, (draws, max(PROBLEMS)))
         for samples in SAMPLES:
+            right = rng.binomial(samples, second) - rng.binomial(samples, first)
+            values = right / samples
             for problems in PROBLEMS:
-                rng = generator(population, samples, problems)
-                first, second, truth = draw_pair(rng, kind, size, (draws, problems))
-                right = rng.binomial(samples, first), rng.binomial(samples, second)
                 yield coverage(
-                    difference_interval((right[1] - right[0]) / samples),
+                    difference_interval(values[:, :problems]),
                     population=population,
                     figure="difference",
                     truth=truth,
@@ -129,9 +130,9 @@ def draw_pair(
     return first, first + (1 - first) * size, size / 2
 
 
-def generator(*key: object) -> np.random.Generator:
-    """A generator of its own for each setting, the same in every process."""
-    return np.random.default_rng(zlib.crc32(repr(key).encode()))
+def generator(population: str) -> np.random.Generator:
+    """A generator of its own for each population, the same in every process."""
+    return np.random.default_rng(zlib.crc32(population.encode()))
 
 
 def coverage(

@@ -39,8 +39,8 @@ def pass_at(successes: ArrayLike, samples: ArrayLike, draws: int) -> Floats:
     Raises ValueError if `draws` is below 1 or above the number of samples of a problem.
     """
     right, total = np.asarray(successes, np.float64), np.asarray(samples, np.float64)
-    if draws < 1 or draws > total.min(initial=np.inf):
-        raise ValueError(f"pass@{draws} needs 1 to {total.min(initial=0):g} samples")
+    if not 1 <= draws <= (fewest := total.min(initial=np.inf)):
+        raise ValueError(f"pass@{draws} of {fewest:g} samples: must be 1 to {fewest:g}")
     miss = np.ones(np.broadcast_shapes(right.shape, total.shape))
     for i in range(draws):
         miss *= np.maximum(total - right - i, 0) / (total - i)
@@ -148,8 +148,9 @@ def _with_unseen(values: Floats, spread: Floats, most: Floats) -> tuple[Floats, 
 
     values: [..., n]. spread: their deviations from the mean. most: [...], the largest square.
     """
-    total, fourth = (values**2).sum(-1), (values**4).sum(-1)
-    second, third = (spread**2).sum(-1), (spread**3).sum(-1)
+    squares, deviations = values * values, spread * spread
+    total, fourth = squares.sum(-1), _dot(squares, squares)
+    second, third = deviations.sum(-1), _dot(deviations, spread)
     tiny = 1e-12
     square = np.divide(fourth, total, out=np.array(most), where=total > tiny)
     skew = values.shape[-1] * np.divide(
@@ -161,6 +162,11 @@ def _with_unseen(values: Floats, spread: Floats, most: Floats) -> tuple[Floats, 
         square + (most - square) * np.minimum(skew / FULL_SKEW, 1),
         skew,
     )
+
+
+def _dot(left: Floats, right: Floats) -> Floats:
+    """The sum of products along the last axis."""
+    return np.einsum("...i,...i->...", left, right)
 
 
 def _checked(values: ArrayLike) -> Floats:

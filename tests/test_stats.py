@@ -20,38 +20,42 @@ from rosd_fast.stats import (
 )
 
 COVERED = (0.93, 0.97)
-# (population, k, n) of the settings outside. With one sample per problem, or when nearly all problems
-# fail or nearly all succeed, few sums are likely, and each is inside of the interval or outside.
+# (population, k, n) of the settings outside. With one sample per problem, or when nearly all fail or
+# nearly all succeed, only few sums are likely, and each is inside of the interval or outside.
 DISCRETE = {
     ("all near 0.5", 1, 10): 0.979,
-    ("bell around 0.5", 1, 10): 0.980,
-    ("U around 0.5", 1, 10): 0.982,
+    ("bell around 0.5", 1, 10): 0.976,
+    ("U around 0.5", 1, 10): 0.978,
     ("U around 0.3", 1, 10): 0.923,
-    ("U around 0.3", 1, 20): 0.974,
+    ("U around 0.3", 1, 20): 0.972,
     ("U around 0.9", 1, 10): 0.929,
-    ("U around 0.9", 1, 50): 0.972,
-    ("U around 0.9", 4, 20): 0.974,
+    ("U around 0.9", 1, 50): 0.971,
+    ("U around 0.9", 4, 20): 0.970,
+    ("most near 0, mean 0.1", 1, 10): 0.929,
     ("most near 0, mean 0.1", 1, 50): 0.971,
-    ("most near 0, mean 0.1", 4, 20): 0.972,
-    ("near 0, mean 0.05", 1, 10): 0.914,
-    ("near 0, mean 0.05", 1, 20): 0.925,
-    ("near 0, mean 0.05", 4, 10): 0.973,
-    ("near 0, mean 0.05", 4, 20): 0.971,
-    ("near 0, mean 0.05", 16, 10): 0.975,
-    ("near 1, mean 0.95", 1, 10): 0.914,
-    ("near 1, mean 0.95", 1, 20): 0.922,
-    ("near 1, mean 0.95", 4, 10): 0.974,
-    ("near 1, mean 0.95", 4, 20): 0.976,
-    ("near 1, mean 0.95", 16, 10): 0.971,
+    ("most near 0, mean 0.1", 4, 20): 0.973,
+    ("near 0, mean 0.05", 1, 10): 0.910,
+    ("near 0, mean 0.05", 1, 20): 0.923,
+    ("near 0, mean 0.05", 4, 10): 0.976,
+    ("near 0, mean 0.05", 4, 20): 0.972,
+    ("near 1, mean 0.95", 1, 10): 0.912,
+    ("near 1, mean 0.95", 1, 20): 0.919,
+    ("near 1, mean 0.95", 4, 10): 0.976,
+    ("near 1, mean 0.95", 4, 20): 0.978,
+    ("near 1, mean 0.95", 4, 50): 0.972,
+    ("near 1, mean 0.95", 16, 10): 0.972,
 }
 # Few problems change, some of them much: such a change may not be in the sample at all.
 RARE = {
-    ("U around 0.5, a tenth of the problems redrawn", 1, 10): 0.973,
+    ("U around 0.5, a tenth of the problems redrawn", 1, 10): 0.972,
+    ("U around 0.5, a tenth of the problems redrawn", 1, 20): 0.970,
+    ("U around 0.5, a tenth of the problems redrawn", 4, 10): 0.971,
     ("U around 0.5, a tenth of the problems redrawn", 16, 10): 0.984,
-    ("U around 0.5, a tenth of the problems redrawn", 16, 20): 0.984,
-    ("U around 0.5, a tenth of the problems redrawn", 16, 50): 0.973,
-    ("U around 0.5, a tenth of the problems solved", 16, 10): 0.916,
-    ("U around 0.5, a tenth of the problems solved", 16, 20): 0.905,
+    ("U around 0.5, a tenth of the problems redrawn", 16, 20): 0.983,
+    ("U around 0.5, a tenth of the problems redrawn", 16, 50): 0.972,
+    ("U around 0.5, a tenth of the problems solved", 1, 10): 0.972,
+    ("U around 0.5, a tenth of the problems solved", 16, 10): 0.918,
+    ("U around 0.5, a tenth of the problems solved", 16, 20): 0.908,
 }
 
 shares = st.integers(1, 16).flatmap(
@@ -153,7 +157,7 @@ def test_pass_at_of_many_samples() -> None:
     assert pass_at([1], 100_000, 50_000)[0] == pytest.approx(0.5)
     assert pass_at([0, 5000], [10_000, 10_000], 100) == pytest.approx([0, 1], abs=1e-12)
     for draws in (0, 5):
-        with pytest.raises(ValueError, match="needs 1 to 4 samples"):
+        with pytest.raises(ValueError, match="must be 1 to 4"):
             pass_at([1], 4, draws)
 
 
