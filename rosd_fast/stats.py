@@ -39,7 +39,8 @@ def pass_at(successes: ArrayLike, samples: ArrayLike, draws: int) -> Floats:
     Raises ValueError if `draws` is below 1 or above the number of samples of a problem.
     """
     right, total = np.asarray(successes, np.float64), np.asarray(samples, np.float64)
-    if not 1 <= draws <= (fewest := total.min(initial=np.inf)):
+    fewest = total.min(initial=np.inf)
+    if not 1 <= draws <= fewest:
         raise ValueError(f"pass@{draws} of {fewest:g} samples: must be 1 to {fewest:g}")
     miss = np.ones(np.broadcast_shapes(right.shape, total.shape))
     for i in range(draws):

@@ -20,8 +20,8 @@ from rosd_fast.stats import (
 )
 
 COVERED = (0.93, 0.97)
-# (population, k, n) of the settings outside. With one sample per problem, or when nearly all fail or
-# nearly all succeed, only few sums are likely, and each is inside of the interval or outside.
+# (population, k, n) of the settings outside. With one sample per problem, or when nearly all fail
+# or nearly all succeed, only few sums are likely, each inside of the interval or outside.
 DISCRETE = {
     ("all near 0.5", 1, 10): 0.979,
     ("bell around 0.5", 1, 10): 0.976,

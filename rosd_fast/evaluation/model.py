@@ -56,13 +56,16 @@ class EvaluatedModel:
             return None
 
 
-def find_model(name: str) -> EvaluatedModel:
-    """The model that `name` stands for. Raises UserError when there is no such model."""
+def find_model(name: str, *, weights: bool = True) -> EvaluatedModel:
+    """The model that `name` stands for. Raises UserError when there is no such model.
+
+    weights: whether it must have weights, and not only a tokenizer.
+    """
     folder = Path(name).expanduser()
     if is_run(folder):
         checkpoint, why = choose_checkpoint(folder)
         return _of_folder(str(checkpoint), note=f"{name}: {why}, {checkpoint.name}")
-    source = find(name)
+    source = find(name, weights=weights)
     if isinstance(source, Path):
         return _of_folder(name, folder=source)
     try:
