@@ -1,6 +1,6 @@
 """The data of a run: training problems and development splits, no problem in two of them.
 
-    data.train, data.dev, data.dev_ood -> Problems -> keys -> divide -> Datasets
+data.train, data.dev, data.dev_ood -> Problems -> keys -> divide -> Datasets
 """
 
 from __future__ import annotations

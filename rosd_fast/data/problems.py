@@ -39,9 +39,7 @@ def load_problems(
     return check(open_problems(text, data=data, verify=verify), data, first)
 
 
-def open_problems(
-    text: str, *, data: DataConfig, verify: VerifyConfig | None = None
-) -> Problems:
+def open_problems(text: str, *, data: DataConfig, verify: VerifyConfig | None = None) -> Problems:
     """The same problems, none of which is checked. Raises UserError for what cannot be read."""
     answers = AnswerCheck(Limits(**verify.model_dump()) if verify else None)
     if data.verifier is not None:

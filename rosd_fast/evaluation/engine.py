@@ -1,8 +1,8 @@
 """The engine that samples with the model to evaluate, and the tokenizer that belongs to it.
 
-    local            the model is loaded here
-    sglang           servers are started here, which load the model's folder themselves
-    sglang, by URL   servers have loaded a model already; only its tokenizer is read here
+local            the model is loaded here
+sglang           servers are started here, which load the model's folder themselves
+sglang, by URL   servers have loaded a model already; only its tokenizer is read here
 """
 
 from __future__ import annotations

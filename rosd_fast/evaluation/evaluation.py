@@ -1,6 +1,6 @@
 """An evaluation of one model on several data sets, in a folder, from its start or where it was.
 
-    problems that are not complete in completions.jsonl -> engine -> verifiers -> completions.jsonl
+problems that are not complete in completions.jsonl -> engine -> verifiers -> completions.jsonl
 """
 
 from __future__ import annotations
@@ -30,11 +30,13 @@ if TYPE_CHECKING:
 class Evaluation:
     """What is evaluated, and how.
 
+    source: where the problems are from, as the option data.source.
     problems: by the name of their data set.
     config: model, dtype, device, chat templates, engine and verifiers, as options of a run.
     """
 
     model: EvaluatedModel
+    source: str
     problems: Mapping[str, Sequence[Problem]]
     sampling: Sampling
     config: Config

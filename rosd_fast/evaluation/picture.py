@@ -3,28 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 
-from rosd_fast.evaluation.folder import PICTURE
 from rosd_fast.evaluation.records import Figures, Scope
-from rosd_fast.evaluation.report import Report
-from rosd_fast.files import write_atomic
 from rosd_fast.report.colours import BLUE, FAINT, INK, MUTED, ORANGE
 from rosd_fast.report.plots import DPI, png
 from rosd_fast.report.style import plain
+
+if TYPE_CHECKING:
+    from rosd_fast.evaluation.report import Report
 
 ROW, MARGIN, WIDTH = 0.42, 1.15, 7.6  # inches
 MAX_ROWS = 80  # more would not be readable: then data sets are drawn without their domains
 OFFSET = 0.17  # of a row, between two models
 
 
-def draw_picture(report: Report, folder: Path) -> Path:
-    """Draw accuracy.png: a point with its interval per data set and domain; returns its path."""
-    return write_atomic(folder / PICTURE, png(figure(report)))
+def picture(report: Report) -> bytes:
+    """A PNG file with a point and its interval per data set and domain."""
+    return png(figure(report))
 
 
 def figure(report: Report) -> Figure:
@@ -109,7 +108,14 @@ def _finish(axes: Any, chosen: list[Scope], report: Report) -> None:
     title = f"mean@{report.samples}"
     if report.other is None:
         title = f"{plain(report.name, 60)}: {title}"
-    axes.set_title(title, loc="left", color=INK, fontsize=11.5, fontweight="bold", pad=26)
+    axes.set_title(
+        title,
+        loc="left",
+        color=INK,
+        fontsize=11.5,
+        fontweight="bold",
+        pad=26 if report.other else 10,
+    )
     if report.other is not None:
         handles, labels = axes.get_legend_handles_labels()
         axes.legend(

@@ -25,7 +25,7 @@ def seen_by_run(model: EvaluatedModel, data: str) -> list[str]:
     for source in _places(data):
         if dev is not None and not is_share(dev) and _contains(dev, source):
             lines.append(
-                f"{source} is the development set by which {model.run.name} chose its best "
+                f"{source} is the development set by which {model.run.name} chooses its best "
                 "checkpoint: the accuracy on it is too high; report one on a test set"
             )
         elif _contains(config.data.train, source):

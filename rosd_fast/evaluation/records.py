@@ -82,10 +82,13 @@ class Figures:
 class Difference:
     """Figures of a model minus those of another on the same problems, paired by problem.
 
+    before, after: accuracy of the other model, and of the model itself, on these problems.
     pass_at: by the j that both have completions for.
     """
 
     num_problems: int
+    before: float
+    after: float
     accuracy: Estimate
     pass_at: Mapping[int, Estimate]
     majority: Estimate

@@ -8,21 +8,26 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rosd_fast.evaluation.folder import RESULT, TABLE, json_bytes
+from rosd_fast.evaluation.folder import PICTURE, RESULT, TABLE, json_bytes
+from rosd_fast.evaluation.picture import picture
 from rosd_fast.evaluation.records import Completion, Difference, Figures, Scope
 from rosd_fast.evaluation.result import difference, figures, scopes, within
 from rosd_fast.files import write_atomic
 from rosd_fast.stats import Estimate
+
+WIDE = 100  # columns of a terminal that shows all intervals
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Report:
     """The figures of a model, and with another model those of both and their differences.
 
-    name, other: of the models. rows: by scope, in the order of tables.
+    name, other: of the models. rows: by scope, in the order of tables. other_rows: of the scopes
+    in which both have all problems.
     """
 
     name: str
@@ -62,15 +67,15 @@ def make_report(
         own, others = within(completions, scope), within(other_completions, scope)
         rows[scope] = figures(own)
         if others and (found := difference(own, others)) is not None:
-            other_rows[scope] = figures(others)
             differences[scope] = found
-    return Report(
-        name=name, rows=rows, other=other, other_rows=other_rows, differences=differences
-    )
+            if found.num_problems == rows[scope].num_problems:
+                other_rows[scope] = figures(others)
+    return Report(name=name, rows=rows, other=other, other_rows=other_rows, differences=differences)
 
 
 def write_report(report: Report, folder: Path) -> None:
-    """Write result.json and table.md."""
+    """Write result.json, table.md and accuracy.png."""
+    write_atomic(folder / PICTURE, picture(report))
     write_atomic(folder / RESULT, json_bytes(report.content()))
     write_atomic(folder / TABLE, markdown(report).encode(errors="replace"))
 
@@ -97,71 +102,75 @@ def markdown(report: Report) -> str:
     text += "\n".join(lines) + "\n"
     if report.other is None:
         return text
-    head = ["", "problems", "before", "after", f"mean@{k}", *many]
+    names = [_escaped(cut(name)) for name in (report.other, report.name)]
+    head = ["", "problems", *names, f"difference of mean@{k}", *many]
     lines = [_line(head), _line(["---", *["--:"] * (len(head) - 1)])]
     for scope, found in report.differences.items():
         shared = [j for j in draws if j in found.pass_at]
         cells = [found.accuracy, *(found.pass_at[j] for j in shared)]
         points = list(map(signed, cells)) + ["-"] * (len(draws) - len(shared))
         points += [signed(found.majority)] if draws else []
-        before, after = report.other_rows[scope].accuracy, report.rows[scope].accuracy
-        values = [f"{100 * before.value:.1f}", f"{100 * after.value:.1f}"]
+        values = [f"{100 * found.before:.1f}", f"{100 * found.after:.1f}"]
         lines.append(_line([_label(scope), f"{found.num_problems:,}", *values, *points]))
-    names = f"**{_escaped(report.name)}** minus **{_escaped(report.other)}**"
-    text += f"\n{names}, points, paired by problem, with 95% intervals\n\n"
+    text += f"\n**{_escaped(report.name)}** minus **{_escaped(report.other)}**, points, paired by "
+    text += "problem, with 95% intervals\n\n"
     return text + "\n".join(lines) + "\n"
 
 
-def accuracy_table(report: Report) -> Table:
-    """The terminal's table of one model: accuracy, pass@k and majority."""
+def accuracy_table(report: Report, *, width: int) -> Table:
+    """The terminal's table of one model: accuracy, pass@k and majority.
+
+    width: of the terminal; a narrow one shows intervals of the accuracy alone.
+    """
+    show = percent if width >= WIDE else bare_percent
     k = report.samples
-    table = Table(
-        title=Text(f"{report.name}: %, with 95% intervals over problems"),
-        title_justify="left",
-        title_style="bold",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-    )
-    table.add_column("")
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("", no_wrap=True)
     for name in ("problems", f"mean@{k}", *((f"pass@{k}", f"maj@{k}") if k > 1 else ())):
         table.add_column(name, justify="right", no_wrap=True)
     for scope, row in report.rows.items():
-        cells = [row.accuracy, *((row.pass_at[k], row.majority) if k > 1 else ())]
-        table.add_row(_styled(scope), f"{row.num_problems:,}", *map(percent, cells))
+        others = map(show, (row.pass_at[k], row.majority)) if k > 1 else ()
+        cells = [f"{row.num_problems:,}", percent(row.accuracy), *others]
+        table.add_row(_styled(scope), *cells)
     return table
 
 
 def difference_table(report: Report) -> Table:
     """The terminal's table of the differences."""
-    table = Table(
-        title=Text(f"{report.name} minus {report.other}: points, paired by problem"),
-        title_justify="left",
-        title_style="bold",
-        box=SIMPLE_HEAD,
-        pad_edge=False,
-    )
-    table.add_column("")
-    for name in ("problems", "before", "after", f"mean@{report.samples}"):
-        table.add_column(name, justify="right", no_wrap=True)
+    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    table.add_column("", no_wrap=True)
+    for name in ("problems", cut(report.other or ""), cut(report.name), "difference"):
+        table.add_column(Text(name), justify="right", no_wrap=True)
     for scope, found in report.differences.items():
-        before, after = report.other_rows[scope].accuracy, report.rows[scope].accuracy
         table.add_row(
             _styled(scope),
             f"{found.num_problems:,}",
-            f"{100 * before.value:.1f}",
-            f"{100 * after.value:.1f}",
+            f"{100 * found.before:.1f}",
+            f"{100 * found.after:.1f}",
             signed(found.accuracy),
         )
     return table
 
 
-def footnote(report: Report) -> str:
-    """Answers, truncation and tokens in one line, over all problems."""
+def print_report(report: Report, console: Console) -> None:
+    """Print the tables, with answers, truncation and tokens over all problems."""
     row = list(report.rows.values())[-1 if Scope() in report.rows else 0]
-    return (
+    title = f"{report.name}: %, with 95% intervals over problems"
+    console.print(Text(title, "bold"), soft_wrap=True)
+    console.print(accuracy_table(report, width=console.width))
+    console.print(
         f"answer found in {row.answered_frac.value:.1%}, {row.truncated_frac.value:.1%} cut off, "
         f"{row.tokens_mean.value:,.1f} tokens per completion"
     )
+    if report.other is not None:
+        title = f"\n{report.name} minus {report.other}: mean@{report.samples}, in points, paired by"
+        console.print(Text(f"{title} problem", "bold"), soft_wrap=True)
+        console.print(difference_table(report))
+
+
+def cut(name: str, limit: int = 24) -> str:
+    """A model's name, short enough for the head of a column."""
+    return name if len(name) <= limit else f"{name[: limit - 1]}…"
 
 
 def percent(estimate: Estimate) -> str:
@@ -170,11 +179,14 @@ def percent(estimate: Estimate) -> str:
     return f"{value:.1f} [{low:.1f}, {high:.1f}]"
 
 
+def bare_percent(estimate: Estimate) -> str:
+    """An estimate in [0, 1] as percent, without its interval."""
+    return f"{100 * estimate.value:.1f}"
+
+
 def signed(estimate: Estimate) -> str:
     """A difference in points: "+3.2 [+0.4, +6.1]"."""
-    value, low, high = (
-        100 * x + 0.0 for x in (estimate.value, estimate.low, estimate.high)
-    )
+    value, low, high = (100 * x + 0.0 for x in (estimate.value, estimate.low, estimate.high))
     return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 

@@ -59,6 +59,8 @@ def difference(new: Iterable[Completion], old: Iterable[Completion]) -> Differen
     right, old_right = successes(news), successes(olds)
     return Difference(
         num_problems=len(news),
+        before=float(old_right.mean() / old_k),
+        after=float(right.mean() / k),
         accuracy=estimate_difference(old_right / old_k, right / k),
         pass_at={
             j: estimate_difference(pass_at(old_right, old_k, j), pass_at(right, k, j))

@@ -16,13 +16,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rosd_fast import __version__
+from rosd_fast.data.sources import split_settings, split_sources
 from rosd_fast.evaluation.records import Sampling
 from rosd_fast.files import STATE_JSON
 
 if TYPE_CHECKING:
+    from rosd_fast.evaluation.evaluation import Evaluation
     from rosd_fast.evaluation.model import EvaluatedModel
     from rosd_fast.types import Problem
 
+FORMAT = 1  # of settings.json
 PACKAGES = ("torch", "transformers", "tokenizers", "numpy", "math-verify", "sglang")
 HASHED_BYTES = 2**20  # of each end of a file of the model
 MODEL_FILES = (".json", ".jinja", ".model", ".safetensors", ".txt")
@@ -45,6 +48,20 @@ def identity_of(
         "chat": chat,
         "dtype": dtype,
         "engine": engine,
+    }
+
+
+def settings_of(evaluation: Evaluation, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The content of settings.json. options: of the command, from which it can go on."""
+    model, text = evaluation.model, evaluation.source
+    places = [split_settings(part)[0] for part in split_sources(text)]
+    return {
+        "format": FORMAT,
+        "model": {"name": model.name, "source": model.source, "note": model.note},
+        "data": {"source": text, "files_sha256": files_hash(map(Path, places))},
+        "identity": evaluation.identity,
+        "options": dict(options),
+        "versions": versions(),
     }
 
 
