@@ -15,11 +15,6 @@ from rosd_fast.config import (
     Dtype,
     EngineConfig,
     EvalConfig,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    Probability,
     SampleConfig,
     Section,
     SelectConfig,
@@ -51,7 +46,7 @@ class EngineSection(Section):
         description="Where completions are sampled.\nlocal: in this process.\nsglang: on SGLang "
         "servers.",
     )
-    max_rows: PositiveInt = same_as(EngineConfig, "max_rows")
+    max_rows: int = same_as(EngineConfig, "max_rows")
     launch: Literal["local", "urls"] = same_as(
         EngineConfig,
         "launch",
@@ -59,18 +54,16 @@ class EngineSection(Section):
         "end.\nurls: running already, with the model to evaluate, at engine.urls.",
     )
     urls: str = same_as(EngineConfig, "urls")
-    servers: PositiveInt = same_as(
-        EngineConfig, "servers", description="Number of servers to start."
-    )
+    servers: int = same_as(EngineConfig, "servers", description="Number of servers to start.")
     gpus: str = same_as(EngineConfig, "gpus")
     python: str | None = same_as(EngineConfig, "python")
     server_args: str = same_as(EngineConfig, "server_args")
-    start_timeout_s: PositiveFloat = same_as(EngineConfig, "start_timeout_s")
-    concurrency: PositiveInt = same_as(EngineConfig, "concurrency")
-    request_timeout_s: PositiveFloat = same_as(EngineConfig, "request_timeout_s")
-    health_every_s: PositiveFloat = same_as(EngineConfig, "health_every_s")
-    health_timeout_s: PositiveFloat = same_as(EngineConfig, "health_timeout_s")
-    max_failures: PositiveInt = same_as(EngineConfig, "max_failures")
+    start_timeout_s: float = same_as(EngineConfig, "start_timeout_s")
+    concurrency: int = same_as(EngineConfig, "concurrency")
+    request_timeout_s: float = same_as(EngineConfig, "request_timeout_s")
+    health_every_s: float = same_as(EngineConfig, "health_every_s")
+    health_timeout_s: float = same_as(EngineConfig, "health_timeout_s")
+    max_failures: int = same_as(EngineConfig, "max_failures")
 
 
 class Options(Section):
@@ -98,25 +91,25 @@ class Options(Section):
     """Folder of an evaluation to go on with. Only device, engine.*, verify.* and against may be
     given with it."""
     data: SourceConfig = SourceConfig(source="quickstart:test")
-    problems: NonNegativeInt = same_as(
+    problems: int = same_as(
         EvalConfig,
         "problems",
         description="Number of problems per data set, the first ones; 0: all.",
     )
-    samples: PositiveInt = same_as(
+    samples: int = same_as(
         EvalConfig, "samples", description="Completions per problem: the k of mean@k."
     )
-    max_new_tokens: PositiveInt = same_as(
+    max_new_tokens: int = same_as(
         SampleConfig,
         "max_new_tokens",
         default=2048,
         description="Maximum number of tokens in a completion; it also ends at the model's context "
         "length.",
     )
-    temperature: NonNegativeFloat = same_as(EvalConfig, "temperature")
-    top_p: Probability = same_as(EvalConfig, "top_p")
+    temperature: float = same_as(EvalConfig, "temperature")
+    top_p: float = same_as(EvalConfig, "top_p")
     threshold: float = same_as(SelectConfig, "threshold")
-    seed: NonNegativeInt = same_as(Config, "seed", description="Seed of the samples.")
+    seed: int = same_as(Config, "seed", description="Seed of the samples.")
     dtype: Dtype = same_as(Config, "dtype")
     device: Device = same_as(Config, "device")
     trust_remote_code: bool = same_as(Config, "trust_remote_code")

@@ -44,12 +44,13 @@ class Report:
     def content(self) -> dict[str, Any]:
         """What result.json says."""
         found: dict[str, Any] = {"model": self.name, "samples": self.samples}
-        found |= _nested(self.rows)
+        single = Scope() not in self.rows  # a data set is all there is
+        found |= _nested(self.rows, single=single)
         if self.other is not None:
             found["against"] = {
                 "model": self.other,
-                **_nested(self.other_rows),
-                "difference": _nested(self.differences),
+                **_nested(self.other_rows, single=single),
+                "difference": _nested(self.differences, single=single),
             }
         return found
 
@@ -190,7 +191,7 @@ def signed(estimate: Estimate) -> str:
     return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
-def _nested(rows: Mapping[Scope, Any]) -> dict[str, Any]:
+def _nested(rows: Mapping[Scope, Any], *, single: bool) -> dict[str, Any]:
     """{"total": figures, "data": {name: {"all": figures, "domains": {name: figures}}}}."""
     data: dict[str, Any] = {}
     total = None
@@ -202,7 +203,7 @@ def _nested(rows: Mapping[Scope, Any]) -> dict[str, Any]:
         else:
             own = data.setdefault(scope.split, {"all": None, "domains": {}})
             own["domains"][scope.domain] = asdict(row)
-    if total is None and len(data) == 1:
+    if single and data:
         total = next(iter(data.values()))["all"]
     return {"total": total, "data": data}
 
