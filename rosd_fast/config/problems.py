@@ -81,7 +81,6 @@ class DataConfig(Section):
         return self.dev is not None and self.dev.rstrip().endswith("%")
 
 
-
 class SourceConfig(Section):
     """The problems of a command that reads one data set; the options mean what a run's mean."""
 
