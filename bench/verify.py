@@ -25,7 +25,7 @@ import random
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ STEPS = "We take what the problem gives and go on step by step. " * 16
 USER_FILE = "def score(completion, answer):\n    return completion.endswith(answer), answer\n"
 LIBRARIES = {"math": "math-verify", "reasoning_gym": "reasoning-gym"}
 
-SLOWER = {"code": 200, "math_algebra": 8}
+SLOWER = {"code": 200, "math_parsed": 8}
 """Fewer answers of these are judged, by a factor."""
 
 Case = tuple[Problem, str]
@@ -63,7 +63,7 @@ def main() -> None:
             print("  ".join(f"{name} {row[name]}" for name in names), flush=True)
 
 
-def measured(args: argparse.Namespace, folder: Path):
+def measured(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, object]]:
     """The rows of the table, one per verifier and number of workers."""
     for verifier in args.verifiers:
         own = "math" if verifier.startswith("math") else verifier
@@ -156,8 +156,8 @@ def math_numbers(draw: random.Random, index: int) -> tuple[str, str]:
 
 
 def math_mixed(draw: random.Random, index: int) -> tuple[str, str]:
-    """As in MATH: 60% whole numbers, 14% fractions, 10% points, 16% terms that need algebra; eight
-    completions per problem, which give one of four answers."""
+    """As in MATH: 60% whole numbers, 14% fractions, 10% points, 12% terms that need algebra, 4% that
+    math-verify has to parse; eight completions per problem, which give one of four answers."""
     place = index // 8 * 37 % 100
     if place < 60:
         return math_numbers(draw, index // 8)
@@ -167,13 +167,19 @@ def math_mixed(draw: random.Random, index: int) -> tuple[str, str]:
     elif place < 84:
         answer, text = f"({n},{k})", f"({found}, {k})"
     else:
-        answer, text = algebra(n, found, k)
+        answer, text = (algebra if place < 96 else parsed)(n, found, k)
     return answer, f"\\boxed{{{text}}}"
 
 
 def math_algebra(draw: random.Random, index: int) -> tuple[str, str]:
-    """Terms alone, no two alike: each is parsed and compared by math-verify."""
+    """Terms alone, no two alike, of which the verifier finds the values itself."""
     answer, text = algebra(index + 2, index + 2 + draw.randrange(2), 2 + index % 7)
+    return answer, f"\\boxed{{{text}}}"
+
+
+def math_parsed(draw: random.Random, index: int) -> tuple[str, str]:
+    """Matrices, unions and equations, no two alike: the limit of math-verify's parser."""
+    answer, text = parsed(index + 2, index + 2 + draw.randrange(2), 2 + index % 7)
     return answer, f"\\boxed{{{text}}}"
 
 
@@ -182,6 +188,18 @@ def algebra(wanted: int, found: int, k: int) -> tuple[str, str]:
     if wanted % 2:
         return f"{wanted}\\sqrt{{{k}}}", f"\\sqrt{{{k}}} \\cdot {found}"
     return f"x^2 + {wanted}x", f"x(x + {found})"
+
+
+def parsed(wanted: int, found: int, k: int) -> tuple[str, str]:
+    """An answer that only math-verify reads, in one form, and in another with `found`."""
+    if wanted % 3 == 0:
+        begin, end = "\\begin{pmatrix}", "\\end{pmatrix}"
+        answer = f"{begin} {wanted} \\\\ \\sqrt{{{k}}} {end}"
+        return answer, f"{begin} {found} \\\\ \\frac{{{k}}}{{\\sqrt{{{k}}}}} {end}"
+    if wanted % 3 == 1:
+        answer = f"(-\\infty, {k}] \\cup [{k + wanted}, \\infty)"
+        return answer, f"[{k + found}, \\infty) \\cup (-\\infty, {k}]"
+    return f"y = {wanted}x + {k}", f"y - {k} = {found}x"
 
 
 def tools(draw: random.Random, index: int) -> tuple[str, str]:
@@ -218,6 +236,7 @@ MAKERS: dict[str, Maker] = {
     "math_numbers": math_numbers,
     "math_mixed": math_mixed,
     "math_algebra": math_algebra,
+    "math_parsed": math_parsed,
     "tools": tools,
     "reasoning_gym": exercise,
     "file": words,
