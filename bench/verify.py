@@ -1,10 +1,11 @@
 """Verifiers: answers per second through the worker processes, and how long one takes.
 
     python bench/verify.py                     # all verifiers, two minutes
-    python bench/verify.py --verifiers math    # one
+    python bench/verify.py --verifiers tools   # one
 
-Each answer is judged once, in a completion of about 900 characters: half of the answers are right,
-many of those in another form. No two are equal, so that nothing is remembered.
+Each answer is judged once, in a completion of about 900 characters; about half of the answers are
+right, many of those in another form. No two are equal, so that nothing is remembered, except in
+math_mixed, which is as in training: eight rollouts give a few answers to one problem.
 
     answers_per_s   through `VerifierPool`, with all completions asked for at once
     in_process_per_s  the verifier alone, called in one process: the limit of its library
@@ -26,8 +27,9 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any
 
-from harness import RESULTS, environment, record, version
+from harness import RESULTS, record, version
 
 from rosd_fast.types import Problem
 from rosd_fast.verify import VERIFIERS, Limits, VerifierPool
@@ -36,8 +38,10 @@ from rosd_fast.verify.sandbox import unavailable
 CSV = RESULTS / "verify.csv"
 STEPS = "We take what the problem gives and go on step by step. " * 16
 USER_FILE = "def score(completion, answer):\n    return completion.endswith(answer), answer\n"
-LIMITS = {"math": "math-verify", "reasoning_gym": "reasoning-gym", "code": "bubblewrap"}
-"""Verifiers whose speed is that of another program."""
+LIBRARIES = {"math": "math-verify", "reasoning_gym": "reasoning-gym"}
+
+SLOWER = {"code": 200, "math_algebra": 8}
+"""Fewer answers of these are judged, by a factor."""
 
 Case = tuple[Problem, str]
 Maker = Callable[[random.Random, int], tuple[str, str]]
@@ -46,24 +50,27 @@ Maker = Callable[[random.Random, int], tuple[str, str]]
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--verifiers", nargs="+", default=[*MAKERS], choices=[*MAKERS])
-    parser.add_argument("--answers", type=int, default=4000, help="per repetition; code: 1/200")
+    parser.add_argument(
+        "--answers", type=int, default=4000, help="per repetition; of slow ones fewer"
+    )
     parser.add_argument("--workers", type=int, nargs="+", default=[1, os.cpu_count() or 1])
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--csv", type=Path, default=CSV)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         for row in record(args.csv, measured(args, Path(folder))):
-            names = ("verifier", "workers", "answers_per_s", "in_process_per_s", "latency_ms")
+            names = ("answers_of", "workers", "answers_per_s", "in_process_per_s", "latency_ms")
             print("  ".join(f"{name} {row[name]}" for name in names), flush=True)
 
 
-def measured(args: argparse.Namespace, folder: Path):  # noqa: ANN201
+def measured(args: argparse.Namespace, folder: Path):
     """The rows of the table, one per verifier and number of workers."""
     for verifier in args.verifiers:
+        own = "math" if verifier.startswith("math") else verifier
         if verifier == "code" and (why := unavailable()) is not None:
             print(f"code: {why}")
             continue
-        count = args.answers // 200 if verifier == "code" else args.answers
+        count = args.answers // SLOWER.get(verifier, 1)
         alone = None if verifier in ("code", "file") else in_process(verifier, count)
         for workers in args.workers:
             rates, latencies, starts = [], [], []
@@ -76,8 +83,9 @@ def measured(args: argparse.Namespace, folder: Path):  # noqa: ANN201
                     rates.append(len(rest) / seconds(pool, rest))
                     latencies += [seconds(pool, [case]) for case in cases[:50]]
             yield {
-                "verifier": verifier,
-                "library": f"{name} {version(name)}" if (name := LIMITS.get(verifier)) else "",
+                "verifier": own,
+                "answers_of": verifier,
+                "library": f"{name} {version(name)}" if (name := LIBRARIES.get(own)) else "",
                 "workers": workers,
                 "answers": count,
                 "repeats": args.repeats,
@@ -103,18 +111,19 @@ def seconds(pool: VerifierPool, cases: Sequence[Case]) -> float:
 def in_process(verifier: str, count: int) -> float:
     """Answers per second of the verifier alone."""
     cases = make_cases(verifier, count, seed=99, folder=Path())
+    judge = VERIFIERS[cases[0][0].verifier]
     for problem, text in cases[:8]:
-        VERIFIERS[verifier](text, problem.answer)
+        judge(text, problem.answer)
     start = time.perf_counter()
     for problem, text in cases[8:]:
-        VERIFIERS[verifier](text, problem.answer)
+        judge(text, problem.answer)
     return (len(cases) - 8) / (time.perf_counter() - start)
 
 
 def make_cases(verifier: str, count: int, *, seed: int, folder: Path) -> list[Case]:
     """Problems with a completion each."""
     draw = random.Random(seed)
-    name = verifier
+    name = "math" if verifier.startswith("math") else verifier
     if verifier == "file":
         (folder / "score.py").write_text(USER_FILE)
         name = f"{folder}/score.py:score"
@@ -139,22 +148,40 @@ def words(draw: random.Random, index: int) -> tuple[str, str]:
     return f"word {index}", f"<answer>Word  {index + draw.randrange(2)}</answer>"
 
 
-def math(draw: random.Random, index: int) -> tuple[str, str]:
-    """Answers as in MATH and AIME: half are whole numbers, the others fractions, roots, terms."""
-    n, off = index + 2, draw.randrange(2)
-    k = 2 + index % 7
-    forms = [
-        (f"{n}", f"{n + off}"),
-        (f"{n}", f"{n + off}.0"),
-        (f"{n}", f"{n + off:,}"),
-        (f"{n}", f"{n + off}^\\circ"),
-        (f"\\frac{{{n}}}{{{k}}}", f"\\dfrac{{{2 * (n + off)}}}{{{2 * k}}}"),
-        (f"{n}\\sqrt{{{k}}}", f"\\sqrt{{{k}}} \\cdot {n + off}"),
-        (f"({n},{k})", f"({n + off}, {k})"),
-        (f"x^2 + {n}x", f"x(x + {n + off})"),
-    ]
-    answer, found = forms[index % len(forms)]
-    return answer, f"\\boxed{{{found}}}"
+def math_numbers(draw: random.Random, index: int) -> tuple[str, str]:
+    """Answers as in AIME and GSM8K: whole numbers, no two problems with the same."""
+    value, off = index + 2, draw.randrange(2)
+    written = (f"{value + off}", f"{value + off:,}", f"{value + off}.0", f"{value + off}^\\circ")
+    return str(value), f"\\boxed{{{draw.choice(written)}}}"
+
+
+def math_mixed(draw: random.Random, index: int) -> tuple[str, str]:
+    """As in MATH: 60% whole numbers, 14% fractions, 10% points, 16% terms that need algebra; eight
+    completions per problem, which give one of four answers."""
+    place = index // 8 * 37 % 100
+    if place < 60:
+        return math_numbers(draw, index // 8)
+    n, found, k = index // 8 + 2, index // 8 + 2 + max(0, draw.randrange(-3, 4)), 2 + index // 8 % 7
+    if place < 74:
+        answer, text = f"\\frac{{{n}}}{{{k}}}", f"\\dfrac{{{2 * found}}}{{{2 * k}}}"
+    elif place < 84:
+        answer, text = f"({n},{k})", f"({found}, {k})"
+    else:
+        answer, text = algebra(n, found, k)
+    return answer, f"\\boxed{{{text}}}"
+
+
+def math_algebra(draw: random.Random, index: int) -> tuple[str, str]:
+    """Terms alone, no two alike: each is parsed and compared by math-verify."""
+    answer, text = algebra(index + 2, index + 2 + draw.randrange(2), 2 + index % 7)
+    return answer, f"\\boxed{{{text}}}"
+
+
+def algebra(wanted: int, found: int, k: int) -> tuple[str, str]:
+    """A radical or a polynomial in one form, and in another with `found` for `wanted`."""
+    if wanted % 2:
+        return f"{wanted}\\sqrt{{{k}}}", f"\\sqrt{{{k}}} \\cdot {found}"
+    return f"x^2 + {wanted}x", f"x(x + {found})"
 
 
 def tools(draw: random.Random, index: int) -> tuple[str, str]:
@@ -182,13 +209,15 @@ def exercise(draw: random.Random, index: int) -> tuple[str, str]:
     return entry, f"<answer>{found}</answer>"
 
 
-DATASETS: dict[str, object] = {}
+DATASETS: dict[str, Any] = {}
 MAKERS: dict[str, Maker] = {
     "number": number,
     "choice": choice,
     "exact": words,
     "contains": words,
-    "math": math,
+    "math_numbers": math_numbers,
+    "math_mixed": math_mixed,
+    "math_algebra": math_algebra,
     "tools": tools,
     "reasoning_gym": exercise,
     "file": words,

@@ -29,6 +29,7 @@ from rosd_fast.machine import gpu_memory, num_ranks, separate_teacher
 from rosd_fast.memory_plan import GIB, MemoryPlan, ModelShape, Row, memory_plan, server_rows
 from rosd_fast.pipeline import sample_and_annotate
 from rosd_fast.report.progress import Hidden
+from rosd_fast.text.printable import printable
 from rosd_fast.text.thinking import FAMILIES
 from rosd_fast.types import Generation, GenerationRequest, Judgement, Problem
 from rosd_fast.verify import VerifierPool
@@ -194,7 +195,7 @@ def print_prompts(
     tokenizer: Any = inputs.model.tokenizer
     for prompt in prompts:
         console.print(Text(f"--- {prompt.role}: {len(prompt.ids):,} tokens", "bold"))
-        console.print(Text(tokenizer.decode(list(prompt.ids)).rstrip("\n")))
+        console.print(Text(printable(tokenizer.decode(list(prompt.ids)).rstrip("\n"))))
         if with_ids:
             console.print(Text(" ".join(map(str, prompt.ids)), "dim"))
     console.print()

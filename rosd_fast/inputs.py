@@ -12,7 +12,7 @@ from rosd_fast.config import Config
 from rosd_fast.config.chat import make_chats, read_templates
 from rosd_fast.config.load import is_built_in
 from rosd_fast.data.collection import Problems
-from rosd_fast.data.problems import load_problems
+from rosd_fast.data.datasets import load_datasets
 from rosd_fast.data.sources import absolute_sources
 from rosd_fast.data.stream import ProblemStream
 from rosd_fast.engines.factory import check_engine
@@ -48,6 +48,7 @@ class Inputs:
     chats: how the prompts of each role are rendered.
     problems: the training problems.
     dev_splits: "dev" and "ood", those that were given.
+    data_notes: what a user is told of the data.
     stream: the problems of each step.
     token_bytes: the bytes that each sampled token stands for.
     method: what a rollout is trained on.
@@ -59,6 +60,7 @@ class Inputs:
     chats: Chats
     problems: Problems
     dev_splits: dict[str, Problems]
+    data_notes: list[str]
     stream: ProblemStream
     token_bytes: TokenBytes
     method: Method
@@ -91,9 +93,9 @@ def load_inputs(config: Config, *, weights: bool = True) -> Inputs:
     method_type.check_options(config)
     check_adamw(config.optim, several_ranks=launched())
     parse_scales(config.optim.lr_scale)
-    problems, dev_splits = load_data(config)
+    data = load_datasets(config.data, verify=config.verify, first=config.eval.problems)
     stream = ProblemStream(
-        problems,
+        data.train,
         batch_size=config.sample.problems_per_step,
         seed=config.seed,
         shuffle=config.data.shuffle,
@@ -117,9 +119,9 @@ def load_inputs(config: Config, *, weights: bool = True) -> Inputs:
         "max_prompt_tokens": config.sample.max_prompt_tokens,
         "context_length": model.context_length,
     }
-    known = problems.checked
+    known = data.train.checked
     check_prompts(known, chat=chats.student, **limits)
-    for split in dev_splits.values():
+    for split in data.dev.values():
         check_prompts(split, chat=chats.eval, **limits)
     token_bytes = TokenBytes(model.tokenizer)
     method = method_type(config, model, token_bytes, chats)
@@ -142,8 +144,9 @@ def load_inputs(config: Config, *, weights: bool = True) -> Inputs:
         model=model,
         teacher=teacher,
         chats=chats,
-        problems=problems,
-        dev_splits=dev_splits,
+        problems=data.train,
+        dev_splits=data.dev,
+        data_notes=data.notes,
         stream=stream.with_check(check_late),
         token_bytes=token_bytes,
         method=method,
@@ -169,21 +172,6 @@ def check_machine(config: Config, *, needs_teacher: bool) -> None:
     choose_trainable(model, lora=config.lora, trainable=config.optim.trainable, seed=config.seed)
     check_memory(config, model, teacher=needs_teacher)
     check_engine(config.engine, config.teacher, config.device)
-
-
-def load_data(config: Config) -> tuple[Problems, dict[str, Problems]]:
-    """Return the training problems and the development splits, these cut to `eval.problems`.
-
-    Every row of a development split is checked, since an evaluation reads them all.
-    """
-    sources = {"dev": config.data.dev, "ood": config.data.dev_ood}
-    every_row = config.data.model_copy(update={"check_rows": 0})
-    splits = {
-        name: load_problems(source, data=every_row, verify=config.verify, first=config.eval.problems)
-        for name, source in sources.items()
-        if source is not None
-    }
-    return load_problems(config.data.train, data=config.data, verify=config.verify), splits
 
 
 def with_resolved_epochs(config: Config, stream: ProblemStream) -> Config:

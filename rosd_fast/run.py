@@ -279,8 +279,8 @@ def opened(config: Config, resume: Path | None, world: World, lock: RunLock) -> 
                 shown.note(f"epochs: {epochs:g} are {config.steps} steps")
             if changed is not None:
                 shown.note(changed)
-            for text in inputs.problems.notes():
-                shown.note(f"data: {text}")
+            for text in inputs.data_notes:
+                shown.note(text)
             for text in inputs.chat_notes():
                 shown.note(f"chat template: {text}")
             run = Run(

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from rosd_fast.config.load import apply_args, load_preset
-from rosd_fast.data.problems import ProblemStream
+from rosd_fast.data.stream import ProblemStream
 from rosd_fast.engines.lifecycle import Engines
 from rosd_fast.engines.local.engine import LocalEngine
 from rosd_fast.errors import UserError

@@ -5,6 +5,7 @@ from __future__ import annotations
 from array import array
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import replace
 
 import numpy as np
@@ -21,7 +22,7 @@ AT_ONCE = 1000  # rows whose answers are verified together
 
 
 def check(problems: Problems, data: DataConfig, first: int = 0) -> Problems:
-    """What is left of `problems` after `data.check_rows` rows, or the first ones, were checked.
+    """What is left of `problems` after `data.check_rows` of them, or the first ones, were checked.
 
     Where two sources have the same ids, those of the later one begin with its name. Raises
     UserError for a bad row; with data.bad_rows skip it is left out instead.
@@ -29,32 +30,35 @@ def check(problems: Problems, data: DataConfig, first: int = 0) -> Problems:
     total = len(problems)
     whole = first > 0 or not data.check_rows or data.check_rows >= total
     keep = whole and (first or total) <= MAX_KEPT
-    good, bad, faults = array("q"), array("q"), []
+    good, bad, faults = array("q"), array("q"), []  # indices
     kept: dict[int, Problem] = {}
     ids = Ids(problems)
-    for row, found in examine(problems, range(total) if whole else spread(total, data.check_rows)):
-        fault = found if isinstance(found, UserError) else ids.add(row, found.id)
-        if fault is not None and data.bad_rows == "error":
-            raise fault
-        if isinstance(found, UserError) or fault is not None:
-            bad.append(row)
-            faults += [str(fault)] if len(faults) < MAX_FAULTS else []
-            continue
-        good.append(row)
-        if keep:
-            kept[row] = found
-        if len(good) == first:
-            break
+    chosen = range(total) if whole else spread(total, data.check_rows)
+    with closing(problems.answers):
+        for index, found in examine(problems, chosen):
+            fault = found if isinstance(found, UserError) else ids.add(index, found.id)
+            if fault is not None and data.bad_rows == "error":
+                raise fault
+            if isinstance(found, UserError) or fault is not None:
+                bad.append(index)
+                faults += [str(fault)] if len(faults) < MAX_FAULTS else []
+                continue
+            good.append(index)
+            if keep:
+                kept[index] = found
+            if len(good) == first:
+                break
     if not good:
         raise UserError(f"no row is a problem. The first: {faults[0]}")
-    left = good if first else np.delete(np.arange(total), bad) if bad else problems.rows
+    rows = np.asarray(problems.rows)
     checked = Checked(
         whole=whole,
-        rows=np.asarray(good),
-        kept=ids.renamed(kept),
+        rows=rows[good],
+        kept={int(rows[index]): problem for index, problem in ids.renamed(kept).items()},
         num_bad=len(bad),
         faults=tuple(faults),
     )
+    left = checked.rows if first else np.delete(rows, bad) if bad else problems.rows
     return problems.with_rows(left, checked, ids.renamed_parts())
 
 
@@ -94,22 +98,22 @@ def _attempt(problems: Problems, index: int) -> Problem | UserError:
 
 
 class Ids:
-    """The ids of the rows that were seen, and the sources that share ids with an earlier one."""
+    """The ids of the problems seen, and the sources that share ids with an earlier one."""
 
     def __init__(self, problems: Problems) -> None:
         self._problems = problems
         self._parts = problems.parts
-        self._seen: list[dict[str, int]] = [{} for _ in self._parts]  # id -> row, per source
+        self._seen: list[dict[str, int]] = [{} for _ in self._parts]  # id -> index, per source
         self._sharing: set[int] = set()
 
-    def add(self, row: int, name: str) -> UserError | None:
-        """Add the id of a row. Returns the error for an id that its source has already."""
-        number = self._number(row)
-        before = self._seen[number].setdefault(name, row)
-        if before != row:
+    def add(self, index: int, name: str) -> UserError | None:
+        """Add the id of a problem. Returns the error for an id that its source has already."""
+        number = self._number(index)
+        before = self._seen[number].setdefault(name, index)
+        if before != index:
             return UserError(
                 f"the id {name!r} was used before, at {self._problems.where(before)}",
-                where=self._problems.where(row),
+                where=self._problems.where(index),
                 fix="Give each problem its own id",
             )
         if any(name in seen for seen in self._seen[:number]):
@@ -118,20 +122,25 @@ class Ids:
 
     def renamed_parts(self) -> list[Part]:
         """The sources, those that share ids with a prefix of their own."""
-        return [replace(p, prefix=self._prefix(number)) for number, p in enumerate(self._parts)]
+        return [
+            replace(part, prefix=self._prefix(number) + part.prefix)
+            for number, part in enumerate(self._parts)
+        ]
 
     def renamed(self, kept: dict[int, Problem]) -> dict[int, Problem]:
-        """Problems by row, under the ids that they have with the prefix of their source."""
+        """Problems by index, under the ids that they have with the prefix of their source."""
         if not self._sharing:
             return kept
         return {
-            row: replace(problem, id=self._prefix(self._number(row)) + problem.id)
-            for row, problem in kept.items()
+            index: replace(problem, id=self._prefix(self._number(index)) + problem.id)
+            for index, problem in kept.items()
         }
 
-    def _number(self, row: int) -> int:
-        """The number of the source that a row belongs to."""
-        return self._parts.index(self._problems.place(row)[0]) if len(self._parts) > 1 else 0
+    def _number(self, index: int) -> int:
+        """The number of the source that a problem belongs to."""
+        if len(self._parts) == 1:
+            return 0
+        return self._parts.index(self._problems.place(int(self._problems.rows[index]))[0])
 
     def _prefix(self, number: int) -> str:
         """The source's name, with a number where another has the same name; else empty."""

@@ -11,6 +11,7 @@ import json
 import typing
 from collections.abc import Mapping, Sequence
 from dataclasses import MISSING, fields
+from functools import lru_cache
 from typing import Any
 
 from pydantic import PydanticUserError, TypeAdapter, ValidationError
@@ -26,6 +27,7 @@ EXAMPLES = {
     "rubiks_cube": "example_correct_answer",
 }
 """Tasks whose exercises have no answer -> the part of their metadata that has a right one."""
+KEPT = 128  # exercises that stay in memory: the first ones are asked for twice
 MAX_NAMED = 20  # options of a task that an error names
 
 
@@ -37,6 +39,7 @@ class GymRows(Rows):
         self._text, self._task = source.text, source.name
         self._exercises = open_task(source)
         self.folder = source.name
+        self._make = lru_cache(KEPT)(self._make_one)
         self[0]  # a task without right answers is refused here
 
     def __len__(self) -> int:
@@ -45,6 +48,9 @@ class GymRows(Rows):
     def __getitem__(self, index: int) -> Any:
         if not 0 <= index < len(self):  # the task would make any number of them
             raise IndexError(index)
+        return self._make(index)
+
+    def _make_one(self, index: int) -> dict[str, Any]:
         try:
             exercise = self._exercises[index]
         except Exception as error:

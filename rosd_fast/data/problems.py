@@ -36,6 +36,13 @@ def load_problems(
     Raises UserError, with file, row and column, for what is not a problem.
     """
     data = data or DataConfig()
+    return check(open_problems(text, data=data, verify=verify), data, first)
+
+
+def open_problems(
+    text: str, *, data: DataConfig, verify: VerifyConfig | None = None
+) -> Problems:
+    """The same problems, none of which is checked. Raises UserError for what cannot be read."""
     answers = AnswerCheck(Limits(**verify.model_dump()) if verify else None)
     if data.verifier is not None:
         answers.open(check_verifier(data.verifier, where="data.verifier"), "data.verifier")
@@ -45,13 +52,9 @@ def load_problems(
             answers.open(check_verifier(source.verifier, where=source.text), source.text)
     parts = open_parts(sources)
     total = sum(len(part.rows) for part in parts)
-    problems = Problems(parts, range(total), instruction=data.answer_instruction, answers=answers)
     if not total:
         raise UserError("the data set has no problems", where=text)
-    try:
-        return check(problems, data, first)
-    finally:
-        answers.close()
+    return Problems(parts, range(total), instruction=data.answer_instruction, answers=answers)
 
 
 def open_parts(sources: Sequence[Source]) -> list[Part]:

@@ -33,7 +33,7 @@ MARKS = ("```", "code block")
 OUTPUT_BYTES = 1 << 16  # at least; more where a right output is longer
 TIME_SHARE = 0.8  # of the verifier's time for the tests, so that it can still report
 
-_FENCE = re.compile(r"^[ \t]*(?P<fence>`{3,}|~{3,})[^\n]*\n(?P<code>.*?)^[ \t]*(?P=fence)[ \t]*$", re.M | re.S)
+_FENCE = re.compile(r"[ \t]*(`{3,}|~{3,})(.*)", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,8 +82,18 @@ def last_code(completion: str) -> str | None:
     >>> last_code("First:\\n```python\\nx = 1\\n```\\nDone.")
     'x = 1\\n'
     """
-    blocks = [match["code"] for match in _FENCE.finditer(completion)]
-    return blocks[-1] if blocks else None
+    last: str | None = None
+    fence, block = "", []
+    for line in completion.splitlines(keepends=True):
+        match = _FENCE.match(line)
+        if not fence:
+            if match is not None:
+                fence, block = match[1], []
+        elif match is not None and match[1].startswith(fence) and not match[2].strip():
+            fence, last = "", "".join(block)
+        else:
+            block.append(line)
+    return last
 
 
 def read_tests(answer: str) -> Suite | None:

@@ -1,10 +1,11 @@
 """Keep a library from executing an answer that it should only read.
 
-Some scorers of reasoning_gym pass an answer to `eval`, or to sympy's `parse_expr`, which does. While
-the guard is up, a text is compiled only if it is plain: numbers, texts, lists, arithmetic, and calls
-of functions of mathematics. Python tells of every compilation by an audit event, so it does not
-matter who compiles, nor what a text became on its way. In plain text no attribute is read, nothing
-is imported, and only the names of `NAMES` are called, so nothing can be reached from it.
+Some scorers of reasoning_gym pass an answer to `eval`, or to sympy's `parse_expr`, which does so
+itself. While the guard is up, a text is compiled only if it is plain: numbers, texts, lists,
+arithmetic, and calls of functions of mathematics. Python tells of every compilation by an audit
+event, so it does not matter who compiles, nor what a text became on its way. In plain text no
+attribute is read, nothing is imported, and only the names of `NAMES` are called, so nothing can be
+reached from it.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 NAMES = frozenset(
-    "Symbol Integer Float Rational Function Add Mul Pow Abs abs round float int factorial factorial2 "
-    "sqrt root exp log ln sin cos tan sec csc cot asin acos atan arcsin arccos arctan sinh cosh tanh "
+    "Symbol Integer Float Rational Function Add Mul Pow Abs abs round float int factorial "
+    "factorial2 sqrt root exp log ln sin cos tan sec csc cot asin acos atan sinh cosh tanh "
     "asinh acosh atanh pi oo True False None".split()
 )
 """Names that plain text may use, beside those of one letter."""

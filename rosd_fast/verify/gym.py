@@ -1,7 +1,7 @@
 """`reasoning_gym`: the task that made an exercise scores the answer to it.
 
-The right answer is the whole exercise as JSON text, with the name of its task in the metadata, since
-a task's scorer may need any of it:
+The right answer is the whole exercise as JSON text, with the name of its task in the metadata,
+since a task's scorer may need any of it:
 
     {"question": "...", "answer": "7", "metadata": {"source_dataset": "leg_counting", ...}}
 

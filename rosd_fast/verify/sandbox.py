@@ -97,13 +97,19 @@ def run(
 def command() -> list[str]:
     """How bubblewrap is called; the runner's text is its last argument."""
     python = Path(getattr(sys, "_base_executable", sys.executable)).resolve()
-    parts = [shutil.which("bwrap") or "bwrap", "--unshare-all", "--die-with-parent", "--new-session", "--clearenv"]
+    parts = [
+        shutil.which("bwrap") or "bwrap",
+        "--unshare-all",
+        "--die-with-parent",
+        "--new-session",
+        "--clearenv",
+    ]
     parts += ["--uid", "65534", "--gid", "65534", "--hostname", "sandbox", "--cap-drop", "ALL"]
     parts += ["--setenv", "PATH", "/usr/bin:/bin", "--setenv", "HOME", "/tmp"]
     parts += ["--setenv", "LANG", "C.UTF-8", "--ro-bind", "/usr", "/usr"]
     for name in SYSTEM:
         if Path(name).is_symlink():
-            parts += ["--symlink", os.readlink(name), name]
+            parts += ["--symlink", str(Path(name).readlink()), name]
         elif Path(name).is_dir():
             parts += ["--ro-bind", name, name]
     for prefix in {sys.base_prefix, sys.base_exec_prefix, str(python.parent.parent)}:

@@ -1,7 +1,7 @@
 """The program that runs a model's code inside of the sandbox; `sandbox` starts it.
 
-It is given as text to a bare Python, so it imports the standard library alone. It reads one job from
-standard input and writes one report per test to standard output, as lines of JSON:
+It is given as text to a bare Python, so it imports the standard library alone. It reads one job
+from standard input and writes one report per test to standard output, as lines of JSON:
 
     {"program": "...", "setup": "...", "tests": ["assert ..."], "limits": {...}}
     {"program": "...", "setup": "...", "stdins": ["1 2\\n"], "limits": {...}}
@@ -103,7 +103,7 @@ def collect(most: dict[int, int], deadline: float) -> dict[int, bytes] | str:
 
     most: number of bytes per pipe.
     """
-    found = {descriptor: b"" for descriptor in most}
+    found = dict.fromkeys(most, b"")
     left = set(most)
     while left:
         ready, _, _ = select.select(left, [], [], max(0.0, deadline - time.monotonic()))
@@ -131,7 +131,7 @@ def why_ended(status: int) -> str:
 
 
 def behave(job: dict[str, Any], test: str, key_out: int, end_in: int, text_in: int) -> NoReturn:
-    """In the child: give up what it does not need, run the code, and say that it came to its end."""
+    """In the child: give up what it does not need, run the code, say that it came to its end."""
     own = random.SystemRandom().sample(range(100, 900), 2)  # where they are is not to be guessed
     os.dup2(key_out, own[0], inheritable=False)
     os.dup2(end_in, own[1], inheritable=False)
@@ -146,8 +146,8 @@ def behave(job: dict[str, Any], test: str, key_out: int, end_in: int, text_in: i
     os.closerange(3, low)
     os.closerange(low + 1, high)
     os.closerange(high + 1, 4096)
-    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115, PTH123
-    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115, PTH123
+    sys.stdin = open(0, encoding="utf-8", closefd=False)  # noqa: SIM115
+    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)  # noqa: SIM115
     sys.argv = ["program.py"]
     limits = job["limits"]
     limit(limits["seconds"], limits["memory_bytes"])

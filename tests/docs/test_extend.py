@@ -45,6 +45,12 @@ def run(source: str) -> dict[str, Any]:
 
 
 @pytest.fixture(autouse=True)
+def without_new_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shape that a block registers is gone after the test."""
+    monkeypatch.setattr(shapes, "_REGISTERED", dict(shapes._REGISTERED))
+
+
+@pytest.fixture(autouse=True)
 def my_verifier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """The user's file of the page; what the page registers is gone after the test."""
     file = tmp_path / "my_verifier.py"
@@ -55,12 +61,6 @@ def my_verifier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
     sys.modules.pop("my_verifier", None)
     for name in set(VERIFIERS) - before:
         del registry._REGISTERED[name]
-
-
-@pytest.fixture(autouse=True)
-def without_new_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A shape that a block registers is gone after the test."""
-    monkeypatch.setattr(shapes, "_REGISTERED", dict(shapes._REGISTERED))
 
 
 def test_every_block_runs() -> None:

@@ -15,7 +15,7 @@ from rosd_fast.config import DataConfig, VerifyConfig
 from rosd_fast.data.problems import load_problems
 from rosd_fast.errors import UserError
 from rosd_fast.types import Judgement, Problem
-from rosd_fast.verify import VERIFIERS, Limits, VerifierPool, is_verifiable, sandbox
+from rosd_fast.verify import VERIFIERS, Limits, VerifierPool, is_verifiable
 from rosd_fast.verify.code import Suite, last_code, lines_of, read_tests
 
 needs_bubblewrap = pytest.mark.skipif(
@@ -50,6 +50,11 @@ def judge(pool: VerifierPool, code: str, answer: str) -> Judgement:
         ("```python\nx = 1", None),
         ("x = 1", None),
         ("```python\n```", ""),
+        ("```python\nx\n``` and more\ny\n```", "x\n``` and more\ny\n"),
+        ("````python\nx\n```\ny\n`````", "x\n```\ny\n"),
+        ("```x\n" * 100_000, None),
+        ("```\n" * 100_000 + "x", ""),
+        ("```\na\r\nb\n```\r\n", "a\r\nb\n"),
         ("", None),
     ],
 )
@@ -58,9 +63,13 @@ def test_last_code(completion: str, code: str | None) -> None:
 
 
 @given(st.text(alphabet="`~ \nab", max_size=60))
-def test_any_text_has_a_block_or_none(text: str) -> None:
+def test_what_stands_between_fences_is_found_after_any_text_without(text: str) -> None:
+    """Unless the text leaves a block of its own open."""
     code = last_code(text)
     assert code is None or code in text
+    if "```" not in text and "~~~" not in text:
+        assert code is None
+        assert last_code(f"{text}\n```\nx = 1\n```") == "x = 1\n"
 
 
 @pytest.mark.parametrize(
@@ -142,7 +151,7 @@ def test_a_data_set_of_code_is_refused_where_it_cannot_run(
         load_problems(data, verify=VerifyConfig())
     monkeypatch.setattr("rosd_fast.verify.pool.unavailable", lambda: "bubblewrap is not installed")
     allowed = VerifyConfig(run_code=True)
-    with pytest.raises(UserError, match="cannot run code: bubblewrap is not installed. Install"):
+    with pytest.raises(UserError, match=r"cannot run code: bubblewrap is not installed\. Install"):
         load_problems(data, verify=allowed)
     assert len(load_problems(data)) == 1  # to look at it needs neither
     monkeypatch.setattr("rosd_fast.verify.pool.unavailable", lambda: None)

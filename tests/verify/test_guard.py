@@ -75,9 +75,7 @@ def test_eval_exec_compile_and_parsing() -> None:
     assert eval("__import__('os').sep") == "/"  # nothing is refused when it is down
 
 
-def test_modules_can_be_imported_under_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_modules_can_be_imported_under_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "brought_in_late.py").write_text("value = [n for n in (1, 2)]\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     assert guarded(lambda: __import__("brought_in_late").value) == [1, 2]
@@ -107,7 +105,9 @@ def test_sympy_reads_and_does_not_execute(tmp_path: Path) -> None:
 def test_what_is_plain_calls_nothing_else(text: str) -> None:
     """Evaluated without any name but harmless ones, it can only fail in harmless ways."""
     if is_plain(text):
-        names = {n.id for n in ast.walk(ast.parse(text.strip(), mode="eval")) if isinstance(n, ast.Name)}
+        names = {
+            n.id for n in ast.walk(ast.parse(text.strip(), mode="eval")) if isinstance(n, ast.Name)
+        }
         assert not names & {"eval", "exec", "vars", "x_"} and "__" not in "".join(names)
 
 

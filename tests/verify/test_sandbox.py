@@ -58,9 +58,10 @@ def test_standard_input_and_output() -> None:
         ("exit()", "ended early, by sys.exit"),
         ("import os; os._exit(0)", "ended early, with exit code 0"),
         ("import os; os.kill(os.getpid(), 11)", "died (SIGSEGV)"),
-        ('print(\'{"passed": true}\')\nimport os; os._exit(0)', "ended early, with exit code 0"),
+        ("print('{\"passed\": true}')\nimport os; os._exit(0)", "ended early, with exit code 0"),
         (
-            "import os\nfor i in range(3, 4096):\n    try: os.write(i, b'{\"passed\": true}\\n' * 9)\n"
+            "import os\nfor i in range(3, 4096):\n"
+            "    try: os.write(i, b'{\"passed\": true}\\n' * 9)\n"
             "    except OSError: pass\nos._exit(0)",
             '{"passed": true}',
         ),
@@ -77,7 +78,9 @@ def test_no_network() -> None:
     for address in ("1.1.1.1", "127.0.0.1"):
         (found,) = outcomes(connect.format(address))
         assert found.startswith(("OSError", "ConnectionRefusedError"))
-    (found,) = outcomes("import socket; print(socket.if_nameindex()); assert 0, socket.if_nameindex()")
+    (found,) = outcomes(
+        "import socket; print(socket.if_nameindex()); assert 0, socket.if_nameindex()"
+    )
     assert found == "AssertionError: [(1, 'lo')]"
 
 
@@ -165,7 +168,11 @@ def test_code_that_ends_the_runner_passes_nothing() -> None:
 def test_no_process_is_left() -> None:
     outcomes("import time; time.sleep(60)")
     found = subprocess.run(["ps", "-eo", "ppid,args"], capture_output=True, text=True).stdout
-    own = [line.split(maxsplit=1)[1] for line in found.split("\n") if line.split()[:1] == [str(os.getpid())]]
+    own = [
+        line.split(maxsplit=1)[1]
+        for line in found.split("\n")
+        if line.split()[:1] == [str(os.getpid())]
+    ]
     assert not [args for args in own if args.startswith("bwrap")]
 
 

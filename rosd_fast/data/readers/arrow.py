@@ -5,7 +5,7 @@ from __future__ import annotations
 import mmap
 from bisect import bisect_right
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from itertools import accumulate
 from pathlib import Path
 from typing import IO, Any
@@ -105,10 +105,27 @@ class ArrowRows(Rows):
                 f"a value cannot be read ({error})", where=self.where(index), fix="Correct the row"
             ) from None
 
-    def _release(self) -> None:
+    def batch(self, start: int, stop: int) -> Iterator[Any]:
+        while start < stop:
+            number = bisect_right(self._firsts, start) - 1
+            end = min(stop, self._firsts[number + 1])
+            yield from self._some(number, start, end)
+            start = end
+
+    def _some(self, number: int, start: int, stop: int) -> Iterator[Any]:
+        """The rows from `start` to before `stop`, all of record batch `number`."""
+        self._release(stop - start)
+        rows = self._batches[number].slice(start - self._firsts[number], stop - start)
+        if rows.nbytes <= MAX_ROW_BYTES:
+            with suppress(ValueError, ArithmeticError):  # then one row after the other
+                return iter(rows.to_pylist())
+        return super().batch(start, stop)
+
+    def _release(self, num_rows: int = 1) -> None:
         """Now and then give back the pages of the file that were read: they count as memory."""
-        self._num_reads += 1
-        if self._num_reads % RELEASE_EVERY == 0 and hasattr(mmap, "MADV_DONTNEED"):
+        self._num_reads += num_rows
+        if self._num_reads >= RELEASE_EVERY and hasattr(mmap, "MADV_DONTNEED"):
+            self._num_reads = 0
             self._mapped.madvise(mmap.MADV_DONTNEED)
 
     def where(self, index: int) -> str:

@@ -5,9 +5,12 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rosd_fast.data.shapes import Fields, recognize, register_shape, registry
 from rosd_fast.data.sources import Source
+from rosd_fast.errors import UserError
 from tests.data.shapes.reading import error_of, read_all, read_one
 
 SUM: dict[str, Any] = {"prompt": "2 + 2 = ?", "answer": "4", "verifier": "number"}
@@ -74,3 +77,57 @@ def test_a_new_shape_is_tried_first(monkeypatch: pytest.MonkeyPatch) -> None:
         register_shape("trivia", lambda row: Fields(prompt="", answer=""), says="", columns=("a",))
     with pytest.raises(ValueError, match="name its columns"):
         register_shape("other", lambda row: Fields(prompt="", answer=""), says="")
+
+
+COLUMNS = (
+    "prompt problem question text answer solution ground_truth messages conversations choices options "
+    "answerKey kind metadata reward_model data_source extra_info ability test_list test tests "
+    "entry_point canonical_solution task_id code setup test_imports id idx domain system verifier "
+    "reference teacher_prompt feedback weight type images Answer"
+).split()
+TEXTS = st.one_of(
+    st.text(max_size=8),
+    st.sampled_from(
+        [
+            r"\boxed{1}",
+            "#### 5",
+            "[1]",
+            '[{"role": "user"}]',
+            '{"tests": [',
+            "mcq",
+            "tooluse",
+            "\ud800",
+        ]
+    ),
+)
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | TEXTS,
+    lambda inner: (
+        st.lists(inner, max_size=3)
+        | st.dictionaries(
+            st.sampled_from(
+                "role content from value text label type tests stdin inputs Action".split()
+            ),
+            inner,
+            max_size=3,
+        )
+    ),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.sampled_from(COLUMNS), VALUES, max_size=8))
+def test_every_row_is_a_problem_or_a_users_mistake(values: dict[str, Any]) -> None:
+    source = Source(text="x", verifier="exact")
+    for shape in registry._REGISTERED.values():
+        shape.matches(registry.Row(values))
+        try:
+            problem = shape.problem(values, where="x:1", source=source, folder="f", number=1)
+        except UserError as error:
+            assert "\n" not in str(error) and str(error).startswith("x:1: ")
+            continue
+        for text in (problem.id, problem.prompt, problem.answer, problem.verifier, problem.domain):
+            assert text.strip() and text.encode()
+        for turn in problem.messages:
+            assert turn.content.encode()
+        assert 0 <= problem.weight < float("inf")
