@@ -75,13 +75,16 @@ def measured(args: argparse.Namespace, folder: Path) -> Iterator[dict[str, objec
         for workers in args.workers:
             rates, latencies, starts = [], [], []
             for repeat in range(args.repeats):
-                cases = make_cases(verifier, count, seed=repeat, folder=folder)
+                warm, singles = 8 * workers, 50
+                total = 1 + 2 * warm + singles + count
+                cases = make_cases(verifier, total, seed=repeat, folder=folder)
                 with VerifierPool(Limits(workers=workers, run_code=True)) as pool:
-                    starts.append(seconds(pool, cases[:1]))
-                    seconds(pool, cases[1 : 1 + 8 * workers])  # all workers have started
-                    rest = cases[1 + 8 * workers :] or cases
-                    rates.append(len(rest) / seconds(pool, rest))
-                    latencies += [seconds(pool, [case]) for case in cases[:50]]
+                    starts.append(seconds(pool, take(cases, 1)))
+                    seconds(pool, take(cases, warm))
+                    time.sleep(0.5)  # all workers have started; with the next they have imported
+                    seconds(pool, take(cases, warm))
+                    latencies += [seconds(pool, take(cases, 1)) for _ in range(singles)]
+                    rates.append(count / seconds(pool, cases))
             yield {
                 "verifier": own,
                 "answers_of": verifier,
@@ -106,6 +109,12 @@ def seconds(pool: VerifierPool, cases: Sequence[Case]) -> float:
     if failures:
         raise SystemExit(f"{cases[0][0].verifier}: {failures}")
     return elapsed
+
+
+def take(cases: list[Case], number: int) -> list[Case]:
+    """The first cases, taken out: each is judged once."""
+    taken, cases[:] = cases[:number], cases[number:]
+    return taken
 
 
 def in_process(verifier: str, count: int) -> float:
@@ -156,8 +165,8 @@ def math_numbers(draw: random.Random, index: int) -> tuple[str, str]:
 
 
 def math_mixed(draw: random.Random, index: int) -> tuple[str, str]:
-    """As in MATH: 60% whole numbers, 14% fractions, 10% points, 12% terms that need algebra, 4% that
-    math-verify has to parse; eight completions per problem, which give one of four answers."""
+    """As in MATH: 60% whole numbers, 14% fractions, 10% points, 12% terms that need algebra, and 4%
+    that math-verify has to parse; eight completions per problem give one of four answers."""
     place = index // 8 * 37 % 100
     if place < 60:
         return math_numbers(draw, index // 8)
