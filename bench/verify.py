@@ -1,6 +1,6 @@
 """Verifiers: answers per second through the worker processes, and how long one takes.
 
-    python bench/verify.py                     # all verifiers, two minutes
+    python bench/verify.py                     # all verifiers, four minutes
     python bench/verify.py --verifiers tools   # one
 
 Each answer is judged once, in a completion of about 900 characters; about half of the answers are
