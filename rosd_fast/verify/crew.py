@@ -229,9 +229,14 @@ class Crew:
             return False
         if message is None:
             how = describe_exit(await worker.kill())
+            index = batch.left[0]
+            if not batch.is_begun and index not in batch.call.retried:
+                batch.call.retried.add(index)  # it may have died before the job came
+                return False
             self._blame(batch, "died", f"the verifier died ({how})")
             return False
         self._gets_on(worker, batch)
+        batch.is_begun = True
         batch.since, batch.limit_s = time.monotonic(), self.limits.timeout_s
         name = batch.loading
         batch.loading = ""

@@ -6,7 +6,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from rosd_fast.verify.origin import Origin
 from rosd_fast.verify.protocol import Outcome
@@ -39,6 +39,7 @@ class Call:
 
     waiting: indices of the jobs that no worker has.
     left: number of jobs without an outcome.
+    retried: jobs whose worker died before it said anything, so that it may not have begun them.
     hanging: number of workers that hang on one of its jobs.
     """
 
@@ -48,6 +49,7 @@ class Call:
     done: asyncio.Future[None]
     left: int
     hanging: int = 0
+    retried: set[int] = field(default_factory=set)
 
     def settle(self, index: int, outcome: Outcome) -> None:
         """Note what came of a job, unless it is known: a job that was given back may run twice."""
@@ -77,6 +79,7 @@ class Batch:
 
     since: when it began. limit_s: how long it may take.
     loading: the verifier that the worker imports before it; empty: none.
+    is_begun: whether the worker has said anything since it got the jobs.
     """
 
     call: Call
@@ -84,6 +87,7 @@ class Batch:
     since: float
     limit_s: float
     loading: str = ""
+    is_begun: bool = False
 
     def remaining_s(self) -> float:
         return self.since + self.limit_s - time.monotonic()
