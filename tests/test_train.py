@@ -151,6 +151,7 @@ def test_epochs_and_a_schedule_that_a_longer_run_stretches(
     train_set.write_text("".join(json.dumps(row | {"verifier": "number"}) + "\n" for row in rows))
     options: dict[str, Any] = {
         "data__train": str(train_set),
+        "data__answer_instruction": "off",  # the model was trained on its prompts as they are
         "optim__schedule": "linear",
         "optim__warmup_steps": 0,
         "eval__every": 0,
