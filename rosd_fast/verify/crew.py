@@ -203,8 +203,7 @@ class Crew:
         for index in indices:
             job = call.jobs[index]
             if job.verifier in self.broken:
-                error = self.broken[job.verifier]
-                call.settle(index, failed("failed", f"the verifier cannot be loaded: {error}"))
+                call.settle(index, self._not_loaded(job.verifier))
                 continue
             if job.verifier not in worker.loaded:
                 worker.loaded.add(job.verifier)
@@ -248,14 +247,22 @@ class Crew:
         elif message["kind"] == "loaded":
             self.descriptions[name] = Description(**message["description"])
         else:
-            batch.call.settle(batch.left.popleft(), read_outcome(message))
+            index = batch.left.popleft()
+            name = batch.call.jobs[index].verifier
+            is_broken = name in self.broken
+            batch.call.settle(index, self._not_loaded(name) if is_broken else read_outcome(message))
             if message["last"]:
                 await worker.kill()
                 return False
         return True
 
+    def _not_loaded(self, name: str) -> Outcome:
+        return failed("failed", f"the verifier cannot be loaded: {self.broken[name]}")
+
     def _stalls(self, worker: Worker, batch: Batch) -> None:
         """Give the jobs behind the one in progress back. This worker may still come to them."""
+        if worker.hangs:
+            return
         worker.hangs, worker.batch = True, 1
         batch.call.hanging += 1
         batch.call.give_back([*batch.left][1:])
