@@ -151,6 +151,7 @@ def test_epochs_and_a_schedule_that_a_longer_run_stretches(
     train_set.write_text("".join(json.dumps(row | {"verifier": "number"}) + "\n" for row in rows))
     options: dict[str, Any] = {
         "data__train": str(train_set),
+        "data__answer_instruction": "off",  # the model knows how to answer, and no other sentence
         "optim__schedule": "linear",
         "optim__warmup_steps": 0,
         "eval__every": 0,
@@ -266,7 +267,8 @@ def test_without_any_right_rollout_a_step_ends_well(
     data = tmp_path / "data.jsonl"
     rows = [{"prompt": f"Say {i}.", "answer": "-12345", "verifier": "number"} for i in range(4)]
     data.write_text("\n".join(map(json.dumps, rows)))
-    config = small(tmp_path, data__train=str(data), data__dev=None, data__dev_ood=None)
+    data_options = {"data__train": str(data), "data__dev": None, "data__dev_ood": None}
+    config = small(tmp_path, **data_options, data__answer_instruction="off")
     run = train(config.model_copy(update={"steps": 1}))
     output = capsys.readouterr().out
     assert "nothing to train on" in output and "nothing to learn from" not in output
