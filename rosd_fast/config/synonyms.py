@@ -120,7 +120,7 @@ OPTIONS: Mapping[str, str] = {
     "val_kwargs.n",
     "eval.problems problems": "max_eval_samples eval_size max_val_samples limit_val_batches",
     "problems": "limit max_samples num_examples max_problems num_problems",
-    "engine.max_rows max_rows": "eval_batch_size per_device_eval_batch_size val_batch_size "
+    "engine.max_rows": "eval_batch_size per_device_eval_batch_size val_batch_size "
     "eval.batch_size max_num_seqs",
     "checkpoint.every": "save_every save_steps save_freq save_interval save_frequency "
     "save_strategy checkpoint_interval ckpt_every ckpt_interval checkpointing_steps",
