@@ -140,7 +140,8 @@ def difference_table(report: Report) -> Table:
     """The terminal's table of the differences."""
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("", no_wrap=True)
-    for name in ("problems", cut(report.other or ""), cut(report.name), "difference"):
+    heads = (cut(name, 14) for name in (report.other or "", report.name))
+    for name in ("problems", *heads, "difference"):
         table.add_column(Text(name), justify="right", no_wrap=True)
     for scope, found in report.differences.items():
         table.add_row(

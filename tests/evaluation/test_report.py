@@ -87,7 +87,9 @@ def test_the_picture_has_a_row_per_scope(report: Report) -> None:
     texts = [text.get_text() for text in axes.texts]
     assert texts.count("75.0%") == 2 and "58.3%" in texts
     assert axes.get_xlim() == (0, 1)
-    assert [text.get_text() for text in axes.get_legend().get_texts()] == ["new", "old"]
+    legend = axes.get_legend()
+    assert legend is not None
+    assert [text.get_text() for text in legend.get_texts()] == ["new", "old"]
 
 
 def test_many_domains_are_left_out_of_the_picture() -> None:

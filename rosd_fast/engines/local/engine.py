@@ -84,7 +84,7 @@ class LocalEngine(RolloutEngine):
         ValueError for parameters out of range and for an id that two requests share.
         """
         done: dict[str, list[Generation]] = {}
-        async for generations in self.stream(requests, on_tokens=on_tokens):
+        async for generations in self._complete(requests, on_tokens):
             done[generations[0].request_id] = generations
         return [generation for request in requests for generation in done[request.id]]
 
@@ -95,21 +95,8 @@ class LocalEngine(RolloutEngine):
         on_tokens: Callable[[int], None] | None = None,
     ) -> AsyncIterator[list[Generation]]:
         """Like `generate`, but yield each request's completions as soon as they are done."""
-        slices = self._slices(requests)
-        if not slices:
-            return
-        done: defaultdict[str, dict[int, Generation]] = defaultdict(dict)
-        self._num_running += 1
-        try:
-            async for finished in self._decode(slices, on_tokens):
-                for item in finished:
-                    own = done[item.request.id]
-                    own[item.index] = self._generation(item)
-                    if len(own) == item.request.n:
-                        del done[item.request.id]
-                        yield [own[index] for index in range(item.request.n)]
-        finally:
-            self._num_running -= 1
+        async for generations in self._complete(requests, on_tokens):
+            yield generations
 
     async def load_weights(self, weights: Mapping[str, Tensor], *, version: int) -> None:
         """Copy `weights` (keyed by state-dict name) into the model once no request is in flight.
@@ -133,6 +120,26 @@ class LocalEngine(RolloutEngine):
 
     async def close(self) -> None:
         """Do nothing: between calls the engine holds only the model, which is the caller's."""
+
+    async def _complete(
+        self, requests: Sequence[GenerationRequest], on_tokens: Callable[[int], None] | None
+    ) -> AsyncIterator[list[Generation]]:
+        """Yield each request's completions as soon as they are done."""
+        slices = self._slices(requests)
+        if not slices:
+            return
+        done: defaultdict[str, dict[int, Generation]] = defaultdict(dict)
+        self._num_running += 1
+        try:
+            async for finished in self._decode(slices, on_tokens):
+                for item in finished:
+                    own = done[item.request.id]
+                    own[item.index] = self._generation(item)
+                    if len(own) == item.request.n:
+                        del done[item.request.id]
+                        yield [own[index] for index in range(item.request.n)]
+        finally:
+            self._num_running -= 1
 
     async def _decode(
         self, slices: Sequence[RequestSlice], on_tokens: Callable[[int], None] | None

@@ -323,6 +323,31 @@ def test_tokens_are_reported_as_they_come(llama: Any) -> None:
     assert asyncio.run(engine.generate([], on_tokens=reports.append)) == []
 
 
+def test_a_request_is_yielded_when_it_is_done_and_others_are_not(llama: Any) -> None:
+    """Each as a whole, also when its rows do not fit at once; and the same as all together."""
+    engine = LocalEngine(llama, max_rows=4)
+    requests = [make_request(i, n=6, max_new_tokens=4 + 20 * (i == 0)) for i in range(4)]
+    sampled, seen = 0, []
+
+    def count(tokens: int) -> None:
+        nonlocal sampled
+        sampled += tokens
+
+    async def run() -> list[list[Generation]]:
+        done = []
+        async for generations in engine.stream(requests, on_tokens=count):
+            done.append(generations)
+            seen.append(sampled)
+        return done
+
+    done = asyncio.run(run())
+    assert [[g.index for g in own] for own in done] == [[*range(6)]] * 4
+    assert len({own[0].request_id for own in done}) == 4
+    assert seen[0] < seen[-1]
+    by_id = {own[0].request_id: own for own in done}
+    assert generate(engine, requests) == [g for request in requests for g in by_id[request.id]]
+
+
 def test_the_engine_samples_with_loaded_weights() -> None:
     target, source = build("llama"), build("llama", seed=1)
     engine, requests = LocalEngine(target), [make_request(index) for index in range(3)]

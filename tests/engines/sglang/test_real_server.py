@@ -7,6 +7,7 @@ environment and runs them. ROSD_SGLANG_PYTHON is the path of its interpreter.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import signal
 import subprocess
@@ -18,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 
+from rosd_fast.cli import main
 from rosd_fast.config import ChatConfig, Config, LoraConfig
 from rosd_fast.config.chat import make_chats
 from rosd_fast.config.load import apply_args, load_preset, to_toml
@@ -660,3 +662,27 @@ def test_a_server_that_returns_no_states_is_refused(
 
     with pytest.raises(RunFailed, match="--return-hidden-states-mode full"):
         asyncio.run(run())
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_an_evaluation_has_the_accuracy_of_the_local_engine(
+    server: tuple[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, own: bool
+) -> None:
+    """By address, and on a server that it starts itself. The draws differ, so within the noise."""
+    url, key = server
+    monkeypatch.setenv("ROSD_SGLANG_API_KEY", key)
+    small = ["quickstart", "--problems", "40", "--samples", "8", "--max-new-tokens", "96"]
+    engine = (
+        ["--engine.python", PYTHON, f"--engine.server-args={POOL}"]
+        if own
+        else ["--engine.launch", "urls", "--engine.urls", url]
+    )
+    out = ["--out", str(tmp_path), "--name"]
+    assert main(["eval", *small, "--engine.kind", "sglang", *engine, *out, "served"]) == 0
+    assert main(["eval", *small, *out, "local", "--against", str(tmp_path / "served")]) == 0
+    found = json.loads((tmp_path / "local" / "result.json").read_text())
+    difference = found["against"]["difference"]["total"]["accuracy"]
+    assert difference["low"] < 0 < difference["high"] or abs(difference["value"]) < 0.08
+    assert difference["high"] - difference["low"] < 0.3
+    answered = found["against"]["total"]["answered_frac"]["value"]
+    assert answered > 0.95
