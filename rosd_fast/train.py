@@ -17,7 +17,7 @@ from pathlib import Path
 from rosd_fast.batch.weights import micro_batch_mean, mini_batches, with_problem_weights
 from rosd_fast.config import Config
 from rosd_fast.engines.lifecycle import Engines
-from rosd_fast.evaluate import evaluate_splits
+from rosd_fast.evaluation.training import evaluate_splits
 from rosd_fast.pipeline import Sampled, sample_and_annotate
 from rosd_fast.report.diagnostics import located_errors
 from rosd_fast.report.metrics import rollout_metrics

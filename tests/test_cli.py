@@ -14,7 +14,6 @@ import pytest
 import rosd_fast.quickstart
 from rosd_fast import __version__
 from rosd_fast.cli import COMMANDS, main
-from rosd_fast.commands import eval as eval_command
 from rosd_fast.commands.train import Options
 from rosd_fast.config import Config
 from rosd_fast.config.arguments import options_of
@@ -338,9 +337,3 @@ def test_eval_mistakes(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> No
     assert "--samples is '0'" in mistake(capsys, "eval", "--samples", "0")
     text = mistake(capsys, "eval", "--model", str(tmp_path / "no" / "model"))
     assert "there is no such model folder" in text
-
-
-def test_evals_options_mean_the_same_in_a_run() -> None:
-    options = eval_command.Options(samples=3, temperature=0.5, top_p=0.9)
-    config = eval_command.eval_config(options)
-    assert (config.samples, config.temperature, config.top_p) == (3, 0.5, 0.9)

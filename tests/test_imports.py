@@ -14,7 +14,7 @@ from tests.import_graph import graph
 PACKAGE = Path(rosd_fast.__file__).parent
 
 LAYERS = (
-    "errors types",
+    "errors types stats",
     "files text verify quickstart",
     "config",
     "utils data rollout batch report",
@@ -24,7 +24,7 @@ LAYERS = (
     "methods memory_plan",
     "machine",
     "inputs",
-    "pipeline evaluate run",
+    "pipeline evaluation run",
     "update",
     "train dry_run",
     "commands",

@@ -78,12 +78,14 @@ def run(given: Mapping[str, Any]) -> int:
 
 
 async def measure(options: Options, problems: Sequence[Problem]) -> dict[str, float]:
-    """The metrics of `evaluate`; a terminal shows the number of tokens meanwhile."""
+    """The metrics of the data set; a terminal shows the number of tokens meanwhile."""
     from rich.console import Console
 
     from rosd_fast.config.chat import make_chats
     from rosd_fast.engines.local.engine import LocalEngine
-    from rosd_fast.evaluate import evaluate
+    from rosd_fast.evaluation.records import Sampling
+    from rosd_fast.evaluation.sample import sample_completions
+    from rosd_fast.evaluation.training import split_metrics
     from rosd_fast.model.load import load_model
     from rosd_fast.utils.distributed import pick_device
     from rosd_fast.verify import VerifierPool
@@ -103,24 +105,24 @@ async def measure(options: Options, problems: Sequence[Problem]) -> dict[str, fl
             num_tokens += tokens
             status.update(f"sampling {len(problems)} problems: {num_tokens:,} tokens")
 
-        return await evaluate(
+        completions = await sample_completions(
             engine,
+            VerifierPool(),
             problems,
-            verifiers=VerifierPool(),
             split=SPLIT,
-            config=eval_config(options),
-            max_new_tokens=options.max_new_tokens,
+            sampling=Sampling(
+                samples=options.samples,
+                temperature=options.temperature,
+                top_p=options.top_p,
+                max_new_tokens=options.max_new_tokens,
+                threshold=options.threshold,
+                seed=options.seed,
+            ),
             chat=make_chats(options.chat, loaded.tokenizer).eval,
             stop_token_ids=loaded.stop_token_ids,
-            threshold=options.threshold,
-            seed=options.seed,
             on_tokens=count,
         )
-
-
-def eval_config(options: Options) -> EvalConfig:
-    """The options of a run's evaluation with the same meaning."""
-    return EvalConfig(**options.model_dump(include={"samples", "temperature", "top_p"}))
+    return split_metrics(SPLIT, completions)
 
 
 def print_table(

@@ -25,7 +25,7 @@ if TYPE_CHECKING:
 
 FILE_NAME = "metrics.jsonl"
 
-EVAL_TOTALS = ("accuracy", "truncated_frac", "tokens_mean")
+EVAL_TOTALS = ("accuracy", "accuracy_low", "accuracy_high", "truncated_frac", "tokens_mean")
 """Metrics `eval/{split}/{name}` whose name is not a domain."""
 
 RENAMED = {

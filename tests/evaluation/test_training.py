@@ -3,66 +3,21 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from rosd_fast.config import EvalConfig
 from rosd_fast.engines.base import RolloutEngine
 from rosd_fast.engines.local.engine import LocalEngine
 from rosd_fast.errors import UserError
-from rosd_fast.evaluate import evaluate
+from rosd_fast.evaluation.records import Sampling
+from rosd_fast.evaluation.sample import sample_completions
+from rosd_fast.evaluation.training import check_split, split_metrics
 from rosd_fast.text.chat import chat_format
-from rosd_fast.types import Generation, GenerationRequest, Problem, SamplingParams
+from rosd_fast.types import Problem, SamplingParams
 from rosd_fast.verify import VerifierPool
-
-
-class RecordingEngine(RolloutEngine):
-    """Gives the completions of a table, and keeps what it was asked."""
-
-    def __init__(self, tokenizer: Any, answers: Mapping[str, Sequence[str]]) -> None:
-        self.tokenizer, self.answers = tokenizer, answers
-        self.requests: list[GenerationRequest] = []
-
-    async def generate(
-        self,
-        requests: Sequence[GenerationRequest],
-        *,
-        on_tokens: Callable[[int], None] | None = None,
-    ) -> list[Generation]:
-        self.requests += requests
-        made = []
-        for request in requests:
-            for index in range(request.n):
-                text = self.answers[request.id][index]
-                ids = tuple(self.tokenizer.encode(text, add_special_tokens=False))
-                cut = len(ids) >= request.params.max_new_tokens
-                ids = (
-                    ids[: request.params.max_new_tokens]
-                    if cut
-                    else (*ids, self.tokenizer.eos_token_id)
-                )
-                made.append(
-                    Generation(
-                        request_id=request.id,
-                        index=index,
-                        completion_ids=ids,
-                        logprobs=(0.0,) * len(ids),
-                        finish_reason="length" if cut else "stop",
-                        policy_version=5,
-                    )
-                )
-                if on_tokens is not None:
-                    on_tokens(len(ids))
-        return made
-
-    async def load_weights(self, weights: Mapping[str, Any], *, version: int) -> None:
-        self.policy_version = version
-
-    async def close(self) -> None:
-        self.requests = []
-
+from tests.evaluation.recording_engine import RecordingEngine
 
 PROBLEMS = [
     Problem(id="a", domain="shop", prompt="1 + 1?", answer="2", verifier="contains", system="Add."),
@@ -77,26 +32,33 @@ ANSWERS = {
 }
 
 
+SAMPLING = Sampling(samples=4, temperature=0.7, top_p=0.9, max_new_tokens=8, threshold=1.0, seed=11)
+
+
 def run(engine: RolloutEngine, tokenizer: Any, **changes: Any) -> dict[str, float]:
-    config = changes.pop("config", EvalConfig(samples=4, temperature=0.7, top_p=0.9))
-    problems = changes.pop("problems", PROBLEMS)
-    options: dict[str, Any] = {
-        "split": "dev",
-        "max_new_tokens": 8,
-        "threshold": 1.0,
-        "seed": 11,
-    } | changes
-    options |= {
-        "chat": chat_format(tokenizer),
-        "stop_token_ids": (tokenizer.eos_token_id,),
-        "verifiers": VerifierPool(),
-    }
-    return asyncio.run(evaluate(engine, problems, config=config, **options))
+    """The metrics of the split dev. changes: to `SAMPLING`, or `problems` or `on_tokens`."""
+    problems, on_tokens = changes.pop("problems", PROBLEMS), changes.pop("on_tokens", None)
+    check_split("dev", problems)
+    completions = asyncio.run(
+        sample_completions(
+            engine,
+            VerifierPool(),
+            problems,
+            split="dev",
+            sampling=replace(SAMPLING, **changes),
+            chat=chat_format(tokenizer),
+            stop_token_ids=(tokenizer.eos_token_id,),
+            on_tokens=on_tokens,
+        )
+    )
+    return split_metrics("dev", completions)
 
 
 def test_accuracy_is_the_mean_over_all_rollouts_and_within_domains(tokenizer: Any) -> None:
     engine, counted = RecordingEngine(tokenizer, ANSWERS), []
     metrics = run(engine, tokenizer, on_tokens=counted.append)
+    low, high = metrics.pop("eval/dev/accuracy_low"), metrics.pop("eval/dev/accuracy_high")
+    assert 0 <= low < 0.5 < high <= 1
     assert metrics == pytest.approx(
         {
             "eval/dev/accuracy": 6 / 12,
@@ -127,18 +89,10 @@ def test_the_same_requests_at_every_evaluation(tokenizer: Any) -> None:
 
 def test_greedy_needs_one_rollout(tokenizer: Any) -> None:
     engine = RecordingEngine(tokenizer, ANSWERS)
-    metrics = run(engine, tokenizer, config=EvalConfig(samples=4, temperature=0.0))
+    metrics = run(engine, tokenizer, temperature=0.0)
     assert [request.n for request in engine.requests] == [1, 1, 1]
     assert engine.requests[0].params.temperature == 0.0
     assert metrics["eval/dev/accuracy"] == 1.0
-
-
-def test_only_the_first_problems(tokenizer: Any) -> None:
-    engine = RecordingEngine(tokenizer, ANSWERS)
-    metrics = run(engine, tokenizer, config=EvalConfig(samples=4, problems=1))
-    assert [request.id for request in engine.requests] == ["eval/dev/a"]
-    assert metrics["eval/dev/accuracy"] == 0.75
-    assert "eval/dev/ages" not in metrics
 
 
 def test_mistakes_are_named(tokenizer: Any) -> None:
