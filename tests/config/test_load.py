@@ -323,6 +323,11 @@ SGLANG = {"engine.kind": "sglang"}
         ),
         ({"engine.sync": "adapter"} | SGLANG, "engine.sync adapter sends LoRA adapters"),
         ({"engine.one_step_ahead": True}, "engine.one_step_ahead samples while"),
+        ({"eval.overlap": True}, "eval.overlap evaluates on the servers"),
+        (
+            {"eval.overlap": True, "engine.colocated": True} | SGLANG,
+            "engine.kind sglang and no engine.colocated",
+        ),
         ({"optim.warmup_steps": None}, "optim.warmup_frac and optim.warmup_steps exclude"),
         ({"optim.kind": "adamw8bit", "optim.offload": True}, "optim.offload needs optim.kind"),
         ({"teacher.url": "http://a"}, "teacher.url needs teacher.backend sglang"),
