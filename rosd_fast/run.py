@@ -248,9 +248,7 @@ def opened(config: Config, resume: Path | None, world: World, lock: RunLock) -> 
             write_atomic(folder / CONFIG_FILE, to_toml(config).encode())  # steps may have changed
         log = MetricsLog(folder / FILE_NAME)
         log.truncate_after(first_step - 1)
-        evaluated = read_evaluation(folder, first_step - 1)
-        # A process that is killed after it wrote the row may not have written it here yet.
-        learners.rate(folder, first_step - 1, evaluated.get("eval/dev/accuracy"))
+        evaluated = bool(read_evaluation(folder, first_step - 1))
         stop = StopRequest()
         with (
             progress(config.steps, first_step) as shown,
@@ -354,7 +352,10 @@ def restore(folder: Path, inputs: Inputs, learners: LearnerGroup) -> int:
             fix="Put the old options back, or start a new run with --model set to this folder",
         )
     step = about["step"]
-    evaluated = bool(read_evaluation(folder, step)) or not evaluation_is_due(inputs, step)
+    evaluation = read_evaluation(folder, step)
+    # A process may have been killed between the evaluation's row and this.
+    learners.rate(folder, step, evaluation.get("eval/dev/accuracy"))
+    evaluated = bool(evaluation) or not evaluation_is_due(inputs, step)
     if step > config.steps or (step == config.steps and evaluated):
         raise UserError(
             f"all {config.steps} steps are done",
