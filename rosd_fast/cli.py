@@ -15,6 +15,7 @@ from importlib import import_module
 from typing import Any
 
 from rosd_fast import __version__
+from rosd_fast.commands import rank
 from rosd_fast.errors import RunFailed, UserError
 
 COMMANDS = {
@@ -52,11 +53,6 @@ def main(args: Sequence[str] | None = None) -> int:
         return FAILED
 
 
-def rank() -> int:
-    """The rank of this process under torchrun; 0 without torchrun."""
-    return int(os.environ.get("RANK", "0"))
-
-
 def dispatch(args: Sequence[str]) -> int:
     """Find the command in `args`, read its options and run it; returns the exit code."""
     if not args or args[0] in ("-h", "--help", "help"):
@@ -77,9 +73,11 @@ def dispatch(args: Sequence[str]) -> int:
 
     wants_help = "-h" in rest or "--help" in rest
     rest = [arg for arg in rest if arg not in ("-h", "--help")]
-    given = read_args(rest, options_of(command.Options), command.POSITIONAL)
+    aliases = getattr(command, "ALIASES", {})
+    given = read_args(rest, options_of(command.Options), command.POSITIONAL, aliases)
     if wants_help:
-        print_help(" ".join([name, *map(str.upper, command.POSITIONAL)]), command.defaults(given))
+        places = [option.rpartition(".")[2].upper() for option in command.POSITIONAL]
+        print_help(" ".join([name, *places]), command.defaults(given))
         return 0
     return command.run(given)
 

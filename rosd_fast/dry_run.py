@@ -3,7 +3,8 @@
     options -> data -> prompts of every role -> budgets -> memory plan -> what this machine says
 
 The prompts are those of the loop. A step runs on one problem, the longest, with an engine that
-returns placeholders; verifier, selection, method and templates are the real ones.
+returns placeholders and a verifier that tells them apart; selection, method and templates are the
+real ones.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ from rich.text import Text
 from torch import Tensor
 
 from rosd_fast.config import Config
-from rosd_fast.data.problems import ProblemStream
+from rosd_fast.data.stream import ProblemStream
 from rosd_fast.engines.base import RolloutEngine
 from rosd_fast.engines.lifecycle import Engines
 from rosd_fast.errors import UserError
@@ -28,10 +29,13 @@ from rosd_fast.machine import gpu_memory, num_ranks, separate_teacher
 from rosd_fast.memory_plan import GIB, MemoryPlan, ModelShape, Row, memory_plan, server_rows
 from rosd_fast.pipeline import sample_and_annotate
 from rosd_fast.report.progress import Hidden
+from rosd_fast.text.printable import printable
 from rosd_fast.text.thinking import FAMILIES
-from rosd_fast.types import Generation, GenerationRequest, Problem
+from rosd_fast.types import Generation, GenerationRequest, Judgement, Problem
+from rosd_fast.verify import VerifierPool
 
 QUOTE, EXPLANATION = "[the wrong part]", "[what the reflector explains]"
+CORRECT, WRONG = "[a correct rollout]", "[a wrong rollout]"
 OPENINGS = {  # what the reflector writes after the tag that its prompt ends with
     "<error_quote>": f"{QUOTE}</error_quote>\n<explanation>{EXPLANATION}</explanation>",
     "<error_sentence>": f"1</error_sentence>\n<explanation>{EXPLANATION}</explanation>",
@@ -62,7 +66,7 @@ def dry_run(
     console = Console(highlight=False, soft_wrap=True)
     ranks = num_gpus or (num_ranks() if num_ranks() > 1 else NODE)
     available = gpu_memory() if gpu_memory_gib is None else int(gpu_memory_gib * GIB)
-    longest = max(inputs.problems, key=lambda problem: len(problem.prompt))
+    longest = max(inputs.problems.checked, key=lambda problem: len(problem.prompt))
     prompts = asyncio.run(render_prompts(inputs, longest))
     print_prompts(console, prompts, inputs)
     print_notes(console, inputs)
@@ -82,7 +86,7 @@ async def render_prompts(inputs: Inputs, problem: Problem) -> list[Prompt]:
     single = ProblemStream([problem], batch_size=1, seed=0, shuffle=False)
     sampled = await sample_and_annotate(
         replace(inputs, stream=single),
-        Engines(student=engine, teacher=cast("Any", engine)),
+        Engines(student=engine, teacher=cast("Any", engine), verifiers=PlaceholderVerifier()),
         1,
         Hidden(),
     )
@@ -117,6 +121,16 @@ async def render_prompts(inputs: Inputs, problem: Problem) -> list[Prompt]:
     if ids != prompts["student"].ids:
         prompts["eval"] = replace(prompts["student"], role="eval", ids=ids)
     return [*prompts.values()]
+
+
+class PlaceholderVerifier(VerifierPool):
+    """Tells the completions of `Placeholders` apart, whatever the problem's verifier would say."""
+
+    async def judge(self, tasks: Sequence[tuple[Problem, str]]) -> list[Judgement]:
+        return [
+            Judgement(score=float(CORRECT in completion), answer="?", reason=None)
+            for _, completion in tasks
+        ]
 
 
 class Placeholders(RolloutEngine):
@@ -158,9 +172,9 @@ class Placeholders(RolloutEngine):
                 thought = next((tags for tags in FAMILIES if prompt.endswith(tags.opening)), None)
                 text = f"{thought.closing if thought else ''}{opening}{text}"
         elif index % 2:
-            text = f"[a wrong rollout] {QUOTE} <answer>?</answer>"
+            text = f"{WRONG} {QUOTE} <answer>?</answer>"
         else:
-            text = f"[a correct rollout] <answer>{self.problem.answer}</answer>"
+            text = f"{CORRECT} <answer>{self.problem.answer}</answer>"
         if "/reflect/" not in request.id and self.student.opens is not None:
             text = f"{self.student.opens.closing}\n\n{text}"
         ids = (*self.tokenizer.encode(text, add_special_tokens=False), self.stop)
@@ -181,7 +195,7 @@ def print_prompts(
     tokenizer: Any = inputs.model.tokenizer
     for prompt in prompts:
         console.print(Text(f"--- {prompt.role}: {len(prompt.ids):,} tokens", "bold"))
-        console.print(Text(tokenizer.decode(list(prompt.ids)).rstrip("\n")))
+        console.print(Text(printable(tokenizer.decode(list(prompt.ids)).rstrip("\n"))))
         if with_ids:
             console.print(Text(" ".join(map(str, prompt.ids)), "dim"))
     console.print()

@@ -11,14 +11,16 @@ import torch
 from rosd_fast.config import Config
 from rosd_fast.config.chat import make_chats, read_templates
 from rosd_fast.config.load import is_built_in
-from rosd_fast.data.problems import ProblemStream, load_problems
+from rosd_fast.data.collection import Problems
+from rosd_fast.data.datasets import load_datasets
+from rosd_fast.data.sources import absolute_sources
+from rosd_fast.data.stream import ProblemStream
 from rosd_fast.engines.factory import check_engine
 from rosd_fast.machine import check_memory
 from rosd_fast.methods import Method, find_method
 from rosd_fast.model.adapters import choose_trainable
 from rosd_fast.model.load import LoadedModel, full_model_device, generation_eos, load_model
 from rosd_fast.model.skeleton import build_skeleton, load_skeleton
-from rosd_fast.quickstart import QUICKSTART
 from rosd_fast.rollout.sample import check_prompts
 from rosd_fast.text.chat import Chats
 from rosd_fast.text.token_bytes import TokenBytes
@@ -32,6 +34,7 @@ from rosd_fast.trainer.separate_teacher import (
 )
 from rosd_fast.types import Problem
 from rosd_fast.utils.distributed import launched, pick_device
+from rosd_fast.verify.user_file import absolute_verifier
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -45,6 +48,7 @@ class Inputs:
     chats: how the prompts of each role are rendered.
     problems: the training problems.
     dev_splits: "dev" and "ood", those that were given.
+    data_notes: what a user is told of the data.
     stream: the problems of each step.
     token_bytes: the bytes that each sampled token stands for.
     method: what a rollout is trained on.
@@ -54,8 +58,9 @@ class Inputs:
     model: LoadedModel
     teacher: SeparateTeacher | None
     chats: Chats
-    problems: list[Problem]
-    dev_splits: dict[str, list[Problem]]
+    problems: Problems
+    dev_splits: dict[str, Problems]
+    data_notes: list[str]
     stream: ProblemStream
     token_bytes: TokenBytes
     method: Method
@@ -72,7 +77,7 @@ class Inputs:
             self.chats,
             stop_token_ids=self.model.stop_token_ids,
             generation_eos=generation_eos(self.model.model),
-            with_system=any(problem.system for problem in self.problems),
+            with_system=any(problem.system for problem in self.problems.checked),
         )
 
 
@@ -88,9 +93,9 @@ def load_inputs(config: Config, *, weights: bool = True) -> Inputs:
     method_type.check_options(config)
     check_adamw(config.optim, several_ranks=launched())
     parse_scales(config.optim.lr_scale)
-    problems, dev_splits = load_data(config)
+    data = load_datasets(config.data, verify=config.verify, first=config.eval.problems)
     stream = ProblemStream(
-        problems,
+        data.train,
         batch_size=config.sample.problems_per_step,
         seed=config.seed,
         shuffle=config.data.shuffle,
@@ -110,17 +115,22 @@ def load_inputs(config: Config, *, weights: bool = True) -> Inputs:
             config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code
         )
     chats = make_chats(config.chat, model.tokenizer)
-    dev_problems = [problem for split in dev_splits.values() for problem in split]
-    for chat, asked in ((chats.student, problems), (chats.eval, dev_problems)):
-        check_prompts(
-            asked,
-            chat=chat,
-            max_prompt_tokens=config.sample.max_prompt_tokens,
-            context_length=model.context_length,
-        )
+    limits = {
+        "max_prompt_tokens": config.sample.max_prompt_tokens,
+        "context_length": model.context_length,
+    }
+    known = data.train.checked
+    check_prompts(known, chat=chats.student, **limits)
+    for split in data.dev.values():
+        check_prompts(split, chat=chats.eval, **limits)
     token_bytes = TokenBytes(model.tokenizer)
     method = method_type(config, model, token_bytes, chats)
-    method.check_problems(problems)
+    method.check_problems(known)
+
+    def check_late(problem: Problem) -> None:
+        check_prompts([problem], chat=chats.student, **limits)
+        method.check_problem(problem)
+
     choose_trainable(
         model.model, lora=config.lora, trainable=config.optim.trainable, seed=config.seed
     )
@@ -134,9 +144,10 @@ def load_inputs(config: Config, *, weights: bool = True) -> Inputs:
         model=model,
         teacher=teacher,
         chats=chats,
-        problems=problems,
-        dev_splits=dev_splits,
-        stream=stream,
+        problems=data.train,
+        dev_splits=data.dev,
+        data_notes=data.notes,
+        stream=stream.with_check(check_late),
         token_bytes=token_bytes,
         method=method,
     )
@@ -163,19 +174,6 @@ def check_machine(config: Config, *, needs_teacher: bool) -> None:
     check_engine(config.engine, config.teacher, config.device)
 
 
-def load_data(config: Config) -> tuple[list[Problem], dict[str, list[Problem]]]:
-    """Return the training problems and the development splits, these cut to `eval.problems`."""
-    train = load_problems(config.data.train, verifier=config.data.verifier)
-    sources = {"dev": config.data.dev, "ood": config.data.dev_ood}
-    splits = {
-        name: load_problems(source, verifier=config.data.verifier)
-        for name, source in sources.items()
-        if source is not None
-    }
-    first = config.eval.problems or None
-    return train, {name: problems[:first] for name, problems in splits.items()}
-
-
 def with_resolved_epochs(config: Config, stream: ProblemStream) -> Config:
     """Return options with the number of steps that `epochs` asks for, instead of epochs."""
     if config.epochs is None:
@@ -190,12 +188,15 @@ def with_absolute_paths(config: Config) -> Config:
     A chat template's text replaces its path, so a resumed run has the template it began with.
     """
     data, engine = config.data, config.engine
-    sources = {name: absolute(getattr(data, name)) for name in ("train", "dev", "dev_ood")}
+    texts = {name: getattr(data, name) for name in ("train", "dev", "dev_ood")}
+    sources = {name: text and absolute_sources(text) for name, text in texts.items()}
     places = {name: absolute(getattr(engine, name)) for name in ("python", "sync_folder")}
     return config.model_copy(
         update={
             "model": absolute_model(config.model),
-            "data": data.model_copy(update=sources),
+            "data": data.model_copy(
+                update={**sources, "verifier": absolute_verifier(data.verifier)}
+            ),
             "chat": read_templates(config.chat),
             "engine": engine.model_copy(update=places),
             "teacher": config.teacher.model_copy(
@@ -205,11 +206,9 @@ def with_absolute_paths(config: Config) -> Config:
     )
 
 
-def absolute(source: str | None) -> str | None:
-    """The absolute path of a file; a data set that is part of the package keeps its name."""
-    if source is None or source.startswith(QUICKSTART):
-        return source
-    return str(Path(source).expanduser().absolute())
+def absolute(path: str | None) -> str | None:
+    """The absolute path of a file or folder."""
+    return None if path is None else str(Path(path).expanduser().absolute())
 
 
 def absolute_model(name: str | None) -> str | None:

@@ -4,8 +4,8 @@
 
 Behind a barrier, all groups are sampled before the first annotation is generated, which suits an
 engine that computes its requests together. Streamed, a group is annotated as soon as its own
-rollouts are verified, while other groups still sample: the slowest rollout of a step then delays
-the annotations of its own group only.
+rollouts are verified, while other groups still sample: the slowest rollout of a step, or a verifier
+that hangs on one, then delays the annotations of its own group only.
 """
 
 from __future__ import annotations
@@ -35,12 +35,14 @@ class Sampled:
     verdicts: by rollout id.
     selection: the groups that are kept, and how many were dropped and why.
     annotations: what the method generated on the kept groups, by rollout id.
+    bad_rows: what is wrong with rows of the data set that other rows replaced.
     """
 
     groups: list[Group]
     verdicts: dict[str, Verdict]
     selection: Selection
     annotations: dict[str, Reflection]
+    bad_rows: tuple[str, ...] = ()
 
 
 async def sample_and_annotate(
@@ -58,52 +60,62 @@ async def _behind_barrier(
     inputs: Inputs, engines: Engines, step: int, progress: Progress | Hidden
 ) -> Sampled:
     config, method = inputs.config, inputs.method
-    problems = inputs.stream.batch(step)
+    drawn = inputs.stream.draw(step)
     with progress.stage(Stage.SAMPLE):
         groups = await sample_groups(
-            engines.student, problems, on_tokens=progress.tokens, **_options(inputs, step)
+            engines.student, drawn.problems, on_tokens=progress.tokens, **_options(inputs, step)
         )
     with progress.stage(Stage.VERIFY):
         verdicts = await engines.verifiers.verify(groups, threshold=config.select.threshold)
         selection = _select(inputs, groups, verdicts)
     with progress.stage(method.annotate_stage):
         annotations = await method.annotate(step, selection.kept, verdicts, engines, progress)
-    return Sampled(groups=groups, verdicts=verdicts, selection=selection, annotations=annotations)
+    return Sampled(
+        groups=groups,
+        verdicts=verdicts,
+        selection=selection,
+        annotations=annotations,
+        bad_rows=drawn.bad,
+    )
 
 
 async def _streamed(
     inputs: Inputs, engines: Engines, step: int, progress: Progress | Hidden
 ) -> Sampled:
     config = inputs.config
-    problems = inputs.stream.batch(step)
+    drawn = inputs.stream.draw(step)
     groups: dict[str, Group] = {}
     verdicts: dict[str, Verdict] = {}
     annotations: dict[str, Reflection] = {}
 
-    async def annotate(kept: Sequence[Group]) -> None:
-        annotations.update(await inputs.method.annotate(step, kept, verdicts, engines, progress))
+    async def follow(group: Group) -> None:
+        """Verify and annotate a group while others still sample."""
+        verdicts.update(await engines.verifiers.verify([group], threshold=config.select.threshold))
+        if kept := _select(inputs, [group], verdicts).kept:
+            annotations.update(
+                await inputs.method.annotate(step, kept, verdicts, engines, progress)
+            )
 
     try:
         with progress.stage(Stage.SAMPLE):
             async with asyncio.TaskGroup() as tasks:
                 async for group in stream_groups(
-                    engines.student, problems, on_tokens=progress.tokens, **_options(inputs, step)
+                    engines.student,
+                    drawn.problems,
+                    on_tokens=progress.tokens,
+                    **_options(inputs, step),
                 ):
                     groups[group.problem.id] = group
-                    verdicts |= await engines.verifiers.verify(
-                        [group], threshold=config.select.threshold
-                    )
-                    kept = _select(inputs, [group], verdicts).kept
-                    if kept:
-                        tasks.create_task(annotate(kept))
+                    tasks.create_task(follow(group))
     except BaseExceptionGroup as failed:  # one line for the user, not a tree
         raise failed.exceptions[0] from None
-    ordered = [groups[problem.id] for problem in problems]
+    ordered = [groups[problem.id] for problem in drawn.problems]
     return Sampled(
         groups=ordered,
         verdicts=verdicts,
         selection=_select(inputs, ordered, verdicts),
         annotations=annotations,
+        bad_rows=drawn.bad,
     )
 
 

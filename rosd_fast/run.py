@@ -14,7 +14,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager, closing, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,7 +36,7 @@ from rosd_fast.report import (
     summarize,
     write_rollouts,
 )
-from rosd_fast.report.advice import LearningWatch
+from rosd_fast.report.advice import AnswerWatch, LearningWatch
 from rosd_fast.report.metrics import FILE_NAME, MetricsLog, read_metrics
 from rosd_fast.report.progress import Progress, describe_metrics, progress
 from rosd_fast.report.rollouts import write_skipped
@@ -72,9 +72,12 @@ class Run:
     stop: whether Ctrl-C or SIGTERM asked for an end after the current step.
     watch: which signs of collapse the metrics have shown.
     idle: whether the last steps had anything to learn from.
+    silent: whether the last steps had any answer. A resumed run counts from its first step.
+    failure: why the run ends before its last step; None: it does not.
     teacher: a separate teacher's full model, as long as something besides the learner needs it.
     first_step: the first step that this process runs; 1 unless it resumes.
     last_step: the last step that is done; 0 before the first.
+    noted_rows: bad rows of the data set that were noted.
     lacks_evaluation: whether the step before the first is still to be evaluated: before training,
         and where a process was killed after the checkpoint and before the evaluation's row.
     evaluating: the evaluation that runs; returns its step and its metrics.
@@ -88,9 +91,12 @@ class Run:
     stop: StopRequest
     watch: Watch
     idle: LearningWatch
+    silent: AnswerWatch
     first_step: int
     teacher: LoadedModel | None = None
     last_step: int = 0
+    noted_rows: set[str] = field(default_factory=set)
+    failure: str | None = None
     lacks_evaluation: bool = True
     evaluating: asyncio.Task[tuple[int, dict[str, float]]] | None = None
 
@@ -161,6 +167,19 @@ class Run:
         if engines.teacher is not None and moves:
             self.learners.gather_teacher(engines.teacher.model)
 
+    def bad_row_metrics(self, bad_rows: Sequence[str]) -> dict[str, float]:
+        """`data/num_bad_rows` of a step, of a data set that is checked as it is drawn.
+
+        Each bad row is noted once.
+        """
+        if self.inputs.problems.is_checked:
+            return {}
+        for text in bad_rows:
+            if text not in self.noted_rows:
+                self.noted_rows.add(text)
+                self.progress.note(f"left out: {text}")
+        return {"data/num_bad_rows": float(len(bad_rows))}
+
     def write_rollouts(
         self,
         step: int,
@@ -188,14 +207,17 @@ class Run:
         """Write the samples of a step that was skipped to RUN/skipped/."""
         write_skipped(self.folder, step, samples)
 
-    def finish_step(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Add the stages' times to the metrics, write the row, show it, and warn of a collapse."""
+    def finish_step(self, step: int, metrics: Mapping[str, float], unanswered: str = "") -> None:
+        """Add the stages' times to the metrics, write the row, show it, and warn of a collapse.
+
+        unanswered: what `describe_unanswered` says about the step.
+        """
         row = {**metrics, **self.progress.clock.metrics()}
         self.log.write(step, row)
         self.progress.step_done(step, row)
         for warned in self.watch.add({"step": step, **row}):
             self.progress.note(f"warning: step {step}: {warned.text}")
-        if (advice := self.idle.see(row)) is not None:
+        if (advice := self.idle.see(row, unanswered)) is not None:
             self.progress.note(advice)
         self.last_step = step
 
@@ -270,6 +292,8 @@ def opened(config: Config, resume: Path | None, world: World, lock: RunLock) -> 
                 shown.note(f"epochs: {epochs:g} are {config.steps} steps")
             if changed is not None:
                 shown.note(changed)
+            for text in inputs.data_notes:
+                shown.note(text)
             for text in inputs.chat_notes():
                 shown.note(f"chat template: {text}")
             run = Run(
@@ -281,6 +305,9 @@ def opened(config: Config, resume: Path | None, world: World, lock: RunLock) -> 
                 stop=stop,
                 watch=Watch(read_metrics(log.path)),
                 idle=LearningWatch(config.select.warn_after_steps, read_metrics(log.path)),
+                silent=AnswerWatch(
+                    config.select.stop_after_steps if inputs.method.needs_verdicts else 0
+                ),
                 first_step=first_step,
                 last_step=first_step - 1,
                 lacks_evaluation=not evaluated and evaluation_is_due(inputs, first_step - 1),
@@ -311,7 +338,7 @@ def without_teacher(inputs: Inputs) -> tuple[Inputs, LoadedModel | None]:
 def make_folder(config: Config, model: LoadedModel) -> Path:
     """Make the run folder, with its resolved config.toml. Raises UserError."""
     name = config.name or f"{model.name}-{time.strftime('%Y%m%d-%H%M%S')}"
-    folder = Path(config.out) / name
+    folder = Path(config.out).expanduser() / name
     try:
         folder.mkdir(parents=True)
         write_atomic(

@@ -17,8 +17,10 @@ from pathlib import Path
 from rosd_fast.batch.weights import micro_batch_mean, mini_batches, with_problem_weights
 from rosd_fast.config import Config
 from rosd_fast.engines.lifecycle import Engines
+from rosd_fast.errors import RunFailed
 from rosd_fast.evaluation.training import evaluate_splits
 from rosd_fast.pipeline import Sampled, sample_and_annotate
+from rosd_fast.report.advice import describe_unanswered
 from rosd_fast.report.diagnostics import located_errors
 from rosd_fast.report.metrics import rollout_metrics
 from rosd_fast.report.progress import Hidden
@@ -28,6 +30,7 @@ from rosd_fast.trainer.learner import StepResult
 from rosd_fast.trainer.ranks import run_worker
 from rosd_fast.update import diagnostics, update, without_unknown_tokens
 from rosd_fast.utils.distributed import open_world
+from rosd_fast.verify.here import refuse_in_worker
 
 
 def train(config: Config, *, resume: Path | None = None) -> Path:
@@ -35,14 +38,17 @@ def train(config: Config, *, resume: Path | None = None) -> Path:
 
     Under torchrun only rank 0 knows the run folder; the other ranks return `config.out`. Ctrl-C and
     SIGTERM end the run after the current step, with a checkpoint. Raises UserError for everything
-    that the user can fix.
+    that the user can fix, and RunFailed for a run that cannot go on, or learns nothing from it.
     """
+    refuse_in_worker("calls train")
     with open_world(config.parallel, config.device) as world:
         if not world.is_rank0:
             run_worker(world)
-            return Path(config.out)
+            return Path(config.out).expanduser()
         with open_run(config, resume=resume, world=world) as run:
             asyncio.run(run_steps(run))
+    if run.failure is not None:
+        raise RunFailed(run.failure)
     return run.folder
 
 
@@ -61,18 +67,20 @@ async def run_steps(run: Run) -> None:
                         sample_and_annotate(inputs, engines, step + 1, Hidden())
                     )
                 metrics = await train_on(run, engines, step, sampled)
+                unanswered = describe_unanswered(sampled.groups, sampled.verdicts)
+                run.failure = run.silent.see(metrics, unanswered)
                 due = step == config.steps or is_due(step, config.eval.every)
                 # Asked to stop, a run saves first: it may be killed before an evaluation ends.
-                at_once = due and not config.eval.overlap and not run.stop.requested
-                if at_once:
+                waits = config.eval.overlap or run.stop.requested
+                if evaluated := due and not waits and run.failure is None:
                     metrics |= await evaluate_splits(inputs, engines, progress)
                 # The row before the checkpoint: killed in between, a resumed run repeats the step.
-                run.finish_step(step, metrics)
-                last = step == config.steps or run.stop.requested
+                run.finish_step(step, metrics, unanswered)
+                last = step == config.steps or run.stop.requested or run.failure is not None
                 if last or is_due(step, config.checkpoint.every):
                     with progress.stage(Stage.CHECKPOINT):
                         run.save(step, metrics)
-                if (due or last) and not at_once:
+                if (due or last) and not evaluated and run.failure is None:
                     begin_evaluation(run, engines, step)
                 if last:
                     break
@@ -160,4 +168,6 @@ async def train_on(run: Run, engines: Engines, step: int, sampled: Sampled) -> d
         **rollout_metrics(sampled.groups, verdicts, training.samples, selection, step - 1),
         **selection.metrics(),
         **engines.student.take_metrics(),
+        **run.bad_row_metrics(sampled.bad_rows),
+        **engines.verifiers.take_metrics(),
     }

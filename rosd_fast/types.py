@@ -22,6 +22,11 @@ if TYPE_CHECKING:
 FinishReason = Literal["stop", "length"]
 SpanSource = Literal["quote", "normalized", "fuzzy", "full", "random"]
 
+WRONG = "wrong answer"
+"""The reason of a `Judgement` on an answer that could be read and is not the right one."""
+MAX_QUOTED_CHARS = 400
+"""Longest answer that `Verdict.feedback` repeats."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Message:
@@ -144,7 +149,8 @@ class Judgement:
     """What a verifier says about a completion.
 
     answer: the answer found in it, None: none found.
-    reason: why the score is not 1, as in "no answer tag" or "timed out"; None: nothing to say.
+    reason: why the score is not 1, as in "no answer tag" or "timed out"; never names the right
+        answer. None: nothing to say.
     """
 
     score: float  # in [0, 1]
@@ -172,8 +178,11 @@ class Verdict:
         if self.success:
             return ""
         if self.answer is None:
-            return "No answer was found."
-        return f"The answer {self.answer} is wrong."
+            why = self.reason or "no answer was found"
+            return f"{why[:1].upper()}{why[1:]}."
+        is_short = len(self.answer) <= MAX_QUOTED_CHARS and "\n" not in self.answer
+        what = f"The answer {self.answer} is wrong" if is_short else "The answer is wrong"
+        return f"{what}." if self.reason in (None, WRONG) else f"{what}: {self.reason}."
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.score <= 1.0:

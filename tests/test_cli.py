@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 import types
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from rosd_fast import __version__
 from rosd_fast.cli import COMMANDS, main
 from rosd_fast.commands.train import Options
 from rosd_fast.config import Config
-from rosd_fast.config.arguments import options_of
+from rosd_fast.config.arguments import as_flag, options_of
 from rosd_fast.config.load import apply_args, load_preset, preset_names, preset_path, to_toml
 from rosd_fast.errors import UserError
 
@@ -137,7 +139,12 @@ def test_presets_are_listed_with_what_they_are_for(capsys: pytest.CaptureFixture
 @pytest.mark.parametrize("name", COMMANDS)
 def test_every_command_has_help(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main([name, "-h"]) == 0
-    assert f"usage: rosd-fast {name}" in capsys.readouterr().out
+    text = capsys.readouterr().out
+    assert f"usage: rosd-fast {name}" in text
+    command = import_module(f"rosd_fast.commands.{name}")
+    for alias, option in getattr(command, "ALIASES", {}).items():  # the help has one name for each
+        assert as_flag(option) in text
+        assert not re.search(rf"{re.escape(as_flag(alias))}(?![\w.-])", text)
 
 
 def test_options_reach_the_loop(calls: Calls, tmp_path: Path) -> None:
@@ -152,6 +159,23 @@ def test_options_reach_the_loop(calls: Calls, tmp_path: Path) -> None:
         load_preset("smollm2"), {"steps": "9", "optim.lr": "2e-3", "sample.top_k": "5"}
     )
     assert resume is None
+
+
+def test_a_name_that_a_file_gives_and_a_run_has_is_changed(
+    calls: Calls, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "exp"
+    folder.mkdir()
+    config = apply_args(load_preset("quickstart"), {"name": "exp", "out": str(tmp_path)})
+    file = folder / "config.toml"
+    file.write_text(to_toml(config))
+    for args in (["--config", str(file)], ["--config", str(file), "--name", "exp"]):
+        assert main(["train", *args, "--optim.lr", "1e-4"]) == 0
+    assert [called.name for called, _ in calls] == [
+        "exp-2",
+        "exp",
+    ]  # a name that is asked for stays
+    assert capsys.readouterr().out.count("so this run is exp-2") == 1
 
 
 def test_resume_takes_the_runs_own_options(calls: Calls, tmp_path: Path) -> None:
@@ -322,13 +346,12 @@ def test_timing_lines() -> None:
     ]
 
 
-def test_eval_prints_accuracy_by_domain(capsys: pytest.CaptureFixture[str]) -> None:
-    args = ["--problems", "3", "--samples", "2", "--max-new-tokens", "4"]
+def test_eval_prints_accuracy_by_domain(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    args = ["--problems", "3", "--samples", "2", "--max-new-tokens", "4", "--out", str(tmp_path)]
     assert main(["eval", "--model", "quickstart", *args]) == 0
     text = capsys.readouterr().out
-    cells = [part.strip() for part in text.replace("┃", "│").split("│")]
-    # Four tokens hold no answer tag.
-    assert cells[cells.index("all") :][:3] == ["all", "3", "0.0%"]
+    row = next(line for line in text.splitlines() if line.strip().startswith("test"))
+    assert row.split()[1:3] == ["3", "0.0"]  # four tokens hold no answer tag
     assert "100.0% cut off" in text
 
 

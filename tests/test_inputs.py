@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from rosd_fast.config import Config
-from rosd_fast.data.problems import ProblemStream
+from rosd_fast.data.stream import ProblemStream
 from rosd_fast.inputs import with_absolute_paths, with_resolved_epochs
 from rosd_fast.quickstart.tasks import load_split
 

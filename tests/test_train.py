@@ -283,6 +283,35 @@ def test_without_any_right_rollout_a_step_ends_well(
     assert all(torch.equal(before[name].float(), after[name].float()) for name in before)
 
 
+def test_a_run_without_any_answer_ends_with_the_reason_and_resumes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    short = {"sample__max_new_tokens": 2, "select__stop_after_steps": 2, "checkpoint__every": 0}
+    config = small(tmp_path, steps=9, **short)
+    said = r"no rollout gave an answer in the last 2 steps \(.*: 16 of 16 rollouts; one ends in '"
+    with pytest.raises(RunFailed, match=said) as failed:
+        train(config)
+    assert "\n" not in str(failed.value) and "data.answer_instruction" in str(failed.value)
+    run = tmp_path / "run"
+    output = capsys.readouterr().out
+    assert "stopped after step 2 of 9; resume with: rosd-fast train --resume" in output
+    assert "the verifier found no answer in any rollout (" in output
+    assert last_checkpoint(run).name == "step_000002"
+    rows = read_metrics(run / "metrics.jsonl")
+    assert [row["rollout/answer_found_frac"] for row in rows[1:]] == [0, 0]
+    with pytest.raises(RunFailed, match=said):
+        train(config, resume=run)
+    assert last_checkpoint(run).name == "step_000004"
+
+
+def test_a_method_that_needs_no_verdict_goes_on_without_answers(tmp_path: Path) -> None:
+    silent = {"sample__max_new_tokens": 2, "select__stop_after_steps": 1, "eval__every": 0}
+    run = train(small(tmp_path, method="opsd", **silent))
+    assert read_metrics(run / "metrics.jsonl")[-1]["rollout/trained_frac"] == 1
+    with pytest.raises(RunFailed, match="in the last step"):
+        train(small(tmp_path, method="opsd", loss__policy_weight=1.0, name="blend", **silent))
+
+
 @pytest.mark.parametrize(
     "changes",
     [

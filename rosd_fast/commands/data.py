@@ -2,37 +2,58 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping, Sequence
-from statistics import median
-from typing import TYPE_CHECKING, Any
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
-from rosd_fast.config import ChatConfig, Config, DataConfig, NonNegativeInt, Section, same_as
+from rosd_fast.config import (
+    ChatConfig,
+    Config,
+    DataConfig,
+    NonNegativeInt,
+    Section,
+    SourceConfig,
+    VerifyConfig,
+    same_as,
+)
 from rosd_fast.config.load import apply_args, load_config
 from rosd_fast.errors import UserError
 
 if TYPE_CHECKING:
     from rich.console import Console
 
-    from rosd_fast.types import Problem
+    from rosd_fast.data.collection import Problems
+    from rosd_fast.data.report import Summary
 
-POSITIONAL = ("source",)
+POSITIONAL = ("data.source",)
+ALIASES = {"source": "data.source", "data": "data.source", "verifier": "data.verifier"}
 RUN_OPTIONS = ("method", "model", "trust_remote_code")  # that a run has under the same name
-MAX_SHOWN = 600  # characters of the example's prompt
+BAD_ROWS = 1  # exit code of a data set that has some
+MAX_TOKENIZED = 20_000  # prompts whose tokens are counted
+
+
+class DataSection(SourceConfig):
+    """The problems to check, and the splits that a run would make of them."""
+
+    dev: str | None = same_as(DataConfig, "dev", default=None)
+    dev_ood: str | None = same_as(DataConfig, "dev_ood")
+    overlap: Literal["drop", "keep"] = same_as(DataConfig, "overlap")
+    split_seed: NonNegativeInt = same_as(DataConfig, "split_seed")
 
 
 class Options(Section):
-    """Check every row of a data set and print counts, domains, verifiers and one example."""
+    """Check every row of a data set. Print as what it was read, counts, lengths, repeated problems,
+    bad rows, examples, and how the verifier scores. The exit code is 1 when rows are bad, unless
+    data.bad_rows is skip."""
 
-    source: str | None = None
-    """The data set: a .jsonl file or quickstart:SPLIT. `--source` may be left out."""
-    verifier: str | None = same_as(DataConfig, "verifier")
+    data: DataSection = DataSection()
+    verify: VerifyConfig = VerifyConfig()
     model: str | None = None
-    """Also print the lengths of the prompts in tokens of this model."""
+    """Also print the lengths of the prompts in tokens of this model, and its prompts."""
     trust_remote_code: bool = same_as(Config, "trust_remote_code")
-    show: NonNegativeInt = 0
-    """Print the prompts of every role for this many problems, the first ones, with token ids, and
-    the known traps of the chat template. Needs --model, a preset or a file; no weights."""
+    show: NonNegativeInt = 3
+    """Number of examples, the first problems. With a model, a preset or a file: the prompts of
+    every role for each of them, and the known traps of the chat template; no weights are needed.
+    When the number is given: with token ids."""
     method: str | None = None
     """Method whose prompts are shown; None: that of the presets or the file, else rosd."""
     preset: tuple[str, ...] = ()
@@ -49,42 +70,94 @@ def defaults(given: Mapping[str, Any]) -> Options:
 def run(given: Mapping[str, Any]) -> int:
     """Check the data set and print what is in it."""
     options = apply_args(Options(), given)
-    if options.source is None:
+    if options.data.source is None:
         raise UserError("no data set is named", fix="Name one: rosd-fast data FILE.jsonl")
 
+    from contextlib import closing
+
     from rich.console import Console
-    from rich.text import Text
 
-    from rosd_fast.data.problems import load_problems
+    from rosd_fast.commands import data_view as view
+    from rosd_fast.data.datasets import parse_dev
+    from rosd_fast.data.problems import open_problems
+    from rosd_fast.data.report import summarize
 
-    problems = load_problems(options.source, verifier=options.verifier)
     console = Console(highlight=False)
-    console.print(Text(f"{options.source}: {len(problems):,} problems"), soft_wrap=True)
-    print_domains(console, problems)
-    print_example(console, problems[0])
-    if options.model is not None and not options.show:
-        lengths = prompt_lengths(problems, options)
-        console.print(
-            f"prompt tokens: median {median(lengths):,.0f}, most {max(lengths):,} "
-            f"({problems[lengths.index(max(lengths))].id})",
-            markup=False,
-            soft_wrap=True,
-        )
-    if options.show:
+    data = options.data.as_training()
+    parse_dev(with_splits(options))  # before a long reading
+    problems = open_problems(data.train, data=data, verify=options.verify)
+    with view.reading(len(problems)) as on_rows, closing(problems.answers):
+        summary = summarize(problems, on_rows)
+    view.print_sources(console, problems, summary)
+    if len(summary.indices):
+        view.print_groups(console, summary)
+        view.print_lengths(console, problems, summary)
+        if options.model is not None:
+            print_token_lengths(console, problems, summary, options)
+        view.print_repetitions(console, problems, summary)
+        print_splits(console, options)
+        print_verifiers(console, problems, summary, options)
+        print_examples(console, problems, summary, given, options)
+    view.print_faults(console, summary.faults)
+    return BAD_ROWS if summary.faults and options.data.bad_rows == "error" else 0
+
+
+def print_splits(console: Console, options: Options) -> None:
+    """Print what a run would hold out, leave out, and find nearly the same in two splits."""
+    from rosd_fast.commands.data_view import say
+    from rosd_fast.data.datasets import load_datasets
+    from rosd_fast.data.splits import TRAIN
+
+    if options.data.dev is None and options.data.dev_ood is None:
+        return
+    found = load_datasets(with_splits(options), verify=options.verify)
+    say(console, f"splits: {len(found.train):,} problems to train on", "bold")
+    for name, lines in found.about.items():
+        for line in lines if name != TRAIN else []:
+            say(console, f"  {name}: {line}")
+    for line in found.shared:
+        say(console, f"  {line}")
+    console.print()
+
+
+def with_splits(options: Options) -> DataConfig:
+    """The data of the run. Its bad rows are skipped: they are listed by then."""
+    names = ("dev", "dev_ood", "overlap", "split_seed")
+    own = {name: getattr(options.data, name) for name in names}
+    return options.data.as_training().model_copy(update=own | {"bad_rows": "skip"})
+
+
+def print_verifiers(
+    console: Console, problems: Problems, summary: Summary, options: Options
+) -> None:
+    """Print how each verifier scores a right answer, a wrong one and none."""
+    from rosd_fast.commands.data_view import print_judgements
+    from rosd_fast.data.report import trials
+    from rosd_fast.verify import Limits, VerifierPool
+
+    with VerifierPool(Limits(**options.verify.model_dump())) as pool:
+        for indices in summary.first.values():
+            some = [problems[index] for index in indices]
+            tried = trials(some)
+            judged = pool.judge_sync([(some[0], completion) for _, completion in tried])
+            print_judgements(console, some[0], tried, judged)
+
+
+def print_examples(
+    console: Console,
+    problems: Problems,
+    summary: Summary,
+    given: Mapping[str, Any],
+    options: Options,
+) -> None:
+    """Print the first problems: as text, or as the prompts of every role of a run."""
+    from rosd_fast.commands.data_view import print_example
+
+    if options.model or options.preset or options.config:
         show_prompts(given, options)
-    return 0
-
-
-def run_config(given: Mapping[str, Any], options: Options) -> Config:
-    """The options of the run on this data set: presets, file, model and chat. Raises UserError."""
-    if not (options.model or options.preset or options.config):
-        raise UserError("--show needs a tokenizer", fix="Name the model, as in --model quickstart")
-    own = {name: given[name] for name in given if name.startswith("chat.") or name in RUN_OPTIONS}
-    own |= {"data.train": options.source, "data.dev": None, "data.dev_ood": None}
-    own["sample.problems_per_step"] = "1"  # a data set may have fewer than a step needs
-    if options.verifier is not None:
-        own["data.verifier"] = options.verifier
-    return load_config(own, presets=options.preset, file=options.config)
+        return
+    for index in summary.indices[: options.show].tolist():
+        print_example(console, problems[index])
 
 
 def show_prompts(given: Mapping[str, Any], options: Options) -> None:
@@ -95,52 +168,44 @@ def show_prompts(given: Mapping[str, Any], options: Options) -> None:
 
     from rosd_fast.dry_run import print_notes, print_prompts, render_prompts
     from rosd_fast.inputs import load_inputs
+    from rosd_fast.text.printable import printable
 
     inputs = load_inputs(run_config(given, options), weights=False)
     console = Console(highlight=False, soft_wrap=True)
     for problem in inputs.problems[: options.show]:
-        console.rule(problem.id)
+        console.rule(printable(problem.id, keep=""))
         prompts = asyncio.run(render_prompts(inputs, problem))
-        print_prompts(console, prompts, inputs, with_ids=True)
+        print_prompts(console, prompts, inputs, with_ids="show" in given)
     print_notes(console, inputs)
 
 
-def print_domains(console: Console, problems: Sequence[Problem]) -> None:
-    """Print a row per domain and verifier."""
-    from rich.table import Table
-    from rich.text import Text
-
-    table = Table("domain", "verifier", "with system turn")
-    table.columns[2].justify = "right"
-    table.add_column("problems", justify="right")
-    counts = Counter((p.domain, p.verifier) for p in problems)
-    systems = Counter((p.domain, p.verifier) for p in problems if p.system)
-    for key, count in sorted(counts.items()):
-        table.add_row(Text(key[0]), key[1], f"{systems[key]:,}", f"{count:,}")
-    console.print(table)
+def run_config(given: Mapping[str, Any], options: Options) -> Config:
+    """The options of the run on this data set: presets, file, model and chat. Raises UserError."""
+    own = {name: given[name] for name in given if name.startswith("chat.") or name in RUN_OPTIONS}
+    data = options.data.as_training().model_copy(update={"bad_rows": "skip"})
+    own |= {f"data.{name}": value for name, value in data.model_dump().items() if name != "columns"}
+    own |= {name: given[name] for name in given if name.startswith("data.columns.")}
+    own["sample.problems_per_step"] = "1"  # a data set may have fewer than a step needs
+    return load_config(own, presets=options.preset, file=options.config)
 
 
-def print_example(console: Console, problem: Problem) -> None:
-    """Print a problem, its texts cut to a readable length."""
-    from rich.table import Table
-    from rich.text import Text
+def print_token_lengths(
+    console: Console, problems: Problems, summary: Summary, options: Options
+) -> None:
+    """Print the lengths of the prompts in tokens, under the model's chat template."""
+    import numpy as np
 
-    grid = Table.grid(padding=(0, 2))
-    for label in ("id", "system", "prompt", "answer"):
-        text = getattr(problem, label)
-        if text is not None:
-            shown = text.strip()
-            cut = shown if len(shown) <= MAX_SHOWN else f"{shown[:MAX_SHOWN]} [...]"
-            grid.add_row(Text(label, "bold"), Text(cut))
-    console.print(grid)
-
-
-def prompt_lengths(problems: Sequence[Problem], options: Options) -> list[int]:
-    """The number of tokens of each problem's prompt under the model's chat template."""
+    from rosd_fast.commands.data_view import print_histogram
+    from rosd_fast.config.chat import make_chats, read_templates
+    from rosd_fast.data.checks import spread
     from rosd_fast.model.load import find, load_tokenizer
-    from rosd_fast.text.chat import chat_format
 
     assert options.model is not None
     tokenizer = load_tokenizer(find(options.model), trust_remote_code=options.trust_remote_code)
-    chat = chat_format(tokenizer)
-    return [len(chat.render_problem(problem)) for problem in problems]
+    chat = make_chats(read_templates(options.chat), tokenizer).student
+    count = len(summary.indices)
+    some = summary.indices[spread(count, min(count, MAX_TOKENIZED))].tolist()
+    lengths = np.array([len(chat.render_problem(problems[index])) for index in some])
+    among = f" of {len(some):,} problems, spread evenly" if len(some) < count else ""
+    longest = problems.where(some[int(lengths.argmax())])
+    print_histogram(console, f"tokens per prompt{among}", lengths, longest)

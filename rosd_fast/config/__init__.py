@@ -18,7 +18,13 @@ Importing this package imports neither torch nor transformers.
 from __future__ import annotations
 
 from rosd_fast.config.checks import control_arms, uses_teacher_weights
-from rosd_fast.config.problems import ColumnsConfig, DataConfig, EvalConfig, VerifyConfig
+from rosd_fast.config.problems import (
+    ColumnsConfig,
+    DataConfig,
+    EvalConfig,
+    SourceConfig,
+    VerifyConfig,
+)
 from rosd_fast.config.schema import (
     ChatConfig,
     CheckpointConfig,
@@ -83,6 +89,7 @@ __all__ = [
     "SampleConfig",
     "Section",
     "SelectConfig",
+    "SourceConfig",
     "SpanConfig",
     "TeacherConfig",
     "VerifyConfig",

@@ -8,18 +8,19 @@ the same words as for a file.
 
 from __future__ import annotations
 
-import types
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from difflib import SequenceMatcher
+from types import MappingProxyType, NoneType
 from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 
 from rosd_fast.config.renamed import RENAMED
+from rosd_fast.config.suggest import suggestion
 from rosd_fast.errors import UserError
 
-MIN_SIMILARITY = 0.6  # of 1, of a name that is suggested for an unknown one
+BOOLEANS = ("true", "false", "yes", "no", "1", "0", "on", "off")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -27,7 +28,7 @@ class Option:
     """One option of a model. `name` is dotted: `sample.group_size`."""
 
     name: str
-    num_values: int  # values on the command line; 0: a switch, --name or --no-name
+    num_values: int  # values on the command line; 0: a switch, --name, --no-name or --name false
     nullable: bool  # whether it can be none
     repeated: bool = False  # whether it may be given several times, which adds up
 
@@ -53,7 +54,7 @@ def options_of(model: type[BaseModel], prefix: str = "") -> dict[str, Option]:
         found[name] = Option(
             name=name,
             num_values=_num_values(kind),
-            nullable=types.NoneType in get_args(kind),
+            nullable=NoneType in get_args(kind),
             repeated=_is_sequence(kind),
         )
     return found
@@ -70,88 +71,93 @@ def _is_sequence(kind: Any) -> bool:
     return get_origin(kind) is tuple and get_args(kind)[-1] is Ellipsis
 
 
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name that is most similar to `name`; None when none is similar enough.
-
-    The last part of a name is also compared by itself, so `lr` finds `optim.lr`.
-    """
-
-    def similarity(other: str) -> float:
-        whole = SequenceMatcher(None, name, other).ratio()
-        last = SequenceMatcher(None, name.rpartition(".")[2], other.rpartition(".")[2]).ratio()
-        return max(whole, 0.85 * last)
-
-    best = max(known, key=similarity, default=None)
-    return best if best is not None and similarity(best) >= MIN_SIMILARITY else None
-
-
 def read_args(
-    args: Sequence[str], options: Mapping[str, Option], positional: Sequence[str] = ()
+    args: Sequence[str],
+    options: Mapping[str, Option],
+    positional: Sequence[str] = (),
+    aliases: Mapping[str, str] = MappingProxyType({}),
 ) -> dict[str, Any]:
     """The values that the arguments set, by option name, as text: {"sample.group_size": "8"}.
 
-    The value of a switch is True or False, that of an option with two values is a list of two, and
-    `none` is None where an option can be none. `positional` options may be given without their
-    names. A later value replaces an earlier one, but those of a repeated option add up:
-    `--preset a,b --preset c` is ["a", "b", "c"]. Raises UserError for an unknown option, a missing
-    value and an unexpected argument.
+    The value of a switch is True or False, or the word after it where that is one of `BOOLEANS`; so
+    in `--trust-remote-code MODEL` the model is an argument of its own. The value of an option with
+    two values is a list of two, and `none` is None where an option can be none. A later value
+    replaces an earlier one, but those of a repeated option add up: `--preset a,b --preset c` is
+    ["a", "b", "c"].
+
+    positional: options that may be given without their names, in this order.
+    aliases: other names of options, which help and messages do not use: {"data": "data.source"}.
+
+    Raises UserError for an unknown option, a missing value and an unexpected argument, and
+    ValueError for an alias that is an option's name, or names none.
     """
+    wrong = [name for name, own in aliases.items() if name in options or own not in options]
+    if wrong:
+        raise ValueError(f"alias {wrong[0]}: it is an option already, or its option does not exist")
+    named = {**options, **{name: options[own] for name, own in aliases.items()}}
     values: dict[str, Any] = {}
-    rest = iter(args)
+    rest = deque(args)
     places = iter(positional)
-    for arg in rest:
+    fix = "Options are written --name value"
+    while rest:
+        arg = rest.popleft()
         _check_text(arg)
         if arg.startswith("-") and arg != "-":
             body, equals, text = arg.partition("=")
-            option, state = _find(body, options)
+            option, state = _find(body, named, options)
             value = _value(option, state, text if equals else None, rest)
             if option.repeated:
                 value = [*values.get(option.name, ()), *listed(value)]
             values[option.name] = value
+            if value is True:
+                fix = f"{option.flag} takes true or false"
         elif (name := next(places, None)) is not None:
             values[name] = arg
         else:
-            near = nearest(arg, options)
-            fix = (
-                f"Did you mean {options[near].flag}?"
-                if near
-                else "Options are written --name value"
-            )
+            fix = suggestion(arg, options, as_flag) or fix
             raise UserError(f"unexpected argument {arg!r}", fix=fix)
     return values
 
 
-def _find(arg: str, options: Mapping[str, Option]) -> tuple[Option, bool]:
-    """(the option that `arg` names, False if it is negated, as in --data.no-shuffle)."""
+def _find(
+    arg: str, named: Mapping[str, Option], options: Mapping[str, Option]
+) -> tuple[Option, bool]:
+    """(the option that `arg` names, False if it is negated, as in --data.no-shuffle).
+
+    named: the options by all their names, of which `options` has the ones that are suggested.
+    """
     name = arg.lstrip("-").replace("-", "_")
     if arg.startswith("--"):
-        if name in options:
-            return options[name], True
+        if name in named:
+            return named[name], True
         table, dot, key = name.rpartition(".")
         positive = table + dot + key.removeprefix("no_")
         if positive in options and not options[positive].num_values:
             return options[positive], False
     if RENAMED.get(name) in options:
         raise UserError(f"--{arg.lstrip('-')} is now {as_flag(RENAMED[name])}")
-    near = nearest(name, options)
-    known = f"Did you mean {options[near].flag}?" if near else "See --help for all options"
-    raise UserError(f"unknown option {arg}", fix=known)
+    fix = suggestion(name, options, as_flag) or "See --help for all options"
+    raise UserError(f"unknown option {arg}", fix=fix)
 
 
-def _value(option: Option, state: bool, text: str | None, rest: Iterator[str]) -> Any:
-    """The value of `option`: the text after its "=" (`text`), or the arguments that follow."""
+def _value(option: Option, state: bool, text: str | None, rest: deque[str]) -> Any:
+    """The value of `option`: the text after its "=" (`text`), or the arguments that follow.
+
+    rest: the arguments that are left, of which the value is taken.
+    """
     if not option.num_values:
+        if text is None and rest and rest[0].lower() in BOOLEANS:
+            text = rest.popleft()
         if text is not None and not state:
             raise UserError(f"{option.flag} takes no value when it is negated")
         return state if text is None else text
     found = [] if text is None else [text]
     while len(found) < option.num_values:
-        value = next(rest, None)
-        if value is None or value.startswith("--"):
+        if not rest or rest[0].startswith("--"):
             needs = "a value" if option.num_values == 1 else f"{option.num_values} values"
             raise UserError(f"{option.flag} needs {needs}", fix="See --help")
-        _check_text(value)
-        found.append(value)
+        _check_text(rest[0])
+        found.append(rest.popleft())
     if option.nullable and found[0].lower() == "none":
         return None
     return found[0] if option.num_values == 1 else found

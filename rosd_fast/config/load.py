@@ -25,9 +25,10 @@ from pydantic import BaseModel, ValidationError
 
 from rosd_fast.config import Config
 from rosd_fast.config.alternatives import both_given, with_alternatives
-from rosd_fast.config.arguments import as_flag, nearest, options_of
+from rosd_fast.config.arguments import as_flag, options_of
 from rosd_fast.config.messages import explain
 from rosd_fast.config.renamed import RENAMED, legacy_options, old_names, translate
+from rosd_fast.config.suggest import nearest
 from rosd_fast.config.toml import find_line, to_toml
 from rosd_fast.errors import UserError
 from rosd_fast.quickstart import QUICKSTART
@@ -106,9 +107,15 @@ def load_preset(*names: str) -> Config:
 
 
 def load_config(
-    given: Mapping[str, Any], *, presets: Sequence[str] = (), file: str | Path | None = None
+    given: Mapping[str, Any],
+    *,
+    presets: Sequence[str] = (),
+    file: str | Path | None = None,
+    accept_old_names: bool = False,
 ) -> Config:
     """Apply all layers in order; `given` is what the command line sets, as `read_args` returns it.
+
+    accept_old_names: as for `apply_toml`, for `file`.
 
     A model that is the name of a preset stands for the model of that preset and brings its options,
     after those of `presets`. Without a preset, a file and a model, the preset quickstart is used.
@@ -125,7 +132,7 @@ def load_config(
             presets.append(name)
     config = load_preset(*presets)
     if file is not None:
-        config = apply_toml(config, Path(file).expanduser())
+        config = apply_toml(config, Path(file).expanduser(), accept_old_names=accept_old_names)
     return apply_args(config, given)
 
 

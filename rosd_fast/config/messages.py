@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
-from rosd_fast.config.arguments import nearest, options_of
+from rosd_fast.config.arguments import options_of
+from rosd_fast.config.suggest import nearest, suggestion
 from rosd_fast.errors import UserError
 
 MAX_SHOWN = 60  # characters of a wrong value
@@ -31,8 +32,12 @@ def explain(
     keys = tuple(part for part in first["loc"] if isinstance(part, str))
     name = ".".join(keys)
     if first["type"] == "extra_forbidden":
-        near = nearest(name, [*options_of(model), *_tables(model)])
-        fix = f"Did you mean {spell(near)}?" if near else ""
+        if isinstance(first["input"], Mapping):
+            near = nearest(name, _tables(model))
+            fix = f"Did you mean {spell(near)}?" if near else ""
+        else:
+            fix = suggestion(name, options_of(model), spell) or ""
+        fix = fix or "rosd-fast train --help lists all options"
         return UserError(f"unknown key {name}", where=where(keys), fix=fix)
     if first["type"] == "value_error":  # a conflict of options, which it names
         text = first["msg"].removeprefix("Value error, ")

@@ -11,6 +11,7 @@ from rosd_fast.config.section import (
     PositiveInt,
     Probability,
     Section,
+    same_as,
 )
 
 
@@ -72,6 +73,28 @@ class DataConfig(Section):
     columns: ColumnsConfig = ColumnsConfig()
     shuffle: bool = True
     """Shuffle the problems in every epoch, by the seed."""
+
+
+class SourceConfig(Section):
+    """The problems of a command that reads one data set; the options mean what a run's mean."""
+
+    source: str | None = None
+    """Problems: files, folders, hub ids, quickstart:SPLIT or reasoning_gym:TASK, comma-separated,
+    each with settings of its own after @, as in a.jsonl,b.parquet@verifier=math."""
+    verifier: str | None = same_as(DataConfig, "verifier")
+    answer_instruction: str = same_as(DataConfig, "answer_instruction")
+    bad_rows: Literal["error", "skip"] = same_as(DataConfig, "bad_rows")
+    columns: ColumnsConfig = same_as(DataConfig, "columns")
+
+    def as_training(self) -> DataConfig:
+        """The options of a run that trains on these problems and has no development splits.
+
+        Raises ValueError when `source` is None.
+        """
+        if self.source is None:
+            raise ValueError("there is no source to train on")
+        same = {name: getattr(self, name) for name in SourceConfig.model_fields if name != "source"}
+        return DataConfig(train=self.source, dev=None, dev_ood=None, **same)
 
 
 class VerifyConfig(Section):

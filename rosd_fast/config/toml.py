@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
@@ -16,6 +17,11 @@ HEADER = "# Every option of a rosd-fast run. `false` stands for none where an op
 def to_toml(config: Config) -> str:
     """The TOML text with every option, in the order of definition."""
     return HEADER + _table(config, "")
+
+
+def is_dump(path: Path) -> bool:
+    """Whether `path` is a run folder, or a file with every option as `to_toml` writes it."""
+    return path.is_dir() or path.read_text("utf-8").startswith(HEADER)
 
 
 def _table(section: BaseModel, name: str) -> str:

@@ -1,103 +1,77 @@
-"""Load problems from JSON lines, and choose the problems of each step."""
+"""Load problems: open the sources, recognize their shapes, check rows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
+from contextlib import suppress
 
-import numpy as np
-
-from rosd_fast.data.rows import check_verifier, parse_row, read_rows
+from rosd_fast.config import DataConfig, VerifyConfig
+from rosd_fast.data.checks import check
+from rosd_fast.data.collection import Part, Problems
+from rosd_fast.data.fields import check_verifier
+from rosd_fast.data.readers.base import Rows
+from rosd_fast.data.readers.open import open_rows
+from rosd_fast.data.shapes import Shape, recognize
+from rosd_fast.data.sources import Source, parse_sources
+from rosd_fast.data.verifiable import AnswerCheck
 from rosd_fast.errors import UserError
-from rosd_fast.quickstart import QUICKSTART
-from rosd_fast.types import Problem
+from rosd_fast.verify import Limits
+
+LOOKED_AT = 100  # first rows of a source by which its shape is recognized
 
 
-def load_problems(source: str, *, verifier: str | None = None) -> list[Problem]:
-    """The problems of `source`: a file of JSON lines or one JSON list, or `quickstart:SPLIT`.
+def load_problems(
+    text: str,
+    *,
+    data: DataConfig | None = None,
+    verify: VerifyConfig | None = None,
+    first: int = 0,
+) -> Problems:
+    """The problems of the sources in `text`, such as "a.jsonl,b.parquet@weight=0.5".
 
-    `verifier` is for rows that name none. Raises UserError, with file and line, for a row that is
-    not a problem.
+    data: how they are read and checked; text stands for its train. verify: limits of the processes
+    in which verifiers judge whether an answer can be given. first: only so many problems,
+    the first ones, all of them checked; 0: all problems, of which data.check_rows are checked.
+
+    Raises UserError, with file, row and column, for what is not a problem.
     """
-    if verifier is not None:
-        check_verifier(verifier, where="data.verifier")
-    if source.startswith(QUICKSTART):
-        return load_quickstart(source)
-    path = Path(source).expanduser()
-    lines: dict[str, str] = {}  # id -> where it was first seen
-    problems = []
-    for where, row in read_rows(path):
-        problem = parse_row(
-            row,
-            where=where,
-            folder=path.resolve().parent.name,
-            number=len(problems) + 1,
-            verifier=verifier,
-        )
-        if problem.id in lines:
-            raise UserError(
-                f"the id {problem.id!r} was used before, at {lines[problem.id]}",
-                where=where,
-                fix="Give each problem its own id",
-            )
-        lines[problem.id] = where
-        problems.append(problem)
-    if not problems:
-        raise UserError("the data set has no problems", where=source)
-    return problems
+    data = data or DataConfig()
+    return check(open_problems(text, data=data, verify=verify), data, first)
 
 
-def load_quickstart(source: str) -> list[Problem]:
-    """The shipped problems of `quickstart:SPLIT`."""
-    from rosd_fast.quickstart.tasks import SPLIT_SIZES, load_split
+def open_problems(text: str, *, data: DataConfig, verify: VerifyConfig | None = None) -> Problems:
+    """The same problems, none of which is checked. Raises UserError for what cannot be read."""
+    answers = AnswerCheck(Limits(**verify.model_dump()) if verify else None)
+    if data.verifier is not None:
+        answers.open(check_verifier(data.verifier, where="data.verifier"), "data.verifier")
+    sources = parse_sources(text, verifier=data.verifier, columns=data.columns.model_dump())
+    for source in sources:
+        if source.verifier not in (None, data.verifier):
+            answers.open(check_verifier(source.verifier, where=source.text), source.text)
+    parts = open_parts(sources)
+    total = sum(len(part.rows) for part in parts)
+    if not total:
+        raise UserError("the data set has no problems", where=text)
+    return Problems(parts, range(total), instruction=data.answer_instruction, answers=answers)
 
-    wanted = source.removeprefix(QUICKSTART)
-    for split in SPLIT_SIZES:
-        if split == wanted:
-            return list(load_split(split))
-    raise UserError(
-        "there is no such split", where=source, fix=f"Name one of {', '.join(SPLIT_SIZES)}"
-    )
+
+def open_parts(sources: Sequence[Source]) -> list[Part]:
+    """The sources, opened, and their shapes recognized. Raises UserError."""
+    parts, total = [], 0
+    for source in sources:
+        rows = open_rows(source)
+        if len(rows):
+            parts.append(Part(source=source, rows=rows, shape=shape_of(rows, source), first=total))
+        elif len(sources) > 1:
+            raise UserError("the data set has no problems", where=source.text)
+        total += len(rows)
+    return parts
 
 
-class ProblemStream:
-    """The problems of each step. They depend on the step number alone, so resuming needs no state.
-
-    Each epoch shuffles the problems by seed and epoch and cuts them into batches; problems that do
-    not fill the last batch are left out of this epoch. Without shuffling, the problems repeat in
-    the file's order.
-    """
-
-    def __init__(
-        self, problems: Sequence[Problem], *, batch_size: int, seed: int, shuffle: bool
-    ) -> None:
-        if len(problems) < batch_size:
-            raise UserError(
-                f"the data set has {len(problems)} problems, fewer than the {batch_size} of a step",
-                where="sample.problems_per_step",
-                fix=f"Set it to at most {len(problems)}, or give more problems",
-            )
-        self._problems = tuple(problems)
-        self._batch_size = batch_size
-        self._seed = seed
-        self._shuffle = shuffle
-
-    @property
-    def steps_per_epoch(self) -> float:
-        """The number of steps that one pass over the problems takes."""
-        total, size = len(self._problems), self._batch_size
-        return total // size if self._shuffle else total / size
-
-    def batch(self, step: int) -> list[Problem]:
-        """The `batch_size` distinct problems of a step; the first step is 1."""
-        if step < 1:
-            raise ValueError(f"step is {step}, must be at least 1")
-        return [self._problems[i] for i in self._indices(step - 1)]
-
-    def _indices(self, number: int) -> list[int]:
-        size, total = self._batch_size, len(self._problems)
-        if not self._shuffle:
-            return [i % total for i in range(number * size, (number + 1) * size)]
-        epoch, place = divmod(number, total // size)
-        order = np.random.default_rng((self._seed, epoch)).permutation(total)
-        return order[place * size : (place + 1) * size].tolist()
+def shape_of(rows: Rows, source: Source) -> Shape:
+    """The shape of a source's rows, by the first that can be read. Raises UserError."""
+    sample = []
+    for number in range(min(LOOKED_AT, len(rows))):
+        with suppress(UserError):  # it is reported when the rows are checked
+            sample.append(rows[number])
+    return recognize(sample, source)

@@ -71,7 +71,7 @@ async def open_engines(
                 shares_learner_weights=False,
             )
             stack.push_async_callback(teacher.close)
-        verifiers = VerifierPool(Limits(**config.verify.model_dump()))
+        verifiers = VerifierPool(Limits(**config.verify.model_dump()), note)
         stack.push_async_callback(verifiers.close)
         yield Engines(
             student=student, teacher=teacher, teacher_server=teacher_server, verifiers=verifiers

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from types import MappingProxyType
 
-from rosd_fast.config.arguments import nearest
+from rosd_fast.config.suggest import nearest
 from rosd_fast.errors import UserError
 from rosd_fast.methods.base import Method, TrainingSet
 from rosd_fast.methods.grpo import Grpo

@@ -9,6 +9,7 @@ trains on whatever samples the method builds. A method therefore answers three q
     what must be generated before a rollout can teach?     `annotate`
     which tokens are trained, under which teacher prompt?  `build`
     what has to be checked before the run starts?          `check_options`, `check_problems`
+    and of a problem that is first read while it runs?     `check_problem`
 
 The methods of this package (`docs/methods.md` has the table of the family):
 
@@ -27,8 +28,9 @@ divergence.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING, ClassVar, Literal
 
 from rosd_fast.config.checks import control_arms
@@ -86,6 +88,19 @@ class TrainingSet:
                 )
 
 
+OWN_OPTIONS = (
+    "reflect.*",
+    "span.*",
+    "select.on_*",
+    "teacher.*_template",
+    "teacher.demonstration_note",
+    "teacher.show_feedback",
+)
+"""Patterns of the options that some methods read and others do not."""
+TEACHER_OPTIONS = ("teacher.*",)  # read where anything is distilled
+POLICY_OPTIONS = ("policy.advantage", "policy.*clip*", "policy.mask_truncated")  # or reinforced
+
+
 class Method(ABC):
     """Turns verified rollouts into training samples.
 
@@ -98,7 +113,9 @@ class Method(ABC):
     annotate_stage: Stage = Stage.REFLECT  # counts the time of `annotate`; streamed, sampling does
     default_weights: ClassVar[tuple[float, float]] = (1.0, 0.0)  # divergence, policy gradient
     needs_success: ClassVar[bool] = True  # whether `select.on_no_success` applies
+    tells_apart: ClassVar[bool] = True  # whether it trains right and wrong rollouts differently
     has_reflections: ClassVar[bool] = False  # whether it has the control arms of the reflection
+    reads: ClassVar[tuple[str, ...]] = OWN_OPTIONS  # those of them that it reads
 
     def __init__(
         self, config: Config, model: LoadedModel, token_bytes: TokenBytes, chats: Chats
@@ -140,6 +157,19 @@ class Method(ABC):
                 )
 
     @classmethod
+    def unread(cls, config: Config, names: Iterable[str]) -> list[str]:
+        """Return those of the options `names` that a run of this method never reads."""
+        distill, policy = cls.weights(config)
+        unread = [] if distill else [*TEACHER_OPTIONS]
+        unread += [] if policy else [*POLICY_OPTIONS]
+        return [
+            name
+            for name in names
+            if _matches(name, unread)
+            or (_matches(name, OWN_OPTIONS) and not _matches(name, cls.reads))
+        ]
+
+    @classmethod
     def weights(cls, config: Config) -> tuple[float, float]:
         """The weights of the divergence and of the policy gradient in the loss."""
         loss, (distill, policy) = config.loss, cls.default_weights
@@ -171,6 +201,11 @@ class Method(ABC):
         return self.weights(self.config)[1]
 
     @property
+    def needs_verdicts(self) -> bool:
+        """Whether a run teaches nothing as long as no rollout gives an answer."""
+        return self.tells_apart or self.policy_weight > 0
+
+    @property
     def needs_teacher(self) -> bool:
         """Whether anything is distilled; without it no teacher is kept."""
         return self.distill_weight > 0
@@ -179,6 +214,12 @@ class Method(ABC):
     def needs_teacher_engine(self) -> bool:
         """Whether text is generated with the teacher's weights (`Engines.teacher`)."""
         return False
+
+    def check_problem(self, problem: Problem) -> None:  # noqa: B027
+        """Raise UserError for a problem that the method cannot train on.
+
+        It is asked of the problems of a large data set that were not among `check_problems`.
+        """
 
     def check_problems(self, problems: Sequence[Problem]) -> None:  # noqa: B027
         """Raise UserError for a problem, or a tokenizer, that the method cannot train on."""
@@ -254,3 +295,7 @@ class Method(ABC):
     ) -> dict[str, float]:
         """Return further metrics that cost sampling, before the update. The default has none."""
         return {}
+
+
+def _matches(name: str, patterns: Iterable[str]) -> bool:
+    return any(fnmatchcase(name, pattern) for pattern in patterns)

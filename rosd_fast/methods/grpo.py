@@ -25,6 +25,7 @@ class Grpo(Method):
 
     default_weights = (0.0, 1.0)
     needs_success = False
+    reads = ("span.thinking",)  # with loss.distill_weight
 
     def build(
         self,

@@ -28,6 +28,8 @@ class Opd(Method):
     """Distills every token of every rollout from a separate teacher."""
 
     needs_success = False
+    tells_apart = False
+    reads = ("span.thinking",)
 
     @classmethod
     def check_options(cls, config: Config) -> None:

@@ -22,6 +22,8 @@ class Opsd(SolutionMethod):
     """Distills whole rollouts from a teacher that has read the reference solution."""
 
     needs_success = False
+    tells_apart = False
+    reads = ("span.thinking", "teacher.solution_template", "teacher.show_feedback")
 
     def check_problems(self, problems: Sequence[Problem]) -> None:
         """Raise UserError for a problem without a reference solution."""

@@ -42,6 +42,15 @@ class Rosd(Method):
     """Distills each rollout from its first error on, from a teacher that has read a reflection."""
 
     has_reflections = True
+    reads = (
+        "reflect.*",
+        "span.*",
+        "select.on_*",
+        "teacher.wrong_template",
+        "teacher.correct_template",
+        "teacher.demonstration_note",
+        "teacher.show_feedback",
+    )
 
     @classmethod
     def check_options(cls, config: Config) -> None:
@@ -54,11 +63,14 @@ class Rosd(Method):
         """Whether reflections or probes are written with the teacher's weights."""
         return uses_teacher_weights(self.config)
 
+    def check_problem(self, problem: Problem) -> None:
+        """Raise UserError when the problem fills a template's budget."""
+        check_budgets(self.config, self.chats, problem, used_templates(self.config))
+
     def check_problems(self, problems: Sequence[Problem]) -> None:
         """Raise UserError when the longest problem fills a template's budget, when quotes cannot be
         constrained with this tokenizer, or when reference solutions are asked for and missing."""
-        longest = max(problems, key=lambda problem: len(problem.prompt))
-        check_budgets(self.config, self.chats, longest, used_templates(self.config))
+        self.check_problem(max(problems, key=lambda problem: len(problem.prompt)))
         check_references(self.config, problems)
         if self.config.reflect.mode != "free" and self.config.reflect.control != "none":
             vocab_size = head(self.model.model).weight.shape[0]
@@ -218,6 +230,7 @@ class Rosd(Method):
                 wrong_samples(training.samples, verdicts, options.probe_problems),
                 groups,
                 verdicts,
+                verifiers=engines.verifiers,
                 tokenizer=self.model.tokenizer,
                 params=sampling_params(self.config.sample, self.model.stop_token_ids),
                 seed=self.config.seed,

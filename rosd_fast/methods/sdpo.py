@@ -26,6 +26,14 @@ if TYPE_CHECKING:
 class Sdpo(SolutionMethod):
     """Distills whole rollouts from a teacher that has read a correct sibling."""
 
+    reads = (
+        "reflect.demonstration",
+        "span.thinking",
+        "select.on_*",
+        "teacher.solution_template",
+        "teacher.show_feedback",
+    )
+
     @classmethod
     def check_options(cls, config: Config) -> None:
         """Raise UserError where groups without a success would be kept with nothing to show."""

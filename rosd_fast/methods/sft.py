@@ -23,6 +23,7 @@ class Sft(Method):
 
     default_weights = (0.0, 1.0)
     needs_success = False
+    reads = ()
 
     @classmethod
     def check_options(cls, config: Config) -> None:

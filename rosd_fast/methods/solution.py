@@ -32,10 +32,13 @@ class SolutionMethod(Method):
         super().check_options(config)
         check_solution_template(config.teacher)
 
+    def check_problem(self, problem: Problem) -> None:
+        """Raise UserError when the problem fills the template's budget."""
+        check_budgets(self.config, self.chats, problem, [("teacher", "solution_template")])
+
     def check_problems(self, problems: Sequence[Problem]) -> None:
         """Raise UserError when the longest problem fills the template's budget."""
-        longest = max(problems, key=lambda problem: len(problem.prompt))
-        check_budgets(self.config, self.chats, longest, [("teacher", "solution_template")])
+        self.check_problem(max(problems, key=lambda problem: len(problem.prompt)))
 
     @abstractmethod
     def solution(

@@ -24,8 +24,8 @@ from transformers import (
 from transformers.utils import logging as transformers_logging
 
 from rosd_fast.config import EngineConfig
-from rosd_fast.config.arguments import nearest
 from rosd_fast.config.load import preset_model, preset_names
+from rosd_fast.config.suggest import nearest
 from rosd_fast.errors import UserError
 from rosd_fast.model.adapters import has_adapters
 from rosd_fast.model.attention import check_packing, num_embeddings, use_exact_attention

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any
 
 from rosd_fast.text.decode import decode
 from rosd_fast.types import GenerationRequest, SamplingParams
-from rosd_fast.verify import judge
 
 if TYPE_CHECKING:
     from rosd_fast.engines.base import RolloutEngine
     from rosd_fast.types import Group, TrainSample, Verdict
+    from rosd_fast.verify import VerifierPool
 
 
 async def teacher_helps(
@@ -24,6 +24,7 @@ async def teacher_helps(
     groups: Sequence[Group],
     verdicts: Mapping[str, Verdict],
     *,
+    verifiers: VerifierPool,
     tokenizer: Any,
     params: SamplingParams,
     seed: int,
@@ -46,14 +47,18 @@ async def teacher_helps(
         )
         for sample in samples
     ]
-    before = after = 0.0
     generations = await engine.generate(requests)
-    for sample, generation in zip(samples, generations, strict=True):
-        group = group_of[sample.rollout_id]
-        after += judge(group.problem, decode(tokenizer, generation.completion_ids)).score
-        scores = [verdicts[rollout.id].score for rollout in group.rollouts]
+    judged = await verifiers.judge(
+        [
+            (group_of[sample.rollout_id].problem, decode(tokenizer, generation.completion_ids))
+            for sample, generation in zip(samples, generations, strict=True)
+        ]
+    )
+    before = 0.0
+    for sample in samples:
+        scores = [verdicts[rollout.id].score for rollout in group_of[sample.rollout_id].rollouts]
         before += sum(scores) / len(scores)
-    return before / len(samples), after / len(samples)
+    return before / len(samples), sum(found.score for found in judged) / len(samples)
 
 
 def wrong_samples(

@@ -31,6 +31,7 @@ EVAL_TOTALS = ("accuracy", "accuracy_low", "accuracy_high", "truncated_frac", "t
 RENAMED = {
     "loss/is_weight_mean": "loss/importance_weight_mean",
     "loss/is_clipped_frac": "loss/importance_clipped_frac",
+    "rollout/answered_frac": "rollout/answer_found_frac",
 }
 """Metric names of earlier versions -> current names."""
 
@@ -163,9 +164,10 @@ def rollout_metrics(
     total = len(rollouts)
     distilled = {sample.rollout_id for sample in samples if sample.is_distilled}
     trained = {sample.rollout_id for sample in samples if sample.has_effect}
+    found = sum(verdicts[r.id].answer is not None for r in rollouts)
     return {
         "rollout/accuracy": sum(verdicts[r.id].success for r in rollouts) / total,
-        "rollout/answered_frac": sum(verdicts[r.id].answer is not None for r in rollouts) / total,
+        "rollout/answer_found_frac": found / total,
         "rollout/tokens_mean": sum(len(r.completion_ids) for r in rollouts) / total,
         "rollout/truncated_frac": sum(r.finish_reason == "length" for r in rollouts) / total,
         "rollout/groups_kept_frac": len(selection.kept) / len(groups),

@@ -17,7 +17,8 @@ from collections.abc import Sequence
 from rosd_fast.types import Group, Judgement, Problem, Verdict
 from rosd_fast.verify.choice import verify_choice
 from rosd_fast.verify.number import verify_number
-from rosd_fast.verify.pool import Limits, VerifierPool
+from rosd_fast.verify.pool import VerifierPool, verdict
+from rosd_fast.verify.protocol import Limits
 from rosd_fast.verify.registry import (
     VERIFIERS,
     Verifier,
@@ -25,6 +26,7 @@ from rosd_fast.verify.registry import (
     as_judgement,
     register_verifier,
 )
+from rosd_fast.verify.tags import CLOSE, OPEN, TAG_MARKS
 from rosd_fast.verify.words import verify_contains, verify_exact
 
 __all__ = [
@@ -41,9 +43,21 @@ __all__ = [
     "verify_all",
 ]
 
-register_verifier("number", verify_number, answers="a decimal number or a fraction")
-register_verifier("choice", verify_choice, answers="one letter")
-register_verifier("exact", verify_exact, answers="words")
+register_verifier(
+    "number",
+    verify_number,
+    answers="a number: a decimal or a fraction, with or without a unit",
+    instruction=f"Give the final answer as a number between {OPEN} and {CLOSE}.",
+    marks=TAG_MARKS,
+)
+register_verifier(
+    "choice",
+    verify_choice,
+    answers="one letter",
+    instruction=f"Give the letter of the right option between {OPEN} and {CLOSE}.",
+    marks=TAG_MARKS,
+)
+register_verifier("exact", verify_exact, answers="words", marks=TAG_MARKS)
 register_verifier("contains", verify_contains, answers="words", instruction="")
 
 
@@ -56,13 +70,7 @@ def verify_all(groups: Sequence[Group], *, threshold: float) -> dict[str, Verdic
     for group in groups:
         for rollout in group.rollouts:
             found = judge(group.problem, rollout.text)
-            verdicts[rollout.id] = Verdict(
-                rollout_id=rollout.id,
-                score=found.score,
-                success=found.score >= threshold,
-                answer=found.answer,
-                reason=found.reason,
-            )
+            verdicts[rollout.id] = verdict(rollout.id, found, threshold)
     return verdicts
 
 

@@ -1,42 +1,34 @@
-"""`number`: the answer tag contains a number equal to the answer; 0.5, .50 and 1/2 are equal."""
+r"""`number`: the answer is a number equal to the right one; 0.5, .50, 1/2 and \frac12 are equal."""
 
 from __future__ import annotations
 
-import re
-from fractions import Fraction
+from functools import lru_cache
 
-from rosd_fast.verify.tags import last_answer
-
-# Plain digits or groups of three. No exponents: 1e999999999 would fill the memory.
-_DECIMAL = r"(?:[0-9]{1,3}(?:[, ][0-9]{3})+|[0-9]*)(?:\.[0-9]*)?"
-_NUMBER = re.compile(rf"([+-]?) ?({_DECIMAL})(?: ?/ ?({_DECIMAL}))?")
-MAX_CHARS = 100
+from rosd_fast.types import WRONG, Judgement
+from rosd_fast.verify.quantity import Quantity, parse_quantity
+from rosd_fast.verify.tags import find_answer, quoted, why_no_answer
 
 
-def verify_number(completion: str, answer: str) -> tuple[float, str | None]:
-    """1.0 if the last answer tag contains exactly the number `answer`, 0.0 otherwise."""
-    found = last_answer(completion)
+def verify_number(completion: str, answer: str) -> Judgement:
+    """1.0 if the completion answers exactly with the number `answer`, 0.0 otherwise."""
+    found = find_answer(completion)
     if found is None:
-        return 0.0, None
-    value = parse_number(found)
-    return float(value is not None and value == parse_number(answer)), found
+        return Judgement(score=0.0, answer=None, reason=why_no_answer(completion))
+    value, wanted = parse_quantity(found), _wanted(answer)
+    if value is not None and wanted is not None and value.equals(wanted):
+        return Judgement(score=1.0, answer=found)
+    return Judgement(score=0.0, answer=found, reason=_why_wrong(found, value, wanted))
 
 
-def parse_number(text: str) -> Fraction | None:
-    """The value of a decimal number or of a fraction of two; None when `text` is neither.
-
-    Commas and spaces may group thousands, and a dot may follow: "1,234." is 1234.
-    """
-    text = text.strip().removesuffix(".").rstrip().replace("\u2212", "-")
-    if len(text) > MAX_CHARS or not (match := _NUMBER.fullmatch(text)):
-        return None
-    sign, top, bottom = match.groups()
-    numerator, denominator = _decimal(top), _decimal("1" if bottom is None else bottom)
-    if numerator is None or not denominator:
-        return None
-    return (-1 if sign == "-" else 1) * numerator / denominator
+@lru_cache(maxsize=4096)
+def _wanted(answer: str) -> Quantity | None:
+    """The right answer, which the rollouts of a group share."""
+    return parse_quantity(answer)
 
 
-def _decimal(text: str) -> Fraction | None:
-    digits = text.replace(",", "").replace(" ", "")
-    return Fraction(digits) if digits.strip(".") else None
+def _why_wrong(found: str, value: Quantity | None, wanted: Quantity | None) -> str:
+    if value is None:
+        return f"not a number: {quoted(found)}"
+    if wanted is None:
+        return "the right answer is not a number"
+    return WRONG if value.is_unit_of(wanted) else f"the unit {value.unit} is not the one asked for"

@@ -13,6 +13,7 @@ from types import MappingProxyType
 from typing import Any
 
 from rosd_fast.types import Judgement
+from rosd_fast.verify.origin import Origin
 from rosd_fast.verify.tags import CLOSE, OPEN
 
 VerifierFunction = Callable[[str, str], Any]
@@ -30,6 +31,10 @@ class Verifier:
         where that is not enough.
     instruction: what tells a model how to answer; empty: nothing is said.
     marks: texts of which a prompt has at least one if it says how to answer already.
+    requires: packages that it imports, and that may be absent.
+    extra: the extra of this package that installs them.
+    origin: where workers find the function, None: where it was defined.
+    has_example: whether an answer can be checked by the example; False only for a user's file.
     """
 
     name: str
@@ -38,6 +43,10 @@ class Verifier:
     example: str | Callable[[str], str]
     instruction: str
     marks: tuple[str, ...]
+    requires: tuple[str, ...] = ()
+    extra: str = ""
+    origin: Origin | None = None
+    has_example: bool = True
 
     def __call__(self, completion: str, answer: str) -> Judgement:
         return as_judgement(self.function(completion, answer), completion)
@@ -66,6 +75,8 @@ def register_verifier(
     example: str | Callable[[str], str] = f"{OPEN}{{answer}}{CLOSE}",
     instruction: str = INSTRUCTION,
     marks: tuple[str, ...] = (OPEN,),
+    requires: tuple[str, ...] = (),
+    extra: str = "",
 ) -> None:
     """Make `function` the verifier `name` of data sets and of the option data.verifier.
 
@@ -73,19 +84,34 @@ def register_verifier(
     example: a completion that it accepts, with {answer} for the right answer, or a function of the
     right answer. A problem is refused when the example of its answer is not accepted.
     instruction: the sentence that is added to a prompt which has none of `marks`; empty: none.
+    requires: packages that it imports when it is called, as in "math_verify"; without them it is
+    refused before the run starts. extra: the extra of rosd-fast that installs them.
+
+    Worker processes import the function from its module or file, so it must stand at the top level
+    of one. A script that registers a verifier must keep its own start under
+    `if __name__ == "__main__":`, since workers import the script.
 
     Raises ValueError when the name is taken.
     """
-    if name in _REGISTERED:
-        raise ValueError(f"there is a verifier {name!r} already")
-    _REGISTERED[name] = Verifier(
-        name=name,
-        function=function,
-        answers=answers,
-        example=example,
-        instruction=instruction,
-        marks=marks,
+    add_verifier(
+        Verifier(
+            name=name,
+            function=function,
+            answers=answers,
+            example=example,
+            instruction=instruction,
+            marks=marks,
+            requires=requires,
+            extra=extra,
+        )
     )
+
+
+def add_verifier(verifier: Verifier) -> None:
+    """Add to `VERIFIERS`. Raises ValueError when the name is taken."""
+    if verifier.name in _REGISTERED:
+        raise ValueError(f"there is a verifier {verifier.name!r} already")
+    _REGISTERED[verifier.name] = verifier
 
 
 def as_judgement(value: Any, completion: str = "") -> Judgement:

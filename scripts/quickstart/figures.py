@@ -5,8 +5,8 @@ python -m scripts.quickstart.figures [FOLDER]     # a minute; the shipped model 
 
 from __future__ import annotations
 
+import argparse
 import asyncio
-import sys
 
 from rosd_fast.batch.samples import build_samples
 from rosd_fast.config.chat import make_chats
@@ -23,7 +23,7 @@ from rosd_fast.rollout.select import select_groups
 from rosd_fast.text.token_bytes import TokenBytes
 from rosd_fast.types import Group, SamplingParams
 from rosd_fast.utils.distributed import pick_device
-from rosd_fast.verify import verify_all
+from rosd_fast.verify import VerifierPool, verify_all
 
 Figures = dict[str, float]
 
@@ -94,6 +94,7 @@ async def measure(model_folder: str, *, group_size: int = 8, seed: int = 0) -> F
         taught,
         kept,
         verdicts,
+        verifiers=VerifierPool(),
         tokenizer=model.tokenizer,
         params=params,
         seed=seed,
@@ -114,4 +115,6 @@ def show(figures: Figures) -> str:
 
 
 if __name__ == "__main__":
-    print(show(asyncio.run(measure(sys.argv[1] if len(sys.argv) > 1 else str(MODEL_DIR)))))
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0] if __doc__ else None)
+    parser.add_argument("folder", nargs="?", default=str(MODEL_DIR), help="default: %(default)s")
+    print(show(asyncio.run(measure(parser.parse_args().folder))))

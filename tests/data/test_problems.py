@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from rosd_fast.data.problems import ProblemStream, load_problems
+from rosd_fast.config import DataConfig
+from rosd_fast.data.collection import Problems
+from rosd_fast.data.problems import load_problems
 from rosd_fast.errors import UserError
 from rosd_fast.types import Problem
 
@@ -37,16 +37,21 @@ def write(folder: Path, *rows: Any, name: str = "train.jsonl") -> str:
     return str(path)
 
 
-def error_of(source: str, verifier: str | None = None) -> str:
+def load(source: str, **options: Any) -> Problems:
+    """Problems without an answer instruction."""
+    return load_problems(source, data=DataConfig(**{"answer_instruction": "off", **options}))
+
+
+def error_of(source: str, **options: Any) -> str:
     with pytest.raises(UserError) as caught:
-        load_problems(source, verifier=verifier)
+        load(source, **options)
     assert "\n" not in str(caught.value)
     return str(caught.value)
 
 
 def test_a_full_row(tmp_path: Path) -> None:
     row = {**ROW, "system": "Be brief.", "domain": "sums", "id": "first"}
-    assert load_problems(write(tmp_path, row)) == [
+    assert list(load(write(tmp_path, row))) == [
         Problem(
             id="first",
             domain="sums",
@@ -67,7 +72,7 @@ def test_defaults_of_missing_fields(tmp_path: Path) -> None:
         {"question": "1 / 2?", "answer": 0.5, "system": None, "id": 7},
         {"question": "6 / 2?", "answer": "3", "system": " ", "idx": "c"},
     )
-    problems = load_problems(source, verifier="number")
+    problems = load(source, verifier="number")
     assert [p.id for p in problems] == ["sums:1", "sums:7", "c"]
     assert [p.answer for p in problems] == ["2", "0.5", "3"]
     assert {(p.domain, p.verifier, p.system) for p in problems} == {("sums", "number", None)}
@@ -78,7 +83,7 @@ def test_published_science_rows_load_without_conversion(tmp_path: Path) -> None:
         folder = tmp_path / domain
         folder.mkdir()
         source = write(folder, SCIENCE, {**SCIENCE, "idx": 3, "system": None}, name="train.json")
-        first, second = load_problems(source)
+        first, second = load(source)
         assert (first.id, first.domain, first.verifier) == (f"{domain}:489", domain, "choice")
         assert (first.answer, first.system) == ("A", "Reply with <answer>.")
         assert (second.id, second.system) == (f"{domain}:3", None)
@@ -86,7 +91,7 @@ def test_published_science_rows_load_without_conversion(tmp_path: Path) -> None:
 
 def test_a_given_verifier_takes_precedence_over_the_kind(tmp_path: Path) -> None:
     source = write(tmp_path, SCIENCE, {**ROW, "verifier": "number"})
-    assert [p.verifier for p in load_problems(source, verifier="contains")] == [
+    assert [p.verifier for p in load(source, verifier="contains")] == [
         "contains",
         "number",
     ]
@@ -95,7 +100,7 @@ def test_a_given_verifier_takes_precedence_over_the_kind(tmp_path: Path) -> None
 def test_one_json_list(tmp_path: Path) -> None:
     path = tmp_path / "train.json"
     path.write_text("\ufeff" + json.dumps([ROW, {**ROW, "id": "b"}], indent=1), encoding="utf-8")
-    assert [p.id for p in load_problems(str(path))] == [f"{tmp_path.name}:1", "b"]
+    assert [p.id for p in load(str(path))] == [f"{tmp_path.name}:1", "b"]
     path.write_text(json.dumps([ROW, {"prompt": "x"}]))
     assert f"{path}, item 2 of the list: " in error_of(str(path))
     path.write_text('[{"prompt": "x"},\n{"prompt": ]')
@@ -104,7 +109,7 @@ def test_one_json_list(tmp_path: Path) -> None:
 
 def test_line_separators_in_strings_do_not_end_a_line(tmp_path: Path) -> None:
     row = json.dumps({**ROW, "prompt": "a\u2028b\u0085c"}, ensure_ascii=False)
-    assert load_problems(write(tmp_path, row))[0].prompt == "a\u2028b\u0085c"
+    assert load(write(tmp_path, row))[0].prompt == "a\u2028b\u0085c"
 
 
 @pytest.mark.parametrize(
@@ -132,10 +137,10 @@ def test_line_separators_in_strings_do_not_end_a_line(tmp_path: Path) -> None:
         ({"prompt": "x", "answer": "4"}, "names no verifier"),
         (
             {"prompt": "x", "answer": "[]", "kind": "tooluse"},
-            "none for its kind 'tooluse'",
+            'is not a JSON list of {"Action"',
         ),
         (
-            {"prompt": "x", "answer": [{"Action": "a"}]},
+            {"prompt": "x", "answer": ["a"]},
             "none for an answer that is a list",
         ),
     ],
@@ -149,7 +154,7 @@ def test_bad_rows_are_named_by_file_and_line(tmp_path: Path, bad: Any, message: 
 
 def test_a_list_is_compared_as_json_when_a_verifier_is_given(tmp_path: Path) -> None:
     source = write(tmp_path, {"prompt": "x", "answer": [{"Action": "a"}]})
-    assert load_problems(source, verifier="exact")[0].answer == '[{"Action": "a"}]'
+    assert load(source, verifier="exact")[0].answer == '[{"Action": "a"}]'
 
 
 def test_an_id_is_used_once(tmp_path: Path) -> None:
@@ -176,51 +181,8 @@ def test_the_verifier_given_for_all_is_checked_first(tmp_path: Path) -> None:
 
 
 def test_shipped_problems() -> None:
-    problems = load_problems("quickstart:dev")
+    problems = load("quickstart:dev")
     assert len({p.id for p in problems}) == len(problems) >= 100
     assert {p.verifier for p in problems} == {"number"}
     text = error_of("quickstart:development")
     assert "there is no such split" in text and "dev_ood" in text
-
-
-def make_problems(count: int) -> list[Problem]:
-    return [
-        Problem(id=f"p:{i}", domain="p", prompt="x", answer="1", verifier="number")
-        for i in range(count)
-    ]
-
-
-@given(st.integers(1, 30), st.integers(0, 30), st.integers(0, 5), st.booleans())
-def test_batches_hold_distinct_problems_and_depend_on_the_step_alone(
-    batch_size: int, extra: int, seed: int, shuffle: bool
-) -> None:
-    problems = make_problems(batch_size + extra)
-    stream = ProblemStream(problems, batch_size=batch_size, seed=seed, shuffle=shuffle)
-    other = ProblemStream(problems, batch_size=batch_size, seed=seed, shuffle=shuffle)
-    steps = list(range(1, 8))
-    batches = {step: stream.batch(step) for step in steps}
-    for step in reversed(steps):
-        assert other.batch(step) == batches[step]
-        assert len({p.id for p in batches[step]}) == batch_size
-
-
-def test_an_epoch_has_each_problem_once_and_the_next_a_new_order() -> None:
-    problems = make_problems(12)
-    stream = ProblemStream(problems, batch_size=4, seed=0, shuffle=True)
-    ids = [p.id for step in range(1, 7) for p in stream.batch(step)]
-    assert sorted(ids[:12]) == sorted(ids[12:]) == sorted(p.id for p in problems)
-    assert ids[:12] != ids[12:]
-    other = ProblemStream(problems, batch_size=4, seed=1, shuffle=True)
-    assert [p.id for step in range(1, 4) for p in other.batch(step)] != ids[:12]
-
-
-def test_without_shuffling_problems_come_in_file_order() -> None:
-    stream = ProblemStream(make_problems(5), batch_size=3, seed=0, shuffle=False)
-    assert [p.id for p in stream.batch(2)] == ["p:3", "p:4", "p:0"]
-
-
-def test_fewer_problems_than_a_batch() -> None:
-    with pytest.raises(UserError, match=r"has 3 problems, fewer than the 4 of a step"):
-        ProblemStream(make_problems(3), batch_size=4, seed=0, shuffle=True)
-    with pytest.raises(ValueError, match="step is 0"):
-        ProblemStream(make_problems(3), batch_size=3, seed=0, shuffle=True).batch(0)

@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import json
+import os
 import re
+import subprocess
+import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from rosd_fast import methods, verify
+from rosd_fast import methods
+from rosd_fast.config import DataConfig
 from rosd_fast.config.load import apply_args, load_preset
-from rosd_fast.data import rows
 from rosd_fast.data.problems import load_problems
+from rosd_fast.data.shapes import registry as shapes
 from rosd_fast.errors import UserError
 from rosd_fast.report import read_rollouts, rollouts_path
 from rosd_fast.report.metrics import read_metrics
 from rosd_fast.train import train
-from rosd_fast.types import Group, Rollout
-from rosd_fast.verify import registry
+from rosd_fast.types import Problem
+from rosd_fast.verify import VERIFIERS, VerifierPool, registry
 
 PAGE = Path(__file__).parents[2] / "docs" / "extend.md"
 BLOCK = re.compile(r"^([ ]*)```python\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
@@ -39,6 +44,25 @@ def run(source: str) -> dict[str, Any]:
     return names
 
 
+@pytest.fixture(autouse=True)
+def without_new_shapes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A shape that a block registers is gone after the test."""
+    monkeypatch.setattr(shapes, "_REGISTERED", dict(shapes._REGISTERED))
+
+
+@pytest.fixture(autouse=True)
+def my_verifier(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """The user's file of the page; what the page registers is gone after the test."""
+    file = tmp_path / "my_verifier.py"
+    file.write_text(blocks("A verifier")[0])
+    monkeypatch.syspath_prepend(str(tmp_path))
+    before = set(VERIFIERS)
+    yield file
+    sys.modules.pop("my_verifier", None)
+    for name in set(VERIFIERS) - before:
+        del registry._REGISTERED[name]
+
+
 def test_every_block_runs() -> None:
     sections = re.findall(r"^## (.*)$", PAGE.read_text(), flags=re.MULTILINE)
     found = [source for section in sections for source in blocks(section)]
@@ -47,43 +71,51 @@ def test_every_block_runs() -> None:
         run(source)
 
 
-@pytest.fixture
-def with_yes_no(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Step 2 of the page; the verifier is gone after the test."""
-    monkeypatch.setitem(registry._REGISTERED, "yes_no", verify.VERIFIERS["exact"])
-    del registry._REGISTERED["yes_no"]
-    function = run(blocks("A verifier")[0])["verify_yes_no"]
-    verify.register_verifier("yes_no", function, answers="yes or no")
+def yes_no(verifier: str, answer: str = "yes") -> Problem:
+    return Problem(id="p", domain="d", prompt="Is 7 prime?", answer=answer, verifier=verifier)
 
 
-def write_row(path: Path, **fields: str) -> str:
-    path.write_text(json.dumps({"prompt": "Is 7 prime?", "verifier": "yes_no", **fields}) + "\n")
-    return str(path)
+def test_a_file_of_ones_own_is_a_verifier(my_verifier: Path) -> None:
+    name = f"{my_verifier}:verify_yes_no"
+    with VerifierPool() as pool:
+        verifier = pool.open(name)
+        texts = ["<answer>True</answer>", "<answer>No.</answer>", "yes", "<answer>so</answer>"]
+        judged = pool.judge_sync([(yes_no(name), text) for text in texts])
+        checked = pool.check_answers([(name, "no"), (name, "perhaps")])
+    assert [j.score for j in judged] == [1.0, 0.0, 0.0, 0.0]
+    assert [j.reason for j in judged] == [None, None, "no answer tag", "neither yes nor no"]
+    assert [j.score for j in checked] == [1.0, 0.0]
+    assert verifier.answers == "yes or no" and not verifier.is_instructed("Is 7 prime?")
 
 
-@pytest.mark.usefixtures("with_yes_no")
-def test_a_data_set_can_name_the_new_verifier(tmp_path: Path) -> None:
-    (problem,) = load_problems(write_row(tmp_path / "data.jsonl", answer="yes"))
-    rollout = Rollout(
-        id=f"{problem.id}/0",
-        problem_id=problem.id,
-        prompt_ids=(1,),
-        completion_ids=(2,),
-        logprobs=(0.0,),
-        text="<answer>Yes</answer>",
-        finish_reason="stop",
-        policy_version=0,
+def test_a_script_of_ones_own_registers_and_trains(my_verifier: Path) -> None:
+    script = my_verifier.with_name("train_yes_no.py")
+    script.write_text(blocks("A verifier")[1])
+    rows = [{"prompt": f"Is {number} prime?", "answer": "yes"} for number in range(16)]
+    data = my_verifier.with_name("primes.jsonl")
+    data.write_text("".join(f"{json.dumps(row)}\n" for row in rows))
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run(
+        [sys.executable, script.name, data.name],
+        cwd=script.parent,
+        env=environment,
+        capture_output=True,
+        text=True,
     )
-    verdict = verify.verify_all([Group(problem=problem, rollouts=(rollout,))], threshold=1.0)[
-        rollout.id
-    ]
-    assert verdict.success and verdict.answer == "Yes"
+    assert done.returncode == 0, done.stderr
+    (folder,) = (script.parent / "runs").iterdir()
+    rollouts = read_rollouts(rollouts_path(folder, 1))
+    assert len(rollouts) == 16 * 8
+    (*_, row) = read_metrics(folder / "metrics.jsonl")
+    assert row["verify/failed"] == row["verify/died"] == row["verify/timed_out"] == 0
 
 
-@pytest.mark.usefixtures("with_yes_no")
 def test_an_answer_that_nothing_can_match_is_refused(tmp_path: Path) -> None:
+    run(blocks("A verifier")[1])  # registers yes_no
+    row = {"prompt": "Is 7 prime?", "answer": "perhaps", "verifier": "yes_no"}
+    (tmp_path / "data.jsonl").write_text(json.dumps(row))
     with pytest.raises(UserError, match="yes or no"):
-        load_problems(write_row(tmp_path / "data.jsonl", answer="perhaps"))
+        load_problems(str(tmp_path / "data.jsonl"))
 
 
 def test_the_new_method_trains_a_step(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -107,22 +139,15 @@ def test_the_new_method_trains_a_step(tmp_path: Path, monkeypatch: pytest.Monkey
     assert row["loss/divergence"] > 0
 
 
-def test_converted_rows_load(tmp_path: Path) -> None:
-    convert = run(blocks("A data format")[0])["from_gsm8k"]
-    line = json.dumps({"question": "What is 500 + 734?", "answer": "500 + 734\n#### 1,234"})
-    path = tmp_path / "gsm8k.jsonl"
-    path.write_text("".join(f"{row}\n" for row in convert([line])))
-    (problem,) = load_problems(str(path))
-    assert (problem.answer, problem.verifier, problem.domain) == ("1,234", "number", "gsm8k")
-
-
-def test_csv_rows_become_problems(tmp_path: Path) -> None:
-    read = run(blocks("A data format")[1])["read_csv_rows"]
-    path = tmp_path / "problems.csv"
-    path.write_text('prompt,answer\n"What is\n2 + 3?",5\nWhat is 1 + 1?,two\n')
-    (first, second) = read(path)
-    options: dict[str, Any] = {"folder": "sums", "verifier": "number"}
-    problem = rows.parse_row(first[1], where=first[0], number=1, **options)
-    assert problem.prompt == "What is\n2 + 3?" and problem.id == "sums:1"
-    with pytest.raises(UserError, match=r"problems\.csv:4"):  # one row of the file has two lines
-        rows.parse_row(second[1], where=second[0], number=2, **options)
+def test_the_new_shape_is_recognized(tmp_path: Path) -> None:
+    run(blocks("A data format")[0])
+    row = {"passage": "Cats have four legs.", "question": "do cats have legs", "answer": True}
+    path = tmp_path / "boolq.jsonl"
+    path.write_text(f"{json.dumps(row)}\n")
+    problems = load_problems(str(path), data=DataConfig(answer_instruction="off"))
+    assert problems.recognized[0][1].says == "BoolQ: a question about a passage, yes or no"
+    assert problems[0].prompt == "Cats have four legs.\n\ndo cats have legs? Answer yes or no."
+    assert (problems[0].answer, problems[0].verifier) == ("yes", "exact")
+    path.write_text("".join(f"{json.dumps(r)}\n" for r in [row, row, {**row, "answer": "yes"}]))
+    with pytest.raises(UserError, match=r'boolq\.jsonl:3: the field "answer" is a JSON string'):
+        load_problems(str(path))

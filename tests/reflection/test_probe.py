@@ -9,6 +9,7 @@ import pytest
 
 from rosd_fast.reflection.probe import probe_metrics, teacher_helps, wrong_samples
 from rosd_fast.types import Generation, SamplingParams, TrainSample
+from rosd_fast.verify import VerifierPool
 
 
 class Answers:
@@ -50,6 +51,7 @@ def make_sample(problem_id: str, index: int) -> TrainSample:
 
 
 def test_before_and_after(tokenizer, make_group):
+    verifiers = VerifierPool()
     one, verdicts = make_group(["5", "6", "4", "4"], [0.0, 0.0, 1.0, 1.0], id="set:1")
     two, more = make_group(["7", "4", "4", "4"], [0.0, 1.0, 1.0, 1.0], id="set:2")
     verdicts |= more
@@ -68,6 +70,7 @@ def test_before_and_after(tokenizer, make_group):
                 samples,
                 [one, two],
                 verdicts,
+                verifiers=verifiers,
                 tokenizer=tokenizer,
                 params=SamplingParams(max_new_tokens=9),
                 seed=0,

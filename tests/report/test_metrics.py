@@ -51,13 +51,18 @@ def test_non_finite_values_are_null_in_the_file_and_nan_when_read(tmp_path: Path
 
 def test_metrics_of_an_earlier_version_are_read_under_their_current_names(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
-    old = b'{"step": 1, "loss/is_weight_mean": 0.75, "loss/is_clipped_frac": null}\n'
+    old = (
+        b'{"step": 1, "loss/is_weight_mean": 0.75, "loss/is_clipped_frac": null, '
+        b'"rollout/answered_frac": 0.5}\n'
+    )
     path.write_bytes(old)
     with MetricsLog(path) as log:  # a resumed run writes the new names
-        log.write(2, {"loss/importance_weight_mean": 0.5, "loss/importance_clipped_frac": 0.0})
+        new = {"loss/importance_weight_mean": 0.5, "loss/importance_clipped_frac": 0.0}
+        log.write(2, new | {"rollout/answer_found_frac": 0.25})
     rows = read_metrics(path)
     assert series(rows, "loss/importance_weight_mean").values == (0.75, 0.5)
     assert math.isnan(rows[0]["loss/importance_clipped_frac"])
+    assert rows[0]["rollout/answer_found_frac"] == 0.5
     assert rows[0].keys() == rows[1].keys()
     assert path.read_bytes().startswith(old)  # the file is not rewritten
 
@@ -183,7 +188,7 @@ def test_rollout_metrics() -> None:
     got = rollout_metrics(groups, verdicts, samples, FakeSelection(kept=(groups[0],)), 3)  # type: ignore[arg-type]
     assert got == {
         "rollout/accuracy": 0.25,
-        "rollout/answered_frac": 0.75,
+        "rollout/answer_found_frac": 0.75,
         "rollout/tokens_mean": 3.0,
         "rollout/truncated_frac": 0.5,
         "rollout/groups_kept_frac": 0.5,

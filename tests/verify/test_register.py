@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from rosd_fast.config import DataConfig
 from rosd_fast.data.problems import load_problems
 from rosd_fast.errors import UserError
 from rosd_fast.types import Group, Problem, Rollout
@@ -46,7 +47,7 @@ def group_of(problem: Problem, *texts: str) -> Group:
 def test_a_registered_verifier_can_be_named_and_judges(tmp_path: Path) -> None:
     data = tmp_path / "data.jsonl"
     data.write_text('{"prompt": "2 + 2 = ?", "answer": "4"}\n')
-    (problem,) = load_problems(str(data), verifier="boxed")
+    (problem,) = load_problems(str(data), data=DataConfig(verifier="boxed"))
     verdicts = verify_all([group_of(problem, r"so \boxed{4}", "4", r"\boxed{5}")], threshold=1.0)
     assert [verdict.success for verdict in verdicts.values()] == [True, False, False]
     assert [verdict.answer for verdict in verdicts.values()] == ["4", None, "5"]
@@ -58,7 +59,7 @@ def test_an_answer_it_cannot_match_is_refused_in_its_own_words(tmp_path: Path) -
     with pytest.raises(UserError, match=r"verifier boxed\. It wants a whole number"):
         load_problems(str(data))
     with pytest.raises(UserError, match=r"Did you mean boxed\? \(known are number, .*, boxed\)"):
-        load_problems(str(data), verifier="bxed")
+        load_problems(str(data), data=DataConfig(verifier="bxed"))
 
 
 def test_a_name_is_given_once() -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from fractions import Fraction
 from functools import partial
 
 import pytest
@@ -12,8 +11,6 @@ from hypothesis import strategies as st
 
 from rosd_fast.types import Group, Problem, Rollout
 from rosd_fast.verify import VERIFIERS, is_verifiable, verify_all
-from rosd_fast.verify.number import parse_number
-from rosd_fast.verify.tags import last_answer
 
 
 def judged(name: str, completion: str, answer: str) -> tuple[float, str | None]:
@@ -25,95 +22,37 @@ def tag(text: str) -> str:
     return f"Some steps.\n<answer>{text}</answer>"
 
 
-@pytest.mark.parametrize(
-    ("completion", "answer"),
-    [
-        ("no tag: 4", None),
-        ("<answer>4</answer>", "4"),
-        ("<answer>\n4\n</answer> bye", "4"),
-        ("<answer>4</answer> no, <answer>5</answer>", "5"),
-        ("<answer>4</answer> and then <answer>5", "4"),
-        ("<answer>4</answer> stray </answer>", "4"),
-        ("<answer><answer>4</answer></answer>", "4"),
-        ("</answer>4<answer>", None),
-        ("<answer></answer>", ""),
-    ],
-)
-def test_last_answer(completion: str, answer: str | None) -> None:
-    assert last_answer(completion) == answer
-
-
-@pytest.mark.parametrize(
-    ("found", "answer"),
-    [
-        ("42", "42"),
-        (" 42. ", "42"),
-        ("+42", "42.0"),
-        ("- 7", "-7"),
-        ("\u22127", "-7"),
-        ("1,234,567", "1234567"),
-        ("1 234", "1234"),
-        ("1,234.50", "1234.5"),
-        (".5", "1/2"),
-        ("0.5", " 2 / 4"),
-        ("-3/4", "-0.75"),
-        ("-0", "0"),
-    ],
-)
-def test_equal_numbers(found: str, answer: str) -> None:
-    assert judged("number", tag(found), answer) == (1.0, found.strip())
-
-
-@pytest.mark.parametrize(
-    "found",
-    [
-        "",
-        ".",
-        "41",
-        "42 coins",
-        "4 2",
-        "4,2",
-        "42e0",
-        "1/0",
-        "0x2a",
-        "six",
-        "42/",
-        "/42",
-        "\u0664\u0662",
-    ],
-)
-def test_other_texts_are_wrong(found: str) -> None:
-    assert judged("number", tag(found), "42") == (0.0, found)
-
-
-def test_a_number_outside_of_the_tag_does_not_count() -> None:
-    assert judged("number", "The answer is 42", "42") == (0.0, None)
-
-
-@given(st.integers(-(10**12), 10**12), st.integers(1, 10**6))
-def test_numbers_are_compared_exactly(top: int, bottom: int) -> None:
-    assert parse_number(f"{top}/{bottom}") == Fraction(top, bottom)
-    assert parse_number(f"{top:,}.") == top
-    assert judged("number", tag(f"{top}"), f"{top + 1}")[0] == 0.0
-
-
-@pytest.mark.parametrize("found", ["B", "b", "(B)", "(b)", "B.", "B)", "\nB\n", "( B )"])
-def test_the_right_letter(found: str) -> None:
-    assert judged("choice", tag(found), "B") == (1.0, "B")
-    assert judged("choice", tag(found), "A") == (0.0, "B")
-
-
-@pytest.mark.parametrize("found", ["", "B: 1.4", "AB", "A or B", "option B", "1.4", "?"])
-def test_anything_but_a_letter_is_wrong(found: str) -> None:
-    assert judged("choice", tag(found), "B") == (0.0, found)
-
-
 def test_exact_ignores_case_and_spacing_only() -> None:
     verify = partial(judged, "exact")
     assert verify(tag(" Nitric \n ACID"), "nitric acid")[0] == 1.0
     assert verify(tag("nitric acid."), "nitric acid")[0] == 0.0
     assert verify("nitric acid", "nitric acid") == (0.0, None)
     assert verify(tag(""), "")[0] == 0.0
+
+
+@pytest.mark.parametrize(
+    "found", ["**Nitric acid**", r"\boxed{\text{nitric acid}}", "`nitric acid`"]
+)
+def test_exact_ignores_markup_around_the_answer(found: str) -> None:
+    assert judged("exact", tag(found), "nitric acid")[0] == 1.0
+    assert judged("exact", found, "nitric acid")[0] == float("boxed" in found)
+
+
+@pytest.mark.parametrize(
+    ("found", "answer"),
+    [
+        ("nitric acid or water", "nitric acid"),
+        ("**nitric acid** or **water**", "nitric acid"),
+        ("not nitric acid", "nitric acid"),
+        ("The answer is nitric acid", "nitric acid"),
+        ("init", "__init__"),
+        ("B", "**B**"),
+        ("3 4", "34"),
+        ('"1"', "1"),
+    ],
+)
+def test_exact_refuses_other_words(found: str, answer: str) -> None:
+    assert judged("exact", tag(found), answer)[0] == 0.0
 
 
 @pytest.mark.parametrize(
@@ -128,6 +67,12 @@ def test_exact_ignores_case_and_spacing_only() -> None:
 )
 def test_contains_matches_whole_words(completion: str, score: float) -> None:
     assert judged("contains", completion, "12")[0] == score
+
+
+def test_contains_gives_the_last_line_as_the_answer() -> None:
+    found = VERIFIERS["contains"]("It may be\n 13, I think \n", "12")
+    assert found.answer == "13, I think" and found.reason == "the right answer does not occur in it"
+    assert VERIFIERS["contains"]("", "12").answer is None
 
 
 def test_contains_takes_signs_and_brackets_literally() -> None:
@@ -151,8 +96,33 @@ def test_contains_takes_signs_and_brackets_literally() -> None:
         "a" * 100_000,
         "a " * 50_000,
         "\ud800\x00" * 50_000,
+        r"\boxed{" * 20_000,
+        r"\boxed{" * 20_000 + "}" * 20_000,
+        tag(r"\boxed{" * 20_000 + "}" * 20_000),
+        tag(r"\text{" * 20_000 + "B" + "}" * 20_000),
+        tag("\\" * 100_000),
+        tag("**" * 50_000),
+        tag("$" * 100_000),
+        tag("8 " * 50_000),
+        tag("8 " + "clips " * 20_000),
+        tag("the answer is " * 10_000 + "8"),
+        tag("answer answer " * 10_000),
+        tag("(" * 40 + " " * 100_000),
+        tag(r"\frac" * 30_000),
+        tag("7e" + "0" * 100_000 + "1"),
+        tag(r"8 \times 10^{" + "9" * 50_000 + "}"),
+        "#" * 100_000,
+        "#### " * 30_000,
+        "\n" * 50_000 + "####" + "\n" * 50_000,
+        "Action: a\n" * 10_000,
+        "Action Input: {" * 10_000,
+        "Action: a\nAction Input: {" * 5_000,
+        "Action: a\nAction Input: " + "[" * 50_000,
+        "Action: a\nAction Input: " + "9" * 50_000,
+        tag("[" * 50_000),
+        tag("[" + "{}," * 20_000),
     ],
-    ids=range(12),
+    ids=range(37),
 )
 def test_hostile_text_is_wrong_and_fast(name: str, hostile: str) -> None:
     start = time.process_time()
@@ -167,6 +137,23 @@ def test_scores_are_in_range_for_any_text(name: str, text: str, answer: str) -> 
         score, found = judged(name, completion, answer)
         assert score in (0.0, 1.0)
         assert found is None or isinstance(found, str)
+
+
+@given(st.sampled_from(sorted(VERIFIERS)), st.text(max_size=40), st.text(max_size=10))
+def test_every_score_below_one_has_a_reason(name: str, text: str, answer: str) -> None:
+    for completion in (text, tag(text)):
+        found = VERIFIERS[name](completion, answer)
+        assert (found.reason is None) == (found.score == 1.0)
+
+
+@pytest.mark.parametrize("name", VERIFIERS)
+def test_an_instruction_is_known_again_in_a_prompt(name: str) -> None:
+    verifier = VERIFIERS[name]
+    if verifier.instruction:
+        assert not verifier.is_instructed("What is 2 + 2?")
+        assert verifier.is_instructed(f"What is 2 + 2?\n\n{verifier.instruction}")
+        for mark in verifier.marks:
+            assert verifier.is_instructed("What is 2 + 2?", None, f"Answer like this: {mark}")
 
 
 def test_is_verifiable() -> None:
