@@ -85,6 +85,7 @@ def test_a_mistake_is_one_line_and_exit_code_2(args: list[str], message: str) ->
         ["train", "--steps", "0"],
         ["train", "--resume", "nowhere"],
         ["data", "no.jsonl"],
+        ["data", "quickstart:dev", "--data.dev", "0%"],
     ],
     ids=" ".join,
 )
@@ -232,8 +233,9 @@ def test_data_shows_what_is_in_a_file(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_data_mistakes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     file = tmp_path / "sums.jsonl"
-    file.write_text('{"prompt": "x", "answer": "1", "verifier": "number"}\n{"prompt": \n')
-    assert mistake(capsys, "data", str(file)).startswith(f"{file}:2: malformed JSON")
+    file.write_text("{}\n")
+    assert "no column is known as the problem" in mistake(capsys, "data", str(file))
+    assert mistake(capsys, "data", str(file), "--data.dev", "0%").startswith("data.dev: '0%'")
     assert mistake(capsys, "data").startswith("no data set is named")
     assert "unexpected argument" in mistake(capsys, "data", "one", "two")
 
