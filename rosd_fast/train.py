@@ -109,6 +109,8 @@ def begin_evaluation(run: Run, engines: Engines, step: int) -> None:
     It may overlap with the next step up to the point where new weights are sent to the engine:
     `finish_evaluation` comes before that.
     """
+    if not run.inputs.dev_splits:
+        return
 
     async def evaluate() -> tuple[int, dict[str, float]]:
         return step, await evaluate_splits(run.inputs, engines, Hidden())
