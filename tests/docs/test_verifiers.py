@@ -38,7 +38,7 @@ def test_every_table_is_read() -> None:
 def test_every_verifier_of_the_page_adds_what_the_page_says() -> None:
     table = PAGE.split("\n## ")[0]
     added = dict(re.findall(r"^\| \[`(\w+)`\].* \| (.*) \|$", table, re.MULTILINE))
-    assert added.keys() == VERIFIERS.keys()
+    assert added.keys() == {name for name in VERIFIERS if ".py:" not in name}
     for name, sentence in added.items():
         words = sentence.replace("`", "").removesuffix("...").strip()
         if words == "nothing":
