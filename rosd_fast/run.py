@@ -8,6 +8,7 @@ step number is enough.
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import sys
 import time
@@ -37,8 +38,8 @@ from rosd_fast.report import (
     write_rollouts,
 )
 from rosd_fast.report.advice import AnswerWatch, LearningWatch
-from rosd_fast.report.metrics import MetricsLog, read_metrics
-from rosd_fast.report.progress import Progress, progress
+from rosd_fast.report.metrics import FILE_NAME, MetricsLog, read_metrics
+from rosd_fast.report.progress import Progress, describe_metrics, progress
 from rosd_fast.report.rollouts import write_skipped
 from rosd_fast.report.warnings import Watch
 from rosd_fast.rollout.sample import problem_prompt
@@ -78,6 +79,9 @@ class Run:
     first_step: the first step that this process runs; 1 unless it resumes.
     last_step: the last step that is done; 0 before the first.
     noted_rows: bad rows of the data set that were noted.
+    lacks_evaluation: whether the step before the first is still to be evaluated: before training,
+        and where a process was killed after the checkpoint and before the evaluation's row.
+    evaluating: the evaluation that runs; returns its step and its metrics.
     """
 
     inputs: Inputs
@@ -94,6 +98,8 @@ class Run:
     last_step: int = 0
     noted_rows: set[str] = field(default_factory=set)
     failure: str | None = None
+    lacks_evaluation: bool = True
+    evaluating: asyncio.Task[tuple[int, dict[str, float]]] | None = None
 
     @property
     def config(self) -> Config:
@@ -216,6 +222,12 @@ class Run:
             self.progress.note(advice)
         self.last_step = step
 
+    def add_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Write the row of an evaluation that has ended after its step, and rate its checkpoint."""
+        self.log.write(step, metrics)
+        self.progress.note(f"step {step}: {describe_metrics(metrics)}")
+        self.learners.rate(self.folder, step, metrics.get("eval/dev/accuracy"))
+
     def save(self, step: int, metrics: Mapping[str, float]) -> None:
         """Start to write a checkpoint of this step, whose metrics say how good it is."""
         self.learners.save(self.folder, step, metrics.get("eval/dev/accuracy"))
@@ -255,11 +267,12 @@ def opened(config: Config, resume: Path | None, world: World, lock: RunLock) -> 
             folder, first_step = make_folder(config, model), 1
             lock.take(folder)
         else:
-            folder, first_step = resume, restore(resume, config, learners)
+            folder, first_step = resume, restore(resume, inputs, learners)
             changed = schedule_change(folder, config, learners.learner.optimizer.num_updates)
             write_atomic(folder / CONFIG_FILE, to_toml(config).encode())  # steps may have changed
-        log = MetricsLog(folder / "metrics.jsonl")
+        log = MetricsLog(folder / FILE_NAME)
         log.truncate_after(first_step - 1)
+        evaluated = bool(read_evaluation(folder, first_step - 1))
         stop = StopRequest()
         with (
             progress(config.steps, first_step) as shown,
@@ -300,6 +313,8 @@ def opened(config: Config, resume: Path | None, world: World, lock: RunLock) -> 
                     config.select.stop_after_steps if inputs.method.needs_verdicts else 0
                 ),
                 first_step=first_step,
+                last_step=first_step - 1,
+                lacks_evaluation=not evaluated and evaluation_is_due(inputs, first_step - 1),
                 teacher=teacher,
             )
             del teacher  # the run frees it once a server has been compared with it
@@ -348,12 +363,13 @@ def make_folder(config: Config, model: LoadedModel) -> Path:
     return folder
 
 
-def restore(folder: Path, config: Config, learners: LearnerGroup) -> int:
+def restore(folder: Path, inputs: Inputs, learners: LearnerGroup) -> int:
     """Load the newest whole checkpoint of the run, and return the first step to run.
 
     Raises UserError when there is none, when it was made with other options, or when no
-    step is left.
+    step and no evaluation is left.
     """
+    config = inputs.config
     checkpoint = latest_checkpoint(folder, warn=lambda text: print(text, file=sys.stderr))
     if checkpoint is None:
         raise UserError(
@@ -367,13 +383,36 @@ def restore(folder: Path, config: Config, learners: LearnerGroup) -> int:
             fix="Put the old options back, or start a new run with --model set to this folder",
         )
     step = about["step"]
-    if step >= config.steps:
+    evaluation = read_evaluation(folder, step)
+    # A process may have been killed between the evaluation's row and this.
+    learners.rate(folder, step, evaluation.get("eval/dev/accuracy"))
+    evaluated = bool(evaluation) or not evaluation_is_due(inputs, step)
+    if step > config.steps or (step == config.steps and evaluated):
         raise UserError(
             f"all {config.steps} steps are done",
             where=str(folder),
             fix=f"Give more steps to train on, for example --steps {step + config.steps}",
         )
     return learners.load(checkpoint) + 1
+
+
+def is_due(step: int, every: int) -> bool:
+    """Whether something that is done every so many steps is done after this one; 0: never."""
+    return every > 0 and step % every == 0
+
+
+def evaluation_is_due(inputs: Inputs, step: int) -> bool:
+    """Whether the options ask for an evaluation with the weights after `step`; 0: the initial."""
+    wanted = step in (0, inputs.config.steps) or is_due(step, inputs.config.eval.every)
+    return wanted and bool(inputs.dev_splits)
+
+
+def read_evaluation(folder: Path, step: int) -> dict[str, float]:
+    """The metrics of the evaluation of `step` in the run's metrics.jsonl; empty: there is none."""
+    path = folder / FILE_NAME
+    rows = read_metrics(path) if path.exists() else []
+    found = [row.items() for row in rows if row["step"] == step]
+    return {name: value for row in found for name, value in row if name.startswith("eval/")}
 
 
 def schedule_change(folder: Path, config: Config, updates: int) -> str | None:

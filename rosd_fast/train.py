@@ -25,10 +25,10 @@ from rosd_fast.report.diagnostics import located_errors
 from rosd_fast.report.metrics import rollout_metrics
 from rosd_fast.report.progress import Hidden
 from rosd_fast.report.stages import Stage
-from rosd_fast.run import Run, open_run
+from rosd_fast.run import Run, is_due, open_run
 from rosd_fast.trainer.learner import StepResult
 from rosd_fast.trainer.ranks import run_worker
-from rosd_fast.update import diagnostics, is_due, update, without_unknown_tokens
+from rosd_fast.update import diagnostics, update, without_unknown_tokens
 from rosd_fast.utils.distributed import open_world
 from rosd_fast.verify.here import refuse_in_worker
 
@@ -59,8 +59,7 @@ async def run_steps(run: Run) -> None:
     async with run.open_engines() as engines:
         try:
             await start(run, engines)
-            if run.first_step == 1:
-                run.finish_step(0, await evaluate_splits(inputs, engines, progress))
+            await evaluate_first(run, engines)
             for step in range(run.first_step, config.steps + 1):
                 sampled = await (ahead or sample_and_annotate(inputs, engines, step, progress))
                 if config.engine.one_step_ahead and step < config.steps:
@@ -70,20 +69,66 @@ async def run_steps(run: Run) -> None:
                 metrics = await train_on(run, engines, step, sampled)
                 unanswered = describe_unanswered(sampled.groups, sampled.verdicts)
                 run.failure = run.silent.see(metrics, unanswered)
-                last = step == config.steps or run.stop.requested or run.failure is not None
-                if run.failure is None and (last or is_due(step, config.eval.every)):
+                due = step == config.steps or is_due(step, config.eval.every)
+                # Asked to stop, a run saves first: it may be killed before an evaluation ends.
+                waits = config.eval.overlap or run.stop.requested
+                if evaluated := due and not waits and run.failure is None:
                     metrics |= await evaluate_splits(inputs, engines, progress)
                 # The row before the checkpoint: killed in between, a resumed run repeats the step.
                 run.finish_step(step, metrics, unanswered)
+                last = step == config.steps or run.stop.requested or run.failure is not None
                 if last or is_due(step, config.checkpoint.every):
                     with progress.stage(Stage.CHECKPOINT):
                         run.save(step, metrics)
+                if (due or last) and not evaluated and run.failure is None:
+                    begin_evaluation(run, engines, step)
                 if last:
                     break
+            await finish_evaluation(run, alone=True)
         finally:
-            if ahead is not None:
-                ahead.cancel()
-                await asyncio.wait({ahead})
+            for task in (ahead, run.evaluating):
+                if task is not None:
+                    task.cancel()
+                    await asyncio.gather(task, return_exceptions=True)
+
+
+async def evaluate_first(run: Run, engines: Engines) -> None:
+    """Evaluate the initial weights, or those of a checkpoint whose evaluation was cut off."""
+    overlap = run.config.eval.overlap
+    if run.first_step == 1 and not overlap:
+        run.finish_step(0, await evaluate_splits(run.inputs, engines, run.progress))
+    elif run.lacks_evaluation:
+        begin_evaluation(run, engines, run.first_step - 1)
+        if not overlap:
+            await finish_evaluation(run, alone=True)
+
+
+def begin_evaluation(run: Run, engines: Engines, step: int) -> None:
+    """Start the evaluation of a step, of whose weights the engine then needs to keep hold.
+
+    It may overlap with the next step up to the point where new weights are sent to the engine:
+    `finish_evaluation` comes before that.
+    """
+    if not run.inputs.dev_splits:
+        return
+
+    async def evaluate() -> tuple[int, dict[str, float]]:
+        return step, await evaluate_splits(run.inputs, engines, Hidden())
+
+    run.evaluating = asyncio.create_task(evaluate())
+
+
+async def finish_evaluation(run: Run, *, alone: bool = False) -> None:
+    """Wait for the evaluation that runs, if any, and write its row.
+
+    alone: nothing else runs, so that the time belongs to the evaluation's row.
+    """
+    if run.evaluating is None:
+        return
+    with run.progress.stage(Stage.EVALUATE):
+        step, metrics = await run.evaluating
+    run.evaluating = None
+    run.add_evaluation(step, metrics | (run.progress.clock.metrics() if alone else {}))
 
 
 async def start(run: Run, engines: Engines) -> None:
@@ -113,6 +158,7 @@ async def train_on(run: Run, engines: Engines, step: int, sampled: Sampled) -> d
     learned = StepResult.merge(
         [await update(run, engines, step, part, located) for part in updates]
     )
+    await finish_evaluation(run)  # while the servers still have the weights of its step
     with progress.stage(Stage.SYNC):
         await run.sync_weights(engines, step)
     run.write_rollouts(step, sampled, training, learned)

@@ -94,6 +94,7 @@ class GenerationRequest:
     seed: int = 0
     grammar: str | None = None  # Lark, in llguidance's dialect; None: any text
     affinity: str = ""  # requests of one affinity share a long prefix, so one server's KV cache
+    background: bool = False  # servers get it when nothing else waits for them
 
     def __post_init__(self) -> None:
         if not self.prompt_ids:

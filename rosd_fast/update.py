@@ -21,7 +21,7 @@ from rosd_fast.methods import TrainingSet
 from rosd_fast.pipeline import Sampled
 from rosd_fast.report.diagnostics import position_metrics, span_metrics, token_metrics
 from rosd_fast.report.stages import Stage
-from rosd_fast.run import Run
+from rosd_fast.run import Run, is_due
 from rosd_fast.trainer.learner import LogprobGapTooLarge, StepResult, TrainingDiverged
 from rosd_fast.types import PackedBatch, TrainSample
 
@@ -79,8 +79,8 @@ async def update(
 async def learn(
     run: Run, batches: Sequence[PackedBatch], teacher_states: Sequence[Tensor] | None
 ) -> StepResult:
-    """Update the weights; in a thread where requests of the next step are in flight."""
-    if run.config.engine.one_step_ahead:
+    """Update the weights; in a thread where requests are in flight meanwhile."""
+    if run.config.engine.one_step_ahead or run.config.eval.overlap:
         return await asyncio.to_thread(run.learners.step, batches, teacher_states)
     return run.learners.step(batches, teacher_states)
 
@@ -116,7 +116,3 @@ def diagnostics(
             num_thinking=lambda rollout_id: run.inputs.chats.num_thinking(rollouts[rollout_id]),
         ),
     }
-
-
-def is_due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0

@@ -107,6 +107,11 @@ def conflict(config: Config) -> str | None:
             "engine.colocated needs engine.sync disk: NCCL connects different GPUs",
         ),
         (
+            config.eval.overlap and (not sglang or engine.colocated),
+            "eval.overlap evaluates on the servers while the learner works, which needs "
+            "engine.kind sglang and no engine.colocated",
+        ),
+        (
             config.reflect.control == "none" and config.span.control != "off",
             f"span.control is {config.span.control}: with reflect.control none there is no quote "
             "and no span, and wrong rollouts are distilled whole",

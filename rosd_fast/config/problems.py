@@ -130,4 +130,4 @@ class EvalConfig(Section):
     top_p: Probability = 1.0
     """Nucleus sampling in evaluation."""
     overlap: bool = False
-    """Evaluate on the servers while the learner works on the next step (kind sglang)."""
+    """Evaluate a step on the servers while the next one samples and learns (engine.kind sglang)."""

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from rosd_fast.evaluation.records import Completion, Sampling
@@ -32,11 +33,13 @@ async def sample_completions(
     sampling: Sampling,
     chat: ChatFormat,
     stop_token_ids: Sequence[int],
+    background: bool = False,
     on_tokens: Callable[[int], None] | None = None,
     on_problem: Callable[[Sequence[Completion]], None] | None = None,
 ) -> list[Completion]:
     """Sample and judge completions with the weights that `engine` has now, in the problems' order.
 
+    background: other requests to the engine go first.
     on_tokens: called with k after k more tokens were sampled.
     on_problem: called with all completions of a problem as soon as they are judged, in any order.
 
@@ -45,6 +48,8 @@ async def sample_completions(
     requests = build_requests(
         problems, split=split, sampling=sampling, chat=chat, stop_token_ids=stop_token_ids
     )
+    if background:
+        requests = [replace(request, background=True) for request in requests]
     asked = {request.id: i for i, request in enumerate(requests)}
     done: dict[int, list[Completion]] = {}
 

@@ -20,17 +20,22 @@ if TYPE_CHECKING:
     from rosd_fast.config import Config
     from rosd_fast.engines.lifecycle import Engines
     from rosd_fast.inputs import Inputs
-    from rosd_fast.report.progress import Progress
+    from rosd_fast.report.progress import Hidden, Progress
     from rosd_fast.types import Problem
 
 
-async def evaluate_splits(inputs: Inputs, engines: Engines, progress: Progress) -> dict[str, float]:
+async def evaluate_splits(
+    inputs: Inputs, engines: Engines, progress: Progress | Hidden
+) -> dict[str, float]:
     """Return the metrics of the development splits, always with the same draws.
+
+    progress: `Hidden` where the next step runs at the same time.
 
     Raises UserError when a split has no problem, when a domain has the name of another metric, and
     when a prompt does not fit the model's context.
     """
     metrics: dict[str, float] = {}
+    version = engines.student.policy_version
     with progress.stage(Stage.EVALUATE):
         for split, problems in inputs.dev_splits.items():
             check_split(split, problems)
@@ -42,9 +47,12 @@ async def evaluate_splits(inputs: Inputs, engines: Engines, progress: Progress) 
                 sampling=run_sampling(inputs.config),
                 chat=inputs.chats.eval,
                 stop_token_ids=inputs.model.stop_token_ids,
+                background=inputs.config.eval.overlap,
                 on_tokens=progress.tokens,
             )
             metrics |= split_metrics(split, completions)
+    if engines.student.policy_version != version:
+        raise ValueError(f"an evaluation of version {version} got other weights on the way")
     return metrics
 
 

@@ -44,9 +44,21 @@ def accuracy(ax: Axes, rows: Rows, *, samples: int | None = None) -> None:
     line(ax, ood, VERMILLION, "out of domain", width=2.4, marker="s", markers=True)
     name_ends(ax, ood, VERMILLION, beside=dev)
     trend(ax, training, GREY, "training rollouts", width=1.2)
+    limits = [*interval_band(ax, rows, "dev", BLUE), *interval_band(ax, rows, "ood", VERMILLION)]
     kind = "accuracy" if samples is None else f"accuracy (mean@{samples})"
+    if limits:
+        kind += ", bands: 95%"
     finish(ax, rows, "Accuracy on the development sets", kind)
-    percent(ax, [*training.values, *dev.values, *ood.values], least_range=0.3)
+    percent(ax, [*training.values, *dev.values, *ood.values, *limits], least_range=0.3)
+
+
+def interval_band(ax: Axes, rows: Rows, split: str, colour: str) -> tuple[float, ...]:
+    """Draw the 95% interval of a split's accuracy where the rows have it; return its limits."""
+    low, high = (series(rows, f"eval/{split}/accuracy_{end}").finite() for end in ("low", "high"))
+    if not low or low.steps != high.steps:
+        return ()
+    ax.fill_between(low.steps, low.values, high.values, color=colour, alpha=0.13, linewidth=0)
+    return (*low.values, *high.values)
 
 
 def domain_accuracy(ax: Axes, rows: Rows, *, split: str, title: str) -> None:

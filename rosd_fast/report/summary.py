@@ -20,6 +20,7 @@ from rosd_fast.report.series import domains, series
 from rosd_fast.report.warnings import warnings
 
 Rows = Sequence[Mapping[str, Any]]
+Interval = tuple[float, float]  # low, high
 
 LOSSES = (
     ("divergence", "loss/divergence", "nats / token"),
@@ -38,6 +39,8 @@ class Change:
     last_step: int
     before: float  # in [0, 1]
     after: float | None  # in [0, 1]; None: evaluated only once
+    before_interval: Interval | None = None  # 95% interval of `before`; None: not measured
+    after_interval: Interval | None = None
 
     @property
     def points(self) -> float | None:
@@ -54,6 +57,7 @@ def before_after(rows: Rows) -> list[Change]:
             if not values:
                 continue
             once = len(values.steps) == 1
+            limits = {} if domain else intervals(rows, split)
             changes.append(
                 Change(
                     split=split,
@@ -62,21 +66,40 @@ def before_after(rows: Rows) -> list[Change]:
                     last_step=values.steps[-1],
                     before=values.values[0],
                     after=None if once else values.values[-1],
+                    before_interval=limits.get(values.steps[0]),
+                    after_interval=None if once else limits.get(values.steps[-1]),
                 )
             )
     return changes
 
 
+def intervals(rows: Rows, split: str) -> dict[int, Interval]:
+    """Return the 95% interval of a split's accuracy by step, where it was measured."""
+    low, high = (series(rows, f"eval/{split}/accuracy_{end}").finite() for end in ("low", "high"))
+    upper = dict(zip(high.steps, high.values, strict=True))
+    return {
+        step: (value, upper[step])
+        for step, value in zip(low.steps, low.values, strict=True)
+        if step in upper
+    }
+
+
 def before_after_table(rows: Rows) -> Table:
-    """Return the accuracy before and after, by split and domain, with the change in points."""
+    """Return the accuracy before and after, by split and domain, with the change in points.
+
+    Intervals have columns of their own, if there are any.
+    """
     changes = before_after(rows)
+    measured = any(change.before_interval for change in changes)
     table = Table(title="Accuracy", title_justify="left", title_style="bold")
     first = min((change.first_step for change in changes), default=0)
     last = max((change.last_step for change in changes), default=0)
-    table.add_column("split")
-    table.add_column(f"step {first}", justify="right")
+    table.add_column("split", no_wrap=True)
+    for step in sorted({first, last}):
+        table.add_column(f"step {step}", justify="right")
+        if measured:
+            table.add_column("95%", justify="right", no_wrap=True)
     if last > first:
-        table.add_column(f"step {last}", justify="right")
         table.add_column("change, points", justify="right")
     for i, change in enumerate(changes):
         if i and change.domain is None:
@@ -84,9 +107,10 @@ def before_after_table(rows: Rows) -> Table:
         # Text, as the name of a domain may look like markup.
         label = Text(SPLITS[change.split], "bold") if change.domain is None else Text(change.domain)
         label.pad_left(0 if change.domain is None else 2)
-        cells = [label, Text(f"{change.before:.1%}")]
+        cells = [label, *_accuracy(change.before, change.before_interval, measured)]
         if last > first:
-            cells += [_percent(change.after), _points(change.points)]
+            cells += _accuracy(change.after, change.after_interval, measured)
+            cells.append(_points(change.points))
         table.add_row(*cells)
     if not changes:
         table.add_row(Text("no evaluation yet (it needs data.dev)"))
@@ -152,8 +176,14 @@ def _outputs(run: Path) -> list[tuple[str, Path]]:
     return [(label, path) for label, path in found if path.exists()]
 
 
-def _percent(value: float | None) -> Text:
-    return Text("-" if value is None else f"{value:.1%}")
+def _accuracy(value: float | None, interval: Interval | None, measured: bool) -> list[Text]:
+    """The cells of an accuracy and, where any interval is `measured`, of its interval."""
+    cells = [Text("-" if value is None else f"{value:.1%}")]
+    if measured:
+        cells.append(
+            Text("" if interval is None else f"{100 * interval[0]:.0f} to {interval[1]:.0%}")
+        )
+    return cells
 
 
 def _points(value: float | None) -> Text:

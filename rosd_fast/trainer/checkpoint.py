@@ -46,6 +46,7 @@ from rosd_fast.files import (
     atomic_folder,
     remove_folder,
     remove_leftovers,
+    write_atomic,
 )
 from rosd_fast.model.run_folder import best_checkpoint, checkpoints
 from rosd_fast.trainer.learner import Learner
@@ -70,7 +71,7 @@ def write_checkpoint(run: Path, snapshot: Snapshot, world: World = SINGLE_PROCES
     if the checkpoint cannot be written or the disk is full; then nothing is left of it, and earlier
     checkpoints stay.
     """
-    path = run / "checkpoints" / f"step_{snapshot.step:06d}"
+    path = checkpoint_folder(run, snapshot.step)
     try:
         with shared_folder(path, world) as folder:
             if folder is None:  # rank 0 could not create it, and raises the reason
@@ -100,6 +101,32 @@ def write_checkpoint(run: Path, snapshot: Snapshot, world: World = SINGLE_PROCES
             fix="Free some space or choose another folder with --out",
         ) from error
     return path
+
+
+def rate_checkpoint(run: Path, step: int, dev_accuracy: float) -> None:
+    """Write the dev accuracy into the checkpoint of a step; without a checkpoint do nothing.
+
+    Raises UserError if it cannot be written; then the checkpoint stays as it was.
+    """
+    path = checkpoint_folder(run, step)
+    try:
+        about = read_state(path)
+        if about["dev_accuracy"] != dev_accuracy:
+            about["dev_accuracy"] = dev_accuracy
+            write_atomic(path / STATE_JSON, (json.dumps(about, indent=2) + "\n").encode())
+    except DamagedCheckpoint:  # the next `prune` warns of it
+        return
+    except OSError as error:
+        raise UserError(
+            f"the checkpoint cannot be written ({reason(error)})",
+            where=str(path),
+            fix="Free some space or choose another folder with --out",
+        ) from error
+
+
+def checkpoint_folder(run: Path, step: int) -> Path:
+    """Where the checkpoint of a step is."""
+    return run / "checkpoints" / f"step_{step:06d}"
 
 
 @contextmanager

@@ -104,6 +104,10 @@ class LearnerGroup:
         """Start writing a checkpoint. Raises UserError if the previous one could not be written."""
         self._call_all("saver.save", [(run, step, dev_accuracy)] * self.world.size)
 
+    def rate(self, run: Path, step: int, dev_accuracy: float | None) -> None:
+        """Give the checkpoint of `step`, if there is one, the dev accuracy; see `Saver.rate`."""
+        self.saver.rate(run, step, dev_accuracy)
+
     def finish_save(self) -> None:
         """Wait for rank 0's part of the checkpoint that is being written. Raises its UserError."""
         self.saver.wait()

@@ -9,7 +9,12 @@ from transformers import PreTrainedTokenizerBase
 
 from rosd_fast.config import Config
 from rosd_fast.config.load import config_hash
-from rosd_fast.trainer.checkpoint import load_checkpoint, prune, write_checkpoint
+from rosd_fast.trainer.checkpoint import (
+    load_checkpoint,
+    prune,
+    rate_checkpoint,
+    write_checkpoint,
+)
 from rosd_fast.trainer.learner import Learner
 from rosd_fast.trainer.snapshot import Snapshot
 
@@ -31,6 +36,7 @@ class Saver:
         self._hash = config_hash(config)
         self._thread: Thread | None = None
         self._error: BaseException | None = None
+        self._unrated: list[tuple[Path, int, float]] = []
 
     def save(self, run: Path, step: int, dev_accuracy: float | None) -> None:
         """Copy the state and start writing it. A collective.
@@ -54,14 +60,27 @@ class Saver:
         """Load a checkpoint into the learner; returns its step. A collective. Raises UserError."""
         return load_checkpoint(path, self.learner)
 
+    def rate(self, run: Path, step: int, dev_accuracy: float | None) -> None:
+        """Give the checkpoint of `step`, if there is one, the accuracy that was measured after it
+        was saved: at the latest before the next checkpoint, which may then replace it. On rank 0.
+
+        dev_accuracy: None: it was not measured.
+        """
+        if dev_accuracy is not None:
+            self._unrated.append((run, step, dev_accuracy))
+        if self._thread is None or not self._thread.is_alive():
+            self.wait()
+
     def wait(self) -> None:
-        """Wait until the checkpoint is written. Raises its error."""
+        """Wait until the checkpoint is written, and rated. Raises its error."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None
         error, self._error = self._error, None
         if error is not None:
             raise error
+        while self._unrated:
+            rate_checkpoint(*self._unrated.pop(0))
 
     def _write(self, run: Path, snapshot: Snapshot) -> None:
         try:

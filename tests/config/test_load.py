@@ -323,6 +323,11 @@ SGLANG = {"engine.kind": "sglang"}
         ),
         ({"engine.sync": "adapter"} | SGLANG, "engine.sync adapter sends LoRA adapters"),
         ({"engine.one_step_ahead": True}, "engine.one_step_ahead samples while"),
+        ({"eval.overlap": True}, "eval.overlap evaluates on the servers"),
+        (
+            {"eval.overlap": True, "engine.colocated": True} | SGLANG,
+            "engine.kind sglang and no engine.colocated",
+        ),
         ({"optim.warmup_steps": None}, "optim.warmup_frac and optim.warmup_steps exclude"),
         ({"optim.kind": "adamw8bit", "optim.offload": True}, "optim.offload needs optim.kind"),
         ({"teacher.url": "http://a"}, "teacher.url needs teacher.backend sglang"),
@@ -391,8 +396,10 @@ def test_a_run_from_before_the_renames_is_read_and_keeps_its_hash(tmp_path: Path
     assert config.optim.trainable == "model.layers.2?.*"
     assert config.select.on_no_success == "skip"
     assert config_hash(config) == OLD_HASHES["old_run"]
-    added = {"teacher.solution_template": Config().teacher.solution_template, **BEFORE}
-    assert config_hash(apply_args(load_preset("quickstart"), added)) == OLD_HASHES["quickstart"]
+    # What the preset did not have yet, or had otherwise.
+    before = {"teacher.solution_template": Config().teacher.solution_template, **BEFORE}
+    before["engine.max_rows"] = 256
+    assert config_hash(apply_args(load_preset("quickstart"), before)) == OLD_HASHES["quickstart"]
     assert config_hash(read(tmp_path, to_toml(config))) == OLD_HASHES["old_run"]
 
 

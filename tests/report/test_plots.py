@@ -261,6 +261,26 @@ def test_the_accuracy_panel_shows_the_first_and_last_values() -> None:
     assert 0.634 < high <= 1
 
 
+def test_the_accuracy_panel_has_a_band_where_there_are_intervals() -> None:
+    rows = [
+        {
+            "step": step,
+            "eval/dev/accuracy": 0.5,
+            "eval/dev/accuracy_low": 0.375,
+            "eval/dev/accuracy_high": 0.625,
+            "eval/ood/accuracy": 0.25,
+        }
+        for step in range(3)
+    ]
+    ax = draw(panels.accuracy, rows)
+    (band,) = ax.collections
+    drawn = band.get_paths()[0].vertices
+    assert {float(y) for y in drawn[:, 1]} == {0.375, 0.625}
+    assert "95%" in ax.get_ylabel()
+    without = draw(panels.accuracy, [{"step": 0, "eval/dev/accuracy": 0.5}])
+    assert not without.collections and "95%" not in without.get_ylabel()
+
+
 @pytest.mark.parametrize("value", [0.0, 0.5, 1.0])
 def test_percent_axis_stays_within_0_and_100(value: float) -> None:
     ax = draw(panels.accuracy, [{"step": 0, "eval/dev/accuracy": value}])

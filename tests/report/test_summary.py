@@ -53,6 +53,18 @@ def test_the_table_shows_the_first_and_last_evaluation(tmp_path: Path) -> None:
     ]
 
 
+def test_intervals_have_columns_of_their_own(tmp_path: Path) -> None:
+    limits = {"eval/dev/accuracy_low": 0.336, "eval/dev/accuracy_high": 0.5}
+    with MetricsLog(tmp_path / "metrics.jsonl") as log:
+        log.write(0, {"eval/dev/accuracy": 0.4, "eval/dev/shop": 0.5, **limits})
+        log.write(5, {"eval/dev/accuracy": 0.5, "eval/dev/shop": 0.5})
+    text = print_to_text(before_after_table(rows_of(tmp_path)), width=80)
+    assert cells(text) == [
+        ["in domain (dev)", "40.0%", "34 to 50%", "50.0%", "", "+10.0"],
+        ["shop", "50.0%", "", "50.0%", "", "0.0"],
+    ]
+
+
 def test_changes_as_numbers(tmp_path: Path) -> None:
     changes = before_after(read_metrics(make_run(tmp_path) / "metrics.jsonl"))
     dev = changes[0]

@@ -26,12 +26,16 @@ from rosd_fast.config import Config
 from rosd_fast.errors import RunFailed, UserError
 from rosd_fast.files import atomic_folder
 from rosd_fast.trainer.checkpoint import (
+    checkpoints,
     latest_checkpoint,
     load_checkpoint,
     prune,
+    rate_checkpoint,
+    read_state,
     write_checkpoint,
 )
 from rosd_fast.trainer.learner import Learner
+from rosd_fast.trainer.saver import Saver
 from rosd_fast.trainer.snapshot import Export, Snapshot
 from rosd_fast.types import PackedBatch, PackedSequences
 from tests.tiny import tiny_model as family_model
@@ -374,3 +378,27 @@ def test_atomic_folder_replaces_all_or_nothing(tmp_path):
         (folder / "y").write_text("3")
     assert [file.name for file in path.iterdir()] == ["y"]
     assert [entry.name for entry in path.parent.iterdir()] == ["b"]
+
+
+def test_a_checkpoint_is_rated_after_it_was_saved(run: Path) -> None:
+    """Then it is the best one, and still whole."""
+    before = json.loads((run / "checkpoints" / "step_000002" / "trainer_state.json").read_text())
+    rate_checkpoint(run, 2, 0.75)
+    rate_checkpoint(run, 3, 0.9)  # it has no checkpoint
+    about = read_state(run / "checkpoints" / "step_000002")
+    assert before["dev_accuracy"] is None
+    assert about == before | {"dev_accuracy": 0.75}
+    prune(run, 1, keep_best=True)
+    assert [path.name for path in checkpoints(run)] == ["step_000002", "step_000010"]
+
+
+def test_a_saver_rates_what_it_has_just_begun_to_write(tmp_path: Path, tokenizer: Any) -> None:
+    saver = Saver(Learner(tiny_model(), options("frozen")), tokenizer, Config())
+    saver.save(tmp_path, 1, None)
+    saver.rate(tmp_path, 1, 0.5)
+    saver.wait()
+    assert read_state(newest(tmp_path))["dev_accuracy"] == 0.5
+    saver.rate(tmp_path, 1, 0.75)
+    assert read_state(newest(tmp_path))["dev_accuracy"] == 0.75
+    saver.rate(tmp_path, 1, None)
+    assert read_state(newest(tmp_path))["dev_accuracy"] == 0.75

@@ -29,7 +29,7 @@ from rosd_fast.errors import UserError
 from rosd_fast.types import Generation, GenerationRequest
 
 BURST = 8  # decoding steps between two returns to the event loop
-RETIRE_FRAC = 1 / 8  # fraction of finished rows at which the batch is compacted
+RETIRE_FRAC = 1 / 8  # fraction of finished completions at which the batch is compacted
 
 
 class LocalEngine(RolloutEngine):
@@ -149,7 +149,7 @@ class LocalEngine(RolloutEngine):
         batch = DecodeBatch(
             self._forward, slices, max_rows=self.max_rows, pad_token_id=self.pad_token_id
         )
-        while waiting or batch.num_rows:
+        while waiting or batch.num_completions:
             with self._forward.running():
                 taken, done = self._burst(batch, waiting)
             if on_tokens is not None and taken:
@@ -167,7 +167,7 @@ class LocalEngine(RolloutEngine):
         """
         taken = batch.admit(_next_slices(waiting, batch.num_free)) if waiting else 0
         for _ in range(BURST):
-            if batch.num_finished >= max(1, RETIRE_FRAC * batch.num_rows):
+            if batch.num_finished >= max(1, RETIRE_FRAC * batch.num_completions):
                 return taken, batch.retire()
             taken += batch.step()
         return taken, []

@@ -94,6 +94,14 @@ class RowCache(Cache):
             for buffer in (*self.keys, *self.values):
                 buffer[target, :, window] = buffer[source, :, window]
 
+    def copy_rows(self, source: Tensor) -> None:
+        """Add copies of the rows `source` ([K] int64) behind the last row."""
+        first_row, window = self.num_rows, slice(self.first, self.end)
+        self.num_rows += source.numel()
+        assert self.num_rows <= self.capacity_rows
+        for buffer in (*self.keys, *self.values):
+            buffer[first_row : self.num_rows, :, window] = buffer[source, :, window]
+
     def append_rows(self, prompts: RowCache, row_of: Tensor) -> None:
         """Add copies of the rows `row_of` of `prompts`, so that they end at `end`.
 

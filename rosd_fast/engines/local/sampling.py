@@ -8,7 +8,7 @@ cannot change its tokens, except for the rounding of batched matrix products.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from hashlib import blake2b
 
 import numpy as np
@@ -60,6 +60,11 @@ class Policy:
             greedy=torch.tensor(greedy, device=device) if any(greedy) else None,
         )
 
+    def with_copies(self, rows: Tensor) -> Policy:
+        """The policy of these rows and behind them copies of the rows `rows` ([K] int64)."""
+        columns = (getattr(self, field.name) for field in fields(self))
+        return Policy(*(None if c is None else torch.cat([c, c[rows]]) for c in columns))
+
     def probs(self, logits: Tensor) -> Tensor:
         """The probabilities [B, V] of drawing each token: 0 for tokens that are filtered out."""
         if self.temperature is not None:
@@ -81,19 +86,29 @@ class Policy:
         return torch.zeros_like(kept).scatter_(-1, ids, kept)
 
 
-def draw(logits: Tensor, uniform: Tensor, policy: Policy) -> tuple[Tensor, Tensor]:
-    """Draw token ids [B] int64 and return them with their log-probabilities [B] float32.
+def draw(
+    logits: Tensor, uniform: Tensor, policy: Policy, row_of: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Draw token ids [N] int64 and return them with their log-probabilities [N] float32.
 
-    logits: [B, V]. uniform: [B] float32 in [0, 1). A sampled token's log-probability is that of the
-    distribution it was drawn from (after temperature, top-k, top-p). A greedy token's is that at
-    temperature 1, since its own distribution would always give 0. Logits of NaN or +inf give NaN.
+    logits: [B, V]. uniform: [N] float32 in [0, 1). policy: of the B rows. row_of: [N] int64, the
+    row of the logits that each is drawn from; None: the rows in order. A sampled token's
+    log-probability is that of the distribution it was drawn from (after temperature, top-k, top-p).
+    A greedy token's is that at temperature 1, since its own distribution would always give 0.
+    Logits of NaN or +inf give NaN.
     """
     probs = policy.probs(logits.float())
+    greedy = policy.greedy
+    best = None if greedy is None else logits.argmax(-1, keepdim=True)
+    if row_of is not None:
+        probs = probs[row_of]
+        if greedy is not None and best is not None:
+            greedy, best = greedy[row_of], best[row_of]
     mass = probs.cumsum(-1)
     total = mass[:, -1:]
     # Below the total, so that rounding cannot pick a zero-probability token at the end.
     target = torch.minimum(uniform[:, None] * total, total.nextafter(total.new_zeros(())))
     ids = torch.searchsorted(mass, target, right=True).clamp_(max=logits.shape[-1] - 1)
-    if policy.greedy is not None:
-        ids = torch.where(policy.greedy[:, None], logits.argmax(-1, keepdim=True), ids)
+    if greedy is not None and best is not None:
+        ids = torch.where(greedy[:, None], best, ids)
     return ids[:, 0], probs.gather(-1, ids)[:, 0].log()

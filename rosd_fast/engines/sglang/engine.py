@@ -32,6 +32,7 @@ from rosd_fast.engines.requests import check_ids, completion_limit
 from rosd_fast.engines.sglang.cache_stats import PrefixCacheStats
 from rosd_fast.engines.sglang.client import Busy, Refused, ServerError, Unreachable
 from rosd_fast.engines.sglang.pool import ServerHandle, request_with_retries
+from rosd_fast.engines.sglang.slots import Slots
 from rosd_fast.engines.sglang.weight_sync import SYNC_TIMEOUT_S, WeightSync
 from rosd_fast.errors import RunFailed, UserError
 from rosd_fast.types import Generation, GenerationRequest
@@ -89,7 +90,7 @@ class SglangEngine(RolloutEngine):
         self._weight_check_ids = tuple(weight_check_ids)
         self._expected_logprobs, self._max_logprob_gap = expected_logprobs, max_logprob_gap
         self._expected: list[float] = []  # log-probabilities of the weight check, current weights
-        self._slots = asyncio.Semaphore(concurrency)
+        self._slots = Slots(concurrency)
         self._max_failures = max_failures
         self._timeout_s = request_timeout_s
         self._colocated = colocated
@@ -203,7 +204,7 @@ class SglangEngine(RolloutEngine):
 
     async def _complete(self, request: GenerationRequest, limit: int) -> list[Generation]:
         """Return all completions of a request, retrying until they are complete."""
-        async with self._slots, self._running():
+        async with self._slots.take(background=request.background), self._running():
             return await request_with_retries(
                 lambda handle, attempt: self._try(request, limit, attempt, handle),
                 self.servers,

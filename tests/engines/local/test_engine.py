@@ -12,6 +12,7 @@ import transformers
 from torch import Tensor
 
 from rosd_fast.engines.local import decode, kv_cache
+from rosd_fast.engines.local import engine as engine_module
 from rosd_fast.engines.local.engine import LocalEngine
 from rosd_fast.engines.local.forward import NextToken
 from rosd_fast.errors import UserError
@@ -261,6 +262,38 @@ def test_each_prompt_is_prefilled_once(llama: Any, monkeypatch: pytest.MonkeyPat
     prompts.clear()
     generate(narrow, [make_request(0, n=10)])
     assert sum(prompts) == 3  # ten rows in slices of four
+
+
+def test_completions_share_a_row_until_their_tokens_part(
+    llama: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each distinct beginning is computed once; completions are those of rows of their own."""
+    widths: list[int] = []
+    own = NextToken.decode
+
+    def counted(self: NextToken, cache: Any, ids: Tensor, *more: Any) -> Tensor:
+        widths.append(ids.shape[0])
+        return own(self, cache, ids, *more)
+
+    # At a low temperature, beginnings are often the same. Finished rows go at once.
+    monkeypatch.setattr(engine_module, "RETIRE_FRAC", 0.0)
+    requests = [make_request(index, n=6, temperature=0.4) for index in range(5)]
+    single = generate(LocalEngine(llama, max_rows=1), requests)
+    engine = LocalEngine(llama)
+    monkeypatch.setattr(NextToken, "decode", counted)
+    shared = generate(engine, requests)
+    for ours, theirs in zip(shared, single, strict=True):
+        assert ours.completion_ids == theirs.completion_ids
+        assert ours.logprobs == pytest.approx(theirs.logprobs, abs=1e-4)
+    beginnings = {
+        (item.request_id, item.completion_ids[:length])
+        for item in shared
+        for length in range(1, len(item.completion_ids))
+    }
+    assert sum(widths) == len(beginnings) < sum(len(g.completion_ids) - 1 for g in shared)
+    widths.clear()
+    greedy = generate(engine, [make_request(0, n=8, temperature=0.0)])
+    assert len({item.completion_ids for item in greedy}) == 1 and set(widths) == {1}
 
 
 def test_the_head_sees_one_position_of_each_prompt(llama: Any) -> None:

@@ -519,6 +519,22 @@ def test_one_step_ahead(tmp_path: Path) -> None:
     assert not list((run / "engine" / "weights").iterdir())
 
 
+@pytest.mark.parametrize("ahead", [False, True])
+def test_evaluation_while_the_next_step_runs(ahead: bool, tmp_path: Path) -> None:
+    """Every step has its evaluation, of its own weights: the engine refuses others."""
+    options = {"eval__every": 1, "eval__overlap": True, "engine__one_step_ahead": ahead}
+    run = train(small(tmp_path, checkpoint__every=1, checkpoint__keep_last=3, **options))
+    rows = read_metrics(run / "metrics.jsonl")
+    evaluated = {
+        row["step"]: row["eval/dev/accuracy"] for row in rows if "eval/dev/accuracy" in row
+    }
+    assert list(evaluated) == [0, 1, 2, 3]
+    assert [row["step"] for row in rows if "loss/divergence" in row] == [1, 2, 3]
+    for step in (1, 2, 3):
+        path = run / "checkpoints" / f"step_{step:06d}" / "trainer_state.json"
+        assert json.loads(path.read_text())["dev_accuracy"] == evaluated[step]
+
+
 def test_colocation_needs_a_gpu(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"engine\.colocated: needs a GPU"):
         train(small(tmp_path, engine__colocated=True))
