@@ -7,8 +7,9 @@ from pathlib import Path
 import pytest
 
 from rosd_fast.config import Config
+from rosd_fast.config.load import apply_toml, to_toml
 from rosd_fast.data.stream import ProblemStream
-from rosd_fast.inputs import with_absolute_paths, with_resolved_epochs
+from rosd_fast.inputs import load_inputs, with_absolute_paths, with_resolved_epochs
 from rosd_fast.quickstart.tasks import load_split
 
 
@@ -50,3 +51,22 @@ def test_epochs_become_steps(epochs: float, shuffle: bool, steps: int) -> None:
     found = with_resolved_epochs(Config(epochs=epochs, steps=77), stream)
     assert (found.epochs, found.steps) == (None, steps)
     assert with_resolved_epochs(Config(steps=77), stream).steps == 77
+
+
+def test_a_resumed_run_has_the_same_split(tmp_path: Path) -> None:
+    given = {"train": "quickstart:train", "dev": "10%", "split_seed": 3}
+    config = Config.model_validate({"data": given, "eval": {"problems": 20}, "seed": 1})
+    inputs = load_inputs(config, weights=False)
+    assert inputs.config.data.dev == "10%"
+    assert len(inputs.dev_splits["dev"]) == 20
+    assert any("10% held out" in note for note in inputs.data_notes)
+    path = tmp_path / "config.toml"
+    path.write_text(to_toml(inputs.config))
+    again = load_inputs(
+        apply_toml(Config(), path, accept_old_names=True).model_copy(update={"seed": 2}),
+        weights=False,
+    )
+    assert [p.id for p in again.problems] == [p.id for p in inputs.problems]
+    assert list(again.dev_splits["dev"]) == list(inputs.dev_splits["dev"])
+    held = {p.id for p in inputs.dev_splits["dev"]}
+    assert not held & {p.id for p in inputs.problems}

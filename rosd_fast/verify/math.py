@@ -1,8 +1,8 @@
 r"""`math`: the last `\boxed{}` or answer tag equals the right answer as mathematics.
 
-Equal notation, numbers, words and lists of numbers are compared here. What needs algebra goes to
-math-verify, without its time limits: they use signals, and a worker process has its own limit. That
-package parses LaTeX with a grammar; nothing that a model wrote is executed.
+Equal notation, numbers, words, lists of numbers and simple expressions are compared here. The rest
+goes to math-verify, without its time limits: they use signals, and a worker process has its own.
+That package parses LaTeX with a grammar; nothing that a model wrote is executed.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Any
 from rosd_fast.types import WRONG, Judgement
 from rosd_fast.verify.latex import MAX_ROUNDING, compare_notation, simplify
 from rosd_fast.verify.tags import BOXED, OPEN, final_answer, quoted
+from rosd_fast.verify.values import compare_values
 
 MAX_CHARS = 200
 MAX_DEPTH = 8
@@ -45,6 +46,8 @@ def why_unequal(found: str, wanted: str) -> str | None:
     if len(found) > 4 * MAX_CHARS:
         return f"an answer of {len(found)} characters cannot be compared"
     is_equal = compare_notation(found, wanted)
+    if is_equal is None:
+        is_equal = compare_values(simplify(found), simplify(wanted))
     if is_equal is None:
         one, two = parse(simplify(found)), parse(simplify(wanted))
         if one is None:

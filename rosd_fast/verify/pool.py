@@ -59,13 +59,13 @@ class VerifierPool:
         """
         jobs = jobs_of(tasks)
         return self._judgements(
-            tasks, await asyncio.wrap_future(self._submit(lambda crew: self._run(crew, jobs)))
+            tasks, await asyncio.wrap_future(self._submit(lambda crew: run_jobs(crew, jobs)))
         )
 
     def judge_sync(self, tasks: Sequence[Task]) -> list[Judgement]:
         """The same for code outside of an event loop, as while data is loaded."""
         jobs = jobs_of(tasks)
-        return self._judgements(tasks, self._submit(lambda crew: self._run(crew, jobs)).result())
+        return self._judgements(tasks, self._submit(lambda crew: run_jobs(crew, jobs)).result())
 
     async def verify(self, groups: Sequence[Group], *, threshold: float) -> dict[str, Verdict]:
         """The verdict on every rollout, by its id: a success has at least `threshold`."""
@@ -102,7 +102,7 @@ class VerifierPool:
                 judged[i] = Judgement(score=float(accepts(answer)), answer=answer)
         left = [i for i in range(len(answers)) if i not in judged]
         jobs = [example_job(*answers[i]) for i in left]
-        outcomes = self._submit(lambda crew: self._run(crew, jobs)).result() if jobs else []
+        outcomes = self._submit(lambda crew: run_jobs(crew, jobs)).result() if jobs else []
         judged |= {i: outcome.judgement for i, outcome in zip(left, outcomes, strict=True)}
         return [judged[i] for i in range(len(answers))]
 
@@ -137,9 +137,6 @@ class VerifierPool:
             thread = self._thread
         return asyncio.run_coroutine_threadsafe(work(thread.crew), thread.loop)
 
-    async def _run(self, crew: Crew, jobs: Sequence[Job]) -> list[Outcome]:
-        return await crew.run(jobs, addresses_of(job.verifier for job in jobs))
-
     def _judgements(self, tasks: Sequence[Task], outcomes: Sequence[Outcome]) -> list[Judgement]:
         """The judgements; failures are counted, and the first of each kind is noted."""
         for (problem, _), outcome in zip(tasks, outcomes, strict=True):
@@ -173,6 +170,9 @@ class LoopThread:
 
 def shut_down(loop: asyncio.AbstractEventLoop, crew: Crew, thread: threading.Thread) -> None:
     """End a crew's processes, its loop and its thread."""
+    if threading.current_thread() is thread:  # the last reference went there; it cannot wait here
+        threading.Thread(target=shut_down, args=(loop, crew, thread)).start()
+        return
     asyncio.run_coroutine_threadsafe(crew.close(), loop).result()
     loop.call_soon_threadsafe(loop.stop)
     thread.join()
@@ -201,6 +201,11 @@ def check_available(verifier: Verifier, limits: Limits, where: str) -> None:
         raise UserError(
             f"the verifier {verifier.name} cannot run code: {why}", where=about, fix=INSTALL
         )
+
+
+async def run_jobs(crew: Crew, jobs: Sequence[Job]) -> list[Outcome]:
+    """What came of each job, in order."""
+    return await crew.run(jobs, addresses_of(job.verifier for job in jobs))
 
 
 def jobs_of(tasks: Sequence[Task]) -> list[Job]:

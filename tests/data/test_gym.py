@@ -95,7 +95,7 @@ def test_tuples_survive_json() -> None:
     [
         ("reasoning_gym:leg_countin", ["has no task 'leg_countin'", "mean leg_counting"]),
         ("reasoning_gym:", ["names no task", "Tasks are ab, acre,", "zebra_puzzles"]),
-        ("reasoning_gym:chain_sum@siz=5", ["has no option siz", "mean size?", "min_terms=2"]),
+        ("reasoning_gym:chain_sum@sizes=5", ["has no option sizes", "mean size?", "min_terms=2"]),
         ("reasoning_gym:chain_sum@size=x", ["the option size is 'x'"]),
         ("reasoning_gym:chain_sum@size=0", ["size is below 1"]),
         ("reasoning_gym:leg_counting@min_animals=20", ["refuses its options", "max_animals=10"]),

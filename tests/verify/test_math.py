@@ -2,15 +2,19 @@ r"""`math` on pairs of answers: what is equal, what is not, and where math-verif
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rosd_fast.types import WRONG
 from rosd_fast.verify import VERIFIERS, is_verifiable
 from rosd_fast.verify.latex import compare_notation, simplify
 from rosd_fast.verify.math import why_unequal
+from rosd_fast.verify.values import compare_values, values
 
+sympy = pytest.importorskip("sympy")
 pytest.importorskip("math_verify")
 
 EQUAL = [
@@ -223,3 +227,90 @@ def test_a_space_joins_no_digits(one: int, two: int) -> None:
     assert simplify(f"{one} {two}") != simplify(f"{one}{two}")
     assert compare_notation(f"{one} {two}", f"{one}{two}") is not True
     assert compare_notation(f"\\boxed{{ {one} }}", f"$ {one} $") is True
+
+
+@pytest.mark.parametrize(("found", "answer"), EQUAL)
+def test_values_tell_no_equal_pair_apart(found: str, answer: str) -> None:
+    assert compare_values(simplify(found), simplify(answer)) is not False
+
+
+@pytest.mark.parametrize(("found", "answer"), UNEQUAL)
+def test_values_take_no_unequal_pair_for_equal(found: str, answer: str) -> None:
+    if compare_notation(found, answer) is None:
+        assert compare_values(simplify(found), simplify(answer)) is not True
+
+
+@pytest.mark.parametrize(
+    ("found", "answer", "is_equal"),
+    [
+        (r"2\sqrt{3}", r"\sqrt{12}", True),
+        (r"\frac{\sqrt{2}}{2}", r"\frac{1}{\sqrt{2}}", True),
+        ("x(x+5)", "x^2+5x", True),
+        ("(x-1)(x+1)", "x^2-1", True),
+        (r"2\pi r", r"r\cdot2\pi", True),
+        (r"\sqrt[3]{8}", "2", True),
+        ("2^{-3}", r"\frac{1}{8}", True),
+        ("x+1", "y+1", None),
+        (r"5\sqrt{2}cm", r"5\sqrt{2}", None),
+        ("x+2y", "y+2x", False),
+        ("x^2", "x^3", False),
+        ("x^2+5x", "x^2+6x", False),
+        (r"2\sqrt{3}", r"3\sqrt{2}", False),
+        (r"\sqrt{x^2}", "x", False),
+        ("10^{12}+1", "10^{12}", None),
+        ("10^{16}+1", "10^{16}", None),
+        ("9999999^2", "9999998*10000000+1", None),
+        ("10^{20}", "10^{21}", False),
+        (r"4000001\sqrt{7}", r"\sqrt{7}\cdot4000001", True),
+        (r"4000001\sqrt{7}", r"4000002\sqrt{7}", None),
+        (r"400001\sqrt{7}", r"400002\sqrt{7}", False),
+        ("10^{-12}", "10^{-13}", None),
+        (r"\frac{1000000000001}{1000000000000}\pi", r"\pi", None),
+    ],
+)
+def test_values(found: str, answer: str, is_equal: bool | None) -> None:
+    assert compare_values(found, answer) is is_equal
+
+
+@pytest.mark.parametrize(
+    "text",
+    "1/2x|1\\frac{1}{2}|x2|f(x)|2e|3i|x^23|x^2^3|1.5|1,2|x=2|3!|(1|1)|\\sin x|\\pir|2--3|x y|3 4||+"
+    "|\\frac12|\\sqrt{-4}|(-8)^{1/3}|9^{9^{9}}|1/0|\\sqrt[0]{2}|\\sqrt[]{2}|[1]".split("|"),
+)
+def test_what_has_two_readings_or_none_has_no_values(text: str) -> None:
+    assert values(text) is None
+
+
+LEAVES = st.sampled_from(
+    [("2", sympy.Integer(2)), ("7", sympy.Integer(7)), (r"\pi", sympy.pi)]
+    + [(name, sympy.Symbol(name)) for name in "xyn"]
+)
+Term = tuple[str, Any]
+
+
+def grown(inner: st.SearchStrategy[Term]) -> st.SearchStrategy[Term]:
+    """Expressions of two others, as LaTeX and as sympy has them."""
+    pair = st.tuples(inner, inner)
+    return st.one_of(
+        pair.map(lambda p: (f"({p[0][0]}+{p[1][0]})", p[0][1] + p[1][1])),
+        pair.map(lambda p: (f"({p[0][0]}-({p[1][0]}))", p[0][1] - p[1][1])),
+        pair.map(lambda p: (rf"{p[0][0]}\cdot({p[1][0]})", p[0][1] * p[1][1])),
+        pair.map(lambda p: (f"({p[0][0]})({p[1][0]})", p[0][1] * p[1][1])),
+        pair.map(lambda p: (rf"\frac{{{p[0][0]}}}{{{p[1][0]}}}", p[0][1] / p[1][1])),
+        inner.map(lambda p: (f"({p[0]})^2", p[1] ** 2)),
+        inner.map(lambda p: (f"({p[0]})^{{-3}}", p[1] ** -3)),
+        inner.map(lambda p: (rf"\sqrt{{{p[0]}}}", sympy.sqrt(p[1]))),
+    )
+
+
+@settings(deadline=None, max_examples=60)
+@given(st.recursive(LEAVES, grown, max_leaves=5))
+def test_values_are_those_of_sympy(term: Term) -> None:
+    latex, expression = term
+    found = values(latex)
+    if found is None:  # a root of a negative number, a division by 0
+        return
+    symbols = {name: values(name) for name in "xyn"}
+    for index, value in enumerate(found):
+        at = {sympy.Symbol(name): each[index].real for name, each in symbols.items() if each}
+        assert abs(complex(expression.evalf(30, subs=at)) - value) <= 1e-9 * max(1, abs(value))
