@@ -3,7 +3,7 @@
     python bench/data.py                        # all cases; rewrites the CSV
     python bench/data.py --rows 1000 100000 --csv /tmp/data.csv
 
-The rows are word problems of about 400 bytes with numbers as answers, written to a temporary folder
+The rows are word problems of about 270 bytes with numbers as answers, written to a temporary folder
 as JSON lines, CSV and parquet. Each case is a process of its own, with the options' defaults:
 
     load       `load_problems`: index, shape, `data.check_rows` rows checked

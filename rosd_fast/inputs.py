@@ -37,6 +37,9 @@ from rosd_fast.types import Problem
 from rosd_fast.utils.distributed import launched, pick_device
 from rosd_fast.verify.user_file import absolute_verifier
 
+MAX_RENDERED = 2000
+"""Prompts of a large data set that are rendered before a run; others are when they are drawn."""
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Inputs:
@@ -121,7 +124,8 @@ def load_inputs(config: Config, *, weights: bool = True) -> Inputs:
         "context_length": model.context_length,
     }
     known = data.train.checked
-    check_prompts(known, chat=chats.student, **limits)
+    rare = 1 if data.train.is_checked else max(1, len(known) // MAX_RENDERED)
+    check_prompts(known[::rare], chat=chats.student, **limits)
     for split in data.dev.values():
         check_prompts(split, chat=chats.eval, **limits)
     token_bytes = TokenBytes(model.tokenizer)

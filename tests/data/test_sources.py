@@ -48,7 +48,7 @@ def test_settings_are_what_was_written(place: str, settings: dict[str, str]) -> 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a.jsonl@wieght=2", "there is no setting wieght. Did you mean weight?"),
+        ("a.jsonl@weigh=2", "there is no setting weigh. Did you mean weight?"),
         ("a.jsonl@weight=", "the setting weight has no value"),
         ("a.jsonl@weight=two", "the weight is 'two', must be a number above 0"),
         ("a.jsonl@weight=0", "must be a number above 0"),

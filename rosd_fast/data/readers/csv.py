@@ -53,6 +53,19 @@ class CsvRows(Rows):
             )
         return dict(zip(self._columns, values, strict=True))
 
+    def batch(self, start: int, stop: int) -> Iterator[Any]:
+        first, end = self._starts[start + 1], self._starts[stop + 1]
+        if end - first <= MAX_ROW_BYTES:
+            try:
+                text = io.StringIO(self._file.read(first, end).decode(), newline="")
+                found = csv.reader(text, delimiter=self._delimiter, strict=True)
+                rows = [dict(zip(self._columns, row, strict=True)) for row in found if row]
+            except (ValueError, csv.Error):  # UnicodeDecodeError, or another number of values
+                rows = []  # the bad row is found among all of them, one by one
+            if len(rows) == stop - start:
+                return iter(rows)
+        return super().batch(start, stop)
+
     def where(self, index: int) -> str:
         return f"{self._file.path}:{self._lines[index + 1]}"
 

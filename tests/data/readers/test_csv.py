@@ -101,3 +101,16 @@ def test_files_without_rows(tmp_path: Path, text: str) -> None:
     path = tmp_path / "a.csv"
     path.write_text(text)
     assert len(open_csv(path, delimiter=",")) == 0
+
+
+def test_many_rows_at_once_are_the_same_rows(tmp_path: Path) -> None:
+    path = tmp_path / "a.csv"
+    path.write_text('a,b\n1,"x\ny"\n\n2,z\n3\n4,w\n', encoding="utf-8")
+    rows = open_csv(path, delimiter=",")
+    assert (
+        [*rows.batch(0, 2)] == [rows[0], rows[1]] == [{"a": "1", "b": "x\ny"}, {"a": "2", "b": "z"}]
+    )
+    assert [*rows.batch(1, 4)] == [rows[1], None, rows[3]]
+    path.write_bytes(b"a,b\n1,2\n\xff,3\n5,6\n")
+    rows = open_csv(path, delimiter=",")
+    assert [*rows.batch(0, 3)] == [rows[0], None, rows[2]]
