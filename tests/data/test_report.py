@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -128,10 +129,11 @@ def test_trials_of_a_verifier() -> None:
 
 
 def test_trials_of_a_verifier_that_runs_code_are_solutions_of_the_data_set() -> None:
-    fields = {"id": "c", "domain": "d", "prompt": "?", "answer": '{"tests": ["assert f()"]}'}
-    bare = Problem(**fields, verifier="code")
+    bare = Problem(
+        id="c", domain="d", prompt="?", answer='{"tests": ["assert f()"]}', verifier="code"
+    )
     assert [what for what, _ in trials([bare])] == ["no answer"]
-    solved = Problem(**fields, verifier="code", reference="def f(): return 1")
+    solved = replace(bare, reference="def f(): return 1")
     assert trials([solved])[0] == ("reference", "def f(): return 1")
 
 
