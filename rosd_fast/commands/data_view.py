@@ -145,7 +145,7 @@ def print_judgements(
     say(console, f"verifier {problem.verifier}, for the answer {right}", "bold")
     table = Table()
     for name in ("", "completion", "score", "answer found", "reason"):
-        table.add_column(name, overflow="fold")
+        table.add_column(name, overflow="fold", no_wrap=not name)
     for (what, completion), judgement in zip(tried, judged, strict=True):
         found = "none" if judgement.answer is None else one_line(judgement.answer, MAX_ANSWER)
         reason = one_line(judgement.reason or "", 2 * MAX_ANSWER)

@@ -217,16 +217,25 @@ def trials(problems: Sequence[Problem]) -> list[tuple[str, str]]:
     """(what it is, completion) to show how the verifier of a problem scores: right, another, none.
 
     problems: the problem, and if there is one another with the same verifier and another answer:
-    its right completion is another answer here. A verifier without an example of a right completion
-    is shown the answer alone.
+    its right completion is another answer here.
     """
-    verifier = VERIFIERS[problems[0].verifier]
-    names = ("right answer", "another answer")
-    has_example = verifier.accepts is None and verifier.origin is None  # workers alone know theirs
-    if not has_example:
-        names = ("the answer alone", "another alone")
-    texts = [verifier.perfect(p.answer) if has_example else p.answer for p in problems]
-    return [*zip(names, texts, strict=False), ("no answer", NO_ANSWER)]
+    found = [right_completion(problem) for problem in problems]
+    own = [each for each in found[:1] if each is not None]
+    another = [("another answer", each[1]) for each in found[1:2] if each is not None]
+    return [*own, *another, ("no answer", NO_ANSWER)]
+
+
+def right_completion(problem: Problem) -> tuple[str, str] | None:
+    """(what it is, completion) that should be right; None where nothing is known to be.
+
+    Only the worker processes know the example of a verifier in a user's file.
+    """
+    verifier = VERIFIERS[problem.verifier]
+    if verifier.runs_code:
+        return None if problem.reference is None else ("reference", problem.reference)
+    if verifier.accepts is None and (text := verifier.perfect(problem.answer)):
+        return "right answer", text
+    return "the answer alone", problem.answer
 
 
 def histogram(values: Sequence[int] | np.ndarray, bars: int = NUM_BARS) -> list[Bar]:

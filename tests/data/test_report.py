@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -115,11 +117,34 @@ def test_trials_of_a_verifier() -> None:
         for answer in "AB"
     )
     tried = trials([one, other])
-    assert [what for what, _ in tried] == ["right answer", "another answer", "no answer"]
+    assert [what for what, _ in tried] == [
+        "right answer",
+        "another answer",
+        "no answer",
+    ]
     judged = [judge(one, completion) for _, completion in tried]
     assert [judgement.score for judgement in judged] == [1, 0, 0]
     assert judged[2].answer is None and judged[2].reason
     assert [what for what, _ in trials([one])] == ["right answer", "no answer"]
+
+
+def test_trials_of_a_verifier_that_runs_code_are_solutions_of_the_data_set() -> None:
+    bare = Problem(
+        id="c", domain="d", prompt="?", answer='{"tests": ["assert f()"]}', verifier="code"
+    )
+    assert [what for what, _ in trials([bare])] == ["no answer"]
+    solved = replace(bare, reference="def f(): return 1")
+    assert trials([solved])[0] == ("reference", "def f(): return 1")
+
+
+def test_trials_of_a_users_file_are_its_answers(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text("def score(completion, answer): return 1.0\n")
+    problems = opened(
+        tmp_path, {"prompt": "?", "answer": "x"}, verifier=f"{tmp_path}/mine.py:score"
+    )
+    with closing(problems.answers):
+        assert summarize(problems).faults.counts == {}
+    assert trials([problems[0]])[0] == ("the answer alone", "x")
 
 
 @given(st.lists(st.integers(0, 10**7), min_size=1, max_size=300), st.integers(2, 12))
