@@ -194,17 +194,19 @@ def print_prompts(
     """Print each prompt as text, with its special tokens; `with_ids`: and its token ids."""
     tokenizer: Any = inputs.model.tokenizer
     for prompt in prompts:
-        console.print(Text(f"--- {prompt.role}: {len(prompt.ids):,} tokens", "bold"))
-        console.print(Text(printable(tokenizer.decode(list(prompt.ids)).rstrip("\n"))))
+        title = f"--- {prompt.role}: {len(prompt.ids):,} tokens"
+        console.print(Text(title, "bold"), soft_wrap=True)
+        text = printable(tokenizer.decode(list(prompt.ids)).rstrip("\n"))
+        console.print(Text(text), soft_wrap=True)
         if with_ids:
-            console.print(Text(" ".join(map(str, prompt.ids)), "dim"))
+            console.print(Text(" ".join(map(str, prompt.ids)), "dim"), soft_wrap=True)
     console.print()
 
 
 def print_notes(console: Console, inputs: Inputs) -> None:
     """Print the known traps of chat templates that these step into."""
     for text in inputs.chat_notes():
-        console.print(Text(f"Note on the chat template: {text}."))
+        console.print(Text(f"Note on the chat template: {text}."), soft_wrap=True)
 
 
 def print_budgets(console: Console, prompts: Sequence[Prompt], inputs: Inputs) -> None:

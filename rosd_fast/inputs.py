@@ -20,6 +20,7 @@ from rosd_fast.machine import check_memory
 from rosd_fast.methods import Method, find_method
 from rosd_fast.model.adapters import choose_trainable
 from rosd_fast.model.load import LoadedModel, full_model_device, generation_eos, load_model
+from rosd_fast.model.run_folder import run_model
 from rosd_fast.model.skeleton import build_skeleton, load_skeleton
 from rosd_fast.rollout.sample import check_prompts
 from rosd_fast.text.chat import Chats
@@ -212,7 +213,11 @@ def absolute(path: str | None) -> str | None:
 
 
 def absolute_model(name: str | None) -> str | None:
-    """The absolute path of a model folder; any other model keeps its name."""
+    """The absolute path of a model folder; any other model keeps its name.
+
+    A run folder becomes the checkpoint that it stands for now: the run may go on, and have others.
+    """
     if name is None or is_built_in(name) or not Path(name).expanduser().is_dir():
         return name
-    return str(Path(name).expanduser().absolute())
+    found = run_model(name)
+    return str((found.folder if found else Path(name).expanduser()).absolute())

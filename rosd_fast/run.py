@@ -28,6 +28,7 @@ from rosd_fast.inputs import Inputs, load_inputs
 from rosd_fast.model.adapter_files import adapter_weights
 from rosd_fast.model.blocks import describe
 from rosd_fast.model.load import LoadedModel
+from rosd_fast.model.run_folder import run_model
 from rosd_fast.report import (
     draw_plots,
     render_tokens_html,
@@ -240,6 +241,7 @@ def opened(config: Config, resume: Path | None, world: World, lock: RunLock) -> 
     with world.shutdown_workers_on_error():
         if resume is not None:  # before a model is loaded, whose memory a running run may need
             lock.take(resume)
+        of_runs = [found for found in map(run_model, (config.model, config.teacher.model)) if found]
         inputs, epochs = load_inputs(config), config.epochs
         config, model = inputs.config, inputs.model
     group = LearnerGroup.create(
@@ -271,6 +273,8 @@ def opened(config: Config, resume: Path | None, world: World, lock: RunLock) -> 
                 num_ranks=world.size,
             )
             shown.note(f"learner: {learner}")
+            for found in of_runs:
+                shown.note(f"model {found.describe()}")
             if arms := control_arms(config):
                 shown.note(f"control arm: {', '.join(arms)}")
             if about_teacher is not None:

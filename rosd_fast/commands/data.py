@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
     from rosd_fast.data.collection import Problems
     from rosd_fast.data.report import Summary
+    from rosd_fast.text.chat import ChatFormat
 
 POSITIONAL = ("data.source",)
 ALIASES = {"source": "data.source", "data": "data.source", "verifier": "data.verifier"}
@@ -84,33 +85,41 @@ def run(given: Mapping[str, Any]) -> int:
 
     console = Console(highlight=False)
     data = options.data.as_training()
-    parse_dev(with_splits(options))  # before a long reading
+    parse_dev(with_splits(options))  # mistakes are said before a long reading
+    config = run_config(given, options) if shows_prompts(options) else None
     problems = open_problems(data.train, data=data, verify=options.verify)
-    with view.reading(len(problems)) as on_rows, closing(problems.answers):
-        summary = summarize(problems, on_rows)
+    total = f"{len(problems):,} rows"
+    with view.busy() as tell, closing(problems.answers):
+        summary = summarize(problems, lambda count: tell(f"reading: {count:,} of {total}"))
+        tell("looking for near-duplicates")
+        similar = summary.similar(problems)
     view.print_sources(console, problems, summary)
     if len(summary.indices):
         view.print_groups(console, summary)
         view.print_lengths(console, problems, summary)
-        if options.model is not None:
-            print_token_lengths(console, problems, summary, options)
-        view.print_repetitions(console, problems, summary)
+        view.print_repetitions(console, problems, summary, *similar)
         print_splits(console, options)
         print_verifiers(console, problems, summary, options)
-        print_examples(console, problems, summary, given, options)
+        if config is None:
+            for index in summary.indices[: options.show].tolist():
+                view.print_example(console, problems[index])
+        else:
+            show_prompts(console, config, problems, summary, options.show, "show" in given)
     view.print_faults(console, summary.faults)
     return BAD_ROWS if summary.faults and options.data.bad_rows == "error" else 0
 
 
 def print_splits(console: Console, options: Options) -> None:
     """Print what a run would hold out, leave out, and find nearly the same in two splits."""
-    from rosd_fast.commands.data_view import say
+    from rosd_fast.commands.data_view import busy, say
     from rosd_fast.data.datasets import load_datasets
     from rosd_fast.data.splits import TRAIN
 
     if options.data.dev is None and options.data.dev_ood is None:
         return
-    found = load_datasets(with_splits(options), verify=options.verify)
+    with busy() as tell:
+        tell("dividing the problems")
+        found = load_datasets(with_splits(options), verify=options.verify)
     say(console, f"splits: {len(found.train):,} problems to train on", "bold")
     for name, lines in found.about.items():
         for line in lines if name != TRAIN else []:
@@ -143,40 +152,36 @@ def print_verifiers(
             print_judgements(console, some[0], tried, judged)
 
 
-def print_examples(
+def show_prompts(
     console: Console,
+    config: Config,
     problems: Problems,
     summary: Summary,
-    given: Mapping[str, Any],
-    options: Options,
+    count: int,
+    with_ids: bool,
 ) -> None:
-    """Print the first problems: as text, or as the prompts of every role of a run."""
-    from rosd_fast.commands.data_view import print_example
-
-    if options.model or options.preset or options.config:
-        show_prompts(given, options)
-        return
-    for index in summary.indices[: options.show].tolist():
-        print_example(console, problems[index])
-
-
-def show_prompts(given: Mapping[str, Any], options: Options) -> None:
-    """Print each role's prompt for the first problems, and the traps that they step into."""
+    """Print how many tokens the prompts have, each role's prompt for the first `count` problems,
+    and the traps of the chat template that they step into."""
     import asyncio
 
-    from rich.console import Console
+    from rich.text import Text
 
     from rosd_fast.dry_run import print_notes, print_prompts, render_prompts
     from rosd_fast.inputs import load_inputs
     from rosd_fast.text.printable import printable
 
-    inputs = load_inputs(run_config(given, options), weights=False)
-    console = Console(highlight=False, soft_wrap=True)
-    for problem in inputs.problems[: options.show]:
-        console.rule(printable(problem.id, keep=""))
+    inputs = load_inputs(config, weights=False)
+    print_token_lengths(console, problems, summary, inputs.chats.student)
+    for problem in inputs.problems[:count]:
+        console.rule(Text(printable(problem.id, keep="")))
         prompts = asyncio.run(render_prompts(inputs, problem))
-        print_prompts(console, prompts, inputs, with_ids="show" in given)
+        print_prompts(console, prompts, inputs, with_ids=with_ids)
     print_notes(console, inputs)
+
+
+def shows_prompts(options: Options) -> bool:
+    """Whether a run is named whose prompts are shown."""
+    return bool(options.model or options.preset or options.config)
 
 
 def run_config(given: Mapping[str, Any], options: Options) -> Config:
@@ -190,22 +195,20 @@ def run_config(given: Mapping[str, Any], options: Options) -> Config:
 
 
 def print_token_lengths(
-    console: Console, problems: Problems, summary: Summary, options: Options
+    console: Console, problems: Problems, summary: Summary, chat: ChatFormat
 ) -> None:
-    """Print the lengths of the prompts in tokens, under the model's chat template."""
+    """Print the lengths of the prompts in tokens."""
     import numpy as np
 
-    from rosd_fast.commands.data_view import print_histogram
-    from rosd_fast.config.chat import make_chats, read_templates
+    from rosd_fast.commands.data_view import busy, print_histogram
     from rosd_fast.data.checks import spread
-    from rosd_fast.model.load import find, load_tokenizer
+    from rosd_fast.data.notes import place_in
 
-    assert options.model is not None
-    tokenizer = load_tokenizer(find(options.model), trust_remote_code=options.trust_remote_code)
-    chat = make_chats(read_templates(options.chat), tokenizer).student
     count = len(summary.indices)
     some = summary.indices[spread(count, min(count, MAX_TOKENIZED))].tolist()
-    lengths = np.array([len(chat.render_problem(problems[index])) for index in some])
+    with busy() as tell:
+        tell("counting tokens")
+        lengths = np.array([len(chat.render_problem(problems[index])) for index in some])
     among = f" of {len(some):,} problems, spread evenly" if len(some) < count else ""
-    longest = problems.where(some[int(lengths.argmax())])
+    longest = place_in(problems)(some[int(lengths.argmax())])
     print_histogram(console, f"tokens per prompt{among}", lengths, longest)

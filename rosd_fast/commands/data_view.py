@@ -33,11 +33,16 @@ def say(console: Console, text: str, style: str = "") -> None:
     console.print(Text(printable(text, keep=""), style), soft_wrap=True)
 
 
+def counted(count: int, noun: str) -> str:
+    """A count with its noun: "1 row", "2,000 rows"."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 @contextmanager
-def reading(total: int) -> Iterator[Callable[[int], None]]:
-    """Show on a terminal how many rows are read; yields what is told their number."""
-    with Console(stderr=True).status(f"reading {total:,} rows") as status:
-        yield lambda count: status.update(f"reading: {count:,} of {total:,} rows")
+def busy() -> Iterator[Callable[[str], None]]:
+    """Show on a terminal what is being done; yields what is told it."""
+    with Console(stderr=True).status("reading") as status:
+        yield status.update
 
 
 def print_sources(console: Console, problems: Problems, summary: Summary) -> None:
@@ -46,16 +51,18 @@ def print_sources(console: Console, problems: Problems, summary: Summary) -> Non
     alone = len(recognized) == 1 and not bad
     for source, shape, count in recognized:
         weight = f", weight {source.weight:g}" if source.weight != 1 else ""
-        what = f"{count:,} {'problems' if alone else 'rows'}{weight}, read as {shape.says}"
-        say(console, f"{source.text}: {what}", "bold")
+        what = counted(count, "problem" if alone else "row")
+        say(console, f"{source.text}: {what}{weight}, read as {shape.says}", "bold")
     if not alone:
-        listed = f", and {bad:,} bad {'row' if bad == 1 else 'rows'}, listed below" if bad else ""
-        say(console, f"{len(summary.indices):,} problems{listed}")
+        listed = f", and {counted(bad, 'bad row')}, listed below" if bad else ""
+        say(console, f"{counted(len(summary.indices), 'problem')}{listed}")
     if summary.fields:
         used = [f"{name} ({count:,})" for name, count in summary.fields.most_common()]
         say(console, f"further fields in use: {', '.join(used)}")
     lines = describe_instructions(summary.instructions)
-    for line in lines or ["no answer instruction is added to a prompt"]:
+    if not lines and len(summary.indices):
+        lines = ["no answer instruction is added to a prompt"]
+    for line in lines:
         say(console, line)
     console.print()
 
@@ -93,14 +100,19 @@ def print_histogram(console: Console, what: str, values: np.ndarray, most_at: st
     console.print()
 
 
-def print_repetitions(console: Console, problems: Problems, summary: Summary) -> None:
-    """Print which problems are in the data set twice, or nearly so."""
+def print_repetitions(
+    console: Console, problems: Problems, summary: Summary, similar: np.ndarray, compared: int
+) -> None:
+    """Print which problems are in the data set twice, or nearly so.
+
+    similar: [p, 2] near-duplicates among `compared` different problems.
+    """
     place = place_in(problems)
-    similar, compared = summary.similar(problems)
-    among = f" among {compared:,} that were compared" if compared < len(summary.indices) else ""
+    some = compared < len(summary.indices) - len(summary.repetitions)
+    among = f" among {compared:,} that were compared" if some else ""
     found = [
         print_pairs(console, "problems more than once", summary.repetitions, "=", place),
-        print_pairs(console, "of these with another answer", summary.contradictions, "≠", place),
+        print_pairs(console, "of these with another answer", summary.contradictions, "=", place),
         print_pairs(console, f"near-duplicates{among}", similar, "~", place),
     ]
     if not any(found):
@@ -167,7 +179,7 @@ def print_faults(console: Console, faults: Faults) -> None:
     for kind, count in faults.counts.most_common():
         listed = faults.listed[kind]
         fixes = {error.fix for error in listed}
-        say(console, f"{count:,} bad {'row' if count == 1 else 'rows'}: {kind}", "bold")
+        say(console, f"{counted(count, 'bad row')}: {kind}", "bold")
         for error in listed:
             say(console, f"  {error if len(fixes) > 1 else f'{error.where}: {error.what}'}")
         if count > len(listed):

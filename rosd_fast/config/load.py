@@ -47,7 +47,7 @@ PRESETS = Path(__file__).parent.parent / "presets"
 DEFAULT_PRESET = "quickstart"
 
 # Options that change neither the data of a step nor its update.
-NOT_HASHED = {
+NOT_HASHED: dict[str, Any] = {
     "steps": True,
     "epochs": True,
     "out": True,
@@ -203,8 +203,11 @@ def config_hash(config: Config) -> str:
 
     Checkpoints hold it, so it must not change when an option is renamed or added.
     """
+    left_out: dict[str, Any] = dict(NOT_HASHED)
+    if config.data.holds_out:
+        left_out["data"] = NOT_HASHED["data"] - {"dev"}
     hashed, defaults = (
-        options.model_dump(mode="json", exclude=NOT_HASHED) for options in (config, Config())
+        options.model_dump(mode="json", exclude=left_out) for options in (config, Config())
     )
     options = legacy_options(hashed, defaults)
     text = json.dumps(options, sort_keys=True, separators=(",", ":"))

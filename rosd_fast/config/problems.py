@@ -58,8 +58,9 @@ class DataConfig(Section):
     """How the model is told to answer, at the end of each prompt: auto, by the verifier's sentence
     unless the prompt says it already; off, not at all; any other text, as it is."""
     overlap: Literal["drop", "keep"] = "drop"
-    """What happens to training problems that are in a development split too.
-    drop: they are left out of training.
+    """What happens to problems that are in two splits.
+    drop: training leaves out what is in a development split too, and data.dev_ood what is in
+    data.dev.
     keep: they stay."""
     split_seed: NonNegativeInt = 0
     """Seed of the share that is held out (data.dev 10%)."""
@@ -73,6 +74,11 @@ class DataConfig(Section):
     columns: ColumnsConfig = ColumnsConfig()
     shuffle: bool = True
     """Shuffle the problems in every epoch, by the seed."""
+
+    @property
+    def holds_out(self) -> bool:
+        """Whether data.dev is a share of the training problems, so that it decides on these."""
+        return self.dev is not None and self.dev.rstrip().endswith("%")
 
 
 class SourceConfig(Section):

@@ -591,7 +591,8 @@ class Config(Section):
     method: str = "rosd"
     """Training method: what a rollout is trained on."""
     model: str = "quickstart"
-    """quickstart, smollm2, a model folder such as a run's checkpoint, or a Hugging Face hub id."""
+    """quickstart, smollm2, a model folder, a run folder (its best checkpoint, else its last), or a
+    Hugging Face hub id."""
     dtype: Dtype = "float32"
     """Data type of parameters and computation."""
     device: Device = "auto"

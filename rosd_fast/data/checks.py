@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from array import array
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import closing
@@ -18,6 +19,7 @@ from rosd_fast.types import Problem
 
 MAX_KEPT = 20_000  # problems that stay in memory, of a data set that has no more
 MAX_FAULTS = 20  # bad rows that are described
+MAX_APART = 2000  # answers of a large data set that worker processes judge before a run
 AT_ONCE = 1000  # rows whose answers are verified together
 
 
@@ -33,9 +35,10 @@ def check(problems: Problems, data: DataConfig, first: int = 0) -> Problems:
     good, bad, faults = array("q"), array("q"), []  # indices
     kept: dict[int, Problem] = {}
     ids = Ids(problems)
-    chosen = range(total) if whole else spread(total, data.check_rows)
+    chosen = range(total) if whole else sample(problems, data.check_rows)
+    every = 1 if whole else max(1, len(chosen) // MAX_APART)
     with closing(problems.answers):
-        for index, found in examine(problems, chosen):
+        for index, found in examine(problems, chosen, every=every):
             fault = found if isinstance(found, UserError) else ids.add(index, found.id)
             if fault is not None and data.bad_rows == "error":
                 raise fault
@@ -62,6 +65,15 @@ def check(problems: Problems, data: DataConfig, first: int = 0) -> Problems:
     return problems.with_rows(left, checked, ids.renamed_parts())
 
 
+def sample(problems: Problems, count: int) -> list[int]:
+    """`count` indices spread evenly, and the first problem of each source.
+
+    The latter show whether two sources number their problems alike.
+    """
+    firsts = [bisect_left(problems.rows, part.first) for part in problems.parts]
+    return sorted({*spread(len(problems), count), *firsts} - {len(problems)})
+
+
 def spread(total: int, count: int) -> list[int]:
     """`count` of `total` rows, spread evenly; the first is row 0."""
     return (np.arange(count) * total // count).tolist()
@@ -76,14 +88,17 @@ def find_bad(problems: Problems) -> Iterator[tuple[int, UserError]]:
 
 
 def examine(
-    problems: Problems, indices: Sequence[int]
+    problems: Problems, indices: Sequence[int], *, every: int = 1
 ) -> Iterator[tuple[int, Problem | UserError]]:
-    """Each index with its problem, or with what is wrong with its row."""
+    """Each index with its problem, or with what is wrong with its row.
+
+    every: as for `AnswerCheck.right`.
+    """
     for start in range(0, len(indices), AT_ONCE):
         some = indices[start : start + AT_ONCE]
         found = [_attempt(problems, index) for index in some]
         read = [each for each in found if isinstance(each, Problem)]
-        right = iter(problems.answers.right(read))
+        right = iter(problems.answers.right(read, every=every))
         for index, each in zip(some, found, strict=True):
             if isinstance(each, Problem) and not next(right):
                 each = unmatchable(each, problems.where(index))

@@ -1,6 +1,6 @@
 """The data of a run: training problems and development splits, no problem in two of them.
 
-    data.train, data.dev, data.dev_ood -> Problems -> keys -> divide -> Datasets
+data.train, data.dev, data.dev_ood -> Problems -> keys -> divide -> Datasets
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def load_datasets(
             splits[OOD] = checked_whole(opened[OOD].select(found.ood), data, first)
         shared += held_out_notes(found, data)
         shared += overlap_notes(found, {TRAIN: train, **opened})
-    looked = {name: look_at(problems) for name, problems in splits.items()}
+    looked = {name: look_at(each) for name, each in splits.items() if not is_shipped(each)}
     about = {TRAIN: train.notes(), **{name: splits[name].notes() for name in opened}}
     for name, each in looked.items():
         about.setdefault(name, []).extend(describe_instructions(each.sentences))
@@ -99,6 +99,11 @@ def parse_dev(data: DataConfig) -> float | None:
                 fix=f"Hold a share of the training problems out with data.dev={text.strip()}",
             )
     return None if data.dev is None else parse_share(data.dev)
+
+
+def is_shipped(problems: Problems) -> bool:
+    """Whether they are the quickstart's, of which there is nothing to tell."""
+    return all(part.source.is_quickstart for part in problems.parts)
 
 
 def divide_data(

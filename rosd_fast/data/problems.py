@@ -8,7 +8,6 @@ from contextlib import suppress
 from rosd_fast.config import DataConfig, VerifyConfig
 from rosd_fast.data.checks import check
 from rosd_fast.data.collection import Part, Problems
-from rosd_fast.data.fields import check_verifier
 from rosd_fast.data.readers.base import Rows
 from rosd_fast.data.readers.open import open_rows
 from rosd_fast.data.shapes import Shape, recognize
@@ -39,17 +38,15 @@ def load_problems(
     return check(open_problems(text, data=data, verify=verify), data, first)
 
 
-def open_problems(
-    text: str, *, data: DataConfig, verify: VerifyConfig | None = None
-) -> Problems:
+def open_problems(text: str, *, data: DataConfig, verify: VerifyConfig | None = None) -> Problems:
     """The same problems, none of which is checked. Raises UserError for what cannot be read."""
     answers = AnswerCheck(Limits(**verify.model_dump()) if verify else None)
     if data.verifier is not None:
-        answers.open(check_verifier(data.verifier, where="data.verifier"), "data.verifier")
+        answers.open(data.verifier, "data.verifier")
     sources = parse_sources(text, verifier=data.verifier, columns=data.columns.model_dump())
     for source in sources:
-        if source.verifier not in (None, data.verifier):
-            answers.open(check_verifier(source.verifier, where=source.text), source.text)
+        if source.verifier is not None and source.verifier != data.verifier:
+            answers.open(source.verifier, source.text)
     parts = open_parts(sources)
     total = sum(len(part.rows) for part in parts)
     if not total:

@@ -217,12 +217,15 @@ def trials(problems: Sequence[Problem]) -> list[tuple[str, str]]:
     """(what it is, completion) to show how the verifier of a problem scores: right, another, none.
 
     problems: the problem, and if there is one another with the same verifier and another answer:
-    its right completion is another answer here.
+    its right completion is another answer here. A verifier without an example of a right completion
+    is shown the answer alone.
     """
     verifier = VERIFIERS[problems[0].verifier]
-    found = [("right answer", verifier.perfect(problems[0].answer))]
-    found += [("another answer", verifier.perfect(other.answer)) for other in problems[1:2]]
-    return [*found, ("no answer", NO_ANSWER)]
+    names = ("right answer", "another answer")
+    if not verifier.has_example:
+        names = ("the answer alone", "another alone")
+    texts = [verifier.perfect(p.answer) if verifier.has_example else p.answer for p in problems]
+    return [*zip(names, texts, strict=False), ("no answer", NO_ANSWER)]
 
 
 def histogram(values: Sequence[int] | np.ndarray, bars: int = NUM_BARS) -> list[Bar]:

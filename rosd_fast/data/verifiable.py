@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from rosd_fast.data.fields import unmatchable
+from rosd_fast.data.fields import check_verifier, unmatchable
 from rosd_fast.errors import UserError
 from rosd_fast.types import Problem
 from rosd_fast.verify import VERIFIERS, Limits, VerifierPool, is_verifiable
-from rosd_fast.verify.user_file import is_user_file
 
 
 class AnswerCheck:
@@ -19,21 +18,37 @@ class AnswerCheck:
     """
 
     def __init__(self, limits: Limits | None = None) -> None:
+        """limits: of the run that will verify completions; None: there is none, so code of a model
+        need not be allowed."""
         self._pool = VerifierPool(limits)
+        self._runs_code = limits is not None
+        self._open: set[str] = set()
 
     def open(self, name: str, where: str) -> None:
-        """Load the verifier of a user's file, unless it is known. Raises UserError."""
-        if is_user_file(name) and name not in VERIFIERS:
-            self._pool.open(name, where=where)
+        """Load the verifier of a user's file, and see that any other exists and can be used here.
 
-    def right(self, problems: Sequence[Problem]) -> list[bool]:
-        """Whether each problem's verifier accepts its example of a right completion."""
-        apart = [i for i, problem in enumerate(problems) if runs_apart(problem.verifier)]
-        answers = [(problems[i].verifier, problems[i].answer) for i in apart]
+        where: what names it. Raises UserError.
+        """
+        if name in self._open:
+            return
+        check_verifier(name, where=where)
+        if name not in VERIFIERS or not VERIFIERS[name].runs_code or self._runs_code:
+            self._pool.open(name, where=where)
+        self._open.add(name)
+
+    def right(self, problems: Sequence[Problem], *, every: int = 1) -> list[bool]:
+        """Whether each problem's verifier accepts its example of a right completion.
+
+        every: of the problems that worker processes judge, which take a millisecond each, only
+        every so many are; True for the others.
+        """
+        apart = {i for i, problem in enumerate(problems) if runs_apart(problem.verifier)}
+        asked = sorted(apart)[::every]
+        answers = [(problems[i].verifier, problems[i].answer) for i in asked]
         judged = self._pool.check_answers(answers) if answers else []
-        found = {i: judgement.score == 1.0 for i, judgement in zip(apart, judged, strict=True)}
+        wrong = {i for i, judgement in zip(asked, judged, strict=True) if judgement.score < 1.0}
         return [
-            found[i] if i in found else is_verifiable(problem.verifier, problem.answer)
+            i not in wrong and (i in apart or is_verifiable(problem.verifier, problem.answer))
             for i, problem in enumerate(problems)
         ]
 

@@ -22,7 +22,7 @@ class RolloutEngine(ABC):
     policy_version: version of these weights.
     shares_learner_weights: whether it samples with the learner's own model, so that `load_weights`
         needs no weights.
-    streams: whether `stream` yields completions before all requests are done.
+    streams: whether requests may be added while others are computed, at no cost to both.
     """
 
     policy_version: int = 0

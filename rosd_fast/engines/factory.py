@@ -16,6 +16,7 @@ from rosd_fast.engines.sglang.client import Endpoint
 from rosd_fast.engines.sglang.engine import SglangEngine
 from rosd_fast.engines.sglang.pool import ServerHandle
 from rosd_fast.engines.sglang.process import ManagedServer, ServerSpec, find_python, split_gpus
+from rosd_fast.engines.sglang.served_weights import ServedWeights
 from rosd_fast.engines.sglang.teacher import SERVER_ARGS, SglangTeacher
 from rosd_fast.engines.sglang.weight_sync import DiskSync, DistributedSync, WeightSync
 from rosd_fast.engines.weight_check import allowed_gap, token_logprobs
@@ -100,6 +101,40 @@ def open_engine(
         max_failures=options.max_failures,
         request_timeout_s=options.request_timeout_s,
         colocated=options.colocated,
+        note=note,
+    )
+
+
+def open_served_engine(
+    config: Config, model: LoadedModel, folder: Path, *, note: Callable[[str], None]
+) -> SglangEngine:
+    """Return an engine for the model that servers have loaded by themselves; they get no weights.
+
+    model: needs no weights; its vocabulary and context length limit the requests. folder: gets the
+    files of managed servers, which load the folder that `config.model` names.
+    """
+    options = config.engine
+    return SglangEngine(
+        server_handles(
+            config,
+            config.model,
+            model,
+            folder,
+            urls=options.urls,
+            names=[f"server{index}" for index in range(options.servers)],
+            gpus=options.gpus,
+            args=shlex.split(options.server_args),
+        ),
+        sync=ServedWeights(),
+        vocab_size=model.model.config.get_text_config().vocab_size,
+        context_length=model.context_length,
+        weight_check_ids=(),
+        expected_logprobs=None,
+        max_logprob_gap=0.0,
+        concurrency=options.concurrency,
+        max_failures=options.max_failures,
+        request_timeout_s=options.request_timeout_s,
+        colocated=False,
         note=note,
     )
 

@@ -1,9 +1,11 @@
-"""What an evaluation is made of: how completions are sampled, and what is stored of each."""
+"""What an evaluation is made of: how completions are sampled, what is stored of each, figures."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
+from rosd_fast.stats import Estimate
 from rosd_fast.types import FinishReason
 
 
@@ -45,3 +47,61 @@ class Completion:
     text: str
     num_tokens: int  # with the stop token, when there was one
     finish_reason: FinishReason
+
+    @property
+    def key(self) -> tuple[str, str]:
+        """What tells its problem from all others."""
+        return self.split, self.problem_id
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figures:
+    """What k completions per problem say about a model. Intervals are over problems.
+
+    accuracy: mean@k, the share of completions that are right.
+    score: mean score of the verifier, which is the accuracy unless it gives shaped scores.
+    pass_at: by j from 1 to k, the probability that one of j completions is right.
+    majority: maj@k, the probability that the most frequent answer is right.
+    answered_frac: share of completions with an answer.
+    truncated_frac: share of completions cut at the maximum number of tokens.
+    tokens_mean: tokens per completion.
+    """
+
+    num_problems: int
+    samples: int  # k
+    accuracy: Estimate
+    score: Estimate
+    pass_at: Mapping[int, Estimate]
+    majority: Estimate
+    answered_frac: Estimate
+    truncated_frac: Estimate
+    tokens_mean: Estimate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Difference:
+    """Figures of a model minus those of another on the same problems, paired by problem.
+
+    before, after: accuracy of the other model, and of the model itself, on these problems.
+    pass_at: by the j that both have completions for.
+    """
+
+    num_problems: int
+    before: float
+    after: float
+    accuracy: Estimate
+    pass_at: Mapping[int, Estimate]
+    majority: Estimate
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scope:
+    """The problems that figures are of: all, those of a data set, or of a domain in it."""
+
+    split: str | None = None  # None: all data sets
+    domain: str | None = None  # None: all domains
+
+    @property
+    def label(self) -> str:
+        """Its name in tables and pictures."""
+        return self.domain or self.split or "all"

@@ -30,6 +30,7 @@ from rosd_fast.errors import UserError
 from rosd_fast.model.adapters import has_adapters
 from rosd_fast.model.attention import check_packing, num_embeddings, use_exact_attention
 from rosd_fast.model.head import head
+from rosd_fast.model.run_folder import run_model
 from rosd_fast.model.smollm2 import smollm2_folder
 from rosd_fast.quickstart import MODEL_DIR
 from rosd_fast.utils.distributed import launched, pick_device
@@ -113,7 +114,7 @@ def full_model_device(device: str, engine: EngineConfig) -> torch.device:
 
 
 def find(model: str, *, weights: bool = True) -> Path | str:
-    """The folder that `model` names, or the hub id itself.
+    """The folder that `model` names, a run's checkpoint (`run_model`), or the hub id itself.
 
     Raises UserError for a folder that is missing or, with `weights`, has no safetensors weights.
     """
@@ -121,6 +122,8 @@ def find(model: str, *, weights: bool = True) -> Path | str:
         folder = MODEL_DIR
     elif model == "smollm2":
         folder = smollm2_folder()
+    elif (found := run_model(model)) is not None:
+        folder = found.folder
     else:
         folder = Path(model).expanduser()
         if not folder.exists() and HUB_ID.fullmatch(model) and not model.startswith("."):

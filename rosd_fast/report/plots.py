@@ -43,7 +43,7 @@ def draw_plots(run: str | Path) -> list[Path]:
     run = Path(run)
     rows = read_metrics(run / FILE_NAME)
     return [
-        write_atomic(run / "plots" / f"{name}.png", _png(_figure(grid, rows, run.resolve().name)))
+        write_atomic(run / "plots" / f"{name}.png", png(_figure(grid, rows, run.resolve().name)))
         for name, grid in pictures(rows, eval_samples=_eval_samples(run)).items()
     ]
 
@@ -141,7 +141,8 @@ def _caption(figure: Figure, rows: Rows, run_name: str) -> str:
     return " · ".join(parts)
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
+    """Return a figure as a PNG file."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing")  # a script that the font lacks

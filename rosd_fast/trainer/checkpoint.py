@@ -20,10 +20,9 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 import platform
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -44,11 +43,11 @@ from rosd_fast import __version__
 from rosd_fast.errors import UserError
 from rosd_fast.files import (
     STATE_JSON,
-    STEP_NAME,
     atomic_folder,
     remove_folder,
     remove_leftovers,
 )
+from rosd_fast.model.run_folder import best_checkpoint, checkpoints
 from rosd_fast.trainer.learner import Learner
 from rosd_fast.trainer.snapshot import Snapshot
 from rosd_fast.utils.distributed import SINGLE_PROCESS, World
@@ -280,19 +279,6 @@ def prune(
     remove_leftovers(run / "checkpoints")
 
 
-def best_checkpoint(states: Mapping[Path, dict]) -> Path | None:
-    """The checkpoint with the best dev accuracy; None if none has one.
-
-    states: trainer_state.json by checkpoint folder.
-    """
-    best, best_accuracy = None, -math.inf
-    for path, state in states.items():
-        accuracy = state["dev_accuracy"]
-        if accuracy is not None and accuracy > best_accuracy:
-            best, best_accuracy = path, accuracy
-    return best
-
-
 def move_aside(path: Path) -> Path:
     """Rename a damaged checkpoint so that it is not listed any more; returns the new path.
 
@@ -301,14 +287,6 @@ def move_aside(path: Path) -> Path:
     aside = path.with_name(f"{DAMAGED}{path.name}")
     remove_folder(aside)
     return path.rename(aside)
-
-
-def checkpoints(run: Path) -> list[Path]:
-    """Checkpoint folders by ascending step, intact or damaged."""
-    folders = [
-        path for path in (run / "checkpoints").glob("step_*") if STEP_NAME.fullmatch(path.name)
-    ]
-    return sorted(folders, key=lambda path: int(path.name.removeprefix("step_")))
 
 
 def versions() -> dict[str, str]:

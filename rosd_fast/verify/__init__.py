@@ -15,7 +15,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from rosd_fast.types import Group, Judgement, Problem, Verdict
+from rosd_fast.verify import code, gym
 from rosd_fast.verify.choice import verify_choice
+from rosd_fast.verify.math import MATH_INSTRUCTION, MATH_MARKS, verify_math
 from rosd_fast.verify.number import verify_number
 from rosd_fast.verify.pool import VerifierPool, verdict
 from rosd_fast.verify.protocol import Limits
@@ -27,6 +29,12 @@ from rosd_fast.verify.registry import (
     register_verifier,
 )
 from rosd_fast.verify.tags import CLOSE, OPEN, TAG_MARKS
+from rosd_fast.verify.tools import (
+    TOOLS_INSTRUCTION,
+    TOOLS_MARKS,
+    perfect_calls,
+    verify_tools,
+)
 from rosd_fast.verify.words import verify_contains, verify_exact
 
 __all__ = [
@@ -59,6 +67,42 @@ register_verifier(
 )
 register_verifier("exact", verify_exact, answers="words", marks=TAG_MARKS)
 register_verifier("contains", verify_contains, answers="words", instruction="")
+register_verifier(
+    "code",
+    code.verify_code,
+    answers='tests as JSON: {"tests": ["assert f(1) == 2"]} or {"cases": [{"stdin": "1", ...}]}',
+    instruction=code.INSTRUCTION,
+    marks=code.MARKS,
+    accepts=code.is_tests,
+    runs_code=True,
+)
+register_verifier(
+    "reasoning_gym",
+    gym.verify_gym,
+    answers="an exercise of reasoning_gym, as JSON",
+    example=gym.right_completion,
+    marks=(OPEN,),
+    requires=("reasoning_gym",),
+    extra="gym",
+)
+register_verifier(
+    "math",
+    verify_math,
+    answers="a mathematical expression",
+    example=r"\boxed{{answer}}",
+    instruction=MATH_INSTRUCTION,
+    marks=MATH_MARKS,
+    requires=("math_verify",),
+    extra="math",
+)
+register_verifier(
+    "tools",
+    verify_tools,
+    answers='a JSON list of calls such as {"Action": "search", "Action_Input": {"query": "x"}}',
+    example=perfect_calls,
+    instruction=TOOLS_INSTRUCTION,
+    marks=TOOLS_MARKS,
+)
 
 
 def verify_all(groups: Sequence[Group], *, threshold: float) -> dict[str, Verdict]:
@@ -90,4 +134,6 @@ def judge(problem: Problem, completion: str) -> Judgement:
 def is_verifiable(verifier: str, answer: str) -> bool:
     """Whether a completion can be right at all: the answer to `choice` must be a letter."""
     chosen = VERIFIERS[verifier]
+    if chosen.accepts is not None:
+        return chosen.accepts(answer)
     return chosen(chosen.perfect(answer), answer).score == 1.0

@@ -20,11 +20,12 @@ _LETTER_AND_TEXT = re.compile(
     r"(?:\(([A-Za-z])\)[.:]?\s*|([A-Za-z])(?:[:)]\s*|\.\s+|\s+[-\u2013\u2014]\s+))(?P<text>.+)",
     re.DOTALL,
 )
-# Another option: a capital letter on its own. "N" within the formula CC(N)C is none.
-_OTHER_OPTION = re.compile(r"(?:^|\s)\(?[A-Z](?=[\s).,:;/]|$)")
+# Another option: a capital letter on its own, or any before a bracket or a colon. "N" within the
+# formula CC(N)C is none.
+_OTHER_OPTION = re.compile(r"(?:^|\s)\(?(?:[A-Z](?=[\s.,;/]|$)|[A-Za-z][):])")
 _RETRACTED = re.compile(
     r"(?:or|and|nor|not|but|is|isn't|was|cannot|can't|maybe|unless|if)\b"
-    r"|(?:no|false|wrong|incorrect|excluded|eliminated|ruled out)\W*$",
+    r"|(?:no|false|wrong|incorrect|excluded|eliminated|ruled out)(?:[,.;:!]|\W*$)",
     re.IGNORECASE,
 )
 

@@ -128,7 +128,7 @@ class Crew:
 
     def __init__(self, limits: Limits) -> None:
         self.limits = limits
-        self.num_workers = limits.workers or min(os.cpu_count() or 1, MAX_WORKERS)
+        self.num_workers = limits.workers or min(num_cores(), MAX_WORKERS)
         self.descriptions: dict[str, Description] = {}
         self.broken: dict[str, UserError] = {}
         self._addresses: dict[str, Address] = {}
@@ -137,6 +137,7 @@ class Crew:
         self._batches: dict[Worker, Batch] = {}  # of the workers that have one
         self._more = asyncio.Event()
         self._failed_starts = 0
+        self._is_closing = False
 
     async def run(self, jobs: Sequence[Job], addresses: Mapping[str, Address]) -> list[Outcome]:
         """What came of each job, in order.
@@ -167,6 +168,7 @@ class Crew:
 
     async def close(self) -> None:
         """End all processes. Calls that are not done fail."""
+        self._is_closing = True
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
@@ -174,6 +176,8 @@ class Crew:
 
     def _wake(self) -> None:
         """Let idle workers look for jobs, and start more workers where jobs are left."""
+        if self._is_closing:
+            return
         self._more.set()
         self._more = asyncio.Event()
         waiting = sum(len(call.waiting) for call in self._calls)
@@ -343,6 +347,13 @@ class Crew:
                 f"{reason} while it was imported", where=batch.loading
             )
         batch.call.settle(index, failed(failure, reason))
+
+
+def num_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def describe_exit(status: int) -> str:

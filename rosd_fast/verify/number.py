@@ -31,4 +31,4 @@ def _why_wrong(found: str, value: Quantity | None, wanted: Quantity | None) -> s
         return f"not a number: {quoted(found)}"
     if wanted is None:
         return "the right answer is not a number"
-    return WRONG if value.is_unit_of(wanted) else f"the unit {value.unit} is not the one asked for"
+    return WRONG if value.has_unit_of(wanted) else f"the unit {value.unit} is not the one asked for"

@@ -10,6 +10,7 @@ from code without one, also while the loop that asks computes something else.
 from __future__ import annotations
 
 import asyncio
+import importlib.util
 import threading
 import weakref
 from collections import Counter
@@ -17,12 +18,14 @@ from collections.abc import Callable, Coroutine, Iterable, Sequence
 from concurrent.futures import Future
 from typing import Any, Self, TypeVar
 
+from rosd_fast.errors import UserError
 from rosd_fast.types import Group, Judgement, Problem, Verdict
 from rosd_fast.verify.crew import Address, Crew, Job
 from rosd_fast.verify.here import refuse_in_worker
 from rosd_fast.verify.origin import origin_of
 from rosd_fast.verify.protocol import FAILURES, Failure, Limits, Outcome
 from rosd_fast.verify.registry import VERIFIERS, Verifier
+from rosd_fast.verify.sandbox import INSTALL, unavailable
 from rosd_fast.verify.user_file import add_user_verifier, is_user_file, user_origin
 
 Task = tuple[Problem, str]
@@ -56,13 +59,13 @@ class VerifierPool:
         """
         jobs = jobs_of(tasks)
         return self._judgements(
-            tasks, await asyncio.wrap_future(self._submit(lambda crew: self._run(crew, jobs)))
+            tasks, await asyncio.wrap_future(self._submit(lambda crew: run_jobs(crew, jobs)))
         )
 
     def judge_sync(self, tasks: Sequence[Task]) -> list[Judgement]:
         """The same for code outside of an event loop, as while data is loaded."""
         jobs = jobs_of(tasks)
-        return self._judgements(tasks, self._submit(lambda crew: self._run(crew, jobs)).result())
+        return self._judgements(tasks, self._submit(lambda crew: run_jobs(crew, jobs)).result())
 
     async def verify(self, groups: Sequence[Group], *, threshold: float) -> dict[str, Verdict]:
         """The verdict on every rollout, by its id: a success has at least `threshold`."""
@@ -76,10 +79,12 @@ class VerifierPool:
     def open(self, name: str, *, where: str = "") -> Verifier:
         """The verifier of a name; one in a user's file is loaded in a worker to see that it can be.
 
-        where: what names it, for errors. Raises UserError for a file that cannot be loaded, and
-        KeyError for another name that does not exist.
+        where: what names it, for errors. Raises UserError for a file that cannot be loaded, for a
+        package that is missing and for code that cannot or must not be run here, and KeyError for
+        another name that does not exist.
         """
         if not is_user_file(name) or name in VERIFIERS:
+            check_available(VERIFIERS[name], self.limits, where)
             return VERIFIERS[name]
         address = Address(origin=user_origin(name, where=where))
         description = self._submit(lambda crew: crew.describe(name, address)).result()
@@ -89,15 +94,17 @@ class VerifierPool:
         """What each verifier says of its own example of a completion that is right.
 
         answers: (verifier, right answer) of each problem. Less than 1 means that no completion can
-        be right. The answers of a verifier without an example are not checked: their score is 1.
+        be right. Where no example can show that, the score is that of `Verifier.accepts`.
         """
-        judged = [Judgement(score=1.0, answer=answer) for _, answer in answers]
-        checked = [i for i, (name, _) in enumerate(answers) if VERIFIERS[name].has_example]
-        jobs = [example_job(*answers[i]) for i in checked]
-        outcomes = self._submit(lambda crew: self._run(crew, jobs)).result()
-        for i, outcome in zip(checked, outcomes, strict=True):
-            judged[i] = outcome.judgement
-        return judged
+        judged: dict[int, Judgement] = {}
+        for i, (name, answer) in enumerate(answers):
+            if (accepts := VERIFIERS[name].accepts) is not None:
+                judged[i] = Judgement(score=float(accepts(answer)), answer=answer)
+        left = [i for i in range(len(answers)) if i not in judged]
+        jobs = [example_job(*answers[i]) for i in left]
+        outcomes = self._submit(lambda crew: run_jobs(crew, jobs)).result() if jobs else []
+        judged |= {i: outcome.judgement for i, outcome in zip(left, outcomes, strict=True)}
+        return [judged[i] for i in range(len(answers))]
 
     def take_metrics(self) -> dict[str, float]:
         """How many completions a verifier failed on since the last call, by what happened."""
@@ -129,9 +136,6 @@ class VerifierPool:
                 self._thread = LoopThread(self.limits)
             thread = self._thread
         return asyncio.run_coroutine_threadsafe(work(thread.crew), thread.loop)
-
-    async def _run(self, crew: Crew, jobs: Sequence[Job]) -> list[Outcome]:
-        return await crew.run(jobs, addresses_of(job.verifier for job in jobs))
 
     def _judgements(self, tasks: Sequence[Task], outcomes: Sequence[Outcome]) -> list[Judgement]:
         """The judgements; failures are counted, and the first of each kind is noted."""
@@ -166,10 +170,42 @@ class LoopThread:
 
 def shut_down(loop: asyncio.AbstractEventLoop, crew: Crew, thread: threading.Thread) -> None:
     """End a crew's processes, its loop and its thread."""
+    if threading.current_thread() is thread:  # the last reference went there; it cannot wait here
+        threading.Thread(target=shut_down, args=(loop, crew, thread)).start()
+        return
     asyncio.run_coroutine_threadsafe(crew.close(), loop).result()
     loop.call_soon_threadsafe(loop.stop)
     thread.join()
     loop.close()
+
+
+def check_available(verifier: Verifier, limits: Limits, where: str) -> None:
+    """Raise UserError where a verifier cannot be used here."""
+    about = where or f"the verifier {verifier.name}"
+    for package in verifier.requires:
+        if importlib.util.find_spec(package) is None:
+            raise UserError(
+                f"the verifier {verifier.name} needs the package {package.replace('_', '-')}",
+                where=about,
+                fix=f'Install it: pip install "rosd-fast[{verifier.extra}]"',
+            )
+    if not verifier.runs_code:
+        return
+    if not limits.run_code:
+        raise UserError(
+            f"the verifier {verifier.name} runs code that the model writes",
+            where=about,
+            fix="Allow it with verify.run_code (--verify.run-code)",
+        )
+    if (why := unavailable()) is not None:
+        raise UserError(
+            f"the verifier {verifier.name} cannot run code: {why}", where=about, fix=INSTALL
+        )
+
+
+async def run_jobs(crew: Crew, jobs: Sequence[Job]) -> list[Outcome]:
+    """What came of each job, in order."""
+    return await crew.run(jobs, addresses_of(job.verifier for job in jobs))
 
 
 def jobs_of(tasks: Sequence[Task]) -> list[Job]:

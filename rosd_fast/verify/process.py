@@ -36,11 +36,17 @@ class Worker:
     hangs: bool = False
 
     async def read(self, timeout_s: float) -> dict[str, Any] | None:
-        """The next message, None when the process has ended. Raises TimeoutError."""
+        """The next message; None when the process has ended, or says what is no message.
+
+        Raises TimeoutError.
+        """
         assert self.process.stdout is not None
-        async with asyncio.timeout(timeout_s):
-            text = await self.process.stdout.readline()
-        return json.loads(text) if text.endswith(b"\n") else None
+        try:
+            async with asyncio.timeout(timeout_s):
+                message = json.loads(await self.process.stdout.readline())
+        except ValueError:  # the end, half a line, a line that is too long, not JSON
+            return None
+        return message if isinstance(message, dict) else None
 
     def write(self, lines: Sequence[bytes]) -> None:
         """Send lines. What the process does not read waits in memory, as it may hang."""

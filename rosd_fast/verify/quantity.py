@@ -35,7 +35,7 @@ _QUANTITY = re.compile(
     re.DOTALL,
 )
 _STATED = re.compile(
-    r"(?:(?:the )?(?:(?:final|correct|right) )?answer(?: is ?:?|:| =)|[a-z] ?=|=)\s*(.*)",
+    r"(?:(?:the )?(?:(?:final|correct|right) )?answer(?: is ?:?|:| =)|([a-z]) ?=|=)\s*(.*)",
     re.DOTALL | re.IGNORECASE,
 )
 _REWRITTEN = tuple(
@@ -58,17 +58,19 @@ _REWRITTEN = tuple(
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Quantity:
-    """A number and the unit written beside it.
+    """A number, the unit written beside it, and the variable that it was said to be.
 
     unit: in the form that units are compared in; empty: none.
     places: digits after the decimal point; None for a fraction, or with an exponent.
+    name: as in "x = 4"; empty: none.
     """
 
     value: Fraction
     unit: str = ""
     places: int | None = None
+    name: str = ""
 
-    def is_unit_of(self, other: Quantity) -> bool:
+    def has_unit_of(self, other: Quantity) -> bool:
         """Whether the units agree: one may be left out."""
         return not self.unit or not other.unit or self.unit == other.unit
 
@@ -78,7 +80,7 @@ class Quantity:
         A bare number beside a percentage is a share if it is at most 1, and else in percent: 50%
         equals 0.5 and 50, and 0.5% equals 0.005 but not 0.5.
         """
-        if not self.is_unit_of(other):
+        if not self.has_unit_of(other) or (self.name and other.name and self.name != other.name):
             return False
         one, two = (
             each.value * 100
@@ -95,7 +97,7 @@ def parse_quantity(text: str) -> Quantity | None:
         return None
     text = unwrap(text)
     if stated := _STATED.fullmatch(text):
-        text = unwrap(stated[1].rstrip(". "))
+        text = unwrap(stated[2].rstrip(". "))
     for pattern, replacement in _REWRITTEN:
         text = pattern.sub(replacement, text)
     text = unwrap(text).removesuffix(".").rstrip()
@@ -107,7 +109,8 @@ def parse_quantity(text: str) -> Quantity | None:
         return None
     is_decimal = match["number"] is not None and not (match["divisor"] or match["exponent"])
     places = len(match["number_places"] or "") if is_decimal else None
-    return Quantity(value=value, unit=unit, places=places)
+    name = stated[1] or "" if stated else ""
+    return Quantity(value=value, unit=unit, places=places, name=name)
 
 
 def _value(match: re.Match[str]) -> Fraction | None:

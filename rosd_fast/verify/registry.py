@@ -34,7 +34,8 @@ class Verifier:
     requires: packages that it imports, and that may be absent.
     extra: the extra of this package that installs them.
     origin: where workers find the function, None: where it was defined.
-    has_example: whether an answer can be checked by the example; False only for a user's file.
+    accepts: whether an answer can be matched, for a verifier of which no example shows it.
+    runs_code: whether it runs what a model wrote.
     """
 
     name: str
@@ -46,7 +47,8 @@ class Verifier:
     requires: tuple[str, ...] = ()
     extra: str = ""
     origin: Origin | None = None
-    has_example: bool = True
+    accepts: Callable[[str], bool] | None = None
+    runs_code: bool = False
 
     def __call__(self, completion: str, answer: str) -> Judgement:
         return as_judgement(self.function(completion, answer), completion)
@@ -77,6 +79,8 @@ def register_verifier(
     marks: tuple[str, ...] = (OPEN,),
     requires: tuple[str, ...] = (),
     extra: str = "",
+    accepts: Callable[[str], bool] | None = None,
+    runs_code: bool = False,
 ) -> None:
     """Make `function` the verifier `name` of data sets and of the option data.verifier.
 
@@ -86,6 +90,8 @@ def register_verifier(
     instruction: the sentence that is added to a prompt which has none of `marks`; empty: none.
     requires: packages that it imports when it is called, as in "math_verify"; without them it is
     refused before the run starts. extra: the extra of rosd-fast that installs them.
+    accepts: takes the place of the example in the check of answers. runs_code: whether it runs what
+    a model wrote: it is then refused unless verify.run_code allows it and a sandbox is there.
 
     Worker processes import the function from its module or file, so it must stand at the top level
     of one. A script that registers a verifier must keep its own start under
@@ -103,6 +109,8 @@ def register_verifier(
             marks=marks,
             requires=requires,
             extra=extra,
+            accepts=accepts,
+            runs_code=runs_code,
         )
     )
 

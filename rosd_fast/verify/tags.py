@@ -31,17 +31,35 @@ def find_answer(completion: str) -> str | None:
     return last_hashes(completion) if found is None else found
 
 
+def final_answer(completion: str) -> str | None:
+    r"""The text of the answer tag or the `\boxed{}` that is closed last, or else after ####.
+
+    >>> final_answer("<answer>4</answer>, no: \\boxed{5}.")
+    '5'
+    """
+    start, end = max(tag_range(completion), boxed_range(completion), key=lambda found: found[1])
+    return completion[start:end].strip() if end >= 0 else last_hashes(completion)
+
+
 def last_answer(completion: str) -> str | None:
     """The stripped text of the last closed answer tag; None when there is none.
 
     >>> last_answer("<answer>4</answer> no, <answer> 5 </answer>")
     '5'
     """
-    for part in reversed(completion.split(OPEN)[1:]):
-        text, closed, _ = part.partition(CLOSE)
-        if closed:
-            return text.strip()
-    return None
+    start, end = tag_range(completion)
+    return completion[start:end].strip() if end >= 0 else None
+
+
+def tag_range(completion: str) -> tuple[int, int]:
+    """[start, end) of the text in the last closed answer tag; (-1, -1) for none."""
+    end = len(completion)
+    while (start := completion.rfind(OPEN, 0, end)) >= 0:
+        close = completion.find(CLOSE, start, end)
+        if close >= 0:
+            return start + len(OPEN), close
+        end = start
+    return -1, -1
 
 
 def last_boxed(completion: str) -> str | None:

@@ -15,7 +15,10 @@ _NAMES = {
     "percent": PERCENT,
     "percentage": PERCENT,
     "pct": PERCENT,
+    PERCENT: PERCENT,
     "\u00b0": "degree",
+    "\u00b0C": "degree C",
+    "\u00b0F": "degree F",
     "dollar": "$",
     "usd": "$",
     "euro": "\u20ac",
@@ -51,8 +54,8 @@ def parse_unit(text: str, *, currency: str = "") -> str | None:
     text = " ".join(text.split())
     if not text or (text in CURRENCIES and not currency):
         return text or currency
-    if text in (PERCENT, "\u00b0"):
-        return None if currency else _NAMES.get(text, text)
+    if text == PERCENT or text.startswith("\u00b0"):
+        return None if currency else _NAMES.get(text.replace(" ", ""))
     if is_attached and text.casefold() not in _ATTACHED:
         return None
     match = _UNIT.fullmatch(text.replace(" ^", "^"))

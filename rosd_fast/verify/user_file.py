@@ -71,10 +71,15 @@ def add_user_verifier(name: str, origin: Origin, description: Description) -> Ve
                 instruction=instruction,
                 marks=marks or ((instruction,) if instruction else ()),
                 origin=origin,
-                has_example=description.has_example,
+                accepts=None if description.has_example else any_answer,
             )
         )
     return VERIFIERS[name]
+
+
+def any_answer(answer: str) -> bool:
+    """Nothing is known to be wrong with an answer, as the file gives no example."""
+    return True
 
 
 def description_of(function: Callable[..., Any], module: ModuleType, origin: Origin) -> Description:

@@ -458,3 +458,11 @@ def test_an_option_under_both_names_is_not_guessed(tmp_path: Path) -> None:
     path.write_text("[loss]\nis_clip = 1.0\nimportance_clip = 2.0\n")
     with pytest.raises(UserError, match=r"config\.toml:2: loss\.is_clip is now"):
         apply_toml(Config(), path, accept_old_names=True)
+
+
+def test_a_share_that_is_held_out_counts_in_the_hash() -> None:
+    devs = ("dev.jsonl", "10%", "20%")
+    base, tenth, fifth = (Config.model_validate({"data": {"dev": dev}}) for dev in devs)
+    other = Config.model_validate({"data": {"dev": "other.jsonl"}})
+    assert config_hash(base) == config_hash(other)
+    assert len({config_hash(base), config_hash(tenth), config_hash(fifth)}) == 3

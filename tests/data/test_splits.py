@@ -96,9 +96,9 @@ def test_no_problem_is_in_two_splits(
 ) -> None:
     if share is not None:
         dev = None
-    arrays = [None if keys is None else as_keys(keys) for keys in (dev, ood)]
+    in_dev, in_ood = (None if keys is None else as_keys(keys) for keys in (dev, ood))
     try:
-        splits = splits_of(as_keys(train), *arrays, share, seed)
+        splits = splits_of(as_keys(train), in_dev, in_ood, share, seed)
     except UserError:  # a split came out empty
         return
     assert all(splits.values())

@@ -16,7 +16,7 @@ from PIL import Image
 from rosd_fast.errors import UserError
 from rosd_fast.report import diagnostic_panels, draw_plots, panels, policy_panels
 from rosd_fast.report.metrics import MetricsLog, read_metrics
-from rosd_fast.report.plots import _eval_samples, _figure, _png, pictures
+from rosd_fast.report.plots import _eval_samples, _figure, pictures, png
 from rosd_fast.report.series import domains, series, smoothing_window, stage_times
 from rosd_fast.report.stages import Stage
 
@@ -150,7 +150,7 @@ def test_the_map_has_a_column_per_step_and_a_row_per_tenth() -> None:
 
 def test_equal_metrics_give_equal_bytes() -> None:
     rows = [{"step": step, **make_row(step)} for step in range(1, 30)]
-    first, second = (_png(_figure([[panels.divergence]], rows, "run")) for _ in range(2))
+    first, second = (png(_figure([[panels.divergence]], rows, "run")) for _ in range(2))
     assert first == second
 
 

@@ -79,6 +79,8 @@ EQUAL = [
     ("5km", "5"),
     ("90\u00b0", "90"),
     (r"90^\circ", "90"),
+    ("25 \u00b0C", "25"),
+    (r"25^\circ\text{C}", "25\u00b0C"),
     (r"90^{\circ}", "90 degrees"),
     ("7 months", "7"),
     # percentages
@@ -158,6 +160,16 @@ NOT_A_NUMBER = [
     "42 below zero",
     "42 less than that",
     "42nd",
+    "42\u00b0x",
+    "42 ft 3 in",
+    "42'3",
+    "$42%",
+    "$42$5",
+    "42 $ 5",
+    "42%-50%",
+    "42 percent of it",
+    "x = y = 42",
+    "x = 42 or x = 43",
     "42 forty-two",
     "42 (43)",
     "42 = 43",
@@ -205,11 +217,14 @@ UNEQUAL = [
     ("1e-7", "0"),
     # units: two that differ, also when the numbers are equal
     ("72 m", "72 cm"),
+    ("y = 72", "x = 72"),
     ("72 hours", "72 minutes"),
     ("$72", "72 \u20ac"),
     ("72 cents", "$72"),
     ("72%", "72 clips"),
     ("60 miles", "60 miles per hour"),
+    ("25\u00b0C", "25\u00b0F"),
+    ("25%", "25\u00b0"),
     # percentages: one reading for each bare number
     ("0.5%", "0.5"),
     ("0.5", "0.5%"),
@@ -293,3 +308,14 @@ def test_whatever_is_read_is_what_python_reads(text: str) -> None:
     except (ValueError, ZeroDivisionError):
         return
     assert quantity is None or quantity.value == value
+
+
+SEPARATORS = (" or ", ", ", ";", "-", " - ", " to ", " and ", "..", " = ", "\n", "  ", " ~ ", ":")
+
+
+@given(
+    st.integers(0, 10**4), st.integers(0, 10**4), st.sampled_from(SEPARATORS), st.sampled_from("ab")
+)
+def test_two_numbers_are_never_one_of_them(one: int, two: int, joint: str, unit: str) -> None:
+    for text in (f"{one}{joint}{two}", f"{one} {unit}{joint}{two} {unit}", f"${one}{joint}${two}"):
+        assert parse_quantity(text) is None

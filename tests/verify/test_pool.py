@@ -9,7 +9,6 @@ import subprocess
 import sys
 import textwrap
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +52,12 @@ def score(completion, answer):
         with open(rest, "w") as file:
             file.write(f"{os.getpid()} {child.pid}")
         child.wait()
+    elif word == "junk":  # writes into the pipe to the trainer
+        for descriptor in range(3, 20):
+            try:
+                os.write(descriptor, b"junk\\n" * 3)
+            except OSError:
+                pass
     elif word == "modules":
         return 1.0, " ".join(sys.modules)
     elif word == "env":
@@ -62,11 +67,11 @@ def score(completion, answer):
 
 
 @pytest.fixture
-def traps(tmp_path: Path) -> Iterator[str]:
+def traps(tmp_path: Path) -> str:
     """The name of a verifier that does what a completion says."""
     file = tmp_path / "traps.py"
     file.write_text(TRAPS)
-    yield f"{file}:score"
+    return f"{file}:score"
 
 
 def problem(verifier: str, answer: str = "yes", id: str = "p") -> Problem:
@@ -198,6 +203,11 @@ def test_a_lone_surrogate_and_a_long_completion_reach_the_verifier(traps: str) -
     with VerifierPool(Limits(workers=1)) as pool:
         (judged,) = pool.judge_sync([(problem(traps, answer=text), text)])
     assert judged.score == 1
+
+
+def test_a_verifier_that_writes_into_the_workers_pipe_is_to_blame(traps: str) -> None:
+    judged = judge(traps, "junk", "yes", workers=1)
+    assert [j.score for j in judged] == [0, 1] and "died" in (judged[0].reason or "")
 
 
 def test_a_verifier_that_holds_the_interpreters_lock_times_out(traps: str) -> None:
@@ -388,13 +398,15 @@ def test_workers_that_do_not_start_end_the_run(
 
 def test_a_closed_pool_fails_what_is_asked_of_it(traps: str) -> None:
     async def close_early(pool: VerifierPool) -> None:
-        asked = asyncio.create_task(pool.judge([(problem(traps), "sleep 60")]))
+        asked = asyncio.create_task(pool.judge([(problem(traps), "sleep 60")] * 9))
         await asyncio.sleep(0.5)
         await pool.close()
         with pytest.raises(RunFailed, match="were closed"):
             await asked
 
-    asyncio.run(close_early(VerifierPool(Limits(workers=1))))
+    before = children()
+    asyncio.run(close_early(VerifierPool(Limits(workers=3))))
+    assert children() == before
 
 
 def test_an_unknown_verifier_is_a_broken_contract() -> None:

@@ -89,7 +89,7 @@ def test_what_the_file_says_counts(file: Path, pool: VerifierPool) -> None:
 def test_a_function_may_say_it_and_needs_no_example(file: Path, pool: VerifierPool) -> None:
     name = f"{file}:plain"
     verifier = pool.open(name)
-    assert verifier.instruction == "Say it." and not verifier.has_example
+    assert verifier.instruction == "Say it." and verifier.accepts is not None
     assert verifier.is_instructed("Now. Say it.") and not verifier.is_instructed("Now.")
     assert pool.check_answers([(name, "anything")])[0].score == 1.0
     assert pool.judge_sync([(problem(name), "a\nb")])[0].answer == "b"
@@ -98,7 +98,7 @@ def test_a_function_may_say_it_and_needs_no_example(file: Path, pool: VerifierPo
 def test_a_file_that_says_nothing_gets_no_instruction(tmp_path: Path, pool: VerifierPool) -> None:
     (tmp_path / "bare.py").write_text("def score(completion, answer):\n    return 1\n")
     verifier = pool.open(f"{tmp_path}/bare.py:score")
-    assert not verifier.instruction and not verifier.has_example
+    assert not verifier.instruction and verifier.accepts is not None
     assert not verifier.is_instructed("Anything.")
 
 

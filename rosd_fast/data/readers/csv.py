@@ -46,7 +46,8 @@ class CsvRows(Rows):
         values = self._read(index + 1)
         if len(values) != len(self._columns):
             raise UserError(
-                f"the row has {len(values)} values, and the header {len(self._columns)} columns",
+                f"the row has {len(values)} value{'s' if len(values) > 1 else ''}, and the header "
+                f"{len(self._columns)} columns",
                 where=self.where(index),
                 fix='Put values with separators or line breaks in quotes: "1,5"',
             )

@@ -11,8 +11,8 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections import deque
-from collections.abc import Callable, Mapping, Sequence
+from collections import defaultdict, deque
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import Future
 from typing import Any
 
@@ -83,20 +83,33 @@ class LocalEngine(RolloutEngine):
         Raises UserError when a prompt does not fit the context or the logits are not finite,
         ValueError for parameters out of range and for an id that two requests share.
         """
+        done: dict[str, list[Generation]] = {}
+        async for generations in self.stream(requests, on_tokens=on_tokens):
+            done[generations[0].request_id] = generations
+        return [generation for request in requests for generation in done[request.id]]
+
+    async def stream(
+        self,
+        requests: Sequence[GenerationRequest],
+        *,
+        on_tokens: Callable[[int], None] | None = None,
+    ) -> AsyncIterator[list[Generation]]:
+        """Like `generate`, but yield each request's completions as soon as they are done."""
         slices = self._slices(requests)
         if not slices:
-            return []
+            return
+        done: defaultdict[str, dict[int, Generation]] = defaultdict(dict)
         self._num_running += 1
         try:
-            finished = await self._decode(slices, on_tokens)
+            async for finished in self._decode(slices, on_tokens):
+                for item in finished:
+                    own = done[item.request.id]
+                    own[item.index] = self._generation(item)
+                    if len(own) == item.request.n:
+                        del done[item.request.id]
+                        yield [own[index] for index in range(item.request.n)]
         finally:
             self._num_running -= 1
-        done = {(item.request.id, item.index): item for item in finished}
-        return [
-            self._generation(done[request.id, index])
-            for request in requests
-            for index in range(request.n)
-        ]
 
     async def load_weights(self, weights: Mapping[str, Tensor], *, version: int) -> None:
         """Copy `weights` (keyed by state-dict name) into the model once no request is in flight.
@@ -123,19 +136,20 @@ class LocalEngine(RolloutEngine):
 
     async def _decode(
         self, slices: Sequence[RequestSlice], on_tokens: Callable[[int], None] | None
-    ) -> list[Finished]:
-        waiting, finished = deque(slices), []
+    ) -> AsyncIterator[list[Finished]]:
+        """Decode all slices; yield what has finished after each burst."""
+        waiting = deque(slices)
         batch = DecodeBatch(
             self._forward, slices, max_rows=self.max_rows, pad_token_id=self.pad_token_id
         )
         while waiting or batch.num_rows:
             with self._forward.running():
                 taken, done = self._burst(batch, waiting)
-            finished += done
             if on_tokens is not None and taken:
                 on_tokens(taken)
+            if done:
+                yield done
             await asyncio.sleep(0)  # lets signals and other tasks run
-        return finished
 
     def _burst(
         self, batch: DecodeBatch, waiting: deque[RequestSlice]

@@ -353,15 +353,16 @@ class SglangEngine(RolloutEngine):
         return generations
 
     def _check_version(self, version: str, handle: ServerHandle) -> None:
-        if version == self.tag:
+        expected = self._sync.version_on(handle, self.tag)
+        if version == expected:
             return
         trainer_id, _, number = version.rpartition("-")
         if trainer_id and trainer_id != self._trainer_id and number.isdecimal():
             raise RunFailed(
                 f"{handle.url}: another trainer has loaded its weights ({version}, ours are "
-                f"{self.tag}); a server can serve only one trainer"
+                f"{expected}); a server can serve only one trainer"
             )
-        raise StaleWeights(handle.url, f"sampled with the weights {version}, not {self.tag}")
+        raise StaleWeights(handle.url, f"sampled with the weights {version}, not {expected}")
 
 
 def request_body(

@@ -62,6 +62,10 @@ class WeightSync(ABC):
         """The fields of a /generate request that is sampled with the weights of that name."""
         return {}
 
+    def version_on(self, handle: ServerHandle, tag: str) -> str:
+        """The version that a server names in its answers when it has the weights `tag`."""
+        return tag
+
     def are_lost(self, error: Refused) -> bool:
         """Whether a server refused a request because it lost the weights, as after a restart."""
         return False

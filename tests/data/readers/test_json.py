@@ -27,6 +27,11 @@ VALUES = st.dictionaries(st.text(max_size=3), st.text() | st.integers() | st.non
 ROWS = VALUES.map(lambda row: b"  " + json.dumps(row, ensure_ascii=False).encode())
 
 
+def last_row(path: Path) -> Any:
+    rows = open_json(path)
+    return rows[len(rows) - 1]
+
+
 @settings(max_examples=200, deadline=None)
 @given(
     st.lists(st.tuples(st.booleans(), st.one_of(BLANK, ROWS))),
@@ -96,8 +101,7 @@ def test_damage_is_named_by_line(tmp_path: Path, content: bytes, message: str) -
     path = tmp_path / "a.jsonl"
     path.write_bytes(content)
     with pytest.raises(UserError, match=message) as caught:
-        rows = open_json(path)
-        rows[len(rows) - 1]
+        last_row(path)
     assert "\n" not in str(caught.value)
 
 

@@ -43,6 +43,7 @@ class FakeSglang:
         self.port = port
         self.tokens = tokens
         self.version = "default"
+        self.model_path = "/models/served"
         self.bodies: list[dict[str, Any]] = []  # of requests to /generate
         self.loaded: list[str] = []  # versions, "release" and "resume", in order of the requests
         self.refuse_weights = 0  # how many of the next weight updates fail
@@ -101,7 +102,7 @@ class FakeSglang:
         return web.Response(status=200 if self.healthy else 503)
 
     async def _info(self, _request: web.Request) -> web.Response:
-        return web.json_response({"weight_version": self.version})
+        return web.json_response({"weight_version": self.version, "model_path": self.model_path})
 
     async def _memory(self, request: web.Request) -> web.Response:
         self.loaded.append(request.path.split("_")[0].lstrip("/"))

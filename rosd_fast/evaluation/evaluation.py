@@ -1,0 +1,143 @@
+"""An evaluation of one model on several data sets, in a folder, from its start or where it was.
+
+problems that are not complete in completions.jsonl -> engine -> verifiers -> completions.jsonl
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rosd_fast.config.chat import make_chats
+from rosd_fast.evaluation.engine import open_model
+from rosd_fast.evaluation.folder import CompletionsLog, begin, read_completions
+from rosd_fast.evaluation.model import EvaluatedModel
+from rosd_fast.evaluation.records import Completion, Sampling
+from rosd_fast.evaluation.sample import sample_completions
+from rosd_fast.evaluation.settings import identity_hash, identity_of
+from rosd_fast.run_lock import RunLock
+from rosd_fast.verify import Limits, VerifierPool
+
+if TYPE_CHECKING:
+    from rosd_fast.config import Config
+    from rosd_fast.types import Problem
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Evaluation:
+    """What is evaluated, and how.
+
+    source: where the problems are from, as the option data.source.
+    problems: by the name of their data set.
+    config: model, dtype, device, chat templates, engine and verifiers, as options of a run.
+    """
+
+    model: EvaluatedModel
+    source: str
+    problems: Mapping[str, Sequence[Problem]]
+    sampling: Sampling
+    config: Config
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides the figures."""
+        return identity_of(
+            self.model,
+            self.problems,
+            sampling=self.sampling,
+            chat=self.config.chat.model_dump(mode="json"),
+            dtype=self.config.dtype,
+            engine=self.config.engine.kind,
+        )
+
+    @property
+    def default_name(self) -> str:
+        """A folder name that is the same for the same evaluation."""
+        data = "+".join(self.problems)
+        return f"{self.model.name}-{data[:60]}-{identity_hash(self.identity)}"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Watch:
+    """What is told of an evaluation while it works.
+
+    note: shows the user a line.
+    tokens: is called with k after k more tokens were sampled.
+    problems: is called with (problems that are done, all problems).
+    """
+
+    note: Callable[[str], None]
+    tokens: Callable[[int], None]
+    problems: Callable[[int, int], None]
+
+
+async def complete(
+    evaluation: Evaluation, folder: Path, settings: Mapping[str, Any], watch: Watch
+) -> list[Completion]:
+    """Sample what the folder lacks; return all completions, by data set and problem.
+
+    settings: what a new folder's settings.json gets. Raises UserError when the evaluation in the
+    folder has other settings, or when another process works on it.
+    """
+    begin(folder, settings)
+    with closing(RunLock()) as lock:
+        lock.take(folder)
+        kept = read_completions(folder, samples=evaluation.sampling.per_problem)
+        done = {completion.key for completion in kept}
+        missing = {
+            name: [problem for problem in own if (name, problem.id) not in done]
+            for name, own in evaluation.problems.items()
+        }
+        if any(missing.values()):
+            with closing(CompletionsLog(folder, kept)) as log:
+                kept += await _sample(evaluation, missing, folder, log, watch)
+    order = {
+        (name, problem.id): place
+        for name, own in evaluation.problems.items()
+        for place, problem in enumerate(own)
+    }
+    names = list(evaluation.problems)
+    return sorted(kept, key=lambda c: (names.index(c.split), order[c.key], c.index))
+
+
+async def _sample(
+    evaluation: Evaluation,
+    missing: Mapping[str, Sequence[Problem]],
+    folder: Path,
+    log: CompletionsLog,
+    watch: Watch,
+) -> list[Completion]:
+    """Sample the missing problems, and write each when it is judged."""
+    config, found = evaluation.config, []
+    total = sum(len(own) for own in evaluation.problems.values())
+    num_done = total - sum(len(own) for own in missing.values())
+
+    def keep(completions: Sequence[Completion]) -> None:
+        nonlocal num_done
+        log.write(completions)
+        num_done += 1
+        watch.problems(num_done, total)
+
+    watch.problems(num_done, total)
+    verifiers = VerifierPool(Limits(**config.verify.model_dump()), note=watch.note)
+    try:
+        async with open_model(config, folder, note=watch.note) as (engine, model):
+            chat = make_chats(config.chat, model.tokenizer).eval
+            for name, problems in missing.items():
+                found += await sample_completions(
+                    engine,
+                    verifiers,
+                    problems,
+                    split=name,
+                    sampling=evaluation.sampling,
+                    chat=chat,
+                    stop_token_ids=model.stop_token_ids,
+                    on_tokens=watch.tokens,
+                    on_problem=keep,
+                )
+    finally:
+        await verifiers.close()
+    return found
