@@ -222,9 +222,10 @@ def trials(problems: Sequence[Problem]) -> list[tuple[str, str]]:
     """
     verifier = VERIFIERS[problems[0].verifier]
     names = ("right answer", "another answer")
-    if not verifier.has_example:
+    has_example = verifier.accepts is None
+    if not has_example:
         names = ("the answer alone", "another alone")
-    texts = [verifier.perfect(p.answer) if verifier.has_example else p.answer for p in problems]
+    texts = [verifier.perfect(p.answer) if has_example else p.answer for p in problems]
     return [*zip(names, texts, strict=False), ("no answer", NO_ANSWER)]
 
 
