@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from rosd_fast.data.checks import find_bad, spread
 from rosd_fast.data.collection import Problems
 from rosd_fast.data.problems import load_problems
 from rosd_fast.errors import UserError
+from rosd_fast.verify import VERIFIERS, registry
 
 
 def row(name: str | None = None, **fields: Any) -> str:
@@ -123,6 +125,16 @@ def test_ids_are_unique_over_all_sources(tmp_path: Path) -> None:
         load(f"{first},{write(tmp_path, row('x'), row('x'), name='b.jsonl')}")
 
 
+@pytest.fixture
+def forget_verifiers() -> Iterator[None]:
+    """The verifiers that a test adds are gone after it."""
+    before = set(VERIFIERS)
+    yield
+    for name in set(VERIFIERS) - before:
+        del registry._REGISTERED[name]
+
+
+@pytest.mark.usefixtures("forget_verifiers")
 def test_answers_of_a_verifier_in_a_file_are_checked_apart(tmp_path: Path) -> None:
     file = tmp_path / "mine.py"
     file.write_text(

@@ -99,7 +99,7 @@ class Shape:
             prompt=fields.prompt,
             answer=fields.answer,
             verifier=pick_verifier(row, fields, source.verifier),
-            system=fields.system or extra(row, "system"),
+            system=extra(row, "system") or fields.system,
             context=fields.context,
             reference=extra(row, "reference") or fields.reference,
             teacher_prompt=extra(row, "teacher_prompt"),

@@ -43,6 +43,12 @@ def test_nothing_of_a_conversation_is_lost(texts: list[str], has_system: bool) -
     assert "".join(shown) == "".join(turn["content"] for turn in messages)
 
 
+def test_a_column_goes_before_the_conversation() -> None:
+    row = {**ROW, "messages": [SYSTEM, *turns("2 + 3?", "5")], "system": "Be kind."}
+    assert read_one(row)[1].system == "Be kind."
+    assert read_one({**row, "reference": "2 + 3 = 5"})[1].reference == "2 + 3 = 5"
+
+
 def test_sharegpt_and_json_text() -> None:
     said = [
         {"from": "system", "value": "Be brief."},
