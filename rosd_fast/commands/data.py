@@ -87,7 +87,7 @@ def run(given: Mapping[str, Any]) -> int:
     data = options.data.as_training()
     parse_dev(with_splits(options))  # mistakes are said before a long reading
     config = run_config(given, options) if shows_prompts(options) else None
-    problems = open_problems(data.train, data=data, verify=options.verify)
+    problems = open_problems(data.train, data=data, verify=for_reading(options))
     total = f"{len(problems):,} rows"
     with view.busy() as tell, closing(problems.answers):
         summary = summarize(problems, lambda count: tell(f"reading: {count:,} of {total}"))
@@ -119,7 +119,7 @@ def print_splits(console: Console, options: Options) -> None:
         return
     with busy() as tell:
         tell("dividing the problems")
-        found = load_datasets(with_splits(options), verify=options.verify)
+        found = load_datasets(with_splits(options), verify=for_reading(options))
     say(console, f"splits: {len(found.train):,} problems to train on", "bold")
     for name, lines in found.about.items():
         for line in lines if name != TRAIN else []:
@@ -136,17 +136,27 @@ def with_splits(options: Options) -> DataConfig:
     return options.data.as_training().model_copy(update=own | {"bad_rows": "skip"})
 
 
+def for_reading(options: Options) -> VerifyConfig:
+    """The limits of verifiers while rows are checked, which runs nothing that a model wrote."""
+    return options.verify.model_copy(update={"run_code": True})
+
+
 def print_verifiers(
     console: Console, problems: Problems, summary: Summary, options: Options
 ) -> None:
     """Print how each verifier scores a right answer, a wrong one and none."""
-    from rosd_fast.commands.data_view import print_judgements
+    from rosd_fast.commands.data_view import print_judgements, say
     from rosd_fast.data.report import trials
-    from rosd_fast.verify import Limits, VerifierPool
+    from rosd_fast.verify import VERIFIERS, Limits, VerifierPool
 
     with VerifierPool(Limits(**options.verify.model_dump())) as pool:
         for indices in summary.first.values():
             some = [problems[index] for index in indices]
+            if VERIFIERS[some[0].verifier].runs_code and not options.verify.run_code:
+                say(console, f"verifier {some[0].verifier}", "bold")
+                say(console, "  It runs code: with --verify.run-code, it is shown scoring.")
+                console.print()
+                continue
             tried = trials(some)
             judged = pool.judge_sync([(some[0], completion) for _, completion in tried])
             print_judgements(console, some[0], tried, judged)

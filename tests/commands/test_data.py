@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -223,6 +224,20 @@ def test_tokens_and_prompts_of_a_model(tmp_path: Path, capsys: pytest.CaptureFix
     assert not re.search(r"^\d+( \d+)+$", text, re.MULTILINE)  # ids only when they are asked for
     with_ids = printed(capsys, source, "--verifier", "number", "--model=quickstart", "--show=1")
     assert re.search(r"^\d+( \d+)+$", with_ids, re.MULTILINE)
+
+
+@pytest.mark.skipif(
+    shutil.which("bwrap") is None, reason="needs bubblewrap: apt-get install bubblewrap"
+)
+def test_code_is_read_and_shown_without_running_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer = json.dumps({"tests": ["assert add(1, 2) == 3"]})
+    row = {"prompt": "Write add.", "answer": answer, "verifier": "code"}
+    source = write(tmp_path / "code.jsonl", row)
+    text = printed(capsys, source)
+    assert "1 problem, read as" in text
+    assert "--verify.run-code" in text and "answer found" not in text
 
 
 def test_output_without_unicode(tmp_path: Path) -> None:
