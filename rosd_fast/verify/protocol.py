@@ -106,6 +106,13 @@ def done_line(outcome: Outcome, *, last: bool = False) -> bytes:
 def read_outcome(message: dict[str, Any]) -> Outcome:
     """The outcome in a `done` message."""
     judgement = Judgement(
-        score=message["score"], answer=message["answer"], reason=message["reason"]
+        score=message["score"],
+        answer=encodable(message["answer"]),
+        reason=encodable(message["reason"]),
     )
     return Outcome(judgement=judgement, failure=message["failure"])
+
+
+def encodable(text: str | None) -> str | None:
+    """The text with "?" for halves of surrogate pairs, which no file and no tokenizer takes."""
+    return None if text is None else text.encode(errors="replace").decode()
