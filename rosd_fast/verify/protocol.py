@@ -51,12 +51,14 @@ class Description:
     """What a user's file says of its verifier.
 
     answers, instruction: as for `register_verifier`; empty: it says nothing.
-    has_example: whether it gives an example of a right completion.
+    has_example: whether it gives an example of a right completion. example: its text; empty where
+    it is a function of the answer, which only workers can call.
     """
 
     answers: str = ""
     instruction: str = ""
     has_example: bool = False
+    example: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -68,7 +68,7 @@ def add_user_verifier(name: str, origin: Origin, description: Description) -> Ve
                 name=name,
                 function=only_in_workers,
                 answers=description.answers or "an answer that its example is right for",
-                example="",
+                example=description.example,
                 instruction=instruction,
                 marks=marks or ((instruction,) if instruction else ()),
                 origin=origin,
@@ -95,12 +95,13 @@ def description_of(function: Callable[..., Any], module: ModuleType, origin: Ori
                 f"{field.upper()} is a {type(value).__name__}, not text", where=origin.file
             )
         texts[field] = value or ""
-    has_example = example_of(function, module) is not None
-    if not has_example and (value := _about(function, module, "example")) is not None:
+    example = example_of(function, module)
+    if example is None and (value := _about(function, module, "example")) is not None:
         raise UserError(
             f"EXAMPLE is a {type(value).__name__}, neither text nor a function", where=origin.file
         )
-    return Description(**texts, has_example=has_example)
+    texts["example"] = example if isinstance(example, str) else ""
+    return Description(**texts, has_example=example is not None)
 
 
 def check_call(function: Callable[..., Any], origin: Origin) -> None:

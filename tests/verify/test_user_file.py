@@ -77,6 +77,7 @@ def test_what_the_file_says_counts(file: Path, pool: VerifierPool) -> None:
     verifier = pool.open(name)
     assert verifier == VERIFIERS[name] == pool.open(name)
     assert verifier.instruction.startswith("Answer yes or no") and verifier.answers == "yes or no"
+    assert verifier.perfect("yes") == "So: yes"  # rosd-fast data shows it
     assert verifier.is_instructed("Use <answer></answer>.") and not verifier.is_instructed("Yes?")
     right, wrong = pool.judge_sync([(problem(name), "I say yes"), (problem(name), "I say no")])
     assert (right.score, right.answer, wrong.score, wrong.answer) == (1.0, "yes", 0.0, "no")
