@@ -12,6 +12,8 @@ from rosd_fast.errors import UserError
 from rosd_fast.types import Problem
 from rosd_fast.verify import VERIFIERS
 
+MAX_WEIGHT = 1000.0
+"""With far larger weights no loss is finite, and every step would be skipped."""
 MAX_DECIMAL_CHARS = 40
 """A float is written without exponent up to this length: 1e-05 is 0.00001, 1e+300 stays."""
 
@@ -82,7 +84,7 @@ def read_id(value: Any, name: str, where: str, domain: str, *, fix: str = "") ->
 
 
 def read_weight(value: Any, name: str, where: str, *, fix: str = "") -> float:
-    """A factor of the loss: a finite number of at least 0, also as text, as CSV has it."""
+    """A factor of the loss: a number from 0 to MAX_WEIGHT, also as text, as CSV has it."""
     try:
         weight = float(value) if isinstance(value, str | int | float | Decimal) else None
     except (ValueError, OverflowError):
@@ -90,11 +92,11 @@ def read_weight(value: Any, name: str, where: str, *, fix: str = "") -> float:
     if weight is None or isinstance(value, bool):
         what = shorten(value) if isinstance(value, str) else f"a JSON {type_name(value)}"
         raise UserError(f'the field "{name}" is {what}, not a number', where=where, fix=fix)
-    if not math.isfinite(weight) or weight < 0:
+    if not 0 <= weight <= MAX_WEIGHT:  # NaN neither
         raise UserError(
-            f'the field "{name}" is {weight}',
+            f'the field "{name}" is {weight:g}',
             where=where,
-            fix="It multiplies the loss of the problem: give a finite number of at least 0",
+            fix=f"It multiplies the loss of the problem: give a number from 0 to {MAX_WEIGHT:g}",
         )
     return weight
 

@@ -17,7 +17,9 @@ _REWRITTEN = tuple(
     for pattern, replacement in (
         (r"\\(?:left|right|bigg?|Bigg?)(?=\\?[^a-zA-Z])", ""),
         (r"\\[dtc]frac", r"\\frac"),
-        (r"\\frac ?([0-9]) ?([0-9])", r"\\frac{\1}{\2}"),
+        (r"\\(frac|sqrt) ?(\\pi(?![a-zA-Z]))", r"\\\1{\2}"),
+        (r"\\frac ?([0-9])", r"\\frac{\1}"),
+        (r"(\\frac\{[^{}]*\}) ?(\\pi(?![a-zA-Z])|[0-9a-zA-Z])", r"\1{\2}"),
         (r"\\sqrt ?([0-9a-z])(?![0-9a-z])", r"\\sqrt{\1}"),
         (r"\^\{([0-9a-z])\}", r"^\1"),
         (r"(?<!\\)\\[,;:! ]|\\q?quad|(?<=\S)~", " "),
