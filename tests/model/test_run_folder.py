@@ -68,6 +68,19 @@ def test_a_run_that_has_just_begun_has_no_checkpoint(tmp_path: Path) -> None:
         find(str(tmp_path))
 
 
+def test_a_name_beside_runs_is_not_looked_for_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "config.toml").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"runs/mne: there is no such run. Did you mean mine\?"):
+        find("runs/mne")
+    with pytest.raises(UserError, match="Runs there: mine"):
+        find("runs/qwertz")
+    assert find("owner/mne") == "owner/mne"
+
+
 def test_a_model_folder_is_no_run(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", [0.5])
     checkpoint = str(run / "checkpoints" / "step_000010")
