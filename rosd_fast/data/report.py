@@ -228,7 +228,7 @@ def trials(problems: Sequence[Problem]) -> list[tuple[str, str]]:
 def right_completion(problem: Problem) -> tuple[str, str] | None:
     """(what it is, completion) that should be right; None where nothing is known to be.
 
-    Only the worker processes know the example of a verifier in a user's file.
+    Only the worker processes can call the example of a user's file where it is a function.
     """
     verifier = VERIFIERS[problem.verifier]
     if verifier.runs_code:

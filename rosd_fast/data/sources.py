@@ -115,7 +115,9 @@ def parse_source(text: str, *, verifier: str | None, columns: Mapping[str, str])
         raise UserError("a source is empty", where=text or ",", fix="Name a file before the @")
     values: dict[str, Any] = {"verifier": verifier}
     own, options, is_gym = dict(columns), {}, place.startswith(GYM)
-    for name, value in settings:
+    for number, (name, value) in enumerate(settings):
+        if any(name == other for other, _ in settings[:number]):
+            raise UserError(f"the setting {name} is given twice", where=text, fix="Leave one")
         if name not in SETTINGS and not is_gym:
             raise UserError(f"there is no setting {name}", where=text, fix=_nearest(name))
         if not value:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 
@@ -63,6 +64,12 @@ def parse_share(text: str, *, where: str = DEV) -> float | None:
     Raises UserError for a share that is none, or none that can be held out.
     """
     stripped = text.strip()
+    if re.fullmatch(r"[0-9.]+", stripped) and not Path(stripped).exists():
+        raise UserError(
+            f"there is no file {stripped}",
+            where=where,
+            fix="To hold out a share of the training problems give it in percent, as in 10%",
+        )
     if "%" not in stripped or not stripped.endswith("%"):
         return None
     match = _SHARE.fullmatch(stripped)

@@ -131,7 +131,11 @@ def _raised(error: BaseException, where: str) -> UserError:
 
 def describe(error: BaseException, limit: int = 200) -> str:
     """An exception in one line: its type and message."""
-    name, text = type(error).__name__, " ".join(str(error).split())
+    name = type(error).__name__
+    try:
+        text = " ".join(str(error).split())
+    except Exception:  # its class has a `__str__` that fails
+        return name
     text = text if len(text) <= limit else f"{text[:limit]}..."
     return f"{name}: {text}" if text else name
 

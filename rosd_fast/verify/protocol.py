@@ -51,12 +51,14 @@ class Description:
     """What a user's file says of its verifier.
 
     answers, instruction: as for `register_verifier`; empty: it says nothing.
-    has_example: whether it gives an example of a right completion.
+    has_example: whether it gives an example of a right completion. example: its text; empty where
+    it is a function of the answer, which only workers can call.
     """
 
     answers: str = ""
     instruction: str = ""
     has_example: bool = False
+    example: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -106,6 +108,13 @@ def done_line(outcome: Outcome, *, last: bool = False) -> bytes:
 def read_outcome(message: dict[str, Any]) -> Outcome:
     """The outcome in a `done` message."""
     judgement = Judgement(
-        score=message["score"], answer=message["answer"], reason=message["reason"]
+        score=message["score"],
+        answer=encodable(message["answer"]),
+        reason=encodable(message["reason"]),
     )
     return Outcome(judgement=judgement, failure=message["failure"])
+
+
+def encodable(text: str | None) -> str | None:
+    """The text with "?" for halves of surrogate pairs, which no file and no tokenizer takes."""
+    return None if text is None else text.encode(errors="replace").decode()

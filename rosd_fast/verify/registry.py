@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any
+from typing import Any, SupportsFloat
 
 from rosd_fast.types import Judgement
 from rosd_fast.verify.origin import Origin
@@ -126,11 +126,11 @@ def as_judgement(value: Any, completion: str = "") -> Judgement:
     """The judgement that a verifier's return value stands for.
 
     A verifier that returns a score alone names no answer; then the last line of the completion
-    counts as the answer. Raises TypeError or ValueError for anything else.
+    counts as the answer. Raises TypeError, ValueError or OverflowError for anything else.
     """
     if isinstance(value, Judgement):
         return value
-    if isinstance(value, bool | int | float):
+    if isinstance(value, SupportsFloat):  # numbers of NumPy too
         lines = completion.strip().rsplit("\n", 1)
         return Judgement(score=float(value), answer=lines[-1][:MAX_ANSWER_CHARS] or None)
     if not isinstance(value, tuple) or len(value) not in (2, 3):

@@ -7,6 +7,8 @@ the worker. `sandboxed` runs inside, and sets the limits of each test.
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import json
 import os
 import platform
@@ -29,6 +31,7 @@ DEVICES = ("/dev/null", "/dev/zero", "/dev/random", "/dev/urandom")
 FILES = ("/etc/ld.so.cache", "/etc/localtime")
 TMP_BYTES = 64 << 20
 INSTALL = "Install bubblewrap (apt-get install bubblewrap), or use another verifier"
+PR_SET_CHILD_SUBREAPER = 36
 START_S = 2.0  # for the sandbox, beside what the code may take
 
 
@@ -94,6 +97,25 @@ def run(
     return [json.loads(line) for line in lines[:number]]
 
 
+def adopt() -> None:
+    """Make this process the parent of what its children leave behind, for `reap`.
+
+    bubblewrap does not wait for the process that it starts. That would be left to process 1, which
+    in a container is often a program that reaps nothing: one dead entry per completion.
+    """
+    if platform.system() == "Linux":
+        ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)
+
+
+def reap() -> None:
+    """Forget dead sandboxes that `adopt` left to this process; other children are left alone."""
+    with contextlib.suppress(OSError):  # no child, or none that it may ask for
+        while (child := os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)) is not None:
+            if Path(f"/proc/{child.si_pid}/comm").read_text().strip() != "bwrap":
+                return
+            os.waitpid(child.si_pid, 0)
+
+
 def command() -> list[str]:
     """How bubblewrap is called; the runner's text is its last argument."""
     python = Path(getattr(sys, "_base_executable", sys.executable)).resolve()
@@ -150,6 +172,7 @@ def _start(job: dict[str, Any], budget: Budget, *, most: int) -> tuple[bytes, by
     finally:
         process.kill()
         process.wait()
+        reap()
         names = (process.stdout, process.stderr)
         output, errors = (found[pipe.fileno()] for pipe in names)
         for pipe in names:

@@ -11,6 +11,7 @@ say more about the verifier, in constants or as attributes of the function (`sco
 
 from __future__ import annotations
 
+import inspect
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -67,7 +68,7 @@ def add_user_verifier(name: str, origin: Origin, description: Description) -> Ve
                 name=name,
                 function=only_in_workers,
                 answers=description.answers or "an answer that its example is right for",
-                example="",
+                example=description.example,
                 instruction=instruction,
                 marks=marks or ((instruction,) if instruction else ()),
                 origin=origin,
@@ -83,7 +84,9 @@ def any_answer(answer: str) -> bool:
 
 
 def description_of(function: Callable[..., Any], module: ModuleType, origin: Origin) -> Description:
-    """What the file says. Raises UserError for a constant of another type."""
+    """What the file says. Raises UserError for a constant of another type, and for a function that
+    cannot be called with completion and right answer."""
+    check_call(function, origin)
     texts: dict[str, str] = {}
     for field in ("answers", "instruction"):
         value = _about(function, module, field)
@@ -92,8 +95,30 @@ def description_of(function: Callable[..., Any], module: ModuleType, origin: Ori
                 f"{field.upper()} is a {type(value).__name__}, not text", where=origin.file
             )
         texts[field] = value or ""
-    has_example = example_of(function, module) is not None
-    return Description(**texts, has_example=has_example)
+    example = example_of(function, module)
+    if example is None and (value := _about(function, module, "example")) is not None:
+        raise UserError(
+            f"EXAMPLE is a {type(value).__name__}, neither text nor a function", where=origin.file
+        )
+    texts["example"] = example if isinstance(example, str) else ""
+    return Description(**texts, has_example=example is not None)
+
+
+def check_call(function: Callable[..., Any], origin: Origin) -> None:
+    """Raise UserError for a function of other arguments, and for one that returns no score but what
+    must be waited for."""
+    fix = "Write it as in: def score(completion, answer): return 1.0"
+    where = f"{origin.file}:{origin.function}"
+    if inspect.iscoroutinefunction(function) or inspect.isasyncgenfunction(function):
+        raise UserError("is an async function, which returns no score", where=where, fix=fix)
+    try:
+        inspect.signature(function).bind("completion", "answer")
+    except TypeError as error:
+        raise UserError(
+            f"cannot be called with completion and right answer ({error})", where=where, fix=fix
+        ) from None
+    except ValueError:  # a function in C that does not say what it takes
+        return
 
 
 def example_of(function: Callable[..., Any], module: ModuleType) -> Example:

@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from rosd_fast.errors import UserError
+from rosd_fast.verify import sandbox
 from rosd_fast.verify.here import enter_worker
 from rosd_fast.verify.origin import Origin, describe, load_function
 from rosd_fast.verify.protocol import Limits, Outcome, done_line, failed, line
@@ -45,6 +46,8 @@ def main() -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGALRM, signal.SIG_DFL)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    if limits.run_code:
+        sandbox.adopt()
     tasks, answers = take_streams()
     threading.Thread(target=end_with, args=(tasks.fileno(),), daemon=True).start()
     send = answers.write
@@ -148,6 +151,10 @@ def judge(verifier: Loaded | None, message: dict[str, Any], timeout_s: float) ->
         return Outcome(judgement=as_judgement(value, completion))
     except (TypeError, ValueError) as error:
         return failed("failed", " ".join(str(error).split()))
+    except MemoryError:
+        raise
+    except Exception as error:  # a whole number too large for a float, an answer that is no text
+        return failed("failed", f"what the verifier returned raises {describe(error)}")
 
 
 def perfect(example: Example, answer: str) -> str:

@@ -55,6 +55,7 @@ def test_settings_are_what_was_written(place: str, settings: dict[str, str]) -> 
         ("a.jsonl@weight=nan", "must be a number above 0"),
         ("a.jsonl,,b.jsonl", "a source is empty"),
         ("@weight=2", "a source is empty"),
+        ("a.jsonl@weight=2@weight=3", "the setting weight is given twice"),
         ("a.jsonl,b.jsonl,a.jsonl", "a.jsonl is named twice"),
     ],
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
 import pytest
 from hypothesis import given
@@ -31,8 +33,19 @@ def test_shares(text: str, share: float) -> None:
     assert parse_share(text) == pytest.approx(share)
 
 
-@pytest.mark.parametrize("text", ["dev.jsonl", "10", "0.1", "quickstart:dev", "a%b.jsonl"])
+@pytest.mark.parametrize("text", ["dev.jsonl", "quickstart:dev", "a%b.jsonl"])
 def test_names_of_data_are_no_shares(text: str) -> None:
+    assert parse_share(text) is None
+
+
+@pytest.mark.parametrize("text", ["10", "0.1"])
+def test_a_bare_number_is_a_file_or_a_mistake(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"^data\.dev: there is no file .* in percent, as in 10%"):
+        parse_share(text)
+    Path(text).touch()
     assert parse_share(text) is None
 
 

@@ -18,6 +18,7 @@ from rosd_fast.errors import RunFailed
 from rosd_fast.types import Group, Judgement, Problem, Rollout
 from rosd_fast.verify import VERIFIERS, Limits, VerifierPool, process
 
+NUMPY = "__import__('numpy')"
 TRAPS = '''
 import ctypes, os, re, signal, subprocess, sys, time
 
@@ -167,6 +168,8 @@ def test_each_way_to_fail_costs_one_completion_and_says_why(traps: str) -> None:
         ("2", "score 2.0 is outside [0, 1]"),
         ("('x', 'y')", "could not convert string to float"),
         ("1,", "a verifier returned tuple"),
+        ("10**400", "what the verifier returned raises OverflowError"),
+        ("1, type('A', (), {'__str__': lambda s: 1 / 0})()", "raises ZeroDivisionError"),
     ],
 )
 def test_nonsense_is_no_score(traps: str, value: str, reason: str) -> None:
@@ -180,7 +183,10 @@ def test_nonsense_is_no_score(traps: str, value: str, reason: str) -> None:
         ("True", Judgement(score=1.0, answer="return True")),
         ("0.25, 'a'", Judgement(score=0.25, answer="a")),
         ("0.25, None, 'no b'", Judgement(score=0.25, answer=None, reason="no b")),
-        ("1, '\\ud800'", Judgement(score=1.0, answer="\ud800")),
+        ("1, '\\ud800'", Judgement(score=1.0, answer="?")),  # no file takes half a pair
+        ("0, None, 'a\\udfff'", Judgement(score=0.0, answer=None, reason="a?")),
+        (f"{NUMPY}.float32(0.5)", Judgement(score=0.5, answer=f"return {NUMPY}.float32(0.5)")),
+        (f"{NUMPY}.bool_(True)", Judgement(score=1.0, answer=f"return {NUMPY}.bool_(True)")),
         ("1, 'ä\\n\"'", Judgement(score=1.0, answer='ä\n"')),
         ("0, 'a' * 10**7, 'b' * 10**7", Judgement(score=0, answer="a" * 2000, reason="b" * 500)),
         (

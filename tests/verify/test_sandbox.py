@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -195,3 +196,29 @@ def test_where_it_does_not_work(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     sandbox._tried.cache_clear()
     assert unavailable() == "bubblewrap does not work here (bwrap: no permissions)"
     sandbox._tried.cache_clear()
+
+
+def test_dead_sandboxes_do_not_pile_up() -> None:
+    script = """
+import os, subprocess, time
+from rosd_fast.verify import sandbox
+
+def dead():
+    found = subprocess.run(["ps", "--ppid", str(os.getpid()), "-o", "stat="], capture_output=True)
+    return found.stdout.count(b"Z")
+
+reap, sandbox.reap = sandbox.reap, lambda: None
+sandbox.adopt()
+budget = sandbox.Budget(seconds=10.0, memory_bytes=1 << 30)
+for _ in range(3):
+    sandbox.run("x = 1", budget, tests=["assert x == 1"])
+end = time.monotonic() + 20
+while dead() < 3 and time.monotonic() < end:
+    time.sleep(0.02)
+print(dead())
+other = subprocess.Popen(["true"])
+reap()
+print(other.wait(), dead())
+"""
+    found = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (found.stdout.split(), found.stderr) == (["3", "0", "0"], "")

@@ -77,6 +77,7 @@ def test_what_the_file_says_counts(file: Path, pool: VerifierPool) -> None:
     verifier = pool.open(name)
     assert verifier == VERIFIERS[name] == pool.open(name)
     assert verifier.instruction.startswith("Answer yes or no") and verifier.answers == "yes or no"
+    assert verifier.perfect("yes") == "So: yes"  # rosd-fast data shows it
     assert verifier.is_instructed("Use <answer></answer>.") and not verifier.is_instructed("Yes?")
     right, wrong = pool.judge_sync([(problem(name), "I say yes"), (problem(name), "I say no")])
     assert (right.score, right.answer, wrong.score, wrong.answer) == (1.0, "yes", 0.0, "no")
@@ -125,6 +126,10 @@ def test_the_file_never_runs_in_the_trainer(file: Path, pool: VerifierPool) -> N
         ("", r"has no function score\. It has no function at all"),
         ("score = 3\n", r"my verifier\.py: score is not a function"),
         ("ANSWERS = 3\ndef score(c, a): pass\n", r"my verifier\.py: ANSWERS is a int, not text"),
+        ("EXAMPLE = 3\ndef score(c, a): pass\n", r"my verifier\.py: EXAMPLE is a int, neither"),
+        ("def score(c): pass\n", r"py:score: cannot be called .*\(too many positional arguments\)"),
+        ("def score(*, c, a): pass\n", r"my verifier\.py:score: cannot be called"),
+        ("async def score(c, a): pass\n", r"my verifier\.py:score: is an async function"),
         ("import os\nos._exit(4)\n", r"the verifier died \(exit code 4\) while it was imported"),
         ("\0", r"my verifier\.py:.*is not Python|raises"),
     ],
@@ -178,11 +183,11 @@ def test_a_file_that_imports_forever(
 def test_only_a_function_with_a_place_can_travel(function: Any, pool: VerifierPool) -> None:
     register_verifier("somewhere", function, answers="anything")
     tasks = [(problem("somewhere"), "x")]
-    if function is textwrap.dedent:  # dedent("x", "yes") raises TypeError, in the worker
-        assert "TypeError" in (pool.judge_sync(tasks)[0].reason or "")
-    else:
-        with pytest.raises(UserError, match=r"somewhere: workers cannot import .* top level"):
-            pool.judge_sync(tasks)
+    message = r"somewhere: workers cannot import .* top level"
+    if function is textwrap.dedent:  # a worker finds it, and sees that it takes one argument
+        message = r"textwrap\.py:dedent: cannot be called with completion and right answer"
+    with pytest.raises(UserError, match=message):
+        pool.judge_sync(tasks)
 
 
 SCRIPT = """

@@ -18,6 +18,7 @@ from typing import IO
 from rosd_fast.data.sources import COMPRESSED, FILES, Source
 from rosd_fast.errors import RunFailed, UserError
 
+_ADDRESS = re.compile(r"(.*/)?[a-z0-9]{2,}:/")  # of the web, as a path: https:/host/file
 UNPACK = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 KINDS = {
     stat.S_IFIFO: "a pipe",
@@ -91,7 +92,9 @@ def unpacked(path: Path) -> IO[bytes]:
     try:
         with UNPACK[path.suffix](path, "rb") as source:
             shutil.copyfileobj(source, target, 2**20)
-    except (EOFError, zlib.error, lzma.LZMAError, gzip.BadGzipFile) as error:
+    except (EOFError, zlib.error, lzma.LZMAError, OSError) as error:
+        if isinstance(error, OSError) and error.errno is not None:
+            raise unreadable(path, error) from None
         raise UserError(
             f"the file is damaged ({error})", where=str(path), fix="Copy or download it again"
         ) from None
@@ -137,7 +140,10 @@ def files_of_folder(source: Source, folder: Path) -> list[Path]:
 
     Raises UserError where there is none, and where it is not plain which of them are meant.
     """
-    files = [path for path in sorted(folder.rglob("*")) if _has_rows(path, folder)]
+    try:
+        files = [path for path in sorted(folder.rglob("*")) if _has_rows(path, folder)]
+    except OSError as error:  # a folder in it is gone meanwhile
+        raise unreadable(folder, error) from None
     if not files:
         raise UserError(
             "the folder has no files with rows",
@@ -192,6 +198,10 @@ def split_of(path: Path) -> str | None:
 
 def _near(path: Path) -> str:
     """What may have been meant instead of a file that does not exist."""
+    if path.is_symlink():
+        return f"It is a link to {path.readlink()}, which is not there"
+    if _ADDRESS.match(str(path)):
+        return "Download it first, or give the id of a data set of the hub, as in openai/gsm8k"
     try:
         names = [other.name for other in path.parent.iterdir() if kind_of(other) in FILES]
     except OSError:

@@ -134,6 +134,8 @@ def _not_blank(file: RowFile, starts: np.ndarray, heads: np.ndarray) -> np.ndarr
 def decode(data: bytes, path: Path, *, line: int = 1) -> str:
     """The text of bytes that begin at `line` of the file. Raises UserError."""
     try:
+        if data[1:2] == b"\0" or data[:1] == b"\0":  # UTF-16 without a mark at the beginning
+            raise UnicodeDecodeError("utf-8", data, 0, 1, "UTF-16")
         return data.decode()
     except UnicodeDecodeError as error:
         line += data.count(b"\n", 0, error.start)

@@ -14,6 +14,7 @@ from rosd_fast.data.readers.hub import is_saved, needs_library, open_dataset, op
 from rosd_fast.data.readers.json import open_json
 from rosd_fast.data.sources import Source
 from rosd_fast.errors import UserError
+from rosd_fast.quickstart import QUICKSTART
 
 
 def open_rows(source: Source) -> Rows:
@@ -25,7 +26,7 @@ def open_rows(source: Source) -> Rows:
             where=source.text,
             fix="Leave the setting away",
         )
-    if source.is_quickstart:
+    if source.is_quickstart or (source.text + ":" == QUICKSTART and not path.exists()):
         return quickstart_rows(source)
     if source.is_gym:
         return GymRows(source)

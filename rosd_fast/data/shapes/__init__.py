@@ -32,6 +32,12 @@ register_shape(
     matches=chat.is_chat_prompt,
 )
 register_shape(
+    "solved",
+    maths.read_math,
+    says="mathematics: problem, solution and answer",
+    matches=maths.is_solved,
+)
+register_shape(
     "aime",
     maths.read_math,
     says="AIME: whole numbers from 0 to 999",

@@ -4,7 +4,7 @@ lists of turns in `prompt`."""
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rosd_fast.data.fields import check_text, shorten, type_name
@@ -63,6 +63,8 @@ def read_messages(row: Row) -> Fields:
     talk = read_turns(row, turns_column(row, *TURNS) or row.first(*TURNS) or TURNS[0])
     name = row.first(*ANSWERS)
     if name is None and talk.reply is None:
+        talk = replace(talk, reply=_completion(row))
+    if name is None and talk.reply is None:
         raise row.error(
             "answer",
             "is missing, and the conversation has no reply",
@@ -91,7 +93,7 @@ def read_verl(row: Row) -> Fields:
         answer, verifier = split_solution(row.answer("answer"))
         if any(part in source for part in NUMBER_SOURCES):
             verifier = verifier or "number"
-        elif row.label("ability") == "math" or any(part in source for part in MATH_SOURCES):
+        elif row.label("ability").lower() == "math" or any(part in source for part in MATH_SOURCES):
             verifier = verifier or "math"
     solution = row.reach("extra_info.answer")
     return _fields(
@@ -121,6 +123,18 @@ def split_solution(text: str) -> tuple[str, str | None]:
     if (formula := last_boxed(text)) is not None:
         return formula, "math"
     return text, None
+
+
+def _completion(row: Row) -> str | None:
+    """The reply in TRL's `completion`, a list of one assistant turn or its text; None: none."""
+    if isinstance(row.value("completion"), str):
+        return row.text("completion") or None
+    if not row.has_turns("completion"):
+        return None
+    turns = [_turn(row, "completion", i, t) for i, t in enumerate(row.parsed("completion"), 1)]
+    if [turn.role for turn in turns] != ["assistant"] or not turns[0].content.strip():
+        raise row.error("completion", "is not one assistant turn with text")
+    return turns[0].content
 
 
 def _final_answer(row: Row, reply: str) -> tuple[str, str | None]:

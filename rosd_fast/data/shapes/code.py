@@ -90,12 +90,16 @@ def read_code(row: Row) -> Fields:
 
 
 def is_cases(value: Any) -> bool:
-    """Whether it is an object, or JSON text of one, with tests or with inputs and outputs."""
-    if isinstance(value, str) and value.lstrip().startswith("{"):
+    """Whether it is an object with tests or with inputs and outputs, or a list of objects with an
+    input and an output each, or JSON text of that."""
+    if isinstance(value, str) and value.lstrip().startswith(("{", "[")):
         try:
             value = json.loads(value)
         except (ValueError, RecursionError):
             return False
+    if isinstance(value, list):
+        pairs = [isinstance(each, Mapping) and bool(each.keys() & {*OUTPUTS}) for each in value]
+        return bool(pairs) and all(pairs)
     return isinstance(value, Mapping) and bool(
         value.keys() & {"tests", "cases", "inputs", "input", "fn_name"}
     )
@@ -139,6 +143,10 @@ def _pairs(row: Row, name: str, value: Any) -> list[Any]:
 
 def _case(row: Row, name: str, case: Any) -> dict[str, str]:
     """One input and what must be printed for it."""
+    if _is_object(case) and case.get("testtype") == "functional":  # of LiveCodeBench
+        raise row.error(
+            name, "calls a function by its name", fix='Write assertions: {"tests": ["assert ..."]}'
+        )
     found = []
     for names in (INPUTS, OUTPUTS):
         value = next((case[n] for n in names if n in case), None) if _is_object(case) else None

@@ -40,6 +40,17 @@ def is_math(row: Row) -> bool:
     return row.has_text(*PROMPTS) and any(isinstance(t, str) and last_boxed(t) for t in texts)
 
 
+def is_solved(row: Row) -> bool:
+    """Whether a `problem` has a solution, which may be empty, and an answer.
+
+    DeepScaleR and NuminaMath are such: few of their solutions end in a box.
+    """
+    answer = row.value("answer")
+    has_columns = row.has_text("problem") and row.key("solution") is not None
+    has_labels = row.first("verifier", "kind") is not None
+    return has_columns and not has_labels and isinstance(answer, str | int | float)
+
+
 def is_aime(row: Row) -> bool:
     """Whether the answer to a `problem` is a whole number from 0 to 999."""
     has_labels = row.first(*LABELS) is not None

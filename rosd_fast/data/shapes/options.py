@@ -18,19 +18,16 @@ ANSWERS = ("answerKey", "answer", "answer_idx", "label", "answer_index")
 
 def is_options(row: Row) -> bool:
     """Whether a question comes with a column of options and one that tells the right one."""
+    if question_of(row) is None:
+        return False
     name = row.first(*OPTIONS)
     value = None if name is None else row.parsed_or_none(name)
-    return (
-        isinstance(value, list | dict)
-        and len(value) > 0
-        and row.has_text(*PROMPTS)
-        and row.first(*ANSWERS) is not None
-    )
+    return isinstance(value, list | dict) and len(value) > 0 and row.first(*ANSWERS) is not None
 
 
 def read_options(row: Row) -> Fields:
     """The options become lines "A: ..." after the question; the answer is a letter."""
-    question = row.text(row.first(*PROMPTS) or "question", required=True)
+    question = row.text(question_of(row) or "question", required=True)
     texts, labels = _options(row, row.first(*OPTIONS) or OPTIONS[0])
     lines = [f"{letter}: {text}" for letter, text in zip(ascii_uppercase, texts, strict=False)]
     return Fields(
@@ -39,6 +36,11 @@ def read_options(row: Row) -> Fields:
         verifier="choice",
         domain=as_domain(row.label("subject") or row.label("category")),
     )
+
+
+def question_of(row: Row) -> str | None:
+    """The column of the question; SciKnowEval has another `prompt` beside it, an object."""
+    return next((name for name in PROMPTS if row.has_text(name)), None)
 
 
 def _options(row: Row, name: str) -> tuple[list[str], list[str]]:

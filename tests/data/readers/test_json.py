@@ -90,6 +90,7 @@ def test_a_line_of_200_mib_is_refused_without_reading_it(tmp_path: Path) -> None
     ("content", "message"),
     [
         (b'{"a": "\xe9"}', r":1: the text is not UTF-8. Convert it: iconv -f latin1"),
+        ('{"a": 1}'.encode("utf-16-le"), r":1: the text is not UTF-8. Convert it: iconv -f utf-16"),
         ('{"a": 1}'.encode("utf-16"), r":1: the text is not UTF-8. Convert it: iconv -f utf-16"),
         (b'{"a": ' + b"9" * 5000 + b"}", r":1: malformed JSON \(a number of more than 4300 digits"),
         (b"[" * 100_000 + b"\n", r":1: malformed JSON \(nested too deeply"),

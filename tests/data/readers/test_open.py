@@ -78,6 +78,25 @@ def test_folders_that_cannot_be_read(tmp_path: Path) -> None:
     )
 
 
+def test_what_is_no_file_gets_a_way_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("link.jsonl").symlink_to("nowhere")
+    assert "It is a link to nowhere, which is not there" in error_of("link.jsonl")
+    assert "Download it first" in error_of("https://host.org/x.jsonl")
+    assert "Download it first" in error_of(f"{tmp_path}/s3:/x.jsonl")
+    assert "there is no such split. Name one of train, dev" in error_of("quickstart")
+    Path("bad.jsonl.bz2").write_bytes(b"no archive")
+    assert "the file is damaged (Invalid data stream). Copy or" in error_of("bad.jsonl.bz2")
+
+
+def test_a_folder_that_changes_meanwhile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def gone(self: Path, pattern: str) -> None:
+        raise FileNotFoundError(2, "No such file or directory", str(self / "x"))
+
+    monkeypatch.setattr(Path, "rglob", gone)
+    assert "the file cannot be read (No such file or directory)" in error_of(str(tmp_path))
+
+
 def test_a_pattern_is_the_files_that_match(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     write(tmp_path, "biology/train.jsonl", 1)
     write(tmp_path, "chemistry/train.jsonl", 2)

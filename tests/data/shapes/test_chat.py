@@ -187,3 +187,33 @@ def test_a_mapped_conversation_goes_before_messages() -> None:
     row = {**ROW, "chat": turns("4 + 4?"), "answer": "8"}
     name, problem = read_one(row, columns={"prompt": "chat"})
     assert (name, problem.prompt, problem.answer) == ("messages", "4 + 4?", "8")
+
+
+def test_the_completion_of_trl_is_the_reply() -> None:
+    turns = [{"role": "user", "content": "2 + 3?"}]
+    said = [{"role": "assistant", "content": r"It is \boxed{5}."}]
+    for completion in (said, said[0]["content"]):
+        name, problem = read_one({"prompt": turns, "completion": completion})
+        assert (name, problem.answer, problem.verifier) == ("chat", "5", "math")
+        assert problem.reference == said[0]["content"] and problem.context == ()
+    text = error_of({"prompt": turns, "completion": [*said, *said]})
+    assert text.startswith('data.jsonl:1: the field "completion" is not one assistant turn')
+    row = {"prompt": turns, "completion": said, "answer": "6", "verifier": "number"}
+    assert read_one(row)[1].answer == "6"
+
+
+def test_verl_may_list_inputs_and_outputs() -> None:
+    case = {"input": "1\n", "output": "2\n", "testtype": "stdin"}
+    row = {
+        "data_source": "lcb",
+        "prompt": [{"role": "user", "content": "Add one."}],
+        "ability": "MATH",
+        "reward_model": {"ground_truth": json.dumps([case])},
+    }
+    problem = read_one(row)[1]
+    assert problem.verifier == "code"
+    assert json.loads(problem.answer) == {"cases": [{"stdin": "1\n", "stdout": "2\n"}]}
+    case["testtype"] = "functional"
+    text = error_of({**row, "reward_model": {"ground_truth": json.dumps([case])}})
+    assert "calls a function by its name" in text
+    assert read_one({**row, "reward_model": {"ground_truth": "5"}})[1].verifier == "math"

@@ -45,6 +45,18 @@ def test_math_with_an_answer(change: dict[str, Any], answer: str, reference: str
     assert (name, problem.answer, problem.reference) == ("math", answer, reference)
 
 
+def test_solutions_may_lack_a_box_where_there_is_an_answer() -> None:
+    rows = [
+        {"problem": "Half of 1?", "answer": r"\frac12", "solution": ""},
+        {"problem": "2 + 3?", "answer": "5", "solution": "It is 5."},
+        {"problem": "1000 + 1?", "answer": 1001, "solution": None},
+    ]
+    name, problems = read_all(*rows)
+    assert name == "solved" and [p.answer for p in problems] == [r"\frac12", "5", "1001"]
+    assert {p.verifier for p in problems} == {"math"}
+    assert [p.reference for p in problems] == [None, "It is 5.", None]
+
+
 def test_labels_of_math_that_are_no_text_are_not_domains() -> None:
     assert read_one({**MATH, "type": ["Algebra"]})[1].domain == "here"
     assert read_one({**MATH, "type": None, "subject": "Number Theory"})[1].domain == "number_theory"

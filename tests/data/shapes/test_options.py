@@ -36,6 +36,24 @@ def test_options_become_lines_and_the_answer_a_letter(columns: dict[str, Any], l
     assert (problem.prompt, problem.answer, problem.verifier) == (PROMPT, letter, "choice")
 
 
+def test_sciknoweval_of_the_hub_has_an_object_in_prompt() -> None:
+    row = {
+        "question": "Which?",
+        "choices": {"text": ["iron", "wood", "glass"], "label": ["A", "B", "C"]},
+        "answerKey": "B",
+        "answer": "",
+        "domain": "Chemistry",
+        "prompt": {"default": "Give the letter."},
+    }
+    name, problem = read_one(row)
+    assert (name, problem.prompt, problem.answer, problem.domain) == (
+        "options",
+        PROMPT,
+        "B",
+        "Chemistry",
+    )
+
+
 def test_labels_go_before_texts_and_texts_before_numbers() -> None:
     swapped = {"question": "Which?", "choices": ["B", "A"], "answer": "A"}
     assert read_one(swapped)[1].answer == "A"
