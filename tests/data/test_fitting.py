@@ -28,7 +28,7 @@ def load(folder: Path, **options: Any) -> Problems:
     rows = [{"id": f"p:{i}", "prompt": "answer " * n} for i, n in enumerate(WORDS, start=1)]
     path = folder / "rows.jsonl"
     path.write_text("".join(json.dumps(row | {"answer": "1"}) + "\n" for row in rows))
-    given = {"verifier": "number", "answer_instruction": "off"} | options
+    given: dict[str, Any] = {"verifier": "number", "answer_instruction": "off"} | options
     return load_problems(str(path), data=DataConfig(**given))
 
 
@@ -60,12 +60,13 @@ def test_problems_are_left_out(tmp_path: Path, chat: ChatFormat) -> None:
     assert fitting(problems, chat=chat, skip=True, context_length=1000) == (problems, [])
     left, _ = fitting(problems.select([1, 2]), chat=chat, skip=True, max_prompt_tokens=30)
     assert ids(left) == "p:3"
-    with pytest.raises(UserError, match="more than sample.max_prompt_tokens = 30"):
+    with pytest.raises(UserError, match=r"more than sample\.max_prompt_tokens = 30"):
         fitting(problems, chat=chat, skip=False, max_prompt_tokens=30)
 
 
 def test_no_prompt_fits(tmp_path: Path, chat: ChatFormat) -> None:
-    with pytest.raises(UserError, match="5 of 5 prompts are too long. Choose a model with") as found:
+    words = r"5 of 5 prompts are too long\. Choose a model with"
+    with pytest.raises(UserError, match=words) as found:
         fitting(load(tmp_path), chat=chat, skip=True, context_length=3)
     assert "bad_rows" not in str(found.value)
 
