@@ -13,6 +13,7 @@ from pathlib import Path
 TEMPORARY = ".tmp-"
 STEP_NAME = re.compile(r"step_(\d{6,})")  # of the folder of a checkpoint
 STATE_JSON = "trainer_state.json"  # in it; written last
+RUN_CONFIG = "config.toml"  # every option of a run, in its folder
 
 
 def write_atomic(path: Path, data: bytes) -> Path:

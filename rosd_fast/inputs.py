@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +12,10 @@ from rosd_fast.config import Config
 from rosd_fast.config.chat import make_chats, read_templates
 from rosd_fast.config.load import is_built_in
 from rosd_fast.data.collection import Problems
-from rosd_fast.data.datasets import load_datasets
+from rosd_fast.data.datasets import Datasets, load_datasets
+from rosd_fast.data.fitting import check_prompts, fitting
 from rosd_fast.data.sources import absolute_sources
+from rosd_fast.data.splits import TRAIN
 from rosd_fast.data.stream import ProblemStream
 from rosd_fast.engines.factory import check_engine
 from rosd_fast.machine import check_memory
@@ -22,7 +24,6 @@ from rosd_fast.model.adapters import choose_trainable
 from rosd_fast.model.load import LoadedModel, full_model_device, generation_eos, load_model
 from rosd_fast.model.run_folder import run_model
 from rosd_fast.model.skeleton import build_skeleton, load_skeleton
-from rosd_fast.rollout.sample import check_prompts
 from rosd_fast.text.chat import Chats
 from rosd_fast.text.token_bytes import TokenBytes
 from rosd_fast.text.traps import find_traps
@@ -36,9 +37,6 @@ from rosd_fast.trainer.separate_teacher import (
 from rosd_fast.types import Problem
 from rosd_fast.utils.distributed import launched, pick_device
 from rosd_fast.verify.user_file import absolute_verifier
-
-MAX_RENDERED = 2000
-"""Prompts of a large data set that are rendered before a run; others are when they are drawn."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -98,13 +96,7 @@ def load_inputs(config: Config, *, weights: bool = True) -> Inputs:
     check_adamw(config.optim, several_ranks=launched())
     parse_scales(config.optim.lr_scale)
     data = load_datasets(config.data, verify=config.verify, first=config.eval.problems)
-    stream = ProblemStream(
-        data.train,
-        batch_size=config.sample.problems_per_step,
-        seed=config.seed,
-        shuffle=config.data.shuffle,
-    )
-    config = with_resolved_epochs(config, stream)
+    make_stream(config, data.train)
     vocabulary = compare_tokenizers(config)
     if weights:
         check_machine(config, needs_teacher=method_type.weights(config)[0] > 0)
@@ -123,11 +115,10 @@ def load_inputs(config: Config, *, weights: bool = True) -> Inputs:
         "max_prompt_tokens": config.sample.max_prompt_tokens,
         "context_length": model.context_length,
     }
+    data = with_fitting_prompts(data, chats, skip=config.data.bad_rows == "skip", **limits)
     known = data.train.checked
-    rare = 1 if data.train.is_checked else max(1, len(known) // MAX_RENDERED)
-    check_prompts(known[::rare], chat=chats.student, **limits)
-    for split in data.dev.values():
-        check_prompts(split, chat=chats.eval, **limits)
+    stream = make_stream(config, data.train)
+    config = with_resolved_epochs(config, stream)
     token_bytes = TokenBytes(model.tokenizer)
     method = method_type(config, model, token_bytes, chats)
     method.check_problems(known)
@@ -156,6 +147,27 @@ def load_inputs(config: Config, *, weights: bool = True) -> Inputs:
         token_bytes=token_bytes,
         method=method,
     )
+
+
+def make_stream(config: Config, problems: Problems) -> ProblemStream:
+    """The problems of each step. Raises UserError if they do not fill one."""
+    return ProblemStream(
+        problems,
+        batch_size=config.sample.problems_per_step,
+        seed=config.seed,
+        shuffle=config.data.shuffle,
+    )
+
+
+def with_fitting_prompts(data: Datasets, chats: Chats, *, skip: bool, **limits: int) -> Datasets:
+    """The data without problems whose prompts are too long, and lines on these. See `fitting`."""
+    train, lines = fitting(data.train, chat=chats.student, skip=skip, **limits)
+    shared = [*data.shared, *(f"{TRAIN}: {line}" for line in lines)]
+    dev = {}
+    for name, problems in data.dev.items():
+        dev[name], lines = fitting(problems, chat=chats.eval, skip=skip, **limits)
+        shared += [f"{name}: {line}" for line in lines]
+    return replace(data, train=train, dev=dev, shared=shared)
 
 
 def separate_device(config: Config, *, needs_engine: bool) -> torch.device:

@@ -24,7 +24,7 @@ from rosd_fast.engines.lifecycle import Engines, open_engines
 from rosd_fast.engines.sglang.teacher import SglangTeacher
 from rosd_fast.engines.weight_check import allowed_gap, check_teacher_server
 from rosd_fast.errors import UserError
-from rosd_fast.files import write_atomic
+from rosd_fast.files import RUN_CONFIG, write_atomic
 from rosd_fast.inputs import Inputs, load_inputs
 from rosd_fast.model.adapter_files import adapter_weights
 from rosd_fast.model.blocks import describe
@@ -57,7 +57,6 @@ if TYPE_CHECKING:
     from rosd_fast.trainer.learner import StepResult
     from rosd_fast.types import TrainSample
 
-CONFIG_FILE = "config.toml"
 WEIGHT_CHECK_TOKENS = 64
 
 
@@ -269,7 +268,7 @@ def opened(config: Config, resume: Path | None, world: World, lock: RunLock) -> 
         else:
             folder, first_step = resume, restore(resume, inputs, learners)
             changed = schedule_change(folder, config, learners.learner.optimizer.num_updates)
-            write_atomic(folder / CONFIG_FILE, to_toml(config).encode())  # steps may have changed
+            write_atomic(folder / RUN_CONFIG, to_toml(config).encode())  # steps may have changed
         log = MetricsLog(folder / FILE_NAME)
         log.truncate_after(first_step - 1)
         evaluated = bool(read_evaluation(folder, first_step - 1))
@@ -346,7 +345,7 @@ def make_folder(config: Config, model: LoadedModel) -> Path:
     try:
         folder.mkdir(parents=True)
         write_atomic(
-            folder / CONFIG_FILE, to_toml(config.model_copy(update={"name": name})).encode()
+            folder / RUN_CONFIG, to_toml(config.model_copy(update={"name": name})).encode()
         )
     except FileExistsError:
         raise UserError(
@@ -420,7 +419,7 @@ def schedule_change(folder: Path, config: Config, updates: int) -> str | None:
 
     folder: the run folder, whose config.toml has the old number. updates: number of updates so far.
     """
-    before = apply_toml(Config(), folder / CONFIG_FILE, accept_old_names=True)
+    before = apply_toml(Config(), folder / RUN_CONFIG, accept_old_names=True)
     return describe_change(updates, num_updates(before), num_updates(config), config.optim)
 
 

@@ -33,6 +33,19 @@ class StreamingEngine(LocalEngine):
         self.fail_at = ""
         self.asked: Callable[[list[str]], None] = lambda diary: None
 
+    async def generate(
+        self,
+        requests: Sequence[GenerationRequest],
+        *,
+        on_tokens: Callable[[int], None] | None = None,
+    ) -> list[Generation]:
+        for request in requests:
+            self.diary.append(request.id)
+            self.asked(self.diary)
+            if self.fail_at and self.fail_at in request.id:
+                raise UserError("is not wanted", where=request.id)
+        return await super().generate(requests, on_tokens=on_tokens)
+
     async def stream(
         self,
         requests: Sequence[GenerationRequest],
@@ -40,12 +53,7 @@ class StreamingEngine(LocalEngine):
         on_tokens: Callable[[int], None] | None = None,
     ) -> AsyncIterator[list[Generation]]:
         for request in reversed(requests):
-            self.diary.append(request.id)
-            self.asked(self.diary)
-            if self.fail_at and self.fail_at in request.id:
-                raise UserError("is not wanted", where=request.id)
-            async for generations in super().stream([request], on_tokens=on_tokens):
-                yield generations
+            yield await self.generate([request], on_tokens=on_tokens)
             await asyncio.sleep(0)  # lets reflections be asked for
 
 

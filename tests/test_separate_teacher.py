@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -93,14 +94,15 @@ def test_rollouts_with_tokens_that_the_teacher_lacks_are_left_out(
     """A random student samples its rows of padding, too."""
     student = save_teacher(tmp_path / "student", rows=16)
     teacher = save_teacher(tmp_path / "teacher", hidden_size=32)
-    generate, vocab_size = LocalEngine.generate, LlamaConfig.from_pretrained(teacher).vocab_size
+    stream, vocab_size = LocalEngine.stream, LlamaConfig.from_pretrained(teacher).vocab_size
     sampled: list[Generation] = []
 
-    async def recording(self: LocalEngine, *args: Any, **kwargs: Any) -> list[Generation]:
-        sampled.extend(await generate(self, *args, **kwargs))
-        return sampled
+    async def recording(self: LocalEngine, *args: Any, **kwargs: Any) -> AsyncIterator[Any]:
+        async for generations in stream(self, *args, **kwargs):
+            sampled.extend(generations)
+            yield generations
 
-    monkeypatch.setattr(LocalEngine, "generate", recording)
+    monkeypatch.setattr(LocalEngine, "stream", recording)
     changes = {"model": student, "teacher.model": teacher, "sample.max_new_tokens": 8}
     run = train(options(tmp_path, **changes))
     unknown = sum(max(generation.completion_ids) >= vocab_size for generation in sampled)

@@ -267,7 +267,9 @@ def test_without_any_right_rollout_a_step_ends_well(
     data = tmp_path / "data.jsonl"
     rows = [{"prompt": f"Say {i}.", "answer": "-12345", "verifier": "number"} for i in range(4)]
     data.write_text("\n".join(map(json.dumps, rows)))
-    config = small(tmp_path, data__train=str(data), data__dev=None, data__dev_ood=None)
+    # The model was trained on prompts without an answer instruction, and answers only those.
+    options = {"data__answer_instruction": "off", "data__dev": None, "data__dev_ood": None}
+    config = small(tmp_path, data__train=str(data), **options)
     run = train(config.model_copy(update={"steps": 1}))
     output = capsys.readouterr().out
     assert "nothing to train on" in output and "nothing to learn from" not in output

@@ -176,12 +176,18 @@ def show_prompts(
 
     from rich.text import Text
 
+    from rosd_fast.config.chat import make_chats, read_templates
     from rosd_fast.dry_run import print_notes, print_prompts, render_prompts
     from rosd_fast.inputs import load_inputs
+    from rosd_fast.model.skeleton import load_skeleton
     from rosd_fast.text.printable import printable
 
+    model = load_skeleton(
+        config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code
+    )
+    chats = make_chats(read_templates(config.chat), model.tokenizer)
+    print_token_lengths(console, problems, summary, chats.student)
     inputs = load_inputs(config, weights=False)
-    print_token_lengths(console, problems, summary, inputs.chats.student)
     for problem in inputs.problems[:count]:
         console.rule(Text(printable(problem.id, keep="")))
         prompts = asyncio.run(render_prompts(inputs, problem))

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from rosd_fast.config import (
     ChatConfig,
     Config,
+    DataConfig,
     Device,
     Dtype,
     EngineConfig,
@@ -197,21 +198,23 @@ def named_model(options: Options, name: str) -> EvaluatedModel:
 
 def plan(options: Options, given: Mapping[str, Any], model: EvaluatedModel) -> Evaluation:
     """The evaluation that the options ask for; says what the data sets were read as."""
-    from rosd_fast.evaluation.data import load_data_sets
+    from rosd_fast.evaluation.data import fitting_data_sets, load_data_sets
     from rosd_fast.evaluation.evaluation import Evaluation
     from rosd_fast.evaluation.provenance import seen_by_run
     from rosd_fast.evaluation.records import Sampling
 
     problems, notes = load_data_sets(options.data, options.verify, first=options.problems)
     assert options.data.source is not None
-    for line in (*notes, *seen_by_run(model, options.data.source)):
+    config = run_config(options, given, model)
+    problems, left_out = fitting_data_sets(problems, config)
+    for line in (*notes, *left_out, *seen_by_run(model, options.data.source)):
         print(line)
     return Evaluation(
         model=model,
         source=options.data.source,
         problems=problems,
         sampling=Sampling(**options.model_dump(include=set(Sampling.__dataclass_fields__))),
-        config=run_config(options, given, model),
+        config=config,
     )
 
 
@@ -228,6 +231,7 @@ def run_config(options: Options, given: Mapping[str, Any], model: EvaluatedModel
         device=options.device,
         trust_remote_code=options.trust_remote_code,
         chat=chat,
+        data=DataConfig(bad_rows=options.data.bad_rows),
         verify=options.verify,
         engine=EngineConfig(**options.engine.model_dump()),
     )

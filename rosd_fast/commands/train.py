@@ -14,6 +14,7 @@ from rosd_fast.config.arguments import as_flag, options_of
 from rosd_fast.config.load import apply_args, apply_toml, load_config, load_preset
 from rosd_fast.config.toml import is_dump
 from rosd_fast.errors import UserError
+from rosd_fast.files import RUN_CONFIG
 
 POSITIONAL: tuple[str, ...] = ()
 SOURCES = ("preset", "config", "like", "resume")
@@ -84,7 +85,7 @@ def run_file(run: str) -> Path:
     folder = Path(run).expanduser()
     if not folder.is_dir():
         raise UserError("there is no such run folder", where=run)
-    file = folder / "config.toml"
+    file = folder / RUN_CONFIG
     if not file.is_file():
         raise UserError(
             "the folder holds no config.toml, so it is not a run",

@@ -67,7 +67,7 @@ class DataConfig(Section):
     bad_rows: Literal["error", "skip"] = "error"
     """What happens to a row that is not a problem.
     error: the run ends before it starts, and names the row.
-    skip: it is left out, and counted."""
+    skip: it is left out, and counted; so is a problem whose prompt is too long."""
     check_rows: NonNegativeInt = 20_000
     """Number of rows of a data set that are checked before the run starts, spread evenly. The
     others are checked when their step comes, and left out if they are bad. 0: all."""

@@ -166,6 +166,11 @@ class Problems(Sequence[Problem]):
         left = rows[np.isin(rows, np.asarray(self.rows), assume_unique=True)]
         return self.with_rows(left, self.check)
 
+    def without(self, rows: np.ndarray) -> Problems:
+        """The problems whose row is not among `rows`."""
+        own = np.asarray(self.rows)
+        return self.with_rows(own[~np.isin(own, rows)], self.check)
+
     def with_rows(
         self, rows: Sequence[int] | np.ndarray, check: Checked, parts: Sequence[Part] | None = None
     ) -> Problems:

@@ -17,15 +17,9 @@ from rosd_fast.config import Config
 from rosd_fast.config.load import apply_toml
 from rosd_fast.errors import UserError
 from rosd_fast.evaluation.settings import model_hash
+from rosd_fast.files import RUN_CONFIG
 from rosd_fast.model.load import explain, find, short_name
-from rosd_fast.trainer.checkpoint import (
-    DamagedCheckpoint,
-    best_checkpoint,
-    checkpoints,
-    read_state,
-)
-
-RUN_CONFIG = "config.toml"
+from rosd_fast.model.run_folder import is_run, run_model
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,10 +55,8 @@ def find_model(name: str, *, weights: bool = True) -> EvaluatedModel:
 
     weights: whether it must have weights, and not only a tokenizer.
     """
-    folder = Path(name).expanduser()
-    if is_run(folder):
-        checkpoint, why = choose_checkpoint(folder)
-        return _of_folder(str(checkpoint), note=f"{name}: {why}, {checkpoint.name}")
+    if (found := run_model(name)) is not None:
+        return _of_folder(str(found.folder), note=found.describe())
     source = find(name, weights=weights)
     if isinstance(source, Path):
         return _of_folder(name, folder=source)
@@ -74,35 +66,6 @@ def find_model(name: str, *, weights: bool = True) -> EvaluatedModel:
         raise explain(error, source, "model") from error
     identity = {"name": source, "commit": commit}
     return EvaluatedModel(source=source, name=short_name(source), note="", identity=identity)
-
-
-def is_run(folder: Path) -> bool:
-    """Whether a folder is that of a run and not a model."""
-    return (folder / RUN_CONFIG).is_file() and not (folder / "config.json").is_file()
-
-
-def choose_checkpoint(run: Path) -> tuple[Path, str]:
-    """(the checkpoint of a run to evaluate, why it): the best by dev accuracy, else the last.
-
-    Damaged ones do not count. Raises UserError when none is left.
-    """
-    intact = {}
-    for path in checkpoints(run):
-        try:
-            intact[path] = read_state(path)
-        except DamagedCheckpoint:
-            continue
-    if not intact:
-        raise UserError(
-            "the run has no whole checkpoint",
-            where=str(run),
-            fix="Wait for its first one, or name the model that it began with",
-        )
-    best = best_checkpoint(intact)
-    if best is None:
-        return list(intact)[-1], "its last checkpoint, as none has a dev accuracy"
-    accuracy = intact[best]["dev_accuracy"]
-    return best, f"its best checkpoint by dev accuracy ({accuracy:.1%})"
 
 
 def _of_folder(name: str, *, folder: Path | None = None, note: str = "") -> EvaluatedModel:

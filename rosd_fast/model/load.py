@@ -27,6 +27,7 @@ from rosd_fast.config import EngineConfig
 from rosd_fast.config.load import preset_model, preset_names
 from rosd_fast.config.suggest import nearest
 from rosd_fast.errors import UserError
+from rosd_fast.files import RUN_CONFIG
 from rosd_fast.model.adapters import has_adapters
 from rosd_fast.model.attention import check_packing, num_embeddings, use_exact_attention
 from rosd_fast.model.head import head
@@ -128,6 +129,7 @@ def find(model: str, *, weights: bool = True) -> Path | str:
         folder = Path(model).expanduser()
         if not folder.exists() and HUB_ID.fullmatch(model) and not model.startswith("."):
             check_spelling(model)
+            check_run(folder)
             return model
     if not folder.is_dir():
         what = (
@@ -167,6 +169,18 @@ def check_spelling(hub_id: str) -> None:
             "there is no such model",
             where=hub_id,
             fix=f"Did you mean {near}?" if near != hub_id else f"Give {known[near]}",
+        )
+
+
+def check_run(folder: Path) -> None:
+    """Raise UserError for a path that does not exist, beside the folders of runs."""
+    runs = [path.parent.name for path in folder.parent.glob(f"*/{RUN_CONFIG}")]
+    if len(folder.parts) > 1 and runs:
+        near = nearest(folder.name, runs)
+        raise UserError(
+            "there is no such run",
+            where=str(folder),
+            fix=f"Did you mean {near}?" if near else f"Runs there: {', '.join(sorted(runs)[-3:])}",
         )
 
 

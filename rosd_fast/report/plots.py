@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from rosd_fast.files import write_atomic
+from rosd_fast.files import RUN_CONFIG, write_atomic
 from rosd_fast.report import diagnostic_panels, panels, policy_panels
 from rosd_fast.report.colours import MUTED
 from rosd_fast.report.metrics import FILE_NAME, read_metrics
@@ -154,7 +154,7 @@ def png(figure: Figure) -> bytes:
 def _eval_samples(run: Path) -> int | None:
     """Return the k of mean@k from config.toml, or None if the file does not say."""
     try:
-        config: dict[str, Any] = tomllib.loads((run / "config.toml").read_text(encoding="utf-8"))
+        config: dict[str, Any] = tomllib.loads((run / RUN_CONFIG).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     section = config.get("eval")

@@ -14,7 +14,7 @@ from rich.text import Text
 from rosd_fast.config import Config, control_arms
 from rosd_fast.config.load import apply_toml
 from rosd_fast.errors import UserError
-from rosd_fast.files import STATE_JSON, STEP_NAME
+from rosd_fast.files import RUN_CONFIG, STATE_JSON, STEP_NAME
 from rosd_fast.report.metrics import FILE_NAME, read_metrics
 from rosd_fast.report.series import domains, series
 from rosd_fast.report.warnings import warnings
@@ -126,7 +126,7 @@ def summarize(run: str | Path, console: Console | None = None) -> None:
     console = console or Console()
     rows = read_metrics(run / FILE_NAME)
     console.print(before_after_table(rows))
-    if arms := _control_arms(run / "config.toml"):
+    if arms := _control_arms(run / RUN_CONFIG):
         console.print(Text(f"control arm: {', '.join(arms)}"))
     listing = Table.grid(padding=(0, 2))
     for label, text in losses(rows):
@@ -167,7 +167,7 @@ def _outputs(run: Path) -> list[tuple[str, Path]]:
         key=lambda path: int(path.name.removeprefix("step_")),
     )
     found = [
-        ("config", run / "config.toml"),
+        ("config", run / RUN_CONFIG),
         ("metrics", run / FILE_NAME),
         ("plots", run / "plots"),
         ("rollouts", run / "rollouts"),

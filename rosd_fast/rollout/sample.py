@@ -73,32 +73,6 @@ async def stream_groups(
         yield collect_groups([problem], [request], generations, chat=chat)[0]
 
 
-def check_prompts(
-    problems: Sequence[Problem],
-    *,
-    chat: ChatFormat,
-    max_prompt_tokens: int,
-    context_length: int | None = None,
-) -> None:
-    """Raise UserError, naming the problem, unless every prompt fits budget and context, and the
-    chat template shows the turns before it.
-
-    context_length: tokens a sequence may have, of which the answer needs at least one; None: no
-    limit.
-    """
-    for roles in {tuple(turn.role for turn in problem.context) for problem in problems} - {()}:
-        chat.check_roles(roles)
-    for problem in problems:
-        num_tokens = len(problem_prompt(problem, chat, max_prompt_tokens))
-        if context_length is not None and num_tokens >= context_length:
-            raise UserError(
-                f"its prompt has {num_tokens} tokens and the model's context {context_length}, "
-                "which leaves no room for an answer",
-                where=f"problem {problem.id}",
-                fix="Shorten the problem, or choose a model with a longer context",
-            )
-
-
 def sampling_params(config: SampleConfig, stop_token_ids: Sequence[int]) -> SamplingParams:
     """Return how rollouts are sampled, as the options say."""
     return SamplingParams(

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 import transformers
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import (
@@ -48,20 +48,21 @@ from rosd_fast.files import (
     remove_leftovers,
     write_atomic,
 )
-from rosd_fast.model.run_folder import best_checkpoint, checkpoints
+from rosd_fast.model.run_folder import (
+    FORMAT,
+    DamagedCheckpoint,
+    best_checkpoint,
+    checkpoints,
+    read_state,
+)
 from rosd_fast.trainer.learner import Learner
 from rosd_fast.trainer.snapshot import Snapshot
 from rosd_fast.utils.distributed import SINGLE_PROCESS, World
 
-FORMAT = 2  # of trainer_state.json
 STATE_FOLDER = "state"
 DAMAGED = "damaged_"  # prefix of the name of a damaged checkpoint
 
 logger = logging.getLogger(__name__)
-
-
-class DamagedCheckpoint(Exception):
-    """A checkpoint has a file that is missing, truncated or unreadable; the text names it."""
 
 
 def write_checkpoint(run: Path, snapshot: Snapshot, world: World = SINGLE_PROCESS) -> Path:
@@ -244,37 +245,6 @@ def load_checkpoint(path: Path, learner: Learner) -> int:
         ) from error
     learner.gather_weights()
     return about["step"]
-
-
-def read_state(path: Path) -> dict:
-    """The content of trainer_state.json. Raises DamagedCheckpoint unless every file is intact."""
-    try:
-        state = json.loads((path / STATE_JSON).read_text())
-        files, step = dict(state["files"]), int(state["step"])
-    except FileNotFoundError:
-        raise DamagedCheckpoint(f"{STATE_JSON} is missing") from None
-    except (OSError, ValueError, KeyError, TypeError):
-        raise DamagedCheckpoint(f"{STATE_JSON} cannot be read") from None
-    if state.get("format") != FORMAT:
-        raise DamagedCheckpoint(f"its format is {state.get('format')}, this version reads {FORMAT}")
-    for name, size in files.items():
-        file = path / name
-        if not file.is_file():
-            raise DamagedCheckpoint(f"{name} is missing")
-        if file.stat().st_size != size:
-            raise DamagedCheckpoint(f"{name} has {file.stat().st_size} bytes of {size}")
-        if file.suffix == ".safetensors":
-            check_tensors(file)
-    return state | {"step": step}
-
-
-def check_tensors(file: Path) -> None:
-    """Raise DamagedCheckpoint unless the header parses and agrees with the file's length."""
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            tensors.keys()
-    except (SafetensorError, OSError) as error:
-        raise DamagedCheckpoint(f"{file.name} is not a valid safetensors file ({error})") from None
 
 
 def prune(

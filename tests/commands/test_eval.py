@@ -182,7 +182,7 @@ def test_greedy_is_one_sample(evaluate: Run, tmp_path: Path) -> None:
 def test_two_models_are_compared_on_the_same_draws(evaluate: Run, tmp_path: Path) -> None:
     run = make_run(tmp_path / "runs" / "mine", {3: 0.5})
     out = evaluate(str(run), *SMALL, "--against", "quickstart")
-    assert f"{run}: its best checkpoint by dev accuracy (50.0%), step_000003" in out
+    assert f"{run}: its best checkpoint, of step 3 (dev 50.0%)" in out
     assert "mine-step_000003 minus quickstart" in out
     folders = sorted(path.name.rsplit("-", 1)[0] for path in (tmp_path / "evals").iterdir())
     assert folders == ["mine-step_000003-test", "quickstart-test"]

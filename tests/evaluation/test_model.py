@@ -38,7 +38,7 @@ def test_a_run_means_its_best_checkpoint(tmp_path: Path) -> None:
     model = find_model(str(run))
     assert model.source == str(run / "checkpoints" / "step_000004")
     assert model.name == "mine-step_000004"
-    assert model.note == f"{run}: its best checkpoint by dev accuracy (75.0%), step_000004"
+    assert model.note == f"{run}: its best checkpoint, of step 4 (dev 75.0%)"
     assert model.run == run
     named = find_model(model.source)  # the same model by its own name
     assert (named.identity, named.run, named.note) == (model.identity, run, "")
@@ -48,7 +48,7 @@ def test_a_run_without_a_dev_accuracy_means_its_last_whole_checkpoint(tmp_path: 
     run = make_run(tmp_path / "mine", {2: None, 4: None, 6: None})
     (run / "checkpoints" / "step_000006" / "model.safetensors").unlink()
     model = find_model(str(run))
-    assert model.note == f"{run}: its last checkpoint, as none has a dev accuracy, step_000004"
+    assert model.note == f"{run}: its last checkpoint, of step 4, as none is evaluated"
 
 
 def test_a_run_without_checkpoints_is_refused(tmp_path: Path) -> None:

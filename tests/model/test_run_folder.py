@@ -10,7 +10,7 @@ import pytest
 from rosd_fast.errors import UserError
 from rosd_fast.inputs import absolute_model
 from rosd_fast.model.load import find
-from rosd_fast.model.run_folder import run_model
+from rosd_fast.model.run_folder import FORMAT, run_model
 
 
 def write_run(folder: Path, accuracies: list[float | None]) -> Path:
@@ -20,7 +20,13 @@ def write_run(folder: Path, accuracies: list[float | None]) -> Path:
         checkpoint.mkdir(parents=True)
         (checkpoint / "config.json").write_text("{}")
         (checkpoint / "model.safetensors").touch()
-        state = {"step": 10 * number, "dev_accuracy": accuracy}
+        files = {"config.json": 2}
+        state = {
+            "format": FORMAT,
+            "step": 10 * number,
+            "dev_accuracy": accuracy,
+            "files": files,
+        }
         (checkpoint / "trainer_state.json").write_text(json.dumps(state))
     return folder
 
@@ -29,7 +35,7 @@ def write_run(folder: Path, accuracies: list[float | None]) -> Path:
     ("accuracies", "step", "says"),
     [
         ([0.25, 0.5, 0.5, 0.375], 20, "its best checkpoint, of step 20 (dev 50.0%)"),
-        ([None, None], 20, "its last checkpoint, of step 20"),
+        ([None, None], 20, "its last checkpoint, of step 20, as none is evaluated"),
         ([0.0, None], 10, "its best checkpoint, of step 10 (dev 0.0%)"),
     ],
 )
@@ -44,8 +50,9 @@ def test_the_best_checkpoint_else_the_last(
     assert absolute_model(str(run)) == str(folder)
 
 
-def test_a_checkpoint_that_cannot_be_read_is_not_chosen(tmp_path: Path) -> None:
-    run = write_run(tmp_path / "run", [None, None, None])
+def test_a_damaged_checkpoint_is_not_chosen(tmp_path: Path) -> None:
+    run = write_run(tmp_path / "run", [None, None, None, 0.5])
+    (run / "checkpoints" / "step_000040" / "config.json").write_text("{}{}")
     (run / "checkpoints" / "step_000030" / "trainer_state.json").unlink()
     (run / "checkpoints" / "step_000020" / "trainer_state.json").write_text("{")
     found = run_model(str(run))
@@ -53,6 +60,25 @@ def test_a_checkpoint_that_cannot_be_read_is_not_chosen(tmp_path: Path) -> None:
     (run / "checkpoints" / "step_000010" / "trainer_state.json").unlink()
     with pytest.raises(UserError, match="the run has no whole checkpoint"):
         find(str(run))
+
+
+def test_a_run_that_has_just_begun_has_no_checkpoint(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").touch()
+    with pytest.raises(UserError, match="the run has no whole checkpoint"):
+        find(str(tmp_path))
+
+
+def test_a_name_beside_runs_is_not_looked_for_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "config.toml").touch()
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"runs/mne: there is no such run. Did you mean mine\?"):
+        find("runs/mne")
+    with pytest.raises(UserError, match="Runs there: mine"):
+        find("runs/qwertz")
+    assert find("owner/mne") == "owner/mne"
 
 
 def test_a_model_folder_is_no_run(tmp_path: Path) -> None:

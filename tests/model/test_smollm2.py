@@ -11,7 +11,7 @@ from rosd_fast.config.load import apply_args, load_preset
 from rosd_fast.report.metrics import read_metrics
 from rosd_fast.train import train
 
-SCIENCE = Path(__file__).parents[2] / "shared" / "data" / "sciknoweval-biology" / "train.json"
+SCIENCE = Path(__file__).parents[3] / "shared" / "data" / "sciknoweval-biology" / "train.json"
 EASY = {
     "What is the capital of France?": "Paris",
     "Which animal barks, a cat or a dog?": "dog",

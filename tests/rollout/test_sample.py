@@ -10,7 +10,7 @@ import pytest
 
 from rosd_fast.engines.local.engine import LocalEngine
 from rosd_fast.errors import UserError
-from rosd_fast.rollout.sample import check_prompts, collect_groups, sample_groups
+from rosd_fast.rollout.sample import collect_groups, sample_groups
 from rosd_fast.text.chat import chat_format
 from rosd_fast.types import Generation, GenerationRequest, Group, Problem, SamplingParams
 
@@ -106,12 +106,3 @@ def test_a_prompt_over_budget_names_its_problem(engine: LocalEngine, tokenizer: 
     words = r"problem sums:9: its prompt has \d+ tokens, more than sample.max_prompt_tokens = 100"
     with pytest.raises(UserError, match=words):
         sample(engine, tokenizer, problems)
-    with pytest.raises(UserError, match=words):
-        check_prompts(problems, chat=chat_format(tokenizer), max_prompt_tokens=100)
-    chat = chat_format(tokenizer)
-    check_prompts(PROBLEMS, chat=chat, max_prompt_tokens=100, context_length=101)
-    longest = max(len(chat.render(p.prompt)) for p in PROBLEMS)
-    options = {"chat": chat, "max_prompt_tokens": 100}
-    check_prompts(PROBLEMS, context_length=longest + 1, **options)
-    with pytest.raises(UserError, match=r"problem sums:2: .* context \d+, which leaves no room"):
-        check_prompts(PROBLEMS, context_length=longest, **options)

@@ -38,13 +38,6 @@ register_shape(
     matches=maths.is_solved,
 )
 register_shape(
-    "aime",
-    maths.read_math,
-    says="AIME: whole numbers from 0 to 999",
-    matches=maths.is_aime,
-    needs_all=True,
-)
-register_shape(
     "messages",
     chat.read_messages,
     says="conversations: the last user turn is the problem",
@@ -55,6 +48,13 @@ register_shape(
     maths.read_math,
     says=r"MATH: answer in the solution's last \boxed{}",
     matches=maths.is_math,
+)
+register_shape(
+    "aime",
+    maths.read_math,
+    says="AIME: whole numbers from 0 to 999",
+    matches=maths.is_aime,
+    needs_all=True,
 )
 register_shape("gsm8k", maths.read_gsm8k, says="GSM8K: answer after ####", matches=maths.is_gsm8k)
 register_shape(

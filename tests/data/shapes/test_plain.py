@@ -13,7 +13,7 @@ from tests.data.shapes.reading import error_of, read_all, read_one
 
 ROW: dict[str, Any] = {"prompt": "2 + 2 = ?", "answer": "4", "verifier": "number"}
 CALL = {"Action": "getFacts", "Action_Input": '{"limit": 3}'}
-SHARED = Path("/work/shared/data")
+SHARED = Path(__file__).parents[4] / "shared" / "data"
 
 
 def test_a_full_row() -> None:
