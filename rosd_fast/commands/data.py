@@ -29,6 +29,7 @@ POSITIONAL = ("data.source",)
 ALIASES = {"source": "data.source", "data": "data.source", "verifier": "data.verifier"}
 RUN_OPTIONS = ("method", "model", "trust_remote_code")  # that a run has under the same name
 BAD_ROWS = 1  # exit code of a data set that has some
+NO_BUDGET = "1000000"  # tokens of a prompt
 MAX_TOKENIZED = 20_000  # prompts whose tokens are counted
 
 
@@ -207,6 +208,8 @@ def run_config(given: Mapping[str, Any], options: Options) -> Config:
     own |= {f"data.{name}": value for name, value in data.model_dump().items() if name != "columns"}
     own |= {name: given[name] for name in given if name.startswith("data.columns.")}
     own["sample.problems_per_step"] = "1"  # a data set may have fewer than a step needs
+    if not options.preset and options.config is None:  # no run whose budgets they could exceed
+        own |= {f"{name}.max_prompt_tokens": NO_BUDGET for name in ("sample", "reflect", "teacher")}
     return load_config(own, presets=options.preset, file=options.config)
 
 

@@ -52,8 +52,8 @@ def check_prompts(
     max_prompt_tokens: int | None = None,
     context_length: int | None = None,
 ) -> None:
-    """Raise UserError, naming the problem with the longest prompt, unless every prompt fits budget
-    and context, and the chat template shows the turns before it. The limits: see `too_long`."""
+    """Raise UserError unless every prompt fits budget and context, and the chat template shows the
+    turns before it. The limits and the error: see `too_long`."""
     _, fault = too_long(
         problems, chat=chat, max_prompt_tokens=max_prompt_tokens, context_length=context_length
     )
@@ -68,7 +68,9 @@ def too_long(
     max_prompt_tokens: int | None,
     context_length: int | None,
 ) -> tuple[list[int], UserError | None]:
-    """(indices of the prompts that do not fit budget and context, the error for the longest).
+    """(indices of the prompts that do not fit budget and context, the error for them).
+
+    The error names the longest prompt, or where none fits the shortest: that says what would help.
 
     max_prompt_tokens: None: the context is the only limit.
     context_length: tokens a sequence may have, of which the answer needs at least one; None: no
@@ -86,19 +88,22 @@ def too_long(
     over = [index for index, length in enumerate(lengths) if length > longest]
     if not over:
         return [], None
-    worst = max(over, key=lengths.__getitem__)
-    length, ways = lengths[worst], []
+    some_fit = len(over) < len(problems)
+    named = (max if some_fit else min)(over, key=lengths.__getitem__)
+    length, ways = lengths[named], []
     if context_length is not None and length >= context_length:
         what = f"and the model's context has {context_length}, which leaves no room for an answer"
         ways.append("choose a model with a longer context")
     else:
         what = f"more than sample.max_prompt_tokens = {max_prompt_tokens}"
         ways.append("raise sample.max_prompt_tokens")
-    if len(over) < len(problems):
+    if some_fit:
         ways.append("leave such problems out with data.bad_rows=skip")
+        among = f"; {len(over):,} of {len(problems):,} prompts are too long"
+    else:
+        among = f"; it is the shortest of {len(problems):,}, and the longest has {max(lengths)}"
     return over, UserError(
-        f"its prompt has {length} tokens, {what}"
-        + (f"; {len(over):,} of {len(problems):,} prompts are too long" if len(over) > 1 else ""),
-        where=f"problem {problems[worst].id}",
+        f"its prompt has {length} tokens, {what}" + (among if len(over) > 1 else ""),
+        where=f"problem {problems[named].id}",
         fix=", or ".join(ways).capitalize(),
     )

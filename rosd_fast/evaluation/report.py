@@ -27,11 +27,12 @@ class Report:
     """The figures of a model, and with another model those of both and their differences.
 
     name, other: of the models. rows: by scope, in the order of tables. other_rows: of the scopes
-    in which both have all problems.
+    in which both have all problems. domains: the only domain of a data set, which has no row.
     """
 
     name: str
     rows: Mapping[Scope, Figures]
+    domains: Mapping[str, str]
     other: str | None = None
     other_rows: Mapping[Scope, Figures]
     differences: Mapping[Scope, Difference]
@@ -45,12 +46,12 @@ class Report:
         """What result.json says."""
         found: dict[str, Any] = {"model": self.name, "samples": self.samples}
         single = Scope() not in self.rows  # a data set is all there is
-        found |= _nested(self.rows, single=single)
+        found |= _nested(self.rows, self.domains, single=single)
         if self.other is not None:
             found["against"] = {
                 "model": self.other,
-                **_nested(self.other_rows, single=single),
-                "difference": _nested(self.differences, single=single),
+                **_nested(self.other_rows, self.domains, single=single),
+                "difference": _nested(self.differences, self.domains, single=single),
             }
         return found
 
@@ -71,7 +72,18 @@ def make_report(
             differences[scope] = found
             if found.num_problems == rows[scope].num_problems:
                 other_rows[scope] = figures(others)
-    return Report(name=name, rows=rows, other=other, other_rows=other_rows, differences=differences)
+    return Report(
+        name=name,
+        rows=rows,
+        domains={
+            c.split: c.domain
+            for c in completions
+            if Scope(split=c.split, domain=c.domain) not in rows
+        },
+        other=other,
+        other_rows=other_rows,
+        differences=differences,
+    )
 
 
 def write_report(report: Report, folder: Path) -> None:
@@ -192,8 +204,13 @@ def signed(estimate: Estimate) -> str:
     return f"{value:+.1f} [{low:+.1f}, {high:+.1f}]"
 
 
-def _nested(rows: Mapping[Scope, Any], *, single: bool) -> dict[str, Any]:
-    """{"total": figures, "data": {name: {"all": figures, "domains": {name: figures}}}}."""
+def _nested(
+    rows: Mapping[Scope, Any], domains: Mapping[str, str], *, single: bool
+) -> dict[str, Any]:
+    """{"total": figures, "data": {name: {"all": figures, "domains": {name: figures}}}}.
+
+    domains: see `Report`.
+    """
     data: dict[str, Any] = {}
     total = None
     for scope, row in rows.items():
@@ -204,6 +221,8 @@ def _nested(rows: Mapping[Scope, Any], *, single: bool) -> dict[str, Any]:
         else:
             own = data.setdefault(scope.split, {"all": None, "domains": {}})
             own["domains"][scope.domain] = asdict(row)
+    for name in data.keys() & domains.keys():
+        data[name]["domains"] = {domains[name]: data[name]["all"]}
     if single and data:
         total = next(iter(data.values()))["all"]
     return {"total": total, "data": data}

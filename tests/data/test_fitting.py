@@ -65,10 +65,16 @@ def test_problems_are_left_out(tmp_path: Path, chat: ChatFormat) -> None:
 
 
 def test_no_prompt_fits(tmp_path: Path, chat: ChatFormat) -> None:
-    words = r"5 of 5 prompts are too long\. Choose a model with"
+    problems = load(tmp_path)
+    lengths = [len(chat.render_problem(problem)) for problem in problems]
+    words = (
+        rf"problem p:1: .*shortest of 5, and the longest has {max(lengths)}\. Choose a model with"
+    )
     with pytest.raises(UserError, match=words) as found:
-        fitting(load(tmp_path), chat=chat, skip=True, context_length=3)
+        fitting(problems, chat=chat, skip=True, context_length=3)
     assert "bad_rows" not in str(found.value)
+    with pytest.raises(UserError, match=r"problem p:1: .* Raise sample\.max_prompt_tokens$"):
+        fitting(problems, chat=chat, skip=True, max_prompt_tokens=3, context_length=max(lengths))
 
 
 def test_a_part_of_a_large_data_set_is_looked_at(tmp_path: Path, chat: ChatFormat) -> None:

@@ -40,6 +40,7 @@ def test_the_json_has_every_figure(report: Report, tmp_path: Path) -> None:
     assert found["data"]["test"]["all"]["accuracy"]["value"] == 0.75
     assert found["data"]["test"]["domains"].keys() == {"dates|*", "sums"}
     assert found["data"]["hard"]["all"]["pass_at"].keys() == {"1", "2", "3", "4"}
+    assert found["data"]["hard"]["domains"] == {"sums": found["data"]["hard"]["all"]}
     against = found["against"]
     assert against["model"] == "old"
     assert against["difference"]["data"]["test"]["all"]["accuracy"]["value"] == 0.25

@@ -76,6 +76,9 @@ def test_aime() -> None:
     assert problem.verifier == "math" and problem.prompt == "Find m+n."
     name, problem = read_one({"problem": "Find m+n.", "answer": 0, "solution": "It is nothing."})
     assert (name, problem.answer, problem.reference) == ("aime", "0", "It is nothing.")
+    boxed = {"Problem": "Find m+n.", "Answer": 33, "Solution": r"It is $\boxed{033}$."}
+    name, problem = read_one(boxed)
+    assert (name, problem.answer, problem.reference) == ("aime", "33", boxed["Solution"])
 
 
 @pytest.mark.parametrize("change", [{"answer": 1000}, {"answer": -1}, {"verifier": "exact"}])
