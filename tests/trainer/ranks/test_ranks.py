@@ -98,6 +98,7 @@ def test_two_ranks_and_back(one: Path, tmp_path: Path) -> None:
     assert_same_adapter(one, two)
 
 
+@pytest.mark.slow
 def test_three_ranks(one: Path, tmp_path: Path) -> None:
     """No size is a multiple of 3, and with one sample two ranks have none."""
     three = tmp_path / "three"
