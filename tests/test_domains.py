@@ -131,6 +131,7 @@ def test_two_steps_and_an_evaluation(
 @pytest.mark.parametrize("name", ["sciknoweval-chemistry/train.json", "tooluse/test.json"])
 def test_a_real_language_model(name: str, tmp_path: Path) -> None:
     data = source(name, tmp_path)
-    rows = two_steps("smollm2", data, tmp_path, **{"sample.max_prompt_tokens": 2000})
+    changes = {"sample.max_prompt_tokens": 2000, "data.dev": None}
+    rows = two_steps("smollm2", data, tmp_path, **changes)
     assert [row["step"] for row in rows] == [0, 1, 2]
     assert all(row["rollout/num_rollouts"] == 4 for row in rows[1:])

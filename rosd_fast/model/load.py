@@ -38,6 +38,7 @@ from rosd_fast.utils.distributed import launched, pick_device
 
 HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
 PICKLES = ("*.bin", "*.pt", "*.pth")
+OUR_FOLDERS = ("runs", "evals")  # where results are stored: a name in one is no hub id
 ADAPTER_CONFIG = "adapter_config.json"  # with peft, transformers loads what it names on top
 NO_LIMIT = 10**9  # tokens; transformers encodes an unknown model_max_length as far more
 
@@ -130,7 +131,8 @@ def find(model: str, *, weights: bool = True) -> Path | str:
         if not folder.exists() and HUB_ID.fullmatch(model) and not model.startswith("."):
             check_spelling(model)
             check_run(folder)
-            return model
+            if folder.parent.name not in OUR_FOLDERS:
+                return model
     if not folder.is_dir():
         what = (
             "is a file, not a model folder" if folder.exists() else "there is no such model folder"

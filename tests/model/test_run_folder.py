@@ -81,6 +81,15 @@ def test_a_name_beside_runs_is_not_looked_for_on_the_hub(
     assert find("owner/mne") == "owner/mne"
 
 
+@pytest.mark.parametrize("name", ["runs/mne", "runs/mne/", "evals/mne", "./mne", "a/b/c", "/mne"])
+def test_a_path_is_not_looked_for_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match="there is no such model folder"):
+        find(name)
+
+
 def test_a_model_folder_is_no_run(tmp_path: Path) -> None:
     run = write_run(tmp_path / "run", [0.5])
     checkpoint = str(run / "checkpoints" / "step_000010")
