@@ -96,10 +96,10 @@ def test_two_steps_and_an_evaluation(
     problems = load_problems(data)
     assert [shape.says for _, shape, _ in problems.recognized] == [says]
     assert len(problems) == number and {p.verifier for p in problems[:20]} == {verifier}
-    first, other = problems[0], next(p for p in problems if p.answer != problems[0].answer)
-    perfect = VERIFIERS[verifier].perfect(first.answer)
-    assert VERIFIERS[verifier](perfect, first.answer).score == 1
-    assert VERIFIERS[verifier](perfect, other.answer).score == 0
+    score, perfect = VERIFIERS[verifier], VERIFIERS[verifier].perfect
+    assert all(score(perfect(p.answer), p.answer).score == 1 for p in problems)
+    other = next(p for p in problems if p.answer != problems[0].answer)
+    assert score(perfect(problems[0].answer), other.answer).score == 0
 
     # Nothing that a random model writes is right: reflections start from the right answer.
     changes: dict[str, Any] = {"model": model, "sample.max_prompt_tokens": 6000}
@@ -109,6 +109,7 @@ def test_two_steps_and_an_evaluation(
     assert f"read as {says}" in " ".join(capsys.readouterr().out.split())
     assert [row["step"] for row in rows] == [0, 1, 2]
     assert all(0 <= row["rollout/answer_found_frac"] <= 1 for row in rows[1:])
+    assert all(row["verify/died"] == row["verify/failed"] == 0 for row in rows[1:])
     assert all(math.isfinite(row[f"eval/dev/{domain}"]) for row in (rows[0], rows[2]))
     (line, *_) = (tmp_path / "run" / "rollouts" / "step_000002.jsonl").read_text().splitlines()
     assert json.loads(line)["problem"]["domain"] == domain
@@ -118,6 +119,7 @@ def test_two_steps_and_an_evaluation(
     (folder,) = (tmp_path / "evals").iterdir()
     result = json.loads((folder / "result.json").read_text())
     assert result["total"]["num_problems"] == 2
+    assert [*result["data"][Path(data).stem]["domains"]] == [domain]
     completions = (folder / "completions.jsonl").read_text().splitlines()
     assert len(completions) == 4
     for completion in map(json.loads, completions):
