@@ -1,4 +1,5 @@
-"""One process per run folder: rank 0 holds a lock on a file in it for the life of the run.
+"""One process per run folder: rank 0 holds a lock on a file in it for the life of the run. The
+folder of an evaluation is locked the same way.
 
 The lock is the kernel's (`flock`), so it ends with the process however that dies; the file stays
 and says nothing by itself. Child processes do not inherit the descriptor.
@@ -26,8 +27,8 @@ class RunLock:
     def __init__(self) -> None:
         self._descriptor: int | None = None
 
-    def take(self, folder: Path) -> None:
-        """Lock the run folder until `close`.
+    def take(self, folder: Path, *, what: str = "run") -> None:
+        """Lock the run folder until `close`. what: "run" or "evaluation", for messages.
 
         On a file system without locks, one line on stderr says so and the folder stays unlocked.
         Raises UserError when another process holds the lock or the folder cannot be written.
@@ -37,16 +38,16 @@ class RunLock:
             descriptor = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         except OSError as error:
             raise UserError(
-                f"the run folder cannot be written ({error.strerror})",
+                f"the {what}'s folder cannot be written ({error.strerror})",
                 where=str(file),
-                fix="Make it writable, or start a new run instead",
+                fix=f"Make it writable, or start another {what} instead",
             ) from None
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
             os.close(descriptor)
             raise UserError(
-                f"{holder(file)} is working on this run",
+                f"{holder(file)} is working on this {what}",
                 where=str(folder),
                 fix="Stop it first, or wait until it ends",
             ) from None
@@ -54,7 +55,7 @@ class RunLock:
             os.close(descriptor)
             print(
                 f"{folder} is on a file system without locks ({error.strerror}): take care that no "
-                "second process resumes this run",
+                f"second process resumes this {what}",
                 file=sys.stderr,
             )
             return

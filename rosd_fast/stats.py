@@ -104,7 +104,8 @@ def mean_interval(values: Floats, *, samples: int = 1) -> tuple[Floats, Floats]:
     little. For values that are 0 or 1 it is Wilson's interval itself.
 
     The variance of few values is mostly too small, as rare ones are missing: `_with_unseen` adds
-    some. When all values are equal but neither 0 nor 1, the ratio is that of `samples` draws.
+    some. When all values are equal but neither 0 nor 1, the ratio is that of `samples` draws; a
+    single value says nothing of other problems, and has the ratio 1.
 
     Coverage by simulation: docs/evaluation.md.
     """
@@ -116,7 +117,7 @@ def mean_interval(values: Floats, *, samples: int = 1) -> tuple[Floats, Floats]:
     weight = 1 + skew / 2
     variance = (total + weight * unseen) / (n - 1 + weight)
     ratio = np.divide(variance, most, out=np.ones_like(most), where=most > 0)
-    ratio = np.where((total > 0) | (most == 0), np.minimum(ratio, 1), 1 / samples)
+    ratio = np.where((total > 0) | (most == 0), np.minimum(ratio, 1), 1 / samples if n > 1 else 1)
     t = Z * Z * ratio / n
     centre = (mean + t / 2) / (1 + t)
     half = np.sqrt(t * most + t * t / 4) / (1 + t)

@@ -49,3 +49,20 @@ class StopRequest:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Treat SIGTERM as Ctrl-C during the block, so that what is open is closed."""
+
+    def handle(_number: int, frame: FrameType | None) -> None:
+        interrupt = signal.getsignal(signal.SIGINT)  # that of the event loop, while one runs
+        if not callable(interrupt):  # ignored, as in the background of a script
+            interrupt = signal.default_int_handler
+        interrupt(signal.SIGINT, frame)
+
+    before = signal.signal(signal.SIGTERM, handle)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)

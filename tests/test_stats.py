@@ -134,6 +134,12 @@ def test_equal_values_have_an_interval() -> None:
     assert same.value == 0 and same.high == -same.low == pytest.approx(1.96 / 51, abs=1e-4)
 
 
+@pytest.mark.parametrize("samples", [1, 4, 1000])
+def test_one_problem_says_nothing_of_others(samples: int) -> None:
+    found = estimate_mean([0.6], samples=samples)
+    assert found.low < 0.15 and found.high > 0.9
+
+
 def test_pairs_are_narrower_than_two_models_apart() -> None:
     rng = np.random.default_rng(1)
     hard = rng.beta(0.5, 0.5, 100)

@@ -8,6 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from pydantic import ValidationError
+
 from rosd_fast.config import (
     ChatConfig,
     Config,
@@ -25,6 +27,7 @@ from rosd_fast.config import (
 )
 from rosd_fast.config.arguments import as_flag
 from rosd_fast.config.load import apply_args
+from rosd_fast.config.messages import explain
 from rosd_fast.errors import UserError
 
 if TYPE_CHECKING:
@@ -127,20 +130,33 @@ def run(given: Mapping[str, Any]) -> int:
     """Evaluate, store and print."""
     options = read_options(given)
 
+    from rosd_fast.evaluation.folder import check_folder
     from rosd_fast.evaluation.progress import shown
+    from rosd_fast.stop import interruptible
 
     model = named_model(options, options.model)
     evaluation = plan(options, given, model)
     folder = folder_of(options, evaluation)
+    check_folder(folder, settings(options, evaluation))  # before another model is evaluated
     try:
-        with shown(model.name) as watch:
+        with interruptible(), shown(model.name) as watch:
             other, others = evaluate_other(options, evaluation, watch)
             completions = evaluate(options, evaluation, folder, watch)
     except KeyboardInterrupt:
-        print(f"stopped; go on with: rosd-fast eval --resume {folder}", file=sys.stderr)
+        print(f"stopped; {how_to_go_on(options, folder)}", file=sys.stderr)
         raise
     report(evaluation, folder, completions, other, others)
     return 0
+
+
+def how_to_go_on(options: Options, folder: Path) -> str:
+    """What to do after an interruption."""
+    from rosd_fast.evaluation.folder import is_evaluation
+
+    if not is_evaluation(folder):  # the other model's was not finished
+        return "the same command goes on with it"
+    against = f" --against {options.against}" if options.against else ""
+    return f"go on with: rosd-fast eval --resume {folder}{against}"
 
 
 def read_options(given: Mapping[str, Any]) -> Options:
@@ -150,7 +166,7 @@ def read_options(given: Mapping[str, Any]) -> Options:
     """
     from rosd_fast.config.chat import read_templates
     from rosd_fast.data.sources import absolute_sources
-    from rosd_fast.evaluation.folder import read_settings
+    from rosd_fast.verify.user_file import absolute_verifier
 
     base, given = Options(), dict(given)
     if (resumed := given.get("resume")) is not None:
@@ -160,8 +176,7 @@ def read_options(given: Mapping[str, Any]) -> Options:
                 f"{as_flag(fixed[0])} cannot be changed when an evaluation goes on",
                 fix="Leave it out, or start another evaluation",
             )
-        stored = read_settings(Path(resumed).expanduser())["options"]
-        base = Options.model_validate(stored)
+        base = stored_options(Path(resumed).expanduser())
     options = apply_args(base, given)
     engine = options.engine
     if (engine.launch == "urls" or engine.urls) and engine.kind != "sglang":
@@ -171,14 +186,33 @@ def read_options(given: Mapping[str, Any]) -> Options:
     if options.data.source is None:
         raise UserError("no data set is named", fix="Name one: --data FILE.jsonl")
     launch = "urls" if engine.urls else "local"
-    source = absolute_sources(options.data.source)
+    places = {
+        "source": absolute_sources(options.data.source),
+        "verifier": absolute_verifier(options.data.verifier),
+    }
     return options.model_copy(
         update={
             "engine": engine.model_copy(update={"launch": launch}),
-            "data": options.data.model_copy(update={"source": source}),
+            "data": options.data.model_copy(update=places),
             "chat": read_templates(options.chat),
         }
     )
+
+
+def stored_options(folder: Path) -> Options:
+    """The options of an evaluation to go on with. Raises UserError for one that is wrong."""
+    from rosd_fast.evaluation.folder import SETTINGS, read_settings
+
+    try:
+        return Options.model_validate(read_settings(folder)["options"])
+    except ValidationError as error:
+        raise explain(
+            error,
+            Options,
+            spell=lambda name: f"options.{name}",
+            show=repr,
+            where=lambda keys: str(folder / SETTINGS),
+        ) from None
 
 
 def named_model(options: Options, name: str) -> EvaluatedModel:
@@ -251,22 +285,27 @@ def evaluate(
     from rosd_fast.engines.factory import check_engine
     from rosd_fast.evaluation.evaluation import complete
     from rosd_fast.evaluation.report import make_report, write_report
-    from rosd_fast.evaluation.settings import settings_of
 
     config = evaluation.config
     check_engine(config.engine, config.teacher, config.device)
+    completions = asyncio.run(complete(evaluation, folder, settings(options, evaluation), watch))
+    write_report(make_report(evaluation.model.name, completions), folder)
+    return completions
+
+
+def settings(options: Options, evaluation: Evaluation) -> dict[str, Any]:
+    """The content of settings.json, from which the evaluation can go on."""
+    from rosd_fast.evaluation.settings import settings_of
+
     stored = options.model_copy(
         update={
             "model": evaluation.model.source,
-            "chat": config.chat,
+            "chat": evaluation.config.chat,
             "against": None,
             "resume": None,
         }
     )
-    settings = settings_of(evaluation, stored.model_dump(mode="json"))
-    completions = asyncio.run(complete(evaluation, folder, settings, watch))
-    write_report(make_report(evaluation.model.name, completions), folder)
-    return completions
+    return settings_of(evaluation, stored.model_dump(mode="json"))
 
 
 def evaluate_other(

@@ -26,6 +26,9 @@ if TYPE_CHECKING:
     from rosd_fast.types import Problem
 
 
+MAX_NAME = 200  # bytes of a folder's name before the hash; file systems take 255
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
     """What is evaluated, and how.
@@ -56,8 +59,8 @@ class Evaluation:
     @property
     def default_name(self) -> str:
         """A folder name that is the same for the same evaluation."""
-        data = "+".join(self.problems)
-        return f"{self.model.name}-{data[:60]}-{identity_hash(self.identity)}"
+        own = f"{self.model.name[:80]}-{'+'.join(self.problems)[:60]}".encode()
+        return f"{own[:MAX_NAME].decode(errors='ignore')}-{identity_hash(self.identity)}"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -82,10 +85,15 @@ async def complete(
     settings: what a new folder's settings.json gets. Raises UserError when the evaluation in the
     folder has other settings, or when another process works on it.
     """
-    begin(folder, settings)
+    order = {
+        (name, problem.id): place
+        for name, own in evaluation.problems.items()
+        for place, problem in enumerate(own)
+    }
     with closing(RunLock()) as lock:
-        lock.take(folder)
-        kept = read_completions(folder, samples=evaluation.sampling.per_problem)
+        begin(folder, settings, lock)
+        stored = read_completions(folder, samples=evaluation.sampling.per_problem)
+        kept = [completion for completion in stored if completion.key in order]
         done = {completion.key for completion in kept}
         missing = {
             name: [problem for problem in own if (name, problem.id) not in done]
@@ -94,11 +102,6 @@ async def complete(
         if any(missing.values()):
             with closing(CompletionsLog(folder, kept)) as log:
                 kept += await _sample(evaluation, missing, folder, log, watch)
-    order = {
-        (name, problem.id): place
-        for name, own in evaluation.problems.items()
-        for place, problem in enumerate(own)
-    }
     names = list(evaluation.problems)
     return sorted(kept, key=lambda c: (names.index(c.split), order[c.key], c.index))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any, get_args
 
 from rosd_fast.stats import Estimate
 from rosd_fast.types import FinishReason
@@ -52,6 +53,34 @@ class Completion:
     def key(self) -> tuple[str, str]:
         """What tells its problem from all others."""
         return self.split, self.problem_id
+
+
+_TYPES: dict[str, tuple[type, ...]] = {
+    **dict.fromkeys(("split", "problem_id", "domain", "text", "finish_reason"), (str,)),
+    **dict.fromkeys(("index", "num_tokens"), (int,)),
+    **dict.fromkeys(("answer", "reason"), (str, type(None))),
+    "score": (float, int),
+    "success": (bool,),
+}
+
+
+def completion_from(stored: Any) -> Completion:
+    """The completion that a line of completions.jsonl holds.
+
+    Raises ValueError, naming the first field that is wrong.
+    """
+    if not isinstance(stored, dict):
+        raise ValueError("it is no JSON object")
+    for name in stored.keys() ^ _TYPES.keys():
+        raise ValueError(f"{'unknown field' if name in stored else 'no field'} {name!r}")
+    for name, types in _TYPES.items():
+        if type(stored[name]) not in types:
+            raise ValueError(f"the field {name!r} is {stored[name]!r:.40}")
+    if not 0 <= stored["score"] <= 1:
+        raise ValueError(f"the score {stored['score']} is outside of [0, 1]")
+    if stored["finish_reason"] not in get_args(FinishReason):
+        raise ValueError(f"the finish_reason is {stored['finish_reason']!r:.40}")
+    return Completion(**stored)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

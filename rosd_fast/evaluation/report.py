@@ -8,18 +8,21 @@ from pathlib import Path
 from typing import Any
 
 from rich.box import SIMPLE_HEAD
+from rich.cells import cell_len
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from rosd_fast.evaluation.folder import PICTURE, RESULT, TABLE, json_bytes
+from rosd_fast.evaluation.folder import PICTURE, RESULT, TABLE, json_bytes, writing
 from rosd_fast.evaluation.picture import picture
 from rosd_fast.evaluation.records import Completion, Difference, Figures, Scope
 from rosd_fast.evaluation.result import difference, figures, scopes, within
 from rosd_fast.files import write_atomic
 from rosd_fast.stats import Estimate
+from rosd_fast.text.printable import shortened
 
 WIDE = 100  # columns of a terminal that shows all intervals
+LABEL, LEAST_LABEL = 26, 12  # columns of a data set's or domain's name
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,10 +90,11 @@ def make_report(
 
 
 def write_report(report: Report, folder: Path) -> None:
-    """Write result.json, table.md and accuracy.png."""
-    write_atomic(folder / PICTURE, picture(report))
-    write_atomic(folder / RESULT, json_bytes(report.content()))
-    write_atomic(folder / TABLE, markdown(report).encode(errors="replace"))
+    """Write result.json, table.md and accuracy.png. Raises UserError where that is not possible."""
+    with writing(folder):
+        write_atomic(folder / PICTURE, picture(report))
+        write_atomic(folder / RESULT, json_bytes(report.content()))
+        write_atomic(folder / TABLE, markdown(report).encode(errors="replace"))
 
 
 def shown_draws(samples: int) -> list[int]:
@@ -115,7 +119,7 @@ def markdown(report: Report) -> str:
     text += "\n".join(lines) + "\n"
     if report.other is None:
         return text
-    names = [_escaped(cut(name)) for name in (report.other, report.name)]
+    names = [_escaped(shortened(name, 24)) for name in (report.other, report.name)]
     head = ["", "problems", *names, f"difference of mean@{k}", *many]
     lines = [_line(head), _line(["---", *["--:"] * (len(head) - 1)])]
     for scope, found in report.differences.items():
@@ -144,20 +148,22 @@ def accuracy_table(report: Report, *, width: int) -> Table:
     for scope, row in report.rows.items():
         others = map(show, (row.pass_at[k], row.majority)) if k > 1 else ()
         cells = [f"{row.num_problems:,}", percent(row.accuracy), *others]
-        table.add_row(_styled(scope), *cells)
+        table.add_row(_styled(scope, LABEL), *cells)
     return table
 
 
-def difference_table(report: Report) -> Table:
-    """The terminal's table of the differences."""
+def difference_table(report: Report, *, width: int) -> Table:
+    """The terminal's table of the differences. width: of the terminal."""
+    heads = [shortened(name, 12) for name in (report.other or "", report.name)]
+    others = len("problems") + sum(map(len, heads)) + len("+12.3 [-12.3, +12.3]") + 2 + 14
+    columns = min(LABEL, max(LEAST_LABEL, width - others))
     table = Table(box=SIMPLE_HEAD, pad_edge=False)
     table.add_column("", no_wrap=True)
-    heads = (cut(name, 14) for name in (report.other or "", report.name))
     for name in ("problems", *heads, "difference"):
         table.add_column(Text(name), justify="right", no_wrap=True)
     for scope, found in report.differences.items():
         table.add_row(
-            _styled(scope),
+            _styled(scope, columns),
             f"{found.num_problems:,}",
             f"{100 * found.before:.1f}",
             f"{100 * found.after:.1f}",
@@ -179,12 +185,7 @@ def print_report(report: Report, console: Console) -> None:
     if report.other is not None:
         title = f"\n{report.name} minus {report.other}: mean@{report.samples}, in points, paired by"
         console.print(Text(f"{title} problem", "bold"), soft_wrap=True)
-        console.print(difference_table(report))
-
-
-def cut(name: str, limit: int = 24) -> str:
-    """A model's name, short enough for the head of a column."""
-    return name if len(name) <= limit else f"{name[: limit - 1]}…"
+        console.print(difference_table(report, width=console.width))
 
 
 def percent(estimate: Estimate) -> str:
@@ -233,8 +234,10 @@ def _label(scope: Scope) -> str:
     return text if scope.domain else f"**{text}**"
 
 
-def _styled(scope: Scope) -> Text:
-    label = Text(scope.label, "" if scope.domain else "bold")
+def _styled(scope: Scope, columns: int) -> Text:
+    wide = cell_len(scope.label) > len(scope.label)  # Chinese, and other signs of two columns
+    name = shortened(scope.label, columns // 2 if wide else columns)
+    label = Text(name, "" if scope.domain else "bold")
     label.pad_left(2 if scope.domain else 0)
     return label
 

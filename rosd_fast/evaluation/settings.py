@@ -19,6 +19,8 @@ from rosd_fast import __version__
 from rosd_fast.data.sources import split_settings, split_sources
 from rosd_fast.evaluation.records import Sampling
 from rosd_fast.files import STATE_JSON
+from rosd_fast.verify import VERIFIERS
+from rosd_fast.verify.user_file import is_user_file
 
 if TYPE_CHECKING:
     from rosd_fast.evaluation.evaluation import Evaluation
@@ -41,6 +43,7 @@ def identity_of(
     engine: str,
 ) -> dict[str, Any]:
     """What decides the figures. chat: the options of chat templates, with texts of templates."""
+    own = verifiers_hash(problem.verifier for each in problems.values() for problem in each)
     return {
         "model": model.identity,
         "data": {name: problems_hash(own) for name, own in problems.items()},
@@ -48,7 +51,7 @@ def identity_of(
         "chat": chat,
         "dtype": dtype,
         "engine": engine,
-    }
+    } | ({"verifiers": own} if own else {})
 
 
 def settings_of(evaluation: Evaluation, options: Mapping[str, Any]) -> dict[str, Any]:
@@ -92,6 +95,16 @@ def problems_hash(problems: Iterable[Problem]) -> dict[str, Any]:
         digest.update(json.dumps(asked).encode() + b"\n")
         count += 1
     return {"problems": count, "sha256": digest.hexdigest()}
+
+
+def verifiers_hash(names: Iterable[str]) -> dict[str, str]:
+    """The SHA-256 of the file of each verifier that is one of the user's files, by its name."""
+    found = {}
+    for name in sorted({*names}):
+        origin = VERIFIERS[name].origin if name in VERIFIERS else None
+        if origin is not None and is_user_file(name):
+            (found[name],) = files_hash([Path(origin.file)]).values()
+    return found
 
 
 def files_hash(paths: Iterable[Path]) -> dict[str, str]:

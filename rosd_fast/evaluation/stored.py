@@ -39,9 +39,18 @@ def read_other(
                 where=str(folder),
                 fix="Evaluate both models on the same file",
             )
-    for part in ("sampling", "chat", "dtype", "engine"):
-        if (different := changed({part: before[part]}, {part: now[part]})) is not None:
+    for part in ("sampling", "chat", "dtype", "engine", "verifiers"):
+        if (different := changed({part: before.get(part)}, {part: now.get(part)})) is not None:
             note(f"{folder} was sampled differently: {different}")
     samples = before["sampling"]["samples"] if before["sampling"]["temperature"] else 1
-    completions = read_completions(folder, samples=samples)
-    return settings["model"]["name"], [c for c in completions if c.split in shared]
+    completions = [c for c in read_completions(folder, samples=samples) if c.split in shared]
+    total = sum(len(evaluation.problems[name]) for name in shared)
+    if not completions:
+        raise UserError(
+            "has no completions yet",
+            where=str(folder),
+            fix=f"Finish it first: rosd-fast eval --resume {folder}",
+        )
+    if (done := len({c.key for c in completions})) < total:
+        note(f"{folder} is not finished: it has {done:,} of {total:,} problems")
+    return settings["model"]["name"], completions

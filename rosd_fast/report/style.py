@@ -16,6 +16,7 @@ from matplotlib.ticker import MaxNLocator, NullFormatter, PercentFormatter
 
 from rosd_fast.report.colours import FAINT, GREEN, INK, MUTED
 from rosd_fast.report.series import Series, series, smoothing_window
+from rosd_fast.text.printable import shortened
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -178,12 +179,12 @@ def percent(ax: Axes, values: Sequence[float] = (), *, least_range: float = 1.0)
 
 
 def plain(text: str, limit: int = 24) -> str:
-    """Return a name from the user's data that matplotlib shows verbatim, cut to `limit` characters.
+    """Return a name from the user's data that matplotlib shows verbatim, of `limit` characters.
 
     In matplotlib "$" starts a formula, and a leading "_" keeps a line out of the legend.
     """
-    short = text if len(text) <= limit else f"{text[: limit - 1]}…"
-    return short.replace("$", r"\$") if not short.startswith("_") else plain(f" {short}", limit + 1)
+    short = shortened(text, limit)
+    return f"{' ' if short.startswith('_') else ''}{short}".replace("$", r"\$")
 
 
 def _step_axis(ax: Axes, steps: Sequence[int]) -> None:

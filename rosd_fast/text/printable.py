@@ -24,6 +24,18 @@ def printable(text: str, *, keep: str = "\n\t") -> str:
     )
 
 
+def shortened(text: str, limit: int) -> str:
+    """`text` on a line of at most `limit` characters, without the middle of a longer one.
+
+    Names that differ in their ends alone stay different: "eval-run-…-000010".
+    """
+    line = printable(" ".join(text.split()), keep="")
+    if len(line) <= limit:
+        return line
+    start = (limit - 1) // 2
+    return f"{line[:start]}…{line[len(line) - (limit - 1 - start) :]}"
+
+
 def one_line(text: str, limit: int) -> str:
     """`text` on a line of at most `limit` characters, its line ends and tabs as spaces.
 

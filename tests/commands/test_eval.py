@@ -173,6 +173,36 @@ def test_an_evaluation_that_was_killed_goes_on(evaluate: Run, tmp_path: Path) ->
     assert file.read_bytes().startswith(kept)
 
 
+def test_sigterm_ends_like_ctrl_c(tmp_path: Path) -> None:
+    args = ["quickstart", "--problems", "60", *SMALL[2:], "--name", "ended"]
+    command = [sys.executable, "-m", "rosd_fast", "eval", *args]
+    process = subprocess.Popen(command, cwd=tmp_path, stderr=subprocess.PIPE, text=True)
+    file = tmp_path / "evals" / "ended" / "completions.jsonl"
+    while process.poll() is None and not (file.exists() and file.stat().st_size):
+        time.sleep(0.005)
+    process.terminate()
+    _, errors = process.communicate()
+    assert process.returncode == 130
+    assert errors == "stopped; go on with: rosd-fast eval --resume evals/ended\n"
+
+
+def test_a_changed_file_of_a_verifier_is_another_evaluation(
+    evaluate: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "mine.py"
+    args = ("quickstart", *SMALL, "--verifier", "mine.py:score", "--data", "sums.jsonl")
+    (tmp_path / "sums.jsonl").write_text('{"prompt": "1 + 1?", "answer": "2"}\n')
+    for value in ("1.0", "0.0"):
+        file.write_text(f"def score(completion, answer):\n    return {value}\n")
+        evaluate(*args)
+    found = [json.loads(path.read_text()) for path in tmp_path.glob("evals/*/result.json")]
+    assert sorted(result["total"]["accuracy"]["value"] for result in found) == [0.0, 1.0]
+    file.write_text("def score(completion, answer):\n    return 0.5\n")
+    folder = next((tmp_path / "evals").iterdir())
+    assert main(["eval", "--resume", str(folder)]) == 2
+    assert "other settings: verifiers." in capsys.readouterr().err
+
+
 def test_greedy_is_one_sample(evaluate: Run, tmp_path: Path) -> None:
     out = evaluate("quickstart", *SMALL, "--temperature", "0")
     assert "mean@1" in out and "pass@" not in out
@@ -196,6 +226,28 @@ def test_two_models_are_compared_on_the_same_draws(evaluate: Run, tmp_path: Path
     assert stored == out.replace(str(tmp_path) + "/evals", "evals")
     other = evaluate(str(run), *SMALL, "--seed", "1", "--against", str(base))
     assert "minus quickstart" in other
+
+
+def test_an_evaluation_that_cannot_begin_does_not_begin_with_another_model(
+    evaluate: Run, tmp_path: Path
+) -> None:
+    run = make_run(tmp_path / "runs" / "mine", {3: 0.5})
+    evaluate("quickstart", *SMALL, "--name", "x")
+    assert main(["eval", "quickstart", "--seed", "1", "--name", "x", "--against", str(run)]) == 2
+    assert only(tmp_path / "evals").name == "x"
+
+
+def test_an_unfinished_evaluation_is_compared_as_far_as_it_is(
+    evaluate: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    evaluate("quickstart", *SMALL, "--name", "half")
+    file = tmp_path / "evals" / "half" / "completions.jsonl"
+    file.write_bytes(b"".join(file.read_bytes().splitlines(keepends=True)[:8]))
+    assert main(["eval", "quickstart", *SMALL, "--name", "x", "--against", "evals/half"]) == 0
+    assert "evals/half is not finished: it has 2 of 6 problems" in capsys.readouterr().err
+    file.write_bytes(b"")
+    assert main(["eval", "quickstart", *SMALL, "--name", "x", "--against", "evals/half"]) == 2
+    assert "evals/half: has no completions yet" in capsys.readouterr().err
 
 
 def test_the_development_set_is_no_test_set(evaluate: Run, tmp_path: Path) -> None:
@@ -230,6 +282,15 @@ def test_mistakes_are_one_line(
     assert "engine.urls needs engine.kind sglang" in mistake("--engine.urls", "http://x:1")
     text = mistake("--engine.kind", "sglang", "--engine.launch", "urls")
     assert "engine.launch urls needs engine.urls" in text
+    text = mistake("quickstart", *SMALL, "--against", "evals/y")
+    assert "evals/y: there is no such model folder" in text
+    text = mistake("quickstart", *SMALL, "--name", "x" * 300)
+    assert "cannot be written (File name too long)" in text
+    file = tmp_path / "evals" / "x" / "settings.json"
+    settings = json.loads(file.read_text())
+    settings["options"]["samples"] = "many"
+    file.write_text(json.dumps(settings))
+    assert "options.samples is 'many', must be a whole number" in mistake("--resume", "evals/x")
     (tmp_path / "evals" / "mine").mkdir()
     (tmp_path / "evals" / "mine" / "notes.txt").touch()
     assert "is no evaluation" in mistake("quickstart", *SMALL, "--name", "mine")

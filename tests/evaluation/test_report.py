@@ -75,6 +75,22 @@ def test_the_terminal_is_as_wide_as_it_is(report: Report) -> None:
     assert "answer found in 100.0%" in text
 
 
+def test_long_names_leave_room_for_the_figures() -> None:
+    names = [f"a_long_name_of_a_data_set_about_{i}" for i in "xy"] + ["line\nbreak", "化学" * 20]
+    completions = [c for name in names for c in make("a", "4", "4", split=name)]
+    report = make_report("m" * 40, completions, other="n" * 40, other_completions=completions)
+    console = Console(width=80, record=True, file=open("/dev/null", "w"))  # noqa: SIM115, PTH123
+    print_report(report, console)
+    text = console.export_text()
+    assert text.count("100.0 [20.7, 100.0]") == 4 and text.count("+0.0 [-98.0, +98.0]") == 4
+    assert "+0.0 [-39.2, +39.2]" in text and text.count("line break") == 2
+    for name in ("out_x", "out_y"):
+        assert text.count(name) == 2
+    (axes,) = figure(report).axes
+    labels = [label.get_text() for label in axes.get_yticklabels()]
+    assert len({*labels}) == 5
+
+
 def test_one_sample_has_no_pass_at_and_no_majority() -> None:
     report = make_report("m", [*make("a", "4"), *make("b", "-1")])
     assert shown_draws(1) == [] and shown_draws(4) == [2, 4] and shown_draws(6) == [2, 4, 6]

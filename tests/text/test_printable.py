@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from rosd_fast.text.printable import one_line, printable
+from rosd_fast.text.printable import one_line, printable, shortened
 
 
 @pytest.mark.parametrize(
@@ -47,3 +47,15 @@ def test_one_line_marks_a_cut() -> None:
     assert one_line("a  b\nc", 8) == "a b c"
     assert one_line("word " * 10**6, 12) == "word word..."
     assert one_line("x" * 9, 8) == "xxxxx..."
+
+
+@given(st.text(), st.integers(2, 30))
+def test_a_shortened_text_keeps_both_ends(text: str, limit: int) -> None:
+    shown = shortened(text, limit)
+    assert len(shown) <= limit and "\n" not in shown
+    whole = shortened(text, 10**9)
+    if len(whole) > limit:
+        start, _, end = shown.partition("…") if "…" not in whole else (whole[:1], "", whole[-1:])
+        assert whole.startswith(start) and whole.endswith(end)
+    else:
+        assert shown == whole
