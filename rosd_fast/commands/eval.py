@@ -241,7 +241,8 @@ def plan(options: Options, given: Mapping[str, Any], model: EvaluatedModel) -> E
     assert options.data.source is not None
     config = run_config(options, given, model)
     problems, left_out = fitting_data_sets(problems, config)
-    for line in (*notes, *left_out, *seen_by_run(model, options.data.source)):
+    notes += [*left_out, *seen_by_run(model, options.data.source), *unlike_run(options, model)]
+    for line in notes:
         print(line)
     return Evaluation(
         model=model,
@@ -250,6 +251,22 @@ def plan(options: Options, given: Mapping[str, Any], model: EvaluatedModel) -> E
         sampling=Sampling(**options.model_dump(include=set(Sampling.__dataclass_fields__))),
         config=config,
     )
+
+
+def unlike_run(options: Options, model: EvaluatedModel) -> list[str]:
+    """A line per option that decides what is right and that the model's run had otherwise."""
+    run = model.run_config
+    if run is None:
+        return []
+    found = [
+        ("--data.answer-instruction", options.data.answer_instruction, run.data.answer_instruction),
+        ("--threshold", options.threshold, run.select.threshold),
+    ]
+    return [
+        f"{model.run} was trained with {name} {theirs}, and is evaluated with {own}"
+        for name, own, theirs in found
+        if own != theirs
+    ]
 
 
 def run_config(options: Options, given: Mapping[str, Any], model: EvaluatedModel) -> Config:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import signal
 import subprocess
@@ -14,7 +15,7 @@ from typing import Any
 import pytest
 
 from rosd_fast.cli import main
-from rosd_fast.commands.eval import EngineSection, Options
+from rosd_fast.commands.eval import EngineSection, Options, unlike_run
 from rosd_fast.config import (
     Config,
     EngineConfig,
@@ -26,6 +27,7 @@ from rosd_fast.config import (
 )
 from rosd_fast.config.load import apply_args
 from rosd_fast.errors import UserError
+from rosd_fast.evaluation.model import EvaluatedModel
 from tests.evaluation.test_model import make_run
 
 SAME: dict[str, type[Section]] = {
@@ -294,3 +296,11 @@ def test_mistakes_are_one_line(
     (tmp_path / "evals" / "mine").mkdir()
     (tmp_path / "evals" / "mine" / "notes.txt").touch()
     assert "is no evaluation" in mistake("quickstart", *SMALL, "--name", "mine")
+
+
+def test_what_the_run_had_otherwise_is_said(tmp_path: Path) -> None:
+    (tmp_path / "config.toml").write_text('[data]\nanswer_instruction = "off"\n')
+    model = EvaluatedModel(source="m", name="m", note="", identity={}, run=tmp_path)
+    other = f"{tmp_path} was trained with --data.answer-instruction off, and is evaluated with auto"
+    assert unlike_run(Options(), model) == [other]
+    assert unlike_run(Options(), dataclasses.replace(model, run=None)) == []
