@@ -79,14 +79,6 @@ def spread(total: int, count: int) -> list[int]:
     return (np.arange(count) * total // count).tolist()
 
 
-def find_bad(problems: Problems) -> Iterator[tuple[int, UserError]]:
-    """The index and the fault of each row that is not a problem; this reads all that remain."""
-    if not problems.is_checked:
-        for index, found in examine(problems, range(len(problems))):
-            if isinstance(found, UserError):
-                yield index, found
-
-
 def examine(
     problems: Problems, indices: Sequence[int], *, every: int = 1
 ) -> Iterator[tuple[int, Problem | UserError]]:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from rosd_fast.config import DataConfig
 from rosd_fast.data import checks
-from rosd_fast.data.checks import find_bad, spread
+from rosd_fast.data.checks import examine, spread
 from rosd_fast.data.collection import Problems
 from rosd_fast.data.problems import load_problems
 from rosd_fast.errors import UserError
@@ -82,7 +82,8 @@ def test_bad_rows_of_the_rest_are_found_when_asked_for(tmp_path: Path) -> None:
     rows = [row(f"p:{i}") for i in range(10)]
     rows[3], rows[8] = "{", row("c", answer="x")
     problems = load(write(tmp_path, *rows), check_rows=2)
-    found = list(find_bad(problems))
+    every = examine(problems, range(len(problems)))
+    found = [(index, each) for index, each in every if isinstance(each, UserError)]
     assert [index for index, _ in found] == [3, 8]
     assert "malformed JSON" in str(found[0][1]) and "no completion can" in str(found[1][1])
     with pytest.raises(UserError, match="malformed JSON"):
