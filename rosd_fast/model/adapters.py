@@ -9,6 +9,7 @@ peft: https://github.com/huggingface/peft
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -22,7 +23,7 @@ from rosd_fast.config import LoraConfig
 from rosd_fast.config.arguments import listed
 from rosd_fast.errors import UserError
 
-BASE = ".base_layer."  # peft's name of the layer that an adapter is added to
+BASE = re.compile(r"(\.base_layer)+\.")  # peft's name of the layer that an adapter is added to
 SAMPLED = 1024  # values per parameter that the fingerprint reads
 
 
@@ -126,13 +127,20 @@ def merged_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     state = model.state_dict()
     if not has_adapters(model):
         return state
-    weights = {name.replace(BASE, "."): t for name, t in state.items() if "lora_" not in name}
+    weights = {plain_name(name): t for name, t in state.items() if "lora_" not in name}
     for name, module in model.named_modules():
         if hasattr(module, "lora_A"):
-            weight = state[f"{name}{BASE}weight"]
-            delta = module.get_delta_weight("default")  # type: ignore[operator]
-            weights[f"{name}.weight"] = (weight.float() + delta.float()).to(weight.dtype)
+            # The adapters of a layer's experts adapt parameters that are not called weight.
+            changed = plain_name(f"{name}.{getattr(module, 'parameter_name', 'weight')}")
+            delta: Tensor = module.get_delta_weight("default")  # type: ignore[operator]
+            weight = weights[changed]
+            weights[changed] = (weight.float() + delta.float()).to(weight.dtype)
     return weights
+
+
+def plain_name(name: str) -> str:
+    """The name that a parameter has in a model without adapters."""
+    return BASE.sub(".", name)
 
 
 def fingerprint(model: PreTrainedModel) -> str:
@@ -142,6 +150,6 @@ def fingerprint(model: PreTrainedModel) -> str:
         if "lora_" not in name:
             flat = parameter.detach().flatten()
             values = flat[:: max(1, flat.numel() // SAMPLED)].float().cpu().contiguous()
-            digest.update(f"{name.replace(BASE, '.')} {[*parameter.shape]}".encode())
+            digest.update(f"{plain_name(name)} {[*parameter.shape]}".encode())
             digest.update(values.numpy().tobytes())
     return digest.hexdigest()

@@ -354,7 +354,11 @@ def check_packing(model: PreTrainedModel) -> None:
 
 def backbone(model: PreTrainedModel) -> PreTrainedModel:
     """The model without its output head. Raises UserError if it cannot be separated."""
-    decoder = model.get_decoder()
+    decoder, outer = model, None
+    while decoder is not outer and isinstance(decoder, PreTrainedModel):
+        outer, decoder = decoder, decoder.get_decoder()  # one that reads images holds a whole model
+        if decoder is outer and decoder.get_output_embeddings() is not None:
+            decoder = getattr(decoder, "model", decoder)
     if decoder is model or not isinstance(decoder, PreTrainedModel):
         raise UserError("is not a language model with a head on a decoder", where=name(model))
     return decoder

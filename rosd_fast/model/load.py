@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -31,6 +30,7 @@ from rosd_fast.files import RUN_CONFIG
 from rosd_fast.model.adapters import has_adapters
 from rosd_fast.model.attention import check_packing, num_embeddings, use_exact_attention
 from rosd_fast.model.head import head
+from rosd_fast.model.other_parts import auto_class, set_aside
 from rosd_fast.model.run_folder import run_model
 from rosd_fast.model.smollm2 import smollm2_folder
 from rosd_fast.quickstart import MODEL_DIR
@@ -222,9 +222,12 @@ def load_tokenizer(
 def load_weights(
     source: Path | str, *, dtype: torch.dtype, trust_remote_code: bool
 ) -> PreTrainedModel:
-    """Load the model. Raises UserError unless every parameter came from the files."""
+    """Load the model; of one that also reads images or sound only the language model.
+
+    Raises UserError unless every parameter came from the files.
+    """
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = auto_class(source, trust_remote_code=trust_remote_code).from_pretrained(
             source,
             dtype=dtype,
             use_safetensors=True,
@@ -245,7 +248,19 @@ def load_weights(
     if has_adapters(model):  # a hub model's; a folder with adapters is refused by `find`
         raise adapters_refused(source)
     check_tied(model, where=str(source))
+    without_router_logits(model)
+    set_aside(model, source)
     return model
+
+
+def without_router_logits(model: PreTrainedModel) -> None:
+    """Turn off router logits, which only the auxiliary loss of a mixture of experts reads.
+
+    Distillation has no such loss, and the logits of all layers would be kept in memory.
+    """
+    config = model.config.get_text_config()
+    if getattr(config, "output_router_logits", False):
+        config.output_router_logits = False
 
 
 def check_tied(model: PreTrainedModel, *, where: str) -> None:

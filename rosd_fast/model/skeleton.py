@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, GenerationConfig, PreTrainedModel
 
 from rosd_fast.errors import UserError
 from rosd_fast.model.head import head
@@ -25,6 +25,7 @@ from rosd_fast.model.load import (
     short_name,
     stop_token_ids,
 )
+from rosd_fast.model.other_parts import auto_class_of, take_out
 
 
 def load_skeleton(
@@ -56,13 +57,14 @@ def build_skeleton(
         try:
             config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
             with torch.device("meta"):
-                model: Any = AutoModelForCausalLM.from_config(
+                model: Any = auto_class_of(config).from_config(
                     config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
                 )
         except Exception as error:
             raise explain(error, source, "model") from error
         set_generation_config(model, source)
         head(model)
+        take_out(model)
     return model.eval()
 
 
