@@ -12,10 +12,6 @@ root to a segment, and the segment's queries attend to them, aligned at the last
 
 Autograd accumulates the gradients of all child segments into the shared segment's keys and values.
 
-An attention sink s of a head is one more score, without a key and a value (GPT-OSS):
-
-    o_i = sum_j exp(q_i k_j) v_j / (exp(s) + sum_j exp(q_i k_j))
-
 The attention function is registered with transformers' attention interface,
 https://huggingface.co/docs/transformers/attention_interface
 """
@@ -23,25 +19,22 @@ https://huggingface.co/docs/transformers/attention_interface
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cache
 from itertools import accumulate
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.modeling_utils import AttentionInterface
-from transformers.utils import import_utils
 
 from rosd_fast.errors import UserError
+from rosd_fast.model.flash import attend_flash, can_flash
+from rosd_fast.model.sdpa import Rule, attend
 from rosd_fast.types import PackedSequences
 
 PACKED = "rosd_packed"
 LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
 STATE_TYPES = {"linear_attention", "mamba", "conv", "hybrid"}  # layers with a state over the tokens
-MAX_SCORES = 2**26  # elements of a mask or of scores that are held at once
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -134,189 +127,6 @@ def packed_attention(
         for q, k, v in zip(query.split(packed_segments.lengths, dim=2), keys, values, strict=True)
     ]
     return torch.cat(outputs, dim=1), None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Rule:
-    """How a layer attends.
-
-    scale: of the scores; None: the head size to the power of -1/2.
-    dropout: probability of the weights.
-    window: a token sees itself and the `window - 1` tokens before it; None: all before it.
-    chunk: a token sees the tokens of its own chunk of so many, counted from the sequence's
-        beginning; None: all.
-    softcap: c of c tanh(score / c); None: no cap.
-    sinks: [Hq] a score without a value for each head; None: no sinks.
-    """
-
-    scale: float | None = None
-    dropout: float = 0.0
-    window: int | None = None
-    chunk: int | None = None
-    softcap: float | None = None
-    sinks: Tensor | None = None
-
-    def first_key(self, query: int) -> int:
-        """The first key that the query at this position sees."""
-        first = 0 if self.window is None else max(0, query + 1 - self.window)
-        return first if self.chunk is None else max(first, query // self.chunk * self.chunk)
-
-    def visible(self, queries: range, keys: range, device: torch.device) -> Tensor | None:
-        """[len(queries), len(keys)] bool, for positions in a sequence; None: each query sees all
-        keys up to its own, which is the last for the last query."""
-        first = self.first_key(queries[-1])
-        if first <= keys.start and len(queries) == len(keys):
-            return None
-        own = torch.arange(queries.start, queries.stop, device=device)[:, None]
-        other = torch.arange(keys.start, keys.stop, device=device)
-        visible = other <= own
-        if self.window is not None:
-            visible &= other > own - self.window
-        if self.chunk is not None:
-            visible &= other // self.chunk == own // self.chunk
-        return visible
-
-
-def attend_flash(
-    query: Tensor,  # [1, Hq, T, D]
-    keys: list[Tensor],  # per segment [1, Hk, tokens on its path, D]
-    values: list[Tensor],
-    segments: Segments,
-    rule: Rule,
-) -> Tensor:
-    """Attention of all segments in one variable-length call of flash-attn: [1, T, Hq, D].
-
-    flash-attn aligns the last query with the last key, as segments require.
-    """
-    max_length_q, max_length_k = segments.max_lengths
-    return _flash_attention_forward(
-        query.transpose(1, 2),
-        torch.cat(keys, dim=2).transpose(1, 2),
-        torch.cat(values, dim=2).transpose(1, 2),
-        attention_mask=None,
-        query_length=query.shape[2],
-        is_causal=True,
-        dropout=rule.dropout,
-        softmax_scale=rule.scale,
-        sliding_window=rule.window,
-        softcap=rule.softcap,
-        cu_seq_lens_q=segments.cu_seqlens_q,  # type: ignore[arg-type]
-        cu_seq_lens_k=segments.cu_seqlens_k,  # type: ignore[arg-type]
-        max_length_q=max_length_q,
-        max_length_k=max_length_k,
-        attn_implementation=flash_attention(),
-    )
-
-
-def can_flash(query: Tensor, rule: Rule) -> bool:
-    """Whether an installed flash-attn supports the query's device and dtype, and the rule.
-
-    Its kernels have no chunks. Sinks would need the gradient of its log-sum-exp, which it drops.
-    """
-    return (
-        query.is_cuda
-        and rule.chunk is None
-        and rule.sinks is None
-        and query.dtype in (torch.float16, torch.bfloat16)
-        and flash_attention() is not None
-    )
-
-
-@cache
-def flash_attention() -> str | None:
-    """The installed flash-attn that suits the GPU, by transformers' name; None: use SDPA."""
-    if not torch.cuda.is_available():
-        return None
-    major, _ = torch.cuda.get_device_capability()
-    # Version 3 is written for Hopper and 4 for Blackwell; 2 runs on both.
-    for version, suits in ((4, major >= 10), (3, major == 9), (2, major >= 8), (4, major == 9)):
-        if suits and getattr(import_utils, f"is_flash_attn_{version}_available")():
-            return f"flash_attention_{version}"
-    return None
-
-
-def attend(
-    query: Tensor,  # [1, Hq, L, D]
-    key: Tensor,  # [1, Hk, M, D], M >= L
-    value: Tensor,  # [1, Hk, M, Dv]
-    rule: Rule,
-) -> Tensor:
-    """Attention for the last L of a sequence's M tokens: [1, Hq, L, Dv].
-
-    Queries are taken in blocks where scores are held, so that their memory is bounded.
-    """
-    num_heads, length, before = query.shape[1], query.shape[2], key.shape[2] - query.shape[2]
-    held = rule.softcap is not None or rule.sinks is not None
-    size = max(1, MAX_SCORES // (num_heads * key.shape[2])) if held else length
-    if rule.chunk is not None:
-        size = min(size, rule.chunk)  # each block reads the keys of two chunks at most
-    outputs = []
-    for start in range(0, length, size):
-        queries = range(before + start, before + min(start + size, length))
-        keys = range(rule.first_key(queries.start), queries.stop)
-        visible = rule.visible(queries, keys, query.device)
-        q = query if len(queries) == length else query[:, :, start : start + size]
-        k, v = key, value
-        if len(keys) < key.shape[2]:
-            k, v = (x[:, :, keys.start : keys.stop] for x in (key, value))
-        outputs.append(_attend(q, k, v, visible, rule))
-    return outputs[0] if len(outputs) == 1 else torch.cat(outputs, dim=2)
-
-
-def _attend(
-    query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, rule: Rule
-) -> Tensor:
-    """Attention of L queries to M keys: [1, Hq, L, Dv].
-
-    visible: [L, M] bool, or None: query i sees the keys up to i.
-    """
-    grouped, mask = query.shape[1] != key.shape[1], visible
-    if rule.softcap is not None:
-        return _attend_capped(query, key, value, visible, rule)
-    if rule.sinks is not None:
-        if visible is None:
-            visible = causal(query.shape[2], query.device)
-        # The column of the sinks: a key of zeros, whose score the mask makes s, and no value.
-        scores = torch.zeros_like(visible, dtype=query.dtype).masked_fill(~visible, -torch.inf)
-        sinks = rule.sinks.to(query.dtype)[:, None, None].expand(-1, query.shape[2], 1)
-        mask = torch.cat([scores.expand(len(sinks), -1, -1), sinks], dim=-1)[None]
-        key, value = F.pad(key, (0, 0, 0, 1)), F.pad(value, (0, 0, 0, 1))
-    return F.scaled_dot_product_attention(
-        query,
-        key,
-        value,
-        attn_mask=mask,
-        dropout_p=rule.dropout,
-        is_causal=mask is None,
-        scale=rule.scale,
-        enable_gqa=grouped,
-    )
-
-
-def _attend_capped(
-    query: Tensor, key: Tensor, value: Tensor, visible: Tensor | None, rule: Rule
-) -> Tensor:
-    """`_attend` with a soft cap, which SDPA does not have."""
-    if query.shape[1] != key.shape[1]:
-        repeats = query.shape[1] // key.shape[1]
-        key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
-    if visible is None:
-        visible = causal(query.shape[2], query.device)
-    scale = query.shape[-1] ** -0.5 if rule.scale is None else rule.scale
-    cap = rule.softcap
-    assert cap is not None
-    scores = cap * torch.tanh(query @ key.transpose(2, 3) * scale / cap)
-    scores = scores.masked_fill(~visible, -torch.inf)
-    # The softmax is in at least fp32, as in transformers' eager attention.
-    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(
-        value.dtype
-    )
-    return F.dropout(weights, rule.dropout) @ value
-
-
-def causal(length: int, device: torch.device) -> Tensor:
-    """[length, length] bool: each token sees those up to itself."""
-    return torch.ones(length, length, dtype=torch.bool, device=device).tril()
 
 
 def sliding_window(module: nn.Module, kwargs: dict[str, Any]) -> int | None:

@@ -15,7 +15,8 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rosd_fast.config import LearnerConfig
 from rosd_fast.errors import UserError
-from rosd_fast.model.attention import flash_attention, name
+from rosd_fast.model.attention import name
+from rosd_fast.model.flash import flash_attention
 from rosd_fast.model.layouts import layout_of
 
 LAYOUT_NAMES = {

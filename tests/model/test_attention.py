@@ -16,10 +16,11 @@ from transformers import modeling_flash_attention_utils
 from transformers.modeling_flash_attention_utils import _lazy_define_process_function
 
 from rosd_fast.batch.packing import pack
-from rosd_fast.model import attention
-from rosd_fast.model.attention import Rule, attend, backbone
+from rosd_fast.model import attention, sdpa
+from rosd_fast.model.attention import backbone
 from rosd_fast.model.head import head, logits
 from rosd_fast.model.layouts import check_layout, hidden_states, packed_forward
+from rosd_fast.model.sdpa import Rule, attend
 from rosd_fast.types import PackedSequences, TrainSample
 from tests.tiny import tiny_model
 
@@ -216,7 +217,7 @@ def test_shared_prefixes_are_computed_once(monkeypatch):
     assert seen == [50, 50]
 
 
-@pytest.mark.parametrize("family", ["Qwen3", "Mistral", "Gemma2"])
+@pytest.mark.parametrize("family", ["Qwen3", "Mistral", "Gemma2", "GptOss"])
 def test_flash_attention_gets_what_sdpa_gets(family, monkeypatch):
     """A few equivalent lines stand for the variable-length call that a GPU would run."""
     calls = []
@@ -245,6 +246,9 @@ def test_flash_attention_gets_what_sdpa_gets(family, monkeypatch):
         ]
         return torch.cat(parts)
 
+    def can_flash(query, rule):
+        return rule.chunk is None and (rule.sinks is None or rule.window is None)
+
     model = tiny(family, torch.float32)
     samples = [
         TrainSample(
@@ -270,10 +274,10 @@ def test_flash_attention_gets_what_sdpa_gets(family, monkeypatch):
             "lazy_import_flash_attention",
             lambda name: (functions, (process, None)),
         )
-        monkeypatch.setattr(attention, "can_flash", lambda query, rule: True)
+        monkeypatch.setattr(attention, "can_flash", can_flash)
         actual = hidden_states(model, packed)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
-    windows = {"Qwen3": [-1, -1], "Mistral": [3, 3], "Gemma2": [3, -1]}[family]
+    windows = {"Qwen3": [-1, -1], "Mistral": [3, 3], "Gemma2": [3, -1], "GptOss": [-1]}[family]
     assert [window[0] for window in calls] == windows
 
 
@@ -341,7 +345,7 @@ def test_logits_are_never_computed(monkeypatch):
 def test_attend_against_plain_softmax(before, reach, scores, scale, held, monkeypatch):
     """held: elements of scores that are held at once; 150 takes queries in blocks."""
     torch.manual_seed(1)
-    monkeypatch.setattr(attention, "MAX_SCORES", held)
+    monkeypatch.setattr(sdpa, "MAX_SCORES", held)
     length = 8
     query = torch.randn(1, 4, length, 8, dtype=torch.float64)
     key, value = torch.randn(2, 1, 2, before + length, 8, dtype=torch.float64)
