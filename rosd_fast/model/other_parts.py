@@ -12,6 +12,7 @@ checkpoint gets them back as the files have them, bit for bit, with the files of
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -39,6 +40,15 @@ PROCESSOR_FILES = (
     *("image_processor_config.json", "audio_processor_config.json"),
 )
 ATTRIBUTE = "_rosd_other_parts"  # of a model whose other parts were taken out
+
+
+def concerns_language(record: logging.LogRecord) -> bool:
+    """False for transformers' warning, at each change of the attention, that a config has a section
+    for a part that the model lacks."""
+    return "without finding the associated sub-model" not in record.getMessage()
+
+
+logging.getLogger("transformers.modeling_utils").addFilter(concerns_language)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
