@@ -50,7 +50,10 @@ async def open_model(
             device=pick_device(config.device),
             trust_remote_code=config.trust_remote_code,
         )
-        engine: RolloutEngine = LocalEngine(loaded.model, max_rows=config.engine.max_rows)
+        local = LocalEngine(loaded.model, max_rows=config.engine.max_rows)
+        if local.note:
+            note(local.note)
+        engine: RolloutEngine = local
     else:
         if not config.engine.urls:
             config = config.model_copy(update={"model": servable(config.model)})
