@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import re
+import warnings
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -89,7 +90,9 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig, *, seed: int) -> None
     import peft
 
     targets = "all-linear" if lora.targets == "all-linear" else listed(lora.targets)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # peft gives fused experts patterns of their own, some of which match no layer.
+        warnings.filterwarnings("ignore", message=".*pattern keys did not match")
         torch.manual_seed(seed)
         try:
             model.add_adapter(
