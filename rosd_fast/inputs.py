@@ -21,6 +21,7 @@ from rosd_fast.engines.factory import check_engine
 from rosd_fast.machine import check_memory
 from rosd_fast.methods import Method, find_method
 from rosd_fast.model.adapters import choose_trainable
+from rosd_fast.model.layouts import Layout, layout_of
 from rosd_fast.model.load import LoadedModel, full_model_device, generation_eos, load_model
 from rosd_fast.model.run_folder import run_model
 from rosd_fast.model.skeleton import build_skeleton, load_skeleton
@@ -72,6 +73,17 @@ class Inputs:
         """The ids of special and of added tokens, such as those of a chat template."""
         tokenizer: Any = self.model.tokenizer
         return frozenset(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
+
+    @property
+    def layouts(self) -> set[Layout]:
+        """How student and teacher run sequences."""
+        models = [self.model] if self.teacher is None else [self.model, self.teacher.model]
+        return {layout_of(loaded.model) for loaded in models}
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether some of the models store a prefix that sequences have in common once."""
+        return "shared" in self.layouts
 
     def chat_notes(self) -> list[str]:
         """The known traps that the chat templates or the tokenizer step into."""

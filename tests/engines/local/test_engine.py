@@ -16,7 +16,8 @@ from rosd_fast.engines.local import engine as engine_module
 from rosd_fast.engines.local.engine import LocalEngine
 from rosd_fast.engines.local.forward import NextToken
 from rosd_fast.errors import UserError
-from rosd_fast.model.attention import PACKED, packed_forward
+from rosd_fast.model.attention import PACKED
+from rosd_fast.model.layouts import packed_forward
 from rosd_fast.types import Generation, GenerationRequest, SamplingParams
 
 VOCAB, CONTEXT = 61, 96

@@ -27,7 +27,7 @@ from transformers import PreTrainedTokenizerFast
 from rosd_fast.batch.diagnosed import with_diagnosed
 from rosd_fast.batch.packing import pack
 from rosd_fast.config import Config
-from rosd_fast.model.attention import hidden_states
+from rosd_fast.model.layouts import hidden_states
 from rosd_fast.trainer.learner import StepResult
 from rosd_fast.trainer.optim import Optimizer
 from rosd_fast.trainer.ranks import LearnerGroup, run_worker
