@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from tests.tiny import SHAPE
@@ -91,6 +92,22 @@ def save_image_text(folder: Path, family: str, tokenizer: Any, **options: Any) -
     """Save such a model, with a tokenizer and a processor's file; returns the model."""
     model = image_text_model(family, **options)
     model.save_pretrained(folder)
+    use_hub_names(folder)
     tokenizer.save_pretrained(folder)
     (folder / "preprocessor_config.json").write_text(json.dumps({"size": 28}, indent=1))
     return model
+
+
+def use_hub_names(folder: Path) -> None:
+    """Name the weights of a SigLIP tower as the hub's files do.
+
+    transformers reads these names, and writes them for a model that it has read them from.
+    """
+    file = folder / "model.safetensors"
+    if "siglip" in (folder / "config.json").read_text():
+        weights = load_file(file)
+        named = {
+            name.replace("vision_tower.", "vision_tower.vision_model."): weight
+            for name, weight in weights.items()
+        }
+        save_file(named, file, {"format": "pt"})
