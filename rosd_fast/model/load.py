@@ -31,7 +31,7 @@ from rosd_fast.model.adapters import has_adapters
 from rosd_fast.model.attention import num_embeddings, use_exact_attention
 from rosd_fast.model.head import head
 from rosd_fast.model.layouts import choose_layout
-from rosd_fast.model.other_parts import auto_class, set_aside
+from rosd_fast.model.other_parts import auto_class, processor_template, set_aside
 from rosd_fast.model.run_folder import run_model
 from rosd_fast.model.smollm2 import smollm2_folder
 from rosd_fast.quickstart import MODEL_DIR
@@ -211,6 +211,8 @@ def load_tokenizer(
         raise explain(error, source, "tokenizer") from error
     if not len(tokenizer):
         raise UserError("the model has no tokenizer", where=str(source))
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = processor_template(source)
     if needs_template and not tokenizer.chat_template:
         raise UserError(
             "the tokenizer has no chat template",

@@ -118,6 +118,12 @@ def set_aside(model: PreTrainedModel, source: Path | str) -> None:
     setattr(model, ATTRIBUTE, OtherParts(weights=weights, files=files))
 
 
+def processor_template(source: Path | str) -> str | None:
+    """The chat template that older image-text models have beside their processor, not tokenizer."""
+    path = optional_file(source, "chat_template.json")
+    return None if path is None else json.loads(Path(path).read_text()).get("chat_template")
+
+
 def take_out(model: PreTrainedModel) -> bool:
     """Remove all modules but the language model and the head; return whether there were any."""
     if model.config.get_text_config() is model.config:
