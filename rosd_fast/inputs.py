@@ -22,6 +22,7 @@ from rosd_fast.machine import check_memory
 from rosd_fast.methods import Method, find_method
 from rosd_fast.methods.budgets import longest_sequence
 from rosd_fast.model.adapters import choose_trainable
+from rosd_fast.model.layouts import Layout, layout_of
 from rosd_fast.model.load import LoadedModel, full_model_device, generation_eos, load_model
 from rosd_fast.model.rope import fix_rope, server_rope_args
 from rosd_fast.model.run_folder import run_model
@@ -76,6 +77,17 @@ class Inputs:
         """The ids of special and of added tokens, such as those of a chat template."""
         tokenizer: Any = self.model.tokenizer
         return frozenset(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
+
+    @property
+    def layouts(self) -> set[Layout]:
+        """How student and teacher run sequences."""
+        models = [self.model] if self.teacher is None else [self.model, self.teacher.model]
+        return {layout_of(loaded.model) for loaded in models}
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether some of the models store a prefix that sequences have in common once."""
+        return "shared" in self.layouts
 
     def chat_notes(self) -> list[str]:
         """The known traps that the chat templates or the tokenizer step into."""

@@ -72,12 +72,15 @@ def open_engine(
     """
     options = config.engine
     if options.kind == "local":
-        return LocalEngine(
+        engine = LocalEngine(
             model.model,
             max_rows=options.max_rows,
             tokenizer=model.tokenizer,
             shares_learner_weights=True,
         )
+        if engine.note:
+            note(engine.note)
+        return engine
     return SglangEngine(
         server_handles(
             config,

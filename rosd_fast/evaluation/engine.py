@@ -65,7 +65,10 @@ async def open_model(
             trust_remote_code=config.trust_remote_code,
         )
         fix(loaded)
-        engine: RolloutEngine = LocalEngine(loaded.model, max_rows=config.engine.max_rows)
+        local = LocalEngine(loaded.model, max_rows=config.engine.max_rows)
+        if local.note:
+            note(local.note)
+        engine: RolloutEngine = local
     else:
         if not config.engine.urls:
             config = config.model_copy(update={"model": servable(config.model)})

@@ -47,7 +47,7 @@ def plain_config(config: PreTrainedConfig) -> PreTrainedConfig:
     """The config without what it says of a quantization, in place."""
     for part in (config, config.get_text_config()):
         if hasattr(part, "quantization_config"):
-            del part.quantization_config
+            delattr(part, "quantization_config")
     return config
 
 

@@ -6,13 +6,11 @@ Plans and checks that need no more than that take seconds, and need no weights.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from rosd_fast.errors import UserError
 from rosd_fast.model.head import head
 from rosd_fast.model.load import (
     LoadedModel,

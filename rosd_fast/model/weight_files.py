@@ -30,9 +30,9 @@ def weight_files(source: Path | str) -> list[Path]:
 
 @contextmanager
 def open_weights(source: Path | str) -> Iterator[dict[str, Any]]:
-    """Yield each tensor's name and the open file that has it (`get_tensor(name)`, `get_slice(name)`).
+    """Yield each tensor's name with the open file that has it.
 
-    Files are mapped into memory, not read.
+    A file's `get_tensor(name)` and `get_slice(name)` read; until then it is mapped into memory.
     """
     with ExitStack() as stack:
         found: dict[str, Any] = {}
