@@ -21,9 +21,9 @@ from rosd_fast.errors import UserError
 from rosd_fast.inputs import load_inputs
 from rosd_fast.methods import find_method
 from rosd_fast.methods.budgets import longest_sequence
-from rosd_fast.model.attention import hidden_states
 from rosd_fast.model.fsdp import skeleton
 from rosd_fast.model.head import head, logits
+from rosd_fast.model.layouts import hidden_states
 from rosd_fast.model.rope import FIXED, find_rotary, fix_rope, server_rope_args
 from rosd_fast.quickstart import MODEL_DIR
 from rosd_fast.types import GenerationRequest, PackedSequences, SamplingParams
