@@ -440,8 +440,6 @@ class LearnerConfig(Section):
     activation_checkpointing: bool = False
     """Recompute each layer's activations in the backward pass instead of storing them: less memory,
     a third more time."""
-    compile: bool = False
-    """Apply torch.compile to the layers, except to attention."""
     liger: Literal["auto", "on", "off"] = "auto"
     """Use liger-kernel's norms, rotary embeddings and MLPs.
     auto: on a GPU, if liger-kernel is installed."""

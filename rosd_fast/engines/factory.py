@@ -23,6 +23,7 @@ from rosd_fast.engines.weight_check import allowed_gap, token_logprobs
 from rosd_fast.errors import UserError
 from rosd_fast.model.adapter_files import adapter_config
 from rosd_fast.model.load import find
+from rosd_fast.model.quantized import is_quantized
 from rosd_fast.model.rope import server_rope_args
 from rosd_fast.utils.distributed import pick_device
 
@@ -253,14 +254,16 @@ def servers_folder(run_folder: Path) -> Path:
 
 
 def model_folder(source: str, model: LoadedModel, run_folder: Path) -> Path:
-    """Return a folder with the model as it was loaded: `source` itself, or a copy of a hub model.
+    """Return a folder with the model as it was loaded: `source` itself, or a copy of a hub model or
+    of one that was dequantized.
 
     source: the name of the model, as in the option `model`.
     """
     found = find(source)
-    if isinstance(found, Path):
+    no_weights = model.model.device.type == "meta"  # the server then loads what `source` names
+    if isinstance(found, Path) and (no_weights or not is_quantized(found)):
         return found.absolute()
-    copy = servers_folder(run_folder) / f"model--{found.replace('/', '--')}"
+    copy = servers_folder(run_folder) / f"model--{str(found).strip('/').replace('/', '--')}"
     if not copy.is_dir():
         model.model.save_pretrained(copy)
         model.tokenizer.save_pretrained(copy)

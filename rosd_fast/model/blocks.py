@@ -1,4 +1,4 @@
-"""Options for a model's blocks: activation checkpointing, torch.compile, liger-kernel."""
+"""Options for a model's blocks: activation checkpointing, liger-kernel."""
 
 from __future__ import annotations
 
@@ -38,8 +38,6 @@ def prepare_blocks(model: PreTrainedModel, config: LearnerConfig, device: torch.
     for block in blocks(model):
         if config.activation_checkpointing:
             block.forward = partial(recomputed, block.forward)
-        if config.compile:
-            block.compile(dynamic=True)
 
 
 def recomputed(forward: Any, *args: Any, **kwargs: Any) -> Any:
@@ -114,5 +112,4 @@ def describe(
     ]
     parts += ["liger kernels"] if uses_liger(options, device) else []
     parts += ["activations recomputed"] if options.activation_checkpointing else []
-    parts += ["blocks compiled"] if options.compile else []
     return ", ".join(parts)

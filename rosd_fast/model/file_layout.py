@@ -56,6 +56,22 @@ def file_weights(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict[
         ) from None
 
 
+def check_tied(model: PreTrainedModel, *, where: str) -> None:
+    """Raise UserError when the config ties two parameters that the files give different values.
+
+    transformers leaves such a pair untied. SGLang, and programs that load an export of the model,
+    tie it as the config says, so they would run another model than the one that was trained.
+    """
+    for name, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
+        if model.get_parameter_or_buffer(name) is not model.get_parameter_or_buffer(source):
+            raise UserError(
+                f"config.json ties {name} to {source}, but the files give them different values",
+                where=where,
+                fix="Set tie_word_embeddings to false in config.json to use both, or remove "
+                f"{name} from the files",
+            )
+
+
 def same_memory(tensor: Tensor, other: Tensor | None) -> bool:
     """Whether two tensors of one shape begin at the same address."""
     return (

@@ -19,8 +19,6 @@ def hub_folder(hub_id: str) -> Path:
     Raises UserError if the model cannot be reached.
     """
     try:
-        return Path(
-            snapshot_download(hub_id, allow_patterns=[*FILES], ignore_patterns=[*REPEATED])
-        )
+        return Path(snapshot_download(hub_id, allow_patterns=[*FILES], ignore_patterns=[*REPEATED]))
     except Exception as error:  # of HTTP, of the hub and of the disk: the library has many
         raise explain(OSError(error), hub_id, "model") from error

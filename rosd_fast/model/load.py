@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from transformers import (
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -29,9 +30,11 @@ from rosd_fast.errors import UserError
 from rosd_fast.files import RUN_CONFIG
 from rosd_fast.model.adapters import has_adapters
 from rosd_fast.model.attention import num_embeddings, use_exact_attention
+from rosd_fast.model.file_layout import check_tied
 from rosd_fast.model.head import head
 from rosd_fast.model.layouts import choose_layout
-from rosd_fast.model.other_parts import auto_class, processor_template, set_aside
+from rosd_fast.model.other_parts import auto_class_of, processor_template, set_aside
+from rosd_fast.model.quantized import weights_of
 from rosd_fast.model.run_folder import run_model
 from rosd_fast.model.smollm2 import smollm2_folder
 from rosd_fast.quickstart import MODEL_DIR
@@ -230,16 +233,18 @@ def load_weights(
     Raises UserError unless every parameter came from the files.
     """
     try:
-        loaded: Any = auto_class(source, trust_remote_code=trust_remote_code).from_pretrained(
-            source,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
+        options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+        model_class, named, weights = weights_of(source, auto_class_of, **options)
+        loaded: Any = model_class.from_pretrained(
+            named, use_safetensors=True, output_loading_info=True, **options, **weights
         )
+    except UserError:
+        raise
     except Exception as error:
         raise explain(error, source, "model") from error
     model, report = loaded
+    if named is None:  # the weights were given, so transformers read no file
+        set_generation_config(model, source)
     broken = [*report["missing_keys"], *report["mismatched_keys"]]
     if broken:
         raise UserError(
@@ -266,20 +271,16 @@ def without_router_logits(model: PreTrainedModel) -> None:
         config.output_router_logits = False
 
 
-def check_tied(model: PreTrainedModel, *, where: str) -> None:
-    """Raise UserError when the config ties two parameters that the files give different values.
-
-    transformers leaves such a pair untied. SGLang, and programs that load an export of the model,
-    tie it as the config says, so they would run another model than the one that was trained.
-    """
-    for name, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
-        if model.get_parameter_or_buffer(name) is not model.get_parameter_or_buffer(source):
-            raise UserError(
-                f"config.json ties {name} to {source}, but the files give them different values",
-                where=where,
-                fix="Set tie_word_embeddings to false in config.json to use both, or remove "
-                f"{name} from the files",
-            )
+def set_generation_config(model: Any, source: Path | str) -> None:
+    """Read the model's generation_config.json, which names its stop tokens, if there is one."""
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(source)
+    except OSError:
+        pass
+    except ValueError as error:
+        raise UserError(
+            f"generation_config.json cannot be read ({error})", where=str(source)
+        ) from None
 
 
 def explain(error: Exception, source: Path | str, part: str) -> UserError:

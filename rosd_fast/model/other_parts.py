@@ -19,10 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from transformers import (
-    AutoConfig,
     AutoModelForCausalLM,
     AutoModelForMultimodalLM,
     PreTrainedModel,
@@ -33,8 +31,8 @@ from transformers.utils.hub import cached_file
 from rosd_fast.model.attention import backbone
 from rosd_fast.model.file_layout import file_weights
 from rosd_fast.model.head import output_layer
+from rosd_fast.model.weight_files import open_weights
 
-INDEX = "model.safetensors.index.json"
 PROCESSOR_FILES = (
     *("processor_config.json", "preprocessor_config.json", "video_preprocessor_config.json"),
     *("image_processor_config.json", "audio_processor_config.json"),
@@ -76,18 +74,12 @@ def other_parts(model: PreTrainedModel) -> OtherParts:
     return getattr(model, ATTRIBUTE, None) or OtherParts()
 
 
-def auto_class(source: Path | str, *, trust_remote_code: bool) -> Any:
-    """The transformers class that loads a model in the layout of its files.
+def auto_class_of(config: Any) -> Any:
+    """The transformers class that loads a model of this config in the layout of its files.
 
     It is AutoModelForCausalLM, except for a checkpoint of an image-text or audio-text model, from
     which that class would take only the language model, or nothing.
     """
-    config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
-    return auto_class_of(config)
-
-
-def auto_class_of(config: Any) -> Any:
-    """`auto_class` for a config."""
     several = type(config) in MODEL_FOR_MULTIMODAL_LM_MAPPING
     if not several or config.is_encoder_decoder or config.get_text_config() is config:
         return AutoModelForCausalLM
@@ -104,12 +96,8 @@ def set_aside(model: PreTrainedModel, source: Path | str) -> None:
     if not take_out(model):
         return
     kept = names - file_names(model)
-    weights: dict[str, Tensor] = {}
-    for file in weight_files(source):
-        with safe_open(file, framework="pt") as tensors:
-            weights |= {
-                name: tensors.get_tensor(name) for name in kept.intersection(tensors.keys())
-            }
+    with open_weights(source) as found:
+        weights = {name: found[name].get_tensor(name) for name in kept.intersection(found)}
     files = {
         name: Path(path).read_bytes()
         for name in PROCESSOR_FILES
@@ -150,16 +138,6 @@ def file_names(model: PreTrainedModel) -> set[str]:
     """The names that the model's weights have in files."""
     shapes = {name: torch.empty_like(t, device="meta") for name, t in model.state_dict().items()}
     return set(file_weights(model, shapes))
-
-
-def weight_files(source: Path | str) -> list[Path]:
-    """The safetensors files of a model folder or of a hub model that was loaded before."""
-    index = optional_file(source, INDEX)
-    names = ["model.safetensors"]
-    if index is not None:
-        names = sorted(set(json.loads(Path(index).read_text())["weight_map"].values()))
-    found = [optional_file(source, name) for name in names]
-    return [Path(path) for path in found if path is not None]
 
 
 def optional_file(source: Path | str, name: str) -> str | None:
