@@ -22,6 +22,8 @@ from rosd_fast.engines.sglang.weight_sync import DiskSync, DistributedSync, Weig
 from rosd_fast.engines.weight_check import allowed_gap, token_logprobs
 from rosd_fast.errors import UserError
 from rosd_fast.model.adapter_files import adapter_config
+from rosd_fast.model.export import export_model
+from rosd_fast.model.hub_folder import hub_folder
 from rosd_fast.model.load import find
 from rosd_fast.model.quantized import is_quantized
 from rosd_fast.model.rope import server_rope_args
@@ -254,17 +256,18 @@ def servers_folder(run_folder: Path) -> Path:
 
 
 def model_folder(source: str, model: LoadedModel, run_folder: Path) -> Path:
-    """Return a folder with the model as it was loaded: `source` itself, or a copy of a hub model or
-    of one that was dequantized.
+    """Return a folder with the model: `source` itself, the cached folder of a hub model, or a copy
+    of a model that was dequantized.
 
-    source: the name of the model, as in the option `model`.
+    source: the name of the model, as in the option `model`. Raises UserError if a hub model cannot
+    be reached.
     """
     found = find(source)
+    found = found.absolute() if isinstance(found, Path) else hub_folder(found)
     no_weights = model.model.device.type == "meta"  # the server then loads what `source` names
-    if isinstance(found, Path) and (no_weights or not is_quantized(found)):
-        return found.absolute()
+    if no_weights or not is_quantized(found):
+        return found
     copy = servers_folder(run_folder) / f"model--{str(found).strip('/').replace('/', '--')}"
     if not copy.is_dir():
-        model.model.save_pretrained(copy)
-        model.tokenizer.save_pretrained(copy)
+        export_model(model.model, model.tokenizer, copy)
     return copy
