@@ -23,6 +23,7 @@ from rosd_fast.engines.weight_check import allowed_gap, token_logprobs
 from rosd_fast.errors import UserError
 from rosd_fast.model.adapter_files import adapter_config
 from rosd_fast.model.load import find
+from rosd_fast.model.rope import server_rope_args
 from rosd_fast.utils.distributed import pick_device
 
 if TYPE_CHECKING:
@@ -213,6 +214,7 @@ def server_handles(
     """
     options = config.engine
     servers: list[ManagedServer | Endpoint]
+    rope = server_rope_args(model.model, where=urls or source, managed=not urls)
     if urls:
         key = os.environ.get(KEY_VARIABLE)
         names = listed(urls)
@@ -226,7 +228,7 @@ def server_handles(
                     model_folder=model_folder(source, model, run_folder),
                     dtype=config.dtype,
                     on_cpu=pick_device(config.device).type == "cpu",
-                    args=tuple(args),
+                    args=(*rope, *args),
                     start_timeout_s=options.start_timeout_s,
                     gpus=share,
                 ),

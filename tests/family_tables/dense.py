@@ -53,6 +53,7 @@ DENSE: dict[str, Family] = {
         vocab_size_per_layer_input=64,
         laurel_rank=4,
         altup_num_inputs=2,
+        final_logit_softcapping=3.0,
     ),
     "Gemma4": family(
         "Gemma4Text",

@@ -24,7 +24,15 @@ RECURRENT: dict[str, Family] = {
     "Bamba": family(
         "Bamba", "Bamba", **MAMBA2, attn_layer_indices=[1], rope_parameters=None, **NO_HEAD_DIM
     ),
-    "FalconH1": family("FalconH1", "Falcon-H1", **MAMBA2, mamba_d_ssm=64),
+    "FalconH1": family(
+        "FalconH1",
+        "Falcon-H1",
+        **MAMBA2,
+        mamba_d_ssm=64,
+        lm_head_multiplier=0.5,
+        embedding_multiplier=2.0,
+        key_multiplier=0.8,
+    ),
     "FalconMamba": family("FalconMamba", "Falcon Mamba", state_size=8, **NO_HEAD_DIM),
     "GraniteMoeHybrid": family(
         "GraniteMoeHybrid",
@@ -130,10 +138,19 @@ RECURRENT: dict[str, Family] = {
         num_hidden_layers=3,
         block_types=["recurrent", "recurrent", "attention"],
         attention_window_size=8,
+        logits_soft_cap=3.0,
         lru_width=32,
     ),
     "Rwkv": family("Rwkv", "RWKV-4", attention_hidden_size=32, context_length=128),
-    "xLSTM": family("xLSTM", "xLSTM 7B", num_heads=4, chunk_size=4),
+    "xLSTM": family(
+        "xLSTM",
+        "xLSTM 7B",
+        hidden_size=64,
+        qk_dim_factor=1.0,
+        num_heads=4,
+        chunk_size=4,
+        output_logit_soft_cap=3.0,
+    ),
     "Zamba": family(
         "Zamba",
         "Zamba 1",
