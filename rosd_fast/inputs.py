@@ -24,6 +24,7 @@ from rosd_fast.methods.budgets import longest_sequence
 from rosd_fast.model.adapters import choose_trainable
 from rosd_fast.model.layouts import Layout, layout_of
 from rosd_fast.model.load import LoadedModel, full_model_device, generation_eos, load_model
+from rosd_fast.model.nf4 import check_quantize
 from rosd_fast.model.rope import fix_rope, server_rope_args
 from rosd_fast.model.run_folder import run_model
 from rosd_fast.model.skeleton import build_skeleton, load_skeleton
@@ -110,6 +111,7 @@ def load_inputs(config: Config, *, weights: bool = True) -> Inputs:
     method_type = find_method(config.method)
     method_type.check_options(config)
     check_adamw(config.optim, several_ranks=launched())
+    check_quantize(config.lora, several_ranks=launched())
     parse_scales(config.optim.lr_scale)
     data = load_datasets(config.data, verify=config.verify, first=config.eval.problems)
     make_stream(config, data.train)
@@ -121,6 +123,7 @@ def load_inputs(config: Config, *, weights: bool = True) -> Inputs:
             dtype=config.dtype,
             device=full_model_device(config.device, config.engine),
             trust_remote_code=config.trust_remote_code,
+            quantize=config.lora.quantize != "none",
         )
     else:
         model = load_skeleton(

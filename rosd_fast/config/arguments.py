@@ -16,7 +16,7 @@ from typing import Any, get_args, get_origin
 
 from pydantic import BaseModel
 
-from rosd_fast.config.renamed import RENAMED
+from rosd_fast.config.renamed import REMOVED, RENAMED
 from rosd_fast.config.suggest import suggestion
 from rosd_fast.errors import UserError
 
@@ -136,6 +136,8 @@ def _find(
             return options[positive], False
     if RENAMED.get(name) in options:
         raise UserError(f"--{arg.lstrip('-')} is now {as_flag(RENAMED[name])}")
+    if name in REMOVED:
+        raise UserError(f"--{arg.lstrip('-')} {REMOVED[name]}")
     fix = suggestion(name, options, as_flag) or "See --help for all options"
     raise UserError(f"unknown option {arg}", fix=fix)
 

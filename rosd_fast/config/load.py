@@ -27,7 +27,14 @@ from rosd_fast.config import Config
 from rosd_fast.config.alternatives import both_given, with_alternatives
 from rosd_fast.config.arguments import as_flag, options_of
 from rosd_fast.config.messages import explain
-from rosd_fast.config.renamed import RENAMED, legacy_options, old_names, translate
+from rosd_fast.config.renamed import (
+    REMOVED,
+    RENAMED,
+    legacy_options,
+    old_names,
+    removed_names,
+    translate,
+)
 from rosd_fast.config.suggest import nearest
 from rosd_fast.config.toml import find_line, to_toml
 from rosd_fast.errors import UserError
@@ -159,6 +166,9 @@ def apply_toml(base: Config, path: Path, *, accept_old_names: bool = False) -> C
         line = find_line(text, tuple(found[0].split(".")))
         names = ", ".join(f"{old} is now {RENAMED[old]}" for old in found)
         raise UserError(names, where=f"{path}:{line}")
+    if gone := removed_names(layer):
+        line = find_line(text, tuple(gone[0].split(".")))
+        raise UserError(f"{gone[0]} {REMOVED[gone[0]]}", where=f"{path}:{line}")
     layer = _false_to_none(layer, Config)
     if (both := both_given(layer)) is not None:
         line = find_line(text, tuple(both[0].split(".")))

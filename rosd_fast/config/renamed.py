@@ -1,4 +1,4 @@
-"""Options that had another name before, and what that means for the runs of that time.
+"""Options that had another name before or are gone, and what that means for runs of that time.
 
 A file or a command line with an old name is an error that gives the new one. A run that is resumed
 may have been written with the old names: its config.toml is translated, and its checkpoints hold a
@@ -18,6 +18,11 @@ RENAMED = {
     "optim.only": "optim.trainable",
     "select.require_success": "select.on_no_success",
 }
+
+REMOVED = {
+    "learner.compile": "is no longer an option, as it compiled anew for every batch; leave it out"
+}
+"""Options that are gone, and what a user is told. None of them changed what is learned."""
 
 VALUES: dict[str, dict[Any, Any]] = {"select.require_success": {True: "skip", False: "keep"}}
 """Old values of renamed options -> the values that mean the same now."""
@@ -49,6 +54,7 @@ ADDED_LATER = (
     "data.split_seed",
     "data.bad_rows",
     "data.columns",
+    "lora.quantize",
 )
 """Options, or whole sections, that runs did not have when hashing began. Each counts in the hash
 only where it differs from its default. A new option that decides what is learned belongs here."""
@@ -64,12 +70,20 @@ def old_names(layer: Mapping[str, Any]) -> list[str]:
     return [old for old in RENAMED if _has(layer, old)]
 
 
+def removed_names(layer: Mapping[str, Any]) -> list[str]:
+    """The options of a TOML file that are gone."""
+    return [name for name in REMOVED if _has(layer, name)]
+
+
 def translate(layer: dict[str, Any]) -> dict[str, Any]:
     """The options of a TOML file with each old name replaced by the new one.
 
     An option that is given under both names keeps its old name, which is then reported. An option
-    of `BEFORE` that the file lacks is added.
+    of `BEFORE` that the file lacks is added, and one of `REMOVED` is left out.
     """
+    for name in removed_names(layer):
+        section, _, key = name.partition(".")
+        layer = {**layer, section: {k: v for k, v in layer[section].items() if k != key}}
     for old in old_names(layer):
         new = RENAMED[old]
         if not _has(layer, new):

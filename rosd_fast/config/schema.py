@@ -432,6 +432,10 @@ class LoraConfig(Section):
     targets: str = "all-linear"
     """Layers with an adapter, comma-separated, as in q_proj,v_proj; all-linear: every linear layer
     but the output head and those where an adapter would have no effect or could not be merged."""
+    quantize: Literal["none", "nf4"] = "none"
+    """Weights of the linear layers below the adapters (QLoRA).
+    none: in the run's dtype.
+    nf4: in 4 bits (needs lora.rank and bitsandbytes; one process only)."""
 
 
 class LearnerConfig(Section):
@@ -440,8 +444,6 @@ class LearnerConfig(Section):
     activation_checkpointing: bool = False
     """Recompute each layer's activations in the backward pass instead of storing them: less memory,
     a third more time."""
-    compile: bool = False
-    """Apply torch.compile to the layers, except to attention."""
     liger: Literal["auto", "on", "off"] = "auto"
     """Use liger-kernel's norms, rotary embeddings and MLPs.
     auto: on a GPU, if liger-kernel is installed."""

@@ -112,7 +112,6 @@ OPTIONS: Mapping[str, str] = {
     "lora.targets": "lora_targets lora_target_modules target_modules lora_modules",
     "learner.activation_checkpointing": "gradient_checkpointing enable_gradient_checkpointing "
     "activation_checkpoint grad_checkpointing grad_checkpoint recompute checkpoint_activations",
-    "learner.compile": "torch_compile use_torch_compile",
     "learner.liger": "use_liger use_liger_kernel liger_kernel",
     "eval.every": "eval_every eval_steps eval_freq eval_interval eval_frequency eval_strategy "
     "evaluation_strategy test_freq test_interval val_every val_interval val_check_interval",

@@ -18,6 +18,7 @@ import torch
 from transformers import (
     AutoModelForCausalLM,
     AutoTokenizer,
+    GenerationConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
@@ -32,6 +33,8 @@ from rosd_fast.model.adapters import has_adapters
 from rosd_fast.model.attention import num_embeddings, use_exact_attention
 from rosd_fast.model.head import head
 from rosd_fast.model.layouts import choose_layout
+from rosd_fast.model.nf4 import quantize_linear
+from rosd_fast.model.quantized import weights_of
 from rosd_fast.model.run_folder import run_model
 from rosd_fast.model.smollm2 import smollm2_folder
 from rosd_fast.quickstart import MODEL_DIR
@@ -74,13 +77,15 @@ def load_model(
     device: torch.device,
     trust_remote_code: bool = False,
     needs_template: bool = True,
+    quantize: bool = False,
 ) -> LoadedModel:
     """Load the model that `model_name` names, with its tokenizer, onto `device`.
 
     Raises UserError for anything that is missing, unreachable, unsafe to load or cannot be trained.
 
     model_name: as the option `model`. dtype: torch's name of it, such as "bfloat16".
-    needs_template: whether the tokenizer must have a chat template.
+    needs_template: whether the tokenizer must have a chat template. quantize: pack linear layers
+    into 4 bits (`rosd_fast.model.nf4`).
     """
     source = find(model_name)
     with quiet_transformers():
@@ -91,6 +96,8 @@ def load_model(
             source, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
         )
         check_vocabulary(model, tokenizer, where=model_name)
+        if quantize:
+            quantize_linear(model, device)
         model = model.to(device).eval()  # type: ignore[arg-type]
         use_exact_attention(model)
         head(model)
@@ -225,16 +232,18 @@ def load_weights(
 ) -> PreTrainedModel:
     """Load the model. Raises UserError unless every parameter came from the files."""
     try:
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=dtype,
-            use_safetensors=True,
-            trust_remote_code=trust_remote_code,
-            output_loading_info=True,
+        options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
+        model_class, named, weights = weights_of(source, AutoModelForCausalLM, **options)
+        loaded: Any = model_class.from_pretrained(
+            named, use_safetensors=True, output_loading_info=True, **options, **weights
         )
+    except UserError:
+        raise
     except Exception as error:
         raise explain(error, source, "model") from error
     model, report = loaded
+    if named is None:  # the weights were given, so transformers read no file
+        set_generation_config(model, source)
     broken = [*report["missing_keys"], *report["mismatched_keys"]]
     if broken:
         raise UserError(
@@ -247,6 +256,18 @@ def load_weights(
         raise adapters_refused(source)
     check_tied(model, where=str(source))
     return model
+
+
+def set_generation_config(model: Any, source: Path | str) -> None:
+    """Read the model's generation_config.json, which names its stop tokens, if there is one."""
+    try:
+        model.generation_config = GenerationConfig.from_pretrained(source)
+    except OSError:
+        pass
+    except ValueError as error:
+        raise UserError(
+            f"generation_config.json cannot be read ({error})", where=str(source)
+        ) from None
 
 
 def check_tied(model: PreTrainedModel, *, where: str) -> None:

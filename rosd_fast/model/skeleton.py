@@ -6,13 +6,11 @@ Plans and checks that need no more than that take seconds, and need no weights.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
-from rosd_fast.errors import UserError
 from rosd_fast.model.head import head
 from rosd_fast.model.load import (
     LoadedModel,
@@ -22,9 +20,11 @@ from rosd_fast.model.load import (
     find,
     load_tokenizer,
     quiet_transformers,
+    set_generation_config,
     short_name,
     stop_token_ids,
 )
+from rosd_fast.model.quantized import plain_config
 
 
 def load_skeleton(
@@ -55,6 +55,7 @@ def build_skeleton(
     with quiet_transformers():
         try:
             config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+            plain_config(config)
             with torch.device("meta"):
                 model: Any = AutoModelForCausalLM.from_config(
                     config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
@@ -64,15 +65,3 @@ def build_skeleton(
         set_generation_config(model, source)
         head(model)
     return model.eval()
-
-
-def set_generation_config(model: Any, source: Path | str) -> None:
-    """Read the model's generation_config.json, which names its stop tokens, if there is one."""
-    try:
-        model.generation_config = GenerationConfig.from_pretrained(source)
-    except OSError:
-        pass
-    except ValueError as error:
-        raise UserError(
-            f"generation_config.json cannot be read ({error})", where=str(source)
-        ) from None

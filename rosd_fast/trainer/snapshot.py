@@ -3,7 +3,6 @@ continues."""
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 
 from rosd_fast.errors import RunFailed, UserError
 from rosd_fast.model.adapter_files import adapter_config, adapter_weights, write_adapter
+from rosd_fast.model.adapters import without_adapters
 from rosd_fast.model.load import quiet_transformers
 from rosd_fast.trainer.learner import Learner
 
@@ -177,11 +177,3 @@ class Snapshot:
             state=BlockingAsyncStager(cache_staged_state_dict=False).stage(learner.state_dict()),
             export=None if tokenizer is None else Export.of(learner, tokenizer),
         )
-
-
-def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
-    """A model of the same config, without adapters and without memory for its weights."""
-    with torch.device("meta"):
-        plain = type(model)(copy.deepcopy(model.config))
-    plain.generation_config = model.generation_config
-    return plain

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from rosd_fast.config import Config, load, renamed
-from rosd_fast.config.arguments import options_of
+from rosd_fast.config.arguments import options_of, read_args
 from rosd_fast.config.load import (
     apply_args,
     apply_toml,
@@ -458,6 +458,20 @@ def test_an_old_name_in_a_file_is_answered_with_the_new_one(
     text = f"steps = 3\n[{table}]\n{key} = false\n"
     assert error_of(tmp_path, text) == f"run.toml:3: {old} is now {new}"
     assert new in options_of(Config)
+
+
+@pytest.mark.parametrize("name", renamed.REMOVED)
+def test_an_option_that_is_gone_is_answered_in_one_line(tmp_path: Path, name: str) -> None:
+    """In a file and on the command line; the config.toml of an old run is read without it."""
+    table, _, key = name.partition(".")
+    text = f"steps = 3\n[{table}]\n{key} = true\n"
+    assert error_of(tmp_path, text) == f"run.toml:3: {name} {renamed.REMOVED[name]}"
+    with pytest.raises(UserError, match=rf"--{name} is no longer an option"):
+        read_args([f"--{name}", "true"], options_of(Config))
+    path = tmp_path / "config.toml"
+    path.write_text(text)
+    assert apply_toml(Config(), path, accept_old_names=True) == Config(steps=3)
+    assert name not in options_of(Config)
 
 
 def test_an_option_under_both_names_is_not_guessed(tmp_path: Path) -> None:
