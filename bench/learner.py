@@ -40,7 +40,7 @@ from loss import resident
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from rosd_fast.batch.packing import pack
-from rosd_fast.model.attention import hidden_states, packed_forward
+from rosd_fast.model.layouts import hidden_states, packed_forward
 from rosd_fast.types import PackedSequences, TrainSample
 
 CASES = ("512,8,128", "256,8,256", "2048,8,256", "sciknoweval")

@@ -204,7 +204,9 @@ def print_prompts(
 
 
 def print_notes(console: Console, inputs: Inputs) -> None:
-    """Print the known traps of chat templates that these step into."""
+    """Print what is said of the models, and the traps that their chat templates step into."""
+    for text in inputs.model_notes:
+        console.print(Text(f"Note on the model {text}."), soft_wrap=True)
     for text in inputs.chat_notes():
         console.print(Text(f"Note on the chat template: {text}."), soft_wrap=True)
 

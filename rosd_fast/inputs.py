@@ -20,8 +20,11 @@ from rosd_fast.data.stream import ProblemStream
 from rosd_fast.engines.factory import check_engine
 from rosd_fast.machine import check_memory
 from rosd_fast.methods import Method, find_method
+from rosd_fast.methods.budgets import longest_sequence
 from rosd_fast.model.adapters import choose_trainable
+from rosd_fast.model.layouts import Layout, layout_of
 from rosd_fast.model.load import LoadedModel, full_model_device, generation_eos, load_model
+from rosd_fast.model.rope import fix_rope, server_rope_args
 from rosd_fast.model.run_folder import run_model
 from rosd_fast.model.skeleton import build_skeleton, load_skeleton
 from rosd_fast.text.chat import Chats
@@ -51,6 +54,7 @@ class Inputs:
     problems: the training problems.
     dev_splits: "dev" and "ood", those that were given.
     data_notes: what a user is told of the data.
+    model_notes: what a user is told of the models.
     stream: the problems of each step.
     token_bytes: the bytes that each sampled token stands for.
     method: what a rollout is trained on.
@@ -63,6 +67,7 @@ class Inputs:
     problems: Problems
     dev_splits: dict[str, Problems]
     data_notes: list[str]
+    model_notes: list[str]
     stream: ProblemStream
     token_bytes: TokenBytes
     method: Method
@@ -72,6 +77,17 @@ class Inputs:
         """The ids of special and of added tokens, such as those of a chat template."""
         tokenizer: Any = self.model.tokenizer
         return frozenset(tokenizer.all_special_ids) | set(tokenizer.get_added_vocab().values())
+
+    @property
+    def layouts(self) -> set[Layout]:
+        """How student and teacher run sequences."""
+        models = [self.model] if self.teacher is None else [self.model, self.teacher.model]
+        return {layout_of(loaded.model) for loaded in models}
+
+    @property
+    def shares_prefixes(self) -> bool:
+        """Whether some of the models store a prefix that sequences have in common once."""
+        return "shared" in self.layouts
 
     def chat_notes(self) -> list[str]:
         """The known traps that the chat templates or the tokenizer step into."""
@@ -143,10 +159,31 @@ def load_inputs(config: Config, *, weights: bool = True) -> Inputs:
         problems=data.train,
         dev_splits=data.dev,
         data_notes=data.notes,
+        model_notes=fix_ropes(config, method, model, teacher),
         stream=stream.with_check(check_late),
         token_bytes=token_bytes,
         method=method,
     )
+
+
+def fix_ropes(
+    config: Config, method: Method, model: LoadedModel, teacher: SeparateTeacher | None
+) -> list[str]:
+    """Fix the RoPE frequencies of student and teacher for the run; returns lines for the user.
+
+    Raises UserError for servers that would have others.
+    """
+    longest = longest_sequence(method, model.context_length)
+    served = "sglang" in (config.engine.kind, config.teacher.backend)
+    taught_by = model if teacher is None else teacher.model
+    lines = [(one.name, fix_rope(one.model, longest, served=served)) for one in (model, taught_by)]
+    if config.engine.kind == "sglang":
+        urls = config.engine.urls
+        server_rope_args(model.model, where=f"engine.urls: {urls}", managed=not urls)
+    if config.teacher.backend == "sglang":
+        url = config.teacher.url
+        server_rope_args(taught_by.model, where=f"teacher.url: {url}", managed=not url)
+    return [f"{name}: {line}" for name, line in lines if line is not None]
 
 
 def make_stream(config: Config, problems: Problems) -> ProblemStream:

@@ -295,7 +295,7 @@ def opened(config: Config, resume: Path | None, world: World, lock: RunLock) -> 
                 shown.note(f"epochs: {epochs:g} are {config.steps} steps")
             if changed is not None:
                 shown.note(changed)
-            for text in inputs.data_notes:
+            for text in (*inputs.model_notes, *inputs.data_notes):
                 shown.note(text)
             for text in inputs.chat_notes():
                 shown.note(f"chat template: {text}")

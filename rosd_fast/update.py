@@ -47,9 +47,10 @@ async def update(
                 entropy_bonus=config.policy.entropy_weight > 0,
             ),
             max_tokens=config.pack.max_tokens,
-            min_shared=config.pack.min_shared,
+            min_shared=config.pack.min_shared if run.inputs.shares_prefixes else 0,
             num_ranks=run.learners.world.size,
             hidden_size=run.inputs.model.hidden_size,
+            padded="padded" in run.inputs.layouts,
         )
         if is_due(step, config.diagnose.every):
             batches = with_diagnosed(

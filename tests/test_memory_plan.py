@@ -19,7 +19,7 @@ from rosd_fast.memory_plan import (
     memory_plan,
     server_rows,
 )
-from rosd_fast.model.attention import hidden_states
+from rosd_fast.model.layouts import hidden_states
 from rosd_fast.model.load import load_model
 from rosd_fast.model.skeleton import build_skeleton
 from rosd_fast.trainer.learner import Learner

@@ -13,6 +13,10 @@ or more of them have in common is one segment and goes through the model once: t
 of a group, the teacher's system turn and problem, more where reflections agree, and all of a
 rollout that has two samples. In a causal model a hidden state depends only on earlier tokens, so
 sharing changes the cost and nothing else.
+
+For a model that cannot run packed sequences (`rosd_fast.model.layouts`), nothing is shared, and the
+sequences of a micro-batch are rows that are padded to the longest: sequences of similar length make
+up a micro-batch, and the padding counts.
 """
 
 from __future__ import annotations
@@ -36,6 +40,7 @@ def pack(
     min_shared: int = MIN_SHARED,
     num_ranks: int = 1,
     hidden_size: int = 1024,
+    padded: bool = False,
 ) -> list[PackedBatch]:
     """Micro-batches of at most `max_tokens` input tokens, student's plus teacher's; deterministic.
 
@@ -51,6 +56,8 @@ def pack(
     num_ranks: micro-batches are dealt to this many ranks in turns, rank 0 first. Their number is a
         multiple of it; ranks without a sample get an empty micro-batch.
     hidden_size: the model's; it decides how much attention counts among the FLOPs.
+    padded: the sequences will be padded. Samples are sorted by length, those of a micro-batch are
+        neighbours, and `max_tokens` bounds the tokens with their padding.
 
     Raises ValueError if `max_tokens` is below 1.
     """
@@ -58,7 +65,10 @@ def pack(
         raise ValueError(f"max_tokens is {max_tokens}, must be at least 1")
     if not samples:
         return []
-    step = StepSequences(samples, min_shared=min_shared, hidden_size=hidden_size)
+    step = StepSequences(samples, min_shared=0 if padded else min_shared, hidden_size=hidden_size)
+    if padded:
+        bins = neighbours(step, max_tokens, num_ranks)
+        return [step.batch(sorted(members)) for members in bins]
     parts = divide(step, max_tokens)
     if num_ranks == 1:
         bins = first_fit(parts, max_tokens)
@@ -119,6 +129,10 @@ class StepSequences:
                 for segment in tree
             )
         return Part(tuple(indices), num_tokens, flops)
+
+    def shape(self, index: int) -> tuple[int, int]:
+        """The lengths of a sample's two sequences, student's and teacher's."""
+        return len(self.student.sequences[index]), len(self.teacher.sequences[index])
 
     def distilled(self, indices: Sequence[int]) -> list[int]:
         """Those of these samples that are distilled."""
@@ -276,6 +290,31 @@ def first_fit(parts: Sequence[Part], max_tokens: int) -> list[list[int]]:
             bins[place] += part.indices
             room[place] -= part.num_tokens
     return bins
+
+
+def neighbours(step: StepSequences, max_tokens: int, num_ranks: int) -> list[list[int]]:
+    """Micro-batches of samples of similar length, the longest first: the samples' indices of each.
+
+    Each has at most `max_tokens` tokens with the padding, or is one sample. Their number is a
+    multiple of `num_ranks`; the largest ones are halved for that, as long as they can be.
+    """
+
+    def cost(members: Sequence[int]) -> int:
+        """The tokens of a micro-batch, with the padding of both sides."""
+        student, teacher = zip(*(step.shape(index) for index in members), strict=True)
+        return len(members) * max(student) + sum(map(bool, teacher)) * max(teacher)
+
+    bins: list[list[int]] = []
+    for index in sorted(range(len(step.samples)), key=lambda i: (*step.shape(i), -i), reverse=True):
+        if bins and cost([*bins[-1], index]) <= max_tokens:
+            bins[-1].append(index)
+        else:
+            bins.append([index])
+    while len(bins) % num_ranks and max(map(len, bins)) > 1:
+        place = max(range(len(bins)), key=lambda i: (len(bins[i]) > 1, cost(bins[i])))
+        middle = len(bins[place]) // 2
+        bins[place : place + 1] = [bins[place][:middle], bins[place][middle:]]
+    return bins + [[] for _ in range(-len(bins) % num_ranks)]
 
 
 def halve_large(step: StepSequences, parts: Sequence[Part], num_ranks: int) -> list[Part]:

@@ -431,7 +431,7 @@ class LoraConfig(Section):
     """Adapters are scaled by alpha / rank."""
     targets: str = "all-linear"
     """Layers with an adapter, comma-separated, as in q_proj,v_proj; all-linear: every linear layer
-    but the output head."""
+    but the output head and those where an adapter would have no effect or could not be merged."""
 
 
 class LearnerConfig(Section):

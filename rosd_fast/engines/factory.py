@@ -24,6 +24,7 @@ from rosd_fast.engines.weight_check import allowed_gap, token_logprobs
 from rosd_fast.errors import UserError
 from rosd_fast.model.adapter_files import adapter_config
 from rosd_fast.model.load import find
+from rosd_fast.model.rope import server_rope_args
 from rosd_fast.utils.distributed import pick_device
 
 if TYPE_CHECKING:
@@ -71,12 +72,15 @@ def open_engine(
     """
     options = config.engine
     if options.kind == "local":
-        return LocalEngine(
+        engine = LocalEngine(
             model.model,
             max_rows=options.max_rows,
             tokenizer=model.tokenizer,
             shares_learner_weights=True,
         )
+        if engine.note:
+            note(engine.note)
+        return engine
     return SglangEngine(
         server_handles(
             config,
@@ -220,6 +224,7 @@ def server_handles(
     """
     options = config.engine
     servers: list[ManagedServer | Endpoint]
+    rope = server_rope_args(model.model, where=urls or source, managed=not urls)
     if urls:
         key = os.environ.get(KEY_VARIABLE)
         names = listed(urls)
@@ -233,7 +238,7 @@ def server_handles(
                     model_folder=model_folder(source, model, run_folder),
                     dtype=config.dtype,
                     on_cpu=pick_device(config.device).type == "cpu",
-                    args=(*grammar_args(model), *args),
+                    args=(*rope, *grammar_args(model), *args),
                     start_timeout_s=options.start_timeout_s,
                     gpus=share,
                 ),

@@ -71,6 +71,8 @@ async def open_engines(
                 shares_learner_weights=False,
             )
             stack.push_async_callback(teacher.close)
+            if teacher.note and teacher.note != getattr(student, "note", ""):
+                note(teacher.note)
         verifiers = VerifierPool(Limits(**config.verify.model_dump()), note)
         stack.push_async_callback(verifiers.close)
         yield Engines(

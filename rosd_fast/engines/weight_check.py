@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from rosd_fast.errors import RunFailed
-from rosd_fast.model.attention import hidden_states
 from rosd_fast.model.head import head
+from rosd_fast.model.layouts import hidden_states
 from rosd_fast.types import PackedSequences
 
 if TYPE_CHECKING:

@@ -25,6 +25,7 @@ from rosd_fast.engines.sglang.client import Endpoint, ServerError
 from rosd_fast.errors import UserError
 from rosd_fast.evaluation.settings import MODEL_FILES
 from rosd_fast.model.load import explain, find, load_model, short_name
+from rosd_fast.model.rope import find_rotary, fix_rope
 from rosd_fast.model.skeleton import load_skeleton
 from rosd_fast.utils.distributed import pick_device
 
@@ -37,12 +38,25 @@ INFO_TIMEOUT_S = 30.0
 
 @asynccontextmanager
 async def open_model(
-    config: Config, folder: Path, *, note: Callable[[str], None]
+    config: Config,
+    folder: Path,
+    *,
+    longest: Callable[[LoadedModel], int],
+    note: Callable[[str], None],
 ) -> AsyncIterator[tuple[RolloutEngine, LoadedModel]]:
     """Yield the engine for `config.model`, and the model, which may have no weights here.
 
     config: model, dtype, device and engine, as in a run. folder: gets the files of servers.
+    longest: the number of tokens that a sequence can have; asked where RoPE depends on it.
     """
+
+    def fix(loaded: LoadedModel) -> None:
+        if any(find_rotary(loaded.model)):
+            served = config.engine.kind == "sglang"
+            line = fix_rope(loaded.model, longest(loaded), served=served)
+            if line is not None:
+                note(line)
+
     if config.engine.kind == "local":
         loaded = load_model(
             config.model,
@@ -50,13 +64,18 @@ async def open_model(
             device=pick_device(config.device),
             trust_remote_code=config.trust_remote_code,
         )
-        engine: RolloutEngine = LocalEngine(loaded.model, max_rows=config.engine.max_rows)
+        fix(loaded)
+        local = LocalEngine(loaded.model, max_rows=config.engine.max_rows)
+        if local.note:
+            note(local.note)
+        engine: RolloutEngine = local
     else:
         if not config.engine.urls:
             config = config.model_copy(update={"model": servable(config.model)})
         loaded = load_skeleton(
             config.model, dtype=config.dtype, trust_remote_code=config.trust_remote_code
         )
+        fix(loaded)
         engine = open_served_engine(config, loaded, folder, note=note)
     try:
         yield engine, loaded

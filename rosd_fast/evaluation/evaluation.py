@@ -23,6 +23,7 @@ from rosd_fast.verify import Limits, VerifierPool
 
 if TYPE_CHECKING:
     from rosd_fast.config import Config
+    from rosd_fast.model.load import LoadedModel
     from rosd_fast.types import Problem
 
 
@@ -55,6 +56,13 @@ class Evaluation:
             dtype=self.config.dtype,
             engine=self.config.engine.kind,
         )
+
+    def longest_sequence(self, model: LoadedModel) -> int:
+        """The number of tokens that the longest prompt can have with its completion."""
+        chat = make_chats(self.config.chat, model.tokenizer).eval
+        problems = (problem for own in self.problems.values() for problem in own)
+        prompt = max(len(chat.render_problem(problem)) for problem in problems)
+        return min(model.context_length, prompt + self.sampling.max_new_tokens)
 
     @property
     def default_name(self) -> str:
@@ -127,7 +135,9 @@ async def _sample(
     watch.problems(num_done, total)
     verifiers = VerifierPool(Limits(**config.verify.model_dump()), note=watch.note)
     try:
-        async with open_model(config, folder, note=watch.note) as (engine, model):
+        async with open_model(
+            config, folder, longest=evaluation.longest_sequence, note=watch.note
+        ) as (engine, model):
             chat = make_chats(config.chat, model.tokenizer).eval
             for name, problems in missing.items():
                 found += await sample_completions(

@@ -211,6 +211,11 @@ class Method(ABC):
         return self.distill_weight > 0
 
     @property
+    def annotates(self) -> bool:
+        """Whether anything is generated after the rollouts, before they can teach."""
+        return type(self).annotate is not Method.annotate
+
+    @property
     def needs_teacher_engine(self) -> bool:
         """Whether text is generated with the teacher's weights (`Engines.teacher`)."""
         return False

@@ -1,4 +1,5 @@
-"""Checks of the problems: room in the prompts that a method renders, and reference solutions."""
+"""Checks of the problems: room in the prompts that a method renders, and reference solutions; and
+the longest sequence that a run can have."""
 
 from __future__ import annotations
 
@@ -10,6 +11,7 @@ from rosd_fast.text.prompts import fill_template, placeholders
 
 if TYPE_CHECKING:
     from rosd_fast.config import Config
+    from rosd_fast.methods.base import Method
     from rosd_fast.text.chat import Chats
     from rosd_fast.types import Problem
 
@@ -48,3 +50,20 @@ def check_budgets(
                 where=f"problem {problem.id}",
                 fix=f"Raise {section}.max_prompt_tokens, or leave the problem out",
             )
+
+
+def longest_sequence(method: Method, context_length: int) -> int:
+    """The number of tokens that the longest sequence of a run can have, by its options.
+
+    context_length: the student's, which limits what is generated; a teacher's prompt may exceed it.
+    """
+    config = method.config
+    generates = (config.sample, config.reflect) if method.annotates else (config.sample,)
+    longest = min(
+        context_length,
+        max(options.max_prompt_tokens + options.max_new_tokens for options in generates),
+    )
+    if not method.needs_teacher:
+        return longest
+    answer = min(config.sample.max_new_tokens, context_length)
+    return max(longest, config.teacher.max_prompt_tokens + answer)

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from rosd_fast.config import LoraConfig
 from rosd_fast.config.arguments import listed
 from rosd_fast.errors import UserError
+from rosd_fast.model.adapter_targets import without_adapter
 
 BASE = ".base_layer."  # peft's name of the layer that an adapter is added to
 SAMPLED = 1024  # values per parameter that the fingerprint reads
@@ -81,23 +82,37 @@ def matching(named: Sequence[tuple[str, Tensor]], pattern: str, *, where: str) -
 def add_adapters(model: PreTrainedModel, lora: LoraConfig, *, seed: int) -> None:
     """Add adapters, which change nothing yet, to the layers that `lora.targets` names.
 
-    Raises UserError if peft is missing or cannot use the targets.
+    Raises UserError if peft is missing or cannot use the targets, and for a target that cannot have
+    an adapter.
     """
     if find_spec("peft") is None:
         raise UserError("needs peft", where="lora.rank", fix='pip install "rosd-fast[lora]"')
     import peft
 
-    targets = "all-linear" if lora.targets == "all-linear" else listed(lora.targets)
+    every = lora.targets == "all-linear"
+    unsuited = without_adapter(model)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
             model.add_adapter(
-                peft.LoraConfig(r=lora.rank, lora_alpha=lora.alpha, target_modules=targets)
+                peft.LoraConfig(
+                    r=lora.rank,
+                    lora_alpha=lora.alpha,
+                    target_modules="all-linear" if every else listed(lora.targets),
+                    exclude_modules=[*unsuited] if every and unsuited else None,
+                )
             )
         except ValueError as error:
             raise UserError(
                 str(error).split(". ")[0], where="lora.targets", fix="Try all-linear"
             ) from None
+    for name, module in model.named_modules():
+        if not every and name in unsuited and hasattr(module, "lora_A"):
+            raise UserError(
+                f"{name} {unsuited[name]}, so it cannot have an adapter",
+                where="lora.targets",
+                fix="Leave it out, or use all-linear",
+            )
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
 

@@ -1,10 +1,8 @@
-"""Packed sequences through a transformers model: one row of T tokens, no padding, no logits.
+"""Attention of packed sequences: one row of T tokens, no padding.
 
-`packed_forward` makes every attention layer of a model call `packed_attention`, which attends
-within each sequence only. The change is undone on leaving, so a rollout engine can use the same
-module between steps. Everything else in a decoder works on single tokens and their position ids, so
-the hidden states equal those of processing each sequence alone. `check_packing` verifies that
-numerically for the model that is loaded.
+`rosd_fast.model.layouts` makes every attention layer of a model call `packed_attention`, which
+attends within each sequence only. Everything else in a decoder works on single tokens and their
+position ids, so the hidden states equal those of processing each sequence alone.
 
 A shared prefix is stored once, as a segment that is the parent of others
 (`PackedSequences.parents`). Each layer concatenates the keys and values along the path from the
@@ -20,31 +18,27 @@ https://huggingface.co/docs/transformers/attention_interface
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import cache
 from itertools import accumulate
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.modeling_flash_attention_utils import _flash_attention_forward
 from transformers.modeling_utils import AttentionInterface
-from transformers.utils import import_utils
 
 from rosd_fast.errors import UserError
-from rosd_fast.model.head import head, logits
+from rosd_fast.model.flash import attend_flash, can_flash
+from rosd_fast.model.sdpa import Rule, attend
 from rosd_fast.types import PackedSequences
 
 PACKED = "rosd_packed"
-LAYER_TYPES = {"full_attention", "sliding_attention"}
+LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
+STATE_TYPES = {"linear_attention", "mamba", "conv", "hybrid"}  # layers with a state over the tokens
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Layout:
+class Segments:
     """What the attention layers read about S packed segments; computed once per forward pass.
 
     lengths: [S] tokens of each segment.
@@ -59,8 +53,8 @@ class Layout:
     cu_seqlens_k: Tensor
 
     @classmethod
-    def of(cls, packed: PackedSequences, device: torch.device) -> Layout:
-        """The layout of `packed`, with its tensors on `device`."""
+    def of(cls, packed: PackedSequences, device: torch.device) -> Segments:
+        """The segments of `packed`, with tensors on `device`."""
         lengths, paths = packed.lengths, packed.paths
         key_lengths = [sum(lengths[index] for index in path) for path in paths]
         cu_seqlens_k = torch.tensor([0, *accumulate(key_lengths)], dtype=torch.int32)
@@ -91,53 +85,6 @@ class Layout:
         ]
 
 
-def hidden_states(model: PreTrainedModel, packed: PackedSequences) -> Tensor:
-    """The [T, H] hidden states after the final norm, in the model's dtype and on its device.
-
-    Logits are never computed. Differentiable when grad mode is on.
-    """
-    with packed_forward(model):
-        return decode(model, packed, model.device)[0]
-
-
-def decode(model: PreTrainedModel, packed: PackedSequences, device: torch.device) -> Tensor:
-    """The [1, T, H] states of `hidden_states`; call it within `packed_forward`.
-
-    device: the device to compute on; the weights of a sharded model may be kept on another.
-    """
-    output = backbone(model)(
-        input_ids=packed.input_ids[None].to(device),
-        position_ids=packed.position_ids[None].to(device),
-        use_cache=False,
-        packed_layout=Layout.of(packed, device),
-    )
-    return output.last_hidden_state
-
-
-@contextmanager
-def packed_forward(model: PreTrainedModel) -> Iterator[None]:
-    """Make the model's attention layers attend within packed sequences; undone on leaving (0.2 ms).
-
-    May be nested. Recomputed activations read the setting again, so run the backward pass inside
-    the block too. Raises UserError if the model bypasses transformers' attention interface.
-    """
-    before = model.config._attn_implementation or "eager"
-    if before == PACKED:
-        yield
-        return
-    model.set_attn_implementation(PACKED)
-    if model.config._attn_implementation != PACKED:
-        raise UserError(
-            "its attention layers do not use transformers' attention interface",
-            where=name(model),
-            fix="Choose a model of another architecture",
-        )
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)
-
-
 def packed_attention(
     module: nn.Module,
     query: Tensor,  # [1, Hq, T, D]
@@ -146,7 +93,7 @@ def packed_attention(
     attention_mask: Tensor | None,
     scaling: float | None = None,
     dropout: float = 0.0,
-    packed_layout: Layout | None = None,
+    packed_segments: Segments | None = None,
     softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, None]:
@@ -154,139 +101,32 @@ def packed_attention(
 
     Raises UserError for layers whose attention is not supported on packed sequences.
     """
-    if packed_layout is None:
+    if packed_segments is None:
         raise UserError(
-            "does not pass the packed layout to its attention layers", where=name(module)
+            "does not pass the packed segments to its attention layers", where=name(module)
         )
-    if kwargs.get("s_aux") is not None or kwargs.get("position_bias") is not None:
-        raise UserError("attention sinks and position biases are not supported", where=name(module))
+    if attention_mask is not None or kwargs.get("position_bias") is not None:
+        raise UserError("its layers have masks or position biases of their own", where=name(module))
     if not getattr(module, "is_causal", True):
         raise UserError(
             "attends in both directions, so it is not a causal language model", where=name(module)
         )
-    window = sliding_window(module, kwargs)
-    keys, values = packed_layout.along_paths(key), packed_layout.along_paths(value)
-    if can_flash(query):
-        return attend_flash(
-            query,
-            keys,
-            values,
-            packed_layout,
-            scale=scaling,
-            dropout=dropout,
-            window=window,
-            softcap=softcap,
-        ), None
+    rule = Rule(
+        scale=scaling,
+        dropout=dropout,
+        window=sliding_window(module, kwargs),
+        chunk=chunk_size(module),
+        softcap=softcap,
+        sinks=kwargs.get("s_aux"),
+    )
+    keys, values = packed_segments.along_paths(key), packed_segments.along_paths(value)
+    if can_flash(query, rule):
+        return attend_flash(query, keys, values, packed_segments, rule), None
     outputs = [
-        attend(q, k, v, scale=scaling, dropout=dropout, window=window, softcap=softcap).transpose(
-            1, 2
-        )
-        for q, k, v in zip(query.split(packed_layout.lengths, dim=2), keys, values, strict=True)
+        attend(q, k, v, rule).transpose(1, 2)
+        for q, k, v in zip(query.split(packed_segments.lengths, dim=2), keys, values, strict=True)
     ]
     return torch.cat(outputs, dim=1), None
-
-
-def attend_flash(
-    query: Tensor,  # [1, Hq, T, D]
-    keys: list[Tensor],  # per segment [1, Hk, tokens on its path, D]
-    values: list[Tensor],
-    layout: Layout,
-    *,
-    scale: float | None,
-    dropout: float,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    """Attention of all segments in one variable-length call of flash-attn: [1, T, Hq, D].
-
-    flash-attn aligns the last query with the last key, as segments require.
-    """
-    max_length_q, max_length_k = layout.max_lengths
-    return _flash_attention_forward(
-        query.transpose(1, 2),
-        torch.cat(keys, dim=2).transpose(1, 2),
-        torch.cat(values, dim=2).transpose(1, 2),
-        attention_mask=None,
-        query_length=query.shape[2],
-        is_causal=True,
-        dropout=dropout,
-        softmax_scale=scale,
-        sliding_window=window,
-        softcap=softcap,
-        cu_seq_lens_q=layout.cu_seqlens_q,  # type: ignore[arg-type]
-        cu_seq_lens_k=layout.cu_seqlens_k,  # type: ignore[arg-type]
-        max_length_q=max_length_q,
-        max_length_k=max_length_k,
-        attn_implementation=flash_attention(),
-    )
-
-
-def can_flash(query: Tensor) -> bool:
-    """Whether an installed flash-attn supports the query's device and dtype."""
-    return (
-        query.is_cuda
-        and query.dtype in (torch.float16, torch.bfloat16)
-        and flash_attention() is not None
-    )
-
-
-@cache
-def flash_attention() -> str | None:
-    """The installed flash-attn that suits the GPU, by transformers' name; None: use SDPA."""
-    if not torch.cuda.is_available():
-        return None
-    major, _ = torch.cuda.get_device_capability()
-    # Version 3 is written for Hopper and 4 for Blackwell; 2 runs on both.
-    for version, suits in ((4, major >= 10), (3, major == 9), (2, major >= 8), (4, major == 9)):
-        if suits and getattr(import_utils, f"is_flash_attn_{version}_available")():
-            return f"flash_attention_{version}"
-    return None
-
-
-def attend(
-    query: Tensor,  # [1, Hq, L, D]
-    key: Tensor,  # [1, Hk, M, D], M >= L
-    value: Tensor,  # [1, Hk, M, Dv]
-    *,
-    scale: float | None,
-    dropout: float,
-    window: int | None,
-    softcap: float | None,
-) -> Tensor:
-    """Causal attention for the last L of a sequence's M tokens: [1, Hq, L, Dv].
-
-    A token sees itself and the `window - 1` tokens before it (None: all before it).
-    """
-    length, grouped = query.shape[2], query.shape[1] != key.shape[1]
-    if window is not None and key.shape[2] > length + window - 1:
-        key, value = (x[:, :, 1 - length - window :] for x in (key, value))
-    before, mask = key.shape[2] - length, None
-    if softcap is not None or before or (window is not None and length > window):
-        mask = torch.ones(length, key.shape[2], dtype=torch.bool, device=query.device).tril(before)
-        if window is not None:
-            mask = mask.triu(before + 1 - window)
-    if softcap is None:
-        return F.scaled_dot_product_attention(
-            query,
-            key,
-            value,
-            attn_mask=mask,
-            dropout_p=dropout,
-            is_causal=mask is None,
-            scale=scale,
-            enable_gqa=grouped,
-        )
-    assert mask is not None
-    if grouped:
-        repeats = query.shape[1] // key.shape[1]
-        key, value = (x.repeat_interleave(repeats, dim=1) for x in (key, value))
-    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scale is None else scale)
-    scores = (softcap * torch.tanh(scores / softcap)).masked_fill(~mask, -torch.inf)
-    # The softmax is in at least fp32, as in transformers' eager attention.
-    weights = scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(
-        value.dtype
-    )
-    return F.dropout(weights, dropout) @ value
 
 
 def sliding_window(module: nn.Module, kwargs: dict[str, Any]) -> int | None:
@@ -295,12 +135,46 @@ def sliding_window(module: nn.Module, kwargs: dict[str, Any]) -> int | None:
     Raises UserError for a sliding layer that does not say its window.
     """
     window = kwargs.get("sliding_window")
-    if window is None:
-        types = getattr(getattr(module, "config", None), "layer_types", None)
-        index = getattr(module, "layer_idx", None)
-        if types and index is not None and types[index] != "full_attention":
-            raise UserError(f"its {types[index]} layers are not supported", where=name(module))
+    if window is None and layer_type(module) == "sliding_attention":
+        raise UserError("its sliding layers do not say their window", where=name(module))
     return window
+
+
+def chunk_size(module: nn.Module) -> int | None:
+    """The number of tokens of a layer's chunks; None: it has no chunks."""
+    if layer_type(module) != "chunked_attention":
+        return None
+    return int(getattr(module, "config").attention_chunk_size)  # noqa: B009
+
+
+def layer_type(module: nn.Module) -> str | None:
+    """The type of an attention layer by the config; None: the config has none."""
+    types = getattr(getattr(module, "config", None), "layer_types", None)
+    index = getattr(module, "layer_idx", None)
+    return types[index] if types and index is not None else None
+
+
+def check_config(model: PreTrainedModel, *, by_state: bool) -> None:
+    """Raise UserError if the config names what packed sequences cannot pass.
+
+    A check by numbers has short sequences, in which a layer of another kind may look like one that
+    attends to everything.
+
+    by_state: whether layers with a state over the tokens are told where a sequence begins.
+    """
+    config = model.config.get_text_config()
+    if getattr(config, "attn_temperature_tuning", False):  # Llama 4, beyond 8,192 tokens
+        raise UserError(
+            "its attention is scaled by the row in the batch, not by the position",
+            where=name(model),
+        )
+    types = set(getattr(config, "layer_types", None) or ())
+    known = LAYER_TYPES | STATE_TYPES if by_state else LAYER_TYPES
+    if types - known:
+        raise UserError(
+            f"its {', '.join(sorted(types - known))} layers cannot run on packed sequences",
+            where=name(model),
+        )
 
 
 def use_exact_attention(model: PreTrainedModel) -> None:
@@ -310,52 +184,12 @@ def use_exact_attention(model: PreTrainedModel) -> None:
         model.set_attn_implementation("eager")
 
 
-@torch.no_grad()
-def check_packing(model: PreTrainedModel) -> None:
-    """Raise UserError unless packed hidden states and the head give the model's own logits.
-
-    Three short sequences, two of which share a prefix, are compared with the model's own forward
-    pass of each. This refuses what cannot work: layers with a state that crosses sequence borders,
-    attention with sinks, other output heads.
-    """
-    types = set(getattr(model.config.get_text_config(), "layer_types", None) or ())
-    if types - LAYER_TYPES:
-        raise UserError(
-            f"its {', '.join(sorted(types - LAYER_TYPES))} layers cannot run on packed sequences",
-            where=name(model),
-            fix="Choose a model whose layers all use full or sliding-window attention",
-        )
-    lengths = (7, 5, 4, 6)
-    ids = (torch.arange(sum(lengths)) * 37 + 11) % num_embeddings(model)
-    packed = PackedSequences(
-        input_ids=ids,
-        position_ids=torch.cat(
-            [torch.arange(n) + 7 * (i in (1, 2)) for i, n in enumerate(lengths)]
-        ),
-        cu_seqlens=(0, *accumulate(lengths)),
-        gather=torch.arange(sum(lengths)),
-        parents=(-1, 0, 0, -1),
-    )
-    tolerance = 1e-3 if model.dtype in (torch.float32, torch.float64) else 5e-2
-    states = hidden_states(model, packed).split(lengths)
-    for last, segment in zip(packed.cu_seqlens[1:], states, strict=True):
-        sequence = torch.tensor([packed.sequence(last - 1)]).to(model.device)
-        expected = model(input_ids=sequence, use_cache=False).logits[0, -len(segment) :]
-        difference = (logits(segment, head(model)) - expected).norm(dim=-1) / expected.norm(dim=-1)
-        # The median, because a router that flips on a rounding error changes one token, not most.
-        if not float(difference.median()) <= tolerance:
-            raise UserError(
-                "packed sequences do not give the model's own logits "
-                f"(relative difference {float(difference.median()):.1e})",
-                where=name(model),
-                fix="Choose a model of another architecture",
-            )
-
-
 def backbone(model: PreTrainedModel) -> PreTrainedModel:
     """The model without its output head. Raises UserError if it cannot be separated."""
     decoder = model.get_decoder()
-    if decoder is model or not isinstance(decoder, PreTrainedModel):
+    if decoder is model:  # some name it otherwise than their class says
+        decoder = getattr(model, "model", None)
+    if not isinstance(decoder, PreTrainedModel):
         raise UserError("is not a language model with a head on a decoder", where=name(model))
     return decoder
 

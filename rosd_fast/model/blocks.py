@@ -15,7 +15,15 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rosd_fast.config import LearnerConfig
 from rosd_fast.errors import UserError
-from rosd_fast.model.attention import flash_attention, name
+from rosd_fast.model.attention import name
+from rosd_fast.model.flash import flash_attention
+from rosd_fast.model.layouts import layout_of
+
+LAYOUT_NAMES = {
+    "shared": "packed, prefixes shared",
+    "packed": "packed, each sequence whole",
+    "padded": "padded rows",
+}
 
 
 def blocks(model: nn.Module) -> Iterator[nn.Module]:
@@ -75,6 +83,13 @@ def use_liger(model: PreTrainedModel) -> None:
         )
 
 
+def attention_name(model: PreTrainedModel, device: torch.device) -> str:
+    """What computes attention: on padded rows the model's own choice."""
+    if layout_of(model) == "padded":
+        return model.config._attn_implementation or "eager"
+    return (device.type == "cuda" and flash_attention()) or "sdpa"
+
+
 def describe(
     model: PreTrainedModel,
     options: LearnerConfig,
@@ -85,7 +100,8 @@ def describe(
 ) -> str:
     """One line on how the learner computes, for the start of a run.
 
-    "LlamaForCausalLM, 2,084,352 of 2,084,352 weights trained in float32, cpu, attention sdpa"
+    "LlamaForCausalLM, 2,084,352 of 2,084,352 weights trained in float32, cpu, attention sdpa,
+    packed, prefixes shared"
     """
     total = sum(p.numel() for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
@@ -93,7 +109,8 @@ def describe(
         name(model),
         f"{trained:,} of {total:,} weights trained in {dtype}",
         f"{num_ranks} ranks on {device.type}" if num_ranks > 1 else device.type,
-        f"attention {(device.type == 'cuda' and flash_attention()) or 'sdpa'}",
+        f"attention {attention_name(model, device)}",
+        LAYOUT_NAMES[layout_of(model)],
     ]
     parts += ["liger kernels"] if uses_liger(options, device) else []
     parts += ["activations recomputed"] if options.activation_checkpointing else []

@@ -24,9 +24,9 @@ from torch.distributed.fsdp import (
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
-from rosd_fast.model.attention import decode, packed_forward
 from rosd_fast.model.blocks import blocks
 from rosd_fast.model.head import Head, head
+from rosd_fast.model.layouts import decode, packed_forward
 from rosd_fast.model.policy import PolicyModel
 from rosd_fast.model.vocab_parallel import average_head_gradients, shard_head
 from rosd_fast.types import PackedSequences

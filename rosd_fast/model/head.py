@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import PreTrainedConfig, PreTrainedModel
 
 from rosd_fast.errors import UserError
+
+# Names in configs: of the soft cap of logits, of what multiplies them, and of what divides them.
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
+FACTORS = ("logit_scale", "lm_head_multiplier", "output_multiplier")
+DIVISORS = ("logits_scaling", "logits_mup_width_multiplier")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -61,10 +67,18 @@ def head(model: PreTrainedModel) -> Head:
     return Head(
         weight=layer.weight,
         bias=layer.bias,
-        softcap=getattr(config, "final_logit_softcapping", None),
-        # Cohere multiplies its logits, Granite divides them.
-        scale=(getattr(config, "logit_scale", None) or 1.0)
-        / (getattr(config, "logits_scaling", None) or 1.0),
+        softcap=next((cap for key in SOFTCAPS if (cap := getattr(config, key, None))), None),
+        scale=_scale(config),
+    )
+
+
+def _scale(config: PreTrainedConfig) -> float:
+    """What multiplies the logits, by the config."""
+    factors = {name: getattr(config, name, None) or 1.0 for name in (*FACTORS, *DIVISORS)}
+    if config.model_type.startswith("hyperclovax"):  # it multiplies where others divide
+        factors["logits_scaling"] **= -1
+    return math.prod(factors[name] for name in FACTORS) / math.prod(
+        factors[name] for name in DIVISORS
     )
 
 

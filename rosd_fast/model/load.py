@@ -29,8 +29,9 @@ from rosd_fast.config.suggest import nearest
 from rosd_fast.errors import UserError
 from rosd_fast.files import RUN_CONFIG
 from rosd_fast.model.adapters import has_adapters
-from rosd_fast.model.attention import check_packing, num_embeddings, use_exact_attention
+from rosd_fast.model.attention import num_embeddings, use_exact_attention
 from rosd_fast.model.head import head
+from rosd_fast.model.layouts import choose_layout
 from rosd_fast.model.run_folder import run_model
 from rosd_fast.model.smollm2 import smollm2_folder
 from rosd_fast.quickstart import MODEL_DIR
@@ -92,8 +93,8 @@ def load_model(
         check_vocabulary(model, tokenizer, where=model_name)
         model = model.to(device).eval()  # type: ignore[arg-type]
         use_exact_attention(model)
-        check_packing(model)
         head(model)
+        choose_layout(model)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from rosd_fast.model.attention import hidden_states
 from rosd_fast.model.head import Head, head
+from rosd_fast.model.layouts import hidden_states
 from rosd_fast.types import PackedSequences
 
 

@@ -22,10 +22,10 @@ from transformers import PreTrainedModel
 from rosd_fast.config import Config
 from rosd_fast.errors import RunFailed, UserError
 from rosd_fast.model.adapters import fingerprint, merged_weights
-from rosd_fast.model.attention import packed_forward
 from rosd_fast.model.blocks import prepare_blocks
 from rosd_fast.model.fsdp import shard, skeleton
 from rosd_fast.model.head import Head, head
+from rosd_fast.model.layouts import packed_forward
 from rosd_fast.model.policy import PolicyModel
 from rosd_fast.model.vocab_parallel import GatheredTokens, check_shardable
 from rosd_fast.trainer.agreement import agreement_of, with_rows_before

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from rosd_fast.batch.packing import Part, StepSequences, pack
 from rosd_fast.batch.prefixes import PrefixIndex, common_length
-from rosd_fast.model.attention import hidden_states
 from rosd_fast.model.head import head, logits
+from rosd_fast.model.layouts import hidden_states
 from rosd_fast.types import TrainSample
 
 

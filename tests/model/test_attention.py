@@ -16,15 +16,11 @@ from transformers import modeling_flash_attention_utils
 from transformers.modeling_flash_attention_utils import _lazy_define_process_function
 
 from rosd_fast.batch.packing import pack
-from rosd_fast.errors import UserError
-from rosd_fast.model import attention
-from rosd_fast.model.attention import (
-    attend,
-    check_packing,
-    hidden_states,
-    packed_forward,
-)
+from rosd_fast.model import attention, sdpa
+from rosd_fast.model.attention import backbone
 from rosd_fast.model.head import head, logits
+from rosd_fast.model.layouts import check_layout, hidden_states, packed_forward
+from rosd_fast.model.sdpa import Rule, attend
 from rosd_fast.types import PackedSequences, TrainSample
 from tests.tiny import tiny_model
 
@@ -42,6 +38,21 @@ FAMILIES = {
     "Granite": {"logits_scaling": 3.0},
     "Cohere": {"logit_scale": 0.3},
     "Gemma2": SLIDING | {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0},
+    "GptOss": {
+        "sliding_window": 4,
+        "layer_types": ["sliding_attention", "full_attention"],
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "rope_scaling": None,
+    },
+    "Llama4Text": {
+        "attention_chunk_size": 4,
+        "attn_temperature_tuning": False,
+        "layer_types": ["chunked_attention", "full_attention"],
+        "intermediate_size_mlp": 48,
+        "num_local_experts": 2,
+        "moe_layers": [1],
+    },
 }
 
 
@@ -87,7 +98,7 @@ def one_at_a_time(model, packed: PackedSequences) -> torch.Tensor:
     """The states of the model's own attention on each sequence alone."""
     ids = packed.input_ids.split(packed.lengths)
     return torch.cat(
-        [model.get_decoder()(input_ids=x[None], use_cache=False).last_hidden_state[0] for x in ids]
+        [backbone(model)(input_ids=x[None], use_cache=False).last_hidden_state[0] for x in ids]
     )
 
 
@@ -177,7 +188,7 @@ def states_and_gradients(model, side, samples, seeds, batches) -> dict[str, torc
     for sample in [] if batches else samples:
         prompt_ids = getattr(sample, f"{side}_prompt_ids")
         ids = torch.tensor([prompt_ids + sample.completion_ids])
-        whole = model.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state[0]
+        whole = backbone(model)(input_ids=ids, use_cache=False).last_hidden_state[0]
         first, last = (len(prompt_ids) - 1 + place for place in (sample.start, sample.end))
         found[sample.rollout_id] = whole[first:last]
     torch.stack([(states * seeds[name]).sum() for name, states in found.items()]).sum().backward()
@@ -206,7 +217,7 @@ def test_shared_prefixes_are_computed_once(monkeypatch):
     assert seen == [50, 50]
 
 
-@pytest.mark.parametrize("family", ["Qwen3", "Mistral", "Gemma2"])
+@pytest.mark.parametrize("family", ["Qwen3", "Mistral", "Gemma2", "GptOss"])
 def test_flash_attention_gets_what_sdpa_gets(family, monkeypatch):
     """A few equivalent lines stand for the variable-length call that a GPU would run."""
     calls = []
@@ -223,16 +234,20 @@ def test_flash_attention_gets_what_sdpa_gets(family, monkeypatch):
         parts = [
             attend(
                 *(x[None].transpose(1, 2) for x in (q[i:j], k[m:n], v[m:n])),
-                scale=softmax_scale,
-                dropout=0.0,
-                window=None if window_size[0] < 0 else window_size[0] + 1,
-                softcap=softcap or None,
+                rule=Rule(
+                    scale=softmax_scale,
+                    window=None if window_size[0] < 0 else window_size[0] + 1,
+                    softcap=softcap or None,
+                ),
             )[0].transpose(0, 1)
             for (i, j), (m, n) in zip(
                 pairwise(cu_seqlens_q.tolist()), pairwise(cu_seqlens_k.tolist()), strict=True
             )
         ]
         return torch.cat(parts)
+
+    def can_flash(query, rule):
+        return rule.chunk is None and (rule.sinks is None or rule.window is None)
 
     model = tiny(family, torch.float32)
     samples = [
@@ -259,10 +274,10 @@ def test_flash_attention_gets_what_sdpa_gets(family, monkeypatch):
             "lazy_import_flash_attention",
             lambda name: (functions, (process, None)),
         )
-        monkeypatch.setattr(attention, "can_flash", lambda query: True)
+        monkeypatch.setattr(attention, "can_flash", can_flash)
         actual = hidden_states(model, packed)
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
-    windows = {"Qwen3": [-1, -1], "Mistral": [3, 3], "Gemma2": [3, -1]}[family]
+    windows = {"Qwen3": [-1, -1], "Mistral": [3, 3], "Gemma2": [3, -1], "GptOss": [-1]}[family]
     assert [window[0] for window in calls] == windows
 
 
@@ -273,7 +288,7 @@ def test_head_gives_the_models_own_logits(family):
     expected = model(input_ids=ids.input_ids[None], use_cache=False).logits[0]
     actual = logits(hidden_states(model, ids), head(model))
     torch.testing.assert_close(actual, expected, rtol=0, atol=1e-5)
-    check_packing(model)
+    check_layout(model)
 
 
 @given(lengths=st.lists(st.integers(1, 12), min_size=1, max_size=6), seed=st.integers(0, 9))
@@ -323,55 +338,46 @@ def test_logits_are_never_computed(monkeypatch):
 
 
 @pytest.mark.parametrize("before", [0, 1, 9])
-@pytest.mark.parametrize("window", [None, 1, 3, 50])
-@pytest.mark.parametrize("softcap", [None, 1.5])
+@pytest.mark.parametrize("reach", [{}, {"window": 1}, {"window": 3}, {"window": 50}, {"chunk": 3}])
+@pytest.mark.parametrize("scores", [{}, {"softcap": 1.5}, {"sinks": True}])
 @pytest.mark.parametrize("scale", [None, 0.7])
-def test_attend_against_plain_softmax(before, window, softcap, scale):
+@pytest.mark.parametrize("held", [2**26, 150])
+def test_attend_against_plain_softmax(before, reach, scores, scale, held, monkeypatch):
+    """held: elements of scores that are held at once; 150 takes queries in blocks."""
     torch.manual_seed(1)
+    monkeypatch.setattr(sdpa, "MAX_SCORES", held)
     length = 8
     query = torch.randn(1, 4, length, 8, dtype=torch.float64)
     key, value = torch.randn(2, 1, 2, before + length, 8, dtype=torch.float64)
-    actual = attend(query, key, value, scale=scale, dropout=0.0, window=window, softcap=softcap)
+    sinks = torch.randn(4, dtype=torch.float64) if "sinks" in scores else None
+    rule = Rule(scale=scale, **reach | scores | {"sinks": sinks})
+    actual = attend(query, key, value, rule)
     for h in range(4):
         for i in range(length):
             place = before + i
-            first = 0 if window is None else max(0, place - window + 1)
-            scores = key[0, h // 2, first : place + 1] @ query[0, h, i] * (scale or 8**-0.5)
-            if softcap:
-                scores = softcap * torch.tanh(scores / softcap)
-            expected = scores.softmax(0) @ value[0, h // 2, first : place + 1]
+            first = 0
+            if "window" in reach:
+                first = max(0, place - reach["window"] + 1)
+            if "chunk" in reach:
+                first = place - place % reach["chunk"]
+            found = key[0, h // 2, first : place + 1] @ query[0, h, i] * (scale or 8**-0.5)
+            if "softcap" in scores:
+                found = scores["softcap"] * torch.tanh(found / scores["softcap"])
+            total = found.exp().sum() + (0 if sinks is None else sinks[h].exp())
+            expected = found.exp() / total @ value[0, h // 2, first : place + 1]
             torch.testing.assert_close(actual[0, h, i], expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("family", "changes", "says"),
-    [
-        ("GptOss", {"num_local_experts": 2, "num_experts_per_tok": 1}, "sinks"),
-        ("Llama4Text", {"intermediate_size_mlp": 48, "num_local_experts": 2}, "chunked_attention"),
-        ("Bert", {}, "both directions"),
-        ("Bloom", {"n_head": 4, "n_layer": 1}, "attention interface"),
-        ("Mamba", {}, "linear_attention"),
-    ],
-)
-def test_models_that_cannot_be_packed_are_refused(family, changes, says):
-    with pytest.raises(UserError, match=says):
-        check_packing(tiny(family, torch.float32, **changes))
-
-
-def test_a_head_that_is_not_the_last_step_is_refused():
-    model = tiny("Granite", torch.float32)
-    model.config.logits_scaling = 1.0  # what `head` reads; the model itself keeps dividing
-    model.logits_scaling = 3.0
-    forward = type(model).forward
-
-    def lying(**kwargs):
-        output = forward(model, **kwargs)
-        output.logits = output.logits * 2
-        return output
-
-    model.forward = lying
-    with pytest.raises(UserError, match="own logits"):
-        check_packing(model)
+def test_sinks_have_gradients():
+    """Against the derivative of the formula, by finite differences."""
+    torch.manual_seed(2)
+    query = torch.randn(1, 2, 5, 4, dtype=torch.float64, requires_grad=True)
+    key, value = torch.randn(2, 1, 1, 7, 4, dtype=torch.float64)
+    sinks = torch.randn(2, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda q, k, v, s: attend(q, k, v, Rule(sinks=s, window=3)),
+        (query, key.requires_grad_(), value.requires_grad_(), sinks),
+    )
 
 
 MODELS = {family: tiny(family) for family in FAMILIES}

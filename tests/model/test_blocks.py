@@ -134,6 +134,6 @@ def test_describe(make_model) -> None:
         num_ranks=4,
     ) == (
         f"LlamaForCausalLM, 32 of {total:,} weights trained in bfloat16, 4 ranks on cpu, "
-        "attention sdpa, activations recomputed, blocks compiled"
+        "attention sdpa, packed, prefixes shared, activations recomputed, blocks compiled"
     )
     assert len(list(blocks(model))) == 2

@@ -14,8 +14,8 @@ from transformers import GraniteConfig, GraniteForCausalLM, LlamaConfig, LlamaFo
 
 from rosd_fast.config import Config
 from rosd_fast.errors import UserError
-from rosd_fast.model.attention import hidden_states
 from rosd_fast.model.head import head, logits
+from rosd_fast.model.layouts import hidden_states
 from rosd_fast.model.policy import PolicyModel
 from rosd_fast.trainer import learner as learner_module
 from rosd_fast.trainer.learner import Learner, TrainingDiverged

@@ -12,7 +12,7 @@ import torch
 from rosd_fast.batch.packing import pack
 from rosd_fast.config import Config
 from rosd_fast.errors import UserError
-from rosd_fast.model.attention import hidden_states
+from rosd_fast.model.layouts import hidden_states
 from rosd_fast.trainer.learner import Learner
 from rosd_fast.trainer.separate_teacher import local_rows, with_rows
 from rosd_fast.utils.distributed import World

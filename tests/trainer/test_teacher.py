@@ -12,8 +12,8 @@ from rosd_fast.batch.packing import pack
 from rosd_fast.config import Config
 from rosd_fast.errors import UserError
 from rosd_fast.model.adapters import adapters_off
-from rosd_fast.model.attention import hidden_states
 from rosd_fast.model.head import logits
+from rosd_fast.model.layouts import hidden_states
 from rosd_fast.trainer.learner import Learner
 from tests.tiny import mark_trainable
 

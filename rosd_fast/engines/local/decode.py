@@ -25,7 +25,7 @@ from torch import Tensor
 
 from rosd_fast.engines.local.forward import NextToken
 from rosd_fast.engines.local.grammar_mask import Constraint, mask_logits
-from rosd_fast.engines.local.kv_cache import BLOCK, RowCache
+from rosd_fast.engines.local.kv_cache import BLOCK
 from rosd_fast.engines.local.sampling import Policy, draw, uniforms
 from rosd_fast.types import GenerationRequest
 
@@ -125,8 +125,8 @@ class DecodeBatch:
         self.slots = 1 + max(item.limit for item in slices)
         longest = max(len(item.request.prompt_ids) for item in slices)
         num_rows = min(max_rows, sum(len(item.indices) for item in slices))
-        self.cache = RowCache(rows=num_rows, columns=longest + min(self.slots, BLOCK))
-        self.cache.num_rows = 0
+        self.cache = model.new_cache(rows=num_rows, columns=longest + min(self.slots, BLOCK))
+        self.cache.keep_rows(0)
         self.state: DecodeState | None = None
         self.rows: Rows | None = None
         self.owners: list[tuple[RequestSlice, int]] = []
@@ -201,7 +201,7 @@ class DecodeBatch:
         holes, movers = gone[gone < left.numel()], left[left >= left.numel()]
         kept[holes] = movers
         self.cache.move_rows(movers, holes)
-        self.cache.num_rows = left.numel()
+        self.cache.keep_rows(left.numel())
         new_place = torch.zeros_like(rows.last_ids)
         new_place[kept] = torch.arange(left.numel(), device=self.device)
         state.row = new_place[state.row]
@@ -220,10 +220,14 @@ class DecodeBatch:
     def _prefill_parts(self, slices: Sequence[RequestSlice]) -> list[list[RequestSlice]]:
         """Split `slices`, in order, into passes of at most PREFILL_TOKENS padded tokens."""
         parts: list[list[RequestSlice]] = []
-        width = 0
+        width, unpadded = 0, self.model.way == "exact"
         for item in slices:
             length = len(item.request.prompt_ids)
-            if not parts or max(width, length) * (len(parts[-1]) + 1) > PREFILL_TOKENS:
+            if (
+                not parts
+                or max(width, length) * (len(parts[-1]) + 1) > PREFILL_TOKENS
+                or (unpadded and length != width)
+            ):
                 parts.append([])
                 width = 0
             parts[-1].append(item)
@@ -237,7 +241,7 @@ class DecodeBatch:
         for row, item in enumerate(slices):
             prompt = item.request.prompt_ids
             ids[row, width - len(prompt) :] = torch.tensor(prompt)
-        prompts = RowCache(rows=len(slices), columns=width)
+        prompts = self.model.new_cache(rows=len(slices), columns=width)
         starts = (width - lengths).to(self.device)
         logits = self.model.prefill(prompts, ids.to(self.device), starts)
 

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 
 from rosd_fast.engines.base import RolloutEngine
 from rosd_fast.engines.local.decode import DecodeBatch, Finished, RequestSlice
-from rosd_fast.engines.local.forward import NextToken
+from rosd_fast.engines.local.forward import NextToken, Way
 from rosd_fast.engines.local.grammar_mask import Constraint, GrammarCompiler
 from rosd_fast.engines.requests import check_ids, completion_limit
 from rosd_fast.errors import UserError
@@ -41,7 +41,11 @@ class LocalEngine(RolloutEngine):
     tokenizer: compiles the grammars of requests; None: a request with a grammar is an error.
     shares_learner_weights: `model` is the trained module, so `load_weights` only sets the version.
 
-    Raises UserError for a model that cannot be decoded with a padded cache.
+    way: how `model` is run: with a cache and padded prompts, with a cache and prompts of equal
+        length, or without a cache (`forward`).
+    note: what the user should know about `way`, in one line; mostly empty.
+
+    Raises UserError for a model that is not causal.
     """
 
     def __init__(
@@ -59,6 +63,13 @@ class LocalEngine(RolloutEngine):
         self.max_rows = max_rows
         self.shares_learner_weights = shares_learner_weights
         self._forward = NextToken(model)
+        self.way: Way = self._forward.way
+        self.note = ""
+        if self.way == "recompute":
+            self.note = (
+                "local engine: each token reads its whole row again, which is slow: "
+                f"{type(model).__name__} {self._forward.why_recompute}"
+            )
         # It is never attended to, so any id with an embedding will do.
         self.pad_token_id = pad_token_id if 0 <= pad_token_id < self._forward.vocab_size else 0
         self._num_running = 0

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import pytest
@@ -16,7 +16,8 @@ from rosd_fast.engines.local import engine as engine_module
 from rosd_fast.engines.local.engine import LocalEngine
 from rosd_fast.engines.local.forward import NextToken
 from rosd_fast.errors import UserError
-from rosd_fast.model.attention import PACKED, packed_forward
+from rosd_fast.model.attention import PACKED
+from rosd_fast.model.layouts import packed_forward
 from rosd_fast.types import Generation, GenerationRequest, SamplingParams
 
 VOCAB, CONTEXT = 61, 96
@@ -491,24 +492,3 @@ def test_weights_that_are_not_finite_are_a_user_error() -> None:
         generate(engine, [make_request(0)])
     with pytest.raises(UserError, match="LlamaForCausalLM: its logits are not finite"):
         LocalEngine(model)
-
-
-def mamba() -> Any:
-    config = transformers.MambaConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2)
-    return transformers.MambaForCausalLM(config)
-
-
-def rwkv() -> Any:
-    config = transformers.RwkvConfig(vocab_size=VOCAB, hidden_size=32, num_hidden_layers=2)
-    return transformers.RwkvForCausalLM(config)
-
-
-def bloom() -> Any:
-    config = transformers.BloomConfig(vocab_size=VOCAB, hidden_size=32, n_layer=2, n_head=4)
-    return transformers.BloomForCausalLM(config)
-
-
-@pytest.mark.parametrize("make", [mamba, rwkv, bloom])
-def test_models_that_cannot_be_padded_are_refused(make: Callable[[], Any]) -> None:
-    with pytest.raises(UserError, match=r"ForCausalLM: .*Choose a model"):
-        LocalEngine(make().eval())

@@ -36,7 +36,7 @@ from rosd_fast.engines.weight_check import token_logprobs
 from rosd_fast.errors import RunFailed, UserError
 from rosd_fast.model.adapter_files import adapter_config, adapter_weights
 from rosd_fast.model.adapters import choose_trainable
-from rosd_fast.model.attention import hidden_states
+from rosd_fast.model.layouts import hidden_states
 from rosd_fast.model.load import LoadedModel, load_model
 from rosd_fast.pipeline import sample_and_annotate
 from rosd_fast.quickstart import MODEL_DIR

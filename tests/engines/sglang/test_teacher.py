@@ -22,7 +22,7 @@ from rosd_fast.engines.sglang.pool import ServerHandle
 from rosd_fast.engines.sglang.teacher import SglangTeacher
 from rosd_fast.engines.weight_check import check_teacher_server
 from rosd_fast.errors import RunFailed, UserError
-from rosd_fast.model.attention import hidden_states
+from rosd_fast.model.layouts import hidden_states
 from rosd_fast.model.load import load_model
 from rosd_fast.pipeline import sample_and_annotate
 from rosd_fast.run import open_run

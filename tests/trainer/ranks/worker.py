@@ -27,16 +27,18 @@ from transformers import PreTrainedTokenizerFast
 from rosd_fast.batch.diagnosed import with_diagnosed
 from rosd_fast.batch.packing import pack
 from rosd_fast.config import Config
-from rosd_fast.model.attention import hidden_states
+from rosd_fast.model.layouts import choose_layout, hidden_states, layout_of
 from rosd_fast.trainer.learner import StepResult
 from rosd_fast.trainer.optim import Optimizer
 from rosd_fast.trainer.ranks import LearnerGroup, run_worker
 from rosd_fast.types import PackedBatch, TrainSample
 from rosd_fast.utils.distributed import World, full, open_world
+from tests.families import FAMILIES
 from tests.tiny import SHAPE, VOCAB, mark_trainable, tiny_model
 
 TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
 SLIDING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
+HYBRID = FAMILIES["Qwen3_5"].changes  # padded rows, as its layers have a state over the tokens
 ROWS, REGION = {"head": "shard"}, {"kind": "trust_region", "mix": 0.4}
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "tied": ("Llama", TIED, {}),
@@ -76,6 +78,7 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"parallel": ROWS, "teacher": {"kind": "ema", "offload": True}},
     ),
     "one sample": ("Llama", TIED, {}),
+    "hybrid": ("Qwen3_5Text", HYBRID, {}),
     "bfloat16": ("Llama", TIED, {"dtype": "bfloat16"}),
     "bfloat16 ema": ("Llama", TIED, {"dtype": "bfloat16", "teacher": {"kind": "ema"}}),
 }
@@ -131,6 +134,7 @@ def config_of(case: str, shard_size: int | None = None) -> Config:
 def model_of(case: str, config: Config) -> Any:
     family, shape, _ = CASES[case]
     model = tiny_model(family, torch.float32, **shape).to(getattr(torch, config.dtype))
+    choose_layout(model)
     mark_trainable(model, config)
     if config.lora.rank:  # adapters that change something from the first step on
         for name, parameter in model.named_parameters():
@@ -239,6 +243,7 @@ def step(learners: LearnerGroup, case: str, number: int) -> StepResult:
         min_shared=3,
         num_ranks=learners.world.size,
         hidden_size=SHAPE["hidden_size"],
+        padded=layout_of(learners.learner.model) == "padded",
     )
     assert len(batches) % learners.world.size == 0
     on_server = "server" in case
