@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rosd_fast.config.arguments import listed
 from rosd_fast.engines.base import RolloutEngine
 from rosd_fast.engines.local.engine import LocalEngine
+from rosd_fast.engines.local.token_view import check_served
 from rosd_fast.engines.sglang.adapter_sync import AdapterSync, server_args
 from rosd_fast.engines.sglang.client import Endpoint
 from rosd_fast.engines.sglang.engine import SglangEngine
@@ -167,6 +168,15 @@ def adapter_args(model: LoadedModel) -> tuple[str, ...]:
     return server_args(adapter_config(model.model))
 
 
+def grammar_args(model: LoadedModel) -> tuple[str, ...]:
+    """The arguments of a server whose grammars cannot read the tokenizer: it would not start."""
+    try:
+        check_served(model.tokenizer, model.stop_token_ids)
+    except UserError:
+        return ("--grammar-backend", "none")
+    return ()
+
+
 def open_sglang_teacher(
     config: Config, model: LoadedModel, run_folder: Path, *, note: Callable[[str], None]
 ) -> SglangTeacher | None:
@@ -231,7 +241,7 @@ def server_handles(
                     model_folder=model_folder(source, model, run_folder),
                     dtype=config.dtype,
                     on_cpu=pick_device(config.device).type == "cpu",
-                    args=(*rope, *args),
+                    args=(*rope, *grammar_args(model), *args),
                     start_timeout_s=options.start_timeout_s,
                     gpus=share,
                 ),
