@@ -16,11 +16,13 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from rosd_fast.batch.packing import pack
 from rosd_fast.config import Config
 from rosd_fast.engines.local.engine import LocalEngine
+from rosd_fast.errors import UserError
 from rosd_fast.model.adapters import choose_trainable, merged_weights
 from rosd_fast.model.attention import backbone
 from rosd_fast.model.head import head, logits
@@ -31,7 +33,9 @@ from rosd_fast.trainer.learner import Learner
 from rosd_fast.trainer.snapshot import Export
 from rosd_fast.types import GenerationRequest, PackedSequences, SamplingParams, TrainSample
 from tests.families import names, tiny
+from tests.families_page import PAGE, VERSION, row, rows
 from tests.float64 import float64
+from tests.tiny import SHAPE
 
 LONGEST = 32  # tokens of a sequence in these tests, more than a run may have
 LORA = {"lora": {"rank": 2, "alpha": 4}}
@@ -83,6 +87,15 @@ def one_at_a_time(model: Any, packed: PackedSequences) -> Tensor:
         states = decoder(input_ids=sequence, use_cache=False).last_hidden_state
         segments.append(states[0, -length:])
     return torch.cat(segments)
+
+
+@all_families
+def test_the_page_says_what_the_family_gets(family: str) -> None:
+    """docs/models.md: python -m tests.families_page writes it."""
+    page = PAGE.read_text()
+    if VERSION not in page:
+        pytest.skip("the page was written with another version of transformers")
+    assert rows(page)[family] == row(family)
 
 
 @all_families
@@ -218,3 +231,12 @@ def test_two_steps_of_training_and_the_export(family: str, tmp_path: Path) -> No
         torch.testing.assert_close(
             loaded(input_ids=sequence).logits, model(input_ids=sequence).logits
         )
+
+
+@pytest.mark.parametrize("is_decoder", [False, True])
+def test_encoders_and_heads_that_are_not_linear_are_refused(is_decoder: bool) -> None:
+    config = transformers.BertConfig(**SHAPE, is_decoder=is_decoder)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(UserError, match="the model's own logits") as refused:
+        choose_layout(model)
+    assert ("attends in both directions" in str(refused.value)) == (not is_decoder)
