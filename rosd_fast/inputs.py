@@ -13,7 +13,7 @@ from rosd_fast.config.chat import make_chats, read_templates
 from rosd_fast.config.load import is_built_in
 from rosd_fast.data.collection import Problems
 from rosd_fast.data.datasets import Datasets, load_datasets
-from rosd_fast.data.fitting import check_prompts, fitting
+from rosd_fast.data.fitting import check_context, check_prompts, fitting
 from rosd_fast.data.sources import absolute_sources
 from rosd_fast.data.splits import TRAIN
 from rosd_fast.data.stream import ProblemStream
@@ -24,6 +24,7 @@ from rosd_fast.methods.budgets import longest_sequence
 from rosd_fast.model.adapters import choose_trainable
 from rosd_fast.model.layouts import Layout, layout_of
 from rosd_fast.model.load import LoadedModel, full_model_device, generation_eos, load_model
+from rosd_fast.model.nf4 import check_quantize
 from rosd_fast.model.rope import fix_rope, server_rope_args
 from rosd_fast.model.run_folder import run_model
 from rosd_fast.model.skeleton import build_skeleton, load_skeleton
@@ -110,6 +111,7 @@ def load_inputs(config: Config, *, weights: bool = True) -> Inputs:
     method_type = find_method(config.method)
     method_type.check_options(config)
     check_adamw(config.optim, several_ranks=launched())
+    check_quantize(config.lora, several_ranks=launched())
     parse_scales(config.optim.lr_scale)
     data = load_datasets(config.data, verify=config.verify, first=config.eval.problems)
     make_stream(config, data.train)
@@ -121,6 +123,7 @@ def load_inputs(config: Config, *, weights: bool = True) -> Inputs:
             dtype=config.dtype,
             device=full_model_device(config.device, config.engine),
             trust_remote_code=config.trust_remote_code,
+            quantize=config.lora.quantize != "none",
         )
     else:
         model = load_skeleton(
@@ -133,6 +136,7 @@ def load_inputs(config: Config, *, weights: bool = True) -> Inputs:
     }
     data = with_fitting_prompts(data, chats, skip=config.data.bad_rows == "skip", **limits)
     known = data.train.checked
+    check_context(known, [chats.reflector, chats.teacher])
     stream = make_stream(config, data.train)
     config = with_resolved_epochs(config, stream)
     token_bytes = TokenBytes(model.tokenizer)
@@ -141,6 +145,7 @@ def load_inputs(config: Config, *, weights: bool = True) -> Inputs:
 
     def check_late(problem: Problem) -> None:
         check_prompts([problem], chat=chats.student, **limits)
+        check_context([problem], [chats.reflector, chats.teacher])
         method.check_problem(problem)
 
     choose_trainable(

@@ -16,6 +16,7 @@ from rosd_fast.config import Config
 from rosd_fast.model.adapters import has_adapters
 from rosd_fast.model.blocks import blocks
 from rosd_fast.model.head import output_layer
+from rosd_fast.model.nf4 import BYTES_PER_WEIGHT, linear_layers
 
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -33,6 +34,7 @@ class ModelShape:
     outside: int  # parameters outside the blocks: embeddings, final norm, untied head
     block: int  # parameters of the largest block
     head: int  # parameters of the output head
+    linear: int  # parameters of linear layers but the output head, which lora.quantize packs
     adapted: bool  # whether the trained parameters are adapters
     layers: int
     hidden: int
@@ -54,6 +56,7 @@ class ModelShape:
             outside=total - sum(sizes),
             block=max(sizes, default=0),
             head=output_layer(model).weight.numel(),
+            linear=sum(layer.weight.numel() for _, layer in linear_layers(model)),
             adapted=has_adapters(model),
             layers=config.num_hidden_layers,
             hidden=config.hidden_size,
@@ -130,10 +133,11 @@ def parameter_rows(shape: ModelShape, config: Config, num_ranks: int) -> list[Ro
     size = FULL if several else BYTES[config.dtype]
     place: Place = "host" if offload else "device"
     has_masters = offload or size < FULL
+    packed = int((size - BYTES_PER_WEIGHT) * shape.linear) if config.lora.quantize == "nf4" else 0
     return [
         Row(
             what="weights (fp32 shard)" if several else "weights",
-            size=size * shape.parameters // shards,
+            size=size * shape.parameters // shards - packed,
         ),
         Row(
             what="fp32 masters",

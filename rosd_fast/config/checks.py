@@ -78,6 +78,10 @@ def conflict(config: Config) -> str | None:
             "optim.trainable and lora.rank exclude each other: give one of them",
         ),
         (
+            lora.quantize != "none" and not lora.rank,
+            f"lora.quantize {lora.quantize} needs lora.rank: weights of 4 bits cannot be trained",
+        ),
+        (
             (optim.warmup_steps is None) == (optim.warmup_frac is None),
             "optim.warmup_frac and optim.warmup_steps exclude each other: set one of them to none",
         ),

@@ -54,6 +54,7 @@ ADDED_LATER = (
     "data.split_seed",
     "data.bad_rows",
     "data.columns",
+    "lora.quantize",
 )
 """Options, or whole sections, that runs did not have when hashing began. Each counts in the hash
 only where it differs from its default. A new option that decides what is learned belongs here."""

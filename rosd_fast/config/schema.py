@@ -432,6 +432,10 @@ class LoraConfig(Section):
     targets: str = "all-linear"
     """Layers with an adapter, comma-separated, as in q_proj,v_proj; all-linear: every linear layer
     but the output head and those where an adapter would have no effect or could not be merged."""
+    quantize: Literal["none", "nf4"] = "none"
+    """Weights of the linear layers below the adapters (QLoRA).
+    none: in the run's dtype.
+    nf4: in 4 bits (needs lora.rank and bitsandbytes; one process only)."""
 
 
 class LearnerConfig(Section):

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rosd_fast.config.arguments import listed
 from rosd_fast.engines.base import RolloutEngine
 from rosd_fast.engines.local.engine import LocalEngine
+from rosd_fast.engines.local.token_view import check_served
 from rosd_fast.engines.sglang.adapter_sync import AdapterSync, server_args
 from rosd_fast.engines.sglang.client import Endpoint
 from rosd_fast.engines.sglang.engine import SglangEngine
@@ -25,6 +26,7 @@ from rosd_fast.model.adapter_files import adapter_config
 from rosd_fast.model.export import export_model
 from rosd_fast.model.hub_folder import hub_folder
 from rosd_fast.model.load import find
+from rosd_fast.model.nf4 import has_packed
 from rosd_fast.model.quantized import is_quantized
 from rosd_fast.model.rope import server_rope_args
 from rosd_fast.utils.distributed import pick_device
@@ -167,6 +169,15 @@ def adapter_args(model: LoadedModel) -> tuple[str, ...]:
     return server_args(adapter_config(model.model))
 
 
+def grammar_args(model: LoadedModel) -> tuple[str, ...]:
+    """The arguments of a server whose grammars cannot read the tokenizer: it would not start."""
+    try:
+        check_served(model.tokenizer, model.stop_token_ids)
+    except UserError:
+        return ("--grammar-backend", "none")
+    return ()
+
+
 def open_sglang_teacher(
     config: Config, model: LoadedModel, run_folder: Path, *, note: Callable[[str], None]
 ) -> SglangTeacher | None:
@@ -231,7 +242,7 @@ def server_handles(
                     model_folder=model_folder(source, model, run_folder),
                     dtype=config.dtype,
                     on_cpu=pick_device(config.device).type == "cpu",
-                    args=(*rope, *args),
+                    args=(*rope, *grammar_args(model), *args),
                     start_timeout_s=options.start_timeout_s,
                     gpus=share,
                 ),
@@ -256,8 +267,8 @@ def servers_folder(run_folder: Path) -> Path:
 
 
 def model_folder(source: str, model: LoadedModel, run_folder: Path) -> Path:
-    """Return a folder with the model: `source` itself, the cached folder of a hub model, or a copy
-    of a model that was dequantized.
+    """Return a folder with the model, without adapters: `source` itself, the cached folder of a hub
+    model, or a copy of one that has other weights here, since it was quantized or is now.
 
     source: the name of the model, as in the option `model`. Raises UserError if a hub model cannot
     be reached.
@@ -265,7 +276,8 @@ def model_folder(source: str, model: LoadedModel, run_folder: Path) -> Path:
     found = find(source)
     found = found.absolute() if isinstance(found, Path) else hub_folder(found)
     no_weights = model.model.device.type == "meta"  # the server then loads what `source` names
-    if no_weights or not is_quantized(found):
+    same = not (is_quantized(found) or has_packed(model.model))
+    if no_weights or same:
         return found
     copy = servers_folder(run_folder) / f"model--{str(found).strip('/').replace('/', '--')}"
     if not copy.is_dir():

@@ -8,10 +8,11 @@ peft: https://github.com/huggingface/peft
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import re
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
 from importlib.util import find_spec
@@ -24,6 +25,7 @@ from rosd_fast.config import LoraConfig
 from rosd_fast.config.arguments import listed
 from rosd_fast.errors import UserError
 from rosd_fast.model.adapter_targets import without_adapter
+from rosd_fast.model.nf4 import plain_state
 
 BASE = re.compile(r"(\.base_layer)+\.")  # peft's name of the layer that an adapter is added to
 SAMPLED = 1024  # values per parameter that the fingerprint reads
@@ -140,12 +142,12 @@ def adapters_off(model: PreTrainedModel) -> Iterator[None]:
 def merged_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     """The state dict of an equivalent model without adapters.
 
-    Tensors share the model's memory if no adapter adds to them.
+    Tensors share the model's memory if no adapter adds to them and they are not packed.
     """
-    state = model.state_dict()
+    state = plain_state(model)
     if not has_adapters(model):
         return state
-    weights = {plain_name(name): t for name, t in state.items() if "lora_" not in name}
+    weights = _without_adapters(state)
     for name, module in model.named_modules():
         if hasattr(module, "lora_A"):
             # The adapters of a layer's experts adapt parameters that are not called weight.
@@ -154,6 +156,24 @@ def merged_weights(model: PreTrainedModel) -> dict[str, Tensor]:
             weight = weights[changed]
             weights[changed] = (weight.float() + delta.float()).to(weight.dtype)
     return weights
+
+
+@torch.no_grad()
+def base_weights(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The state dict of the model with its adapters off; it shares memory like `merged_weights`."""
+    return _without_adapters(plain_state(model))
+
+
+def _without_adapters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {plain_name(name): t for name, t in state.items() if "lora_" not in name}
+
+
+def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
+    """A model of the same config, without adapters and without memory for its weights."""
+    with torch.device("meta"):
+        plain = type(model)(copy.deepcopy(model.config))
+    plain.generation_config = model.generation_config
+    return plain
 
 
 def plain_name(name: str) -> str:

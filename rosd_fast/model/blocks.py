@@ -18,6 +18,7 @@ from rosd_fast.errors import UserError
 from rosd_fast.model.attention import name
 from rosd_fast.model.flash import flash_attention
 from rosd_fast.model.layouts import layout_of
+from rosd_fast.model.nf4 import has_packed, num_weights
 
 LAYOUT_NAMES = {
     "shared": "packed, prefixes shared",
@@ -101,7 +102,7 @@ def describe(
     "LlamaForCausalLM, 2,084,352 of 2,084,352 weights trained in float32, cpu, attention sdpa,
     packed, prefixes shared"
     """
-    total = sum(p.numel() for p in model.parameters())
+    total = sum(num_weights(p) for p in model.parameters())
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     parts = [
         name(model),
@@ -111,5 +112,6 @@ def describe(
         LAYOUT_NAMES[layout_of(model)],
     ]
     parts += ["liger kernels"] if uses_liger(options, device) else []
+    parts += ["linear layers in 4 bits"] if has_packed(model) else []
     parts += ["activations recomputed"] if options.activation_checkpointing else []
     return ", ".join(parts)

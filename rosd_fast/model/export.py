@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-from rosd_fast.model.adapters import merged_weights
+from rosd_fast.model.adapters import base_weights, without_adapters
 from rosd_fast.model.file_layout import file_weights
 from rosd_fast.model.load import quiet_transformers
 from rosd_fast.model.other_parts import OtherParts, other_parts
 
 
 def export_model(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save a model as it is, with its adapters merged."""
-    weights = file_weights(model, merged_weights(model))
-    write_model(without_adapters(model), weights, other_parts(model), tokenizer, folder)
+    """Save a model with its adapters off."""
+    plain = without_adapters(model)
+    names = {name for name, _ in (*plain.named_parameters(), *plain.named_buffers())}
+    weights = {name: w for name, w in base_weights(model).items() if name in names}
+    write_model(plain, file_weights(model, weights), other_parts(model), tokenizer, folder)
 
 
 def write_model(
@@ -52,11 +52,3 @@ def write_model(
         tokenizer.save_pretrained(folder)
     for name, content in parts.files.items():
         (folder / name).write_bytes(content)
-
-
-def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
-    """A model of the same config, without adapters and without memory for its weights."""
-    with torch.device("meta"):
-        plain = type(model)(copy.deepcopy(model.config))
-    plain.generation_config = model.generation_config
-    return plain

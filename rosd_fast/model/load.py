@@ -33,6 +33,7 @@ from rosd_fast.model.attention import num_embeddings, use_exact_attention
 from rosd_fast.model.file_layout import check_tied
 from rosd_fast.model.head import head
 from rosd_fast.model.layouts import choose_layout
+from rosd_fast.model.nf4 import quantize_linear
 from rosd_fast.model.other_parts import auto_class_of, processor_template, set_aside
 from rosd_fast.model.quantized import weights_of
 from rosd_fast.model.run_folder import run_model
@@ -77,13 +78,15 @@ def load_model(
     device: torch.device,
     trust_remote_code: bool = False,
     needs_template: bool = True,
+    quantize: bool = False,
 ) -> LoadedModel:
     """Load the model that `model_name` names, with its tokenizer, onto `device`.
 
     Raises UserError for anything that is missing, unreachable, unsafe to load or cannot be trained.
 
     model_name: as the option `model`. dtype: torch's name of it, such as "bfloat16".
-    needs_template: whether the tokenizer must have a chat template.
+    needs_template: whether the tokenizer must have a chat template. quantize: pack linear layers
+    into 4 bits (`rosd_fast.model.nf4`).
     """
     source = find(model_name)
     with quiet_transformers():
@@ -94,6 +97,8 @@ def load_model(
             source, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
         )
         check_vocabulary(model, tokenizer, where=model_name)
+        if quantize:
+            quantize_linear(model, device)
         model = model.to(device).eval()  # type: ignore[arg-type]
         use_exact_attention(model)
         head(model)

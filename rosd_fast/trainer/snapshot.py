@@ -17,7 +17,8 @@ from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rosd_fast.errors import RunFailed, UserError
 from rosd_fast.model.adapter_files import adapter_config, adapter_weights, write_adapter
-from rosd_fast.model.export import without_adapters, write_model
+from rosd_fast.model.adapters import without_adapters
+from rosd_fast.model.export import write_model
 from rosd_fast.model.file_layout import file_weights
 from rosd_fast.model.other_parts import OtherParts, other_parts
 from rosd_fast.trainer.learner import Learner
