@@ -77,61 +77,6 @@ SERVED = {
         text=EXPERTS | LINEAR | {"shared_expert_intermediate_size": 32, "decoder_sparse_step": 1},
         args=NO_BUFFER,
     ),
-    "Qwen3.5": Served(
-        config="Qwen3_5",
-        text={
-            **LINEAR,
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e4,
-                "partial_rotary_factor": 0.5,
-                "mrope_section": [3, 3, 2],
-                "mrope_interleaved": True,
-            },
-        },
-        args=NO_BUFFER,
-        vision={
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "depth": 1,
-            "num_heads": 2,
-            "out_hidden_size": 128,
-            "num_position_embeddings": 16,
-        },
-    ),
-    "Qwen3-VL": Served(
-        config="Qwen3VL",
-        text={
-            "rope_parameters": {
-                "rope_type": "default",
-                "rope_theta": 1e4,
-                "mrope_section": [6, 5, 5],
-                "mrope_interleaved": True,
-            }
-        },
-        vision={
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "depth": 1,
-            "num_heads": 2,
-            "out_hidden_size": 128,
-            "num_position_embeddings": 16,
-            "deepstack_visual_indexes": [0],
-        },
-    ),
-    "Mistral 3": Served(
-        config="Mistral3",
-        text={"model_type": "mistral"},
-        vision={
-            "hidden_size": 32,
-            "intermediate_size": 48,
-            "num_hidden_layers": 1,
-            "num_attention_heads": 2,
-            "head_dim": 16,
-            "image_size": 56,
-            "patch_size": 14,
-        },
-    ),
     "Gemma 3": Served(
         config="Gemma3",
         text=SLIDING | {"sliding_window": 16, "query_pre_attn_scalar": 32},
