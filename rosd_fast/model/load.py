@@ -34,6 +34,7 @@ from rosd_fast.model.head import head
 from rosd_fast.model.layouts import choose_layout
 from rosd_fast.model.run_folder import run_model
 from rosd_fast.model.smollm2 import smollm2_folder
+from rosd_fast.model.token_rows import limit_rows
 from rosd_fast.quickstart import MODEL_DIR
 from rosd_fast.utils.distributed import launched, pick_device
 
@@ -95,6 +96,7 @@ def load_model(
         use_exact_attention(model)
         head(model)
         choose_layout(model)
+        limit_rows(model, tokenizer)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,
