@@ -28,6 +28,7 @@ from rosd_fast.model.fsdp import shard, skeleton
 from rosd_fast.model.head import Head, head
 from rosd_fast.model.layouts import packed_forward
 from rosd_fast.model.policy import PolicyModel
+from rosd_fast.model.token_rows import token_rows
 from rosd_fast.model.vocab_parallel import GatheredTokens, check_shardable
 from rosd_fast.trainer.agreement import agreement_of, with_rows_before
 from rosd_fast.trainer.loss import policy_loss, span_loss, vocabulary_order
@@ -118,8 +119,8 @@ class Learner:
     fingerprint: of the initial weights, on rank 0.
     teacher_fingerprint: of a separate teacher's weights, on rank 0; else empty.
     num_head_rows: number of rows of the student's output head.
-    vocab_size: number of vocabulary entries that the loss sees: all rows, or those that a separate
-        teacher has too.
+    vocab_size: number of vocabulary entries that the loss sees: all rows, or those that the local
+        engine samples (`token_rows`) and that a separate teacher has too.
     vocab_parallel: whether each rank keeps only some rows of the output head.
     policy: the student as this rank computes with it.
     optimizer: steps the student's trainable parameters.
@@ -142,8 +143,10 @@ class Learner:
         """
         separate = teacher if isinstance(teacher, PreTrainedModel) else None
         self.num_head_rows = self.vocab_size = len(head(model).weight)
+        if config.engine.kind == "local":
+            self.vocab_size = token_rows(model)
         if separate is not None:
-            self.vocab_size = common_rows(head(model), head(separate))
+            self.vocab_size = min(self.vocab_size, common_rows(head(model), head(separate)))
         top_k = config.loss.top_k
         if top_k is not None and top_k > self.vocab_size:
             raise UserError(
