@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -52,3 +53,24 @@ def write_model(
         tokenizer.save_pretrained(folder)
     for name, content in parts.files.items():
         (folder / name).write_bytes(content)
+    add_interval(folder)
+
+
+def add_interval(folder: Path) -> None:
+    """Add the `full_attention_interval` of hybrid Qwen models to config.json.
+
+    The hub's files have it, transformers writes `layer_types` in its place, and SGLang reads it.
+    """
+    file = folder / "config.json"
+    config = json.loads(file.read_text())
+    for part in (config, config.get("text_config") or {}):
+        types = part.get("layer_types") or []
+        if str(part.get("model_type")).startswith("qwen3") and "linear_attention" in types:
+            interval = 1 + types.index("full_attention") if "full_attention" in types else 0
+            regular = interval and all(
+                (kind == "full_attention") == ((index + 1) % interval == 0)
+                for index, kind in enumerate(types)
+            )
+            if regular:
+                part.setdefault("full_attention_interval", interval)
+    file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")

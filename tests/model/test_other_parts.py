@@ -106,6 +106,8 @@ def test_a_checkpoint_has_the_layout_of_the_files(
         again(input_ids=IDS).logits, learner.model(input_ids=IDS).logits, rtol=0, atol=1e-3
     )
     assert AutoConfig.from_pretrained(saved).architectures == [type(again).__name__]
+    text = json.loads((saved / "config.json").read_text())["text_config"]
+    assert text.get("full_attention_interval") == (2 if family == "Qwen3_5" else None)
 
 
 def test_other_parts_are_shared_by_copies_and_left_out_of_messages(

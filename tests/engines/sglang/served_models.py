@@ -11,6 +11,7 @@ import torch
 import transformers
 from torch import nn
 
+from rosd_fast.model.export import add_interval
 from tests.image_text import SLIDING, use_hub_names
 
 SHAPE: dict[str, Any] = {
@@ -96,6 +97,7 @@ def save_served(folder: Path, name: str, tokenizer: Any) -> None:
         nn.init.normal_(parameter, std=0.15)
     model.save_pretrained(folder)
     use_hub_names(folder)
+    add_interval(folder)
     tokenizer.save_pretrained(folder)
     if served.vision is not None:
         (folder / "preprocessor_config.json").write_text(json.dumps({"size": 64}))
