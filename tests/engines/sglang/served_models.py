@@ -11,7 +11,6 @@ import torch
 import transformers
 from torch import nn
 
-from rosd_fast.model.export import add_interval
 from tests.image_text import SLIDING, use_hub_names
 
 SHAPE: dict[str, Any] = {
@@ -29,15 +28,6 @@ SHAPE: dict[str, Any] = {
 }
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 32}
 
-LINEAR = {
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 4,
-    "linear_key_head_dim": 32,
-    "linear_value_head_dim": 32,
-    "layer_types": ["linear_attention", "full_attention"],
-}
-NO_BUFFER = ("--mamba-radix-cache-strategy", "no_buffer", "--disable-overlap-schedule")
-
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Served:
@@ -46,13 +36,11 @@ class Served:
     config: transformers' config class, without "Config".
     text: changes to `SHAPE`.
     vision: the config of its vision tower; None: a text model.
-    args: more arguments of sglang.launch_server.
     """
 
     config: str
     text: dict[str, Any] = field(default_factory=dict)
     vision: dict[str, Any] | None = None
-    args: tuple[str, ...] = ()
 
 
 SERVED = {
@@ -61,11 +49,6 @@ SERVED = {
     "Mixtral": Served(config="Mixtral", text={"num_local_experts": 4}),
     "Gemma 3 (text)": Served(
         config="Gemma3Text", text=SLIDING | {"sliding_window": 16, "query_pre_attn_scalar": 32}
-    ),
-    "Qwen3-Next": Served(
-        config="Qwen3Next",
-        text=EXPERTS | LINEAR | {"shared_expert_intermediate_size": 32, "decoder_sparse_step": 1},
-        args=NO_BUFFER,
     ),
     "Gemma 3": Served(
         config="Gemma3",
@@ -97,7 +80,6 @@ def save_served(folder: Path, name: str, tokenizer: Any) -> None:
         nn.init.normal_(parameter, std=0.15)
     model.save_pretrained(folder)
     use_hub_names(folder)
-    add_interval(folder)
     tokenizer.save_pretrained(folder)
     if served.vision is not None:
         (folder / "preprocessor_config.json").write_text(json.dumps({"size": 64}))
