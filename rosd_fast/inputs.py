@@ -13,7 +13,7 @@ from rosd_fast.config.chat import make_chats, read_templates
 from rosd_fast.config.load import is_built_in
 from rosd_fast.data.collection import Problems
 from rosd_fast.data.datasets import Datasets, load_datasets
-from rosd_fast.data.fitting import check_prompts, fitting
+from rosd_fast.data.fitting import check_context, check_prompts, fitting
 from rosd_fast.data.sources import absolute_sources
 from rosd_fast.data.splits import TRAIN
 from rosd_fast.data.stream import ProblemStream
@@ -136,6 +136,7 @@ def load_inputs(config: Config, *, weights: bool = True) -> Inputs:
     }
     data = with_fitting_prompts(data, chats, skip=config.data.bad_rows == "skip", **limits)
     known = data.train.checked
+    check_context(known, [chats.reflector, chats.teacher])
     stream = make_stream(config, data.train)
     config = with_resolved_epochs(config, stream)
     token_bytes = TokenBytes(model.tokenizer)
@@ -144,6 +145,7 @@ def load_inputs(config: Config, *, weights: bool = True) -> Inputs:
 
     def check_late(problem: Problem) -> None:
         check_prompts([problem], chat=chats.student, **limits)
+        check_context([problem], [chats.reflector, chats.teacher])
         method.check_problem(problem)
 
     choose_trainable(

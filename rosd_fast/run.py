@@ -162,7 +162,7 @@ class Run:
         if self.config.engine.sync == "adapter" and learner.full_model is not None:
             weights = adapter_weights(learner.full_model)
         elif not engines.student.shares_learner_weights:
-            weights = learner.weights
+            weights = learner.file_weights
         await engines.student.load_weights(weights, version=version)
         del weights
         self.learners.release_weights()

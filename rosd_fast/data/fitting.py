@@ -61,6 +61,13 @@ def check_prompts(
         raise fault
 
 
+def check_context(problems: Sequence[Problem], chats: Sequence[ChatFormat]) -> None:
+    """Raise UserError unless each chat template shows the turns before the prompts."""
+    for roles in {tuple(turn.role for turn in problem.context) for problem in problems} - {()}:
+        for chat in chats:
+            chat.check_roles(roles)
+
+
 def too_long(
     problems: Sequence[Problem],
     *,
@@ -78,8 +85,7 @@ def too_long(
 
     Raises UserError when the chat template does not show the turns before a prompt.
     """
-    for roles in {tuple(turn.role for turn in problem.context) for problem in problems} - {()}:
-        chat.check_roles(roles)
+    check_context(problems, [chat])
     limits = [max_prompt_tokens, None if context_length is None else context_length - 1]
     longest = min((limit for limit in limits if limit is not None), default=None)
     if longest is None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from rosd_fast.config.arguments import listed
 from rosd_fast.engines.base import RolloutEngine
 from rosd_fast.engines.local.engine import LocalEngine
+from rosd_fast.engines.local.token_view import check_served
 from rosd_fast.engines.sglang.adapter_sync import AdapterSync, server_args
 from rosd_fast.engines.sglang.client import Endpoint
 from rosd_fast.engines.sglang.engine import SglangEngine
@@ -23,8 +24,10 @@ from rosd_fast.engines.weight_check import allowed_gap, token_logprobs
 from rosd_fast.errors import UserError
 from rosd_fast.model.adapter_files import adapter_config
 from rosd_fast.model.adapters import base_weights, without_adapters
+from rosd_fast.model.file_layout import file_weights
 from rosd_fast.model.load import find
 from rosd_fast.model.nf4 import has_packed
+from rosd_fast.model.other_parts import other_parts
 from rosd_fast.model.quantized import is_quantized
 from rosd_fast.model.rope import server_rope_args
 from rosd_fast.utils.distributed import pick_device
@@ -167,6 +170,15 @@ def adapter_args(model: LoadedModel) -> tuple[str, ...]:
     return server_args(adapter_config(model.model))
 
 
+def grammar_args(model: LoadedModel) -> tuple[str, ...]:
+    """The arguments of a server whose grammars cannot read the tokenizer: it would not start."""
+    try:
+        check_served(model.tokenizer, model.stop_token_ids)
+    except UserError:
+        return ("--grammar-backend", "none")
+    return ()
+
+
 def open_sglang_teacher(
     config: Config, model: LoadedModel, run_folder: Path, *, note: Callable[[str], None]
 ) -> SglangTeacher | None:
@@ -231,7 +243,7 @@ def server_handles(
                     model_folder=model_folder(source, model, run_folder),
                     dtype=config.dtype,
                     on_cpu=pick_device(config.device).type == "cpu",
-                    args=(*rope, *args),
+                    args=(*rope, *grammar_args(model), *args),
                     start_timeout_s=options.start_timeout_s,
                     gpus=share,
                 ),
@@ -271,6 +283,10 @@ def model_folder(source: str, model: LoadedModel, run_folder: Path) -> Path:
         plain = without_adapters(model.model)
         names = {name for name, _ in (*plain.named_parameters(), *plain.named_buffers())}
         weights = {name: w for name, w in base_weights(model.model).items() if name in names}
-        plain.save_pretrained(copy, state_dict=weights)
+        parts = other_parts(model.model)
+        weights = file_weights(model.model, weights) | parts.weights
+        plain.save_pretrained(copy, state_dict=weights, save_original_format=False)
+        for name, content in parts.files.items():
+            (copy / name).write_bytes(content)
         model.tokenizer.save_pretrained(copy)
     return copy

@@ -15,16 +15,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from huggingface_hub import snapshot_download
-
 from rosd_fast.config import Config
 from rosd_fast.engines.base import RolloutEngine
 from rosd_fast.engines.factory import KEY_VARIABLE, open_served_engine
 from rosd_fast.engines.local.engine import LocalEngine
 from rosd_fast.engines.sglang.client import Endpoint, ServerError
 from rosd_fast.errors import UserError
-from rosd_fast.evaluation.settings import MODEL_FILES
-from rosd_fast.model.load import explain, find, load_model, short_name
+from rosd_fast.model.hub_folder import hub_folder
+from rosd_fast.model.load import find, load_model, short_name
 from rosd_fast.model.rope import find_rotary, fix_rope
 from rosd_fast.model.skeleton import load_skeleton
 from rosd_fast.utils.distributed import pick_device
@@ -86,12 +84,7 @@ async def open_model(
 def servable(model: str) -> str:
     """The name of a model that a server can load: a folder, for a hub model that of its cache."""
     found = find(model)
-    if isinstance(found, Path):
-        return model
-    try:
-        return snapshot_download(found, allow_patterns=[f"*{suffix}" for suffix in MODEL_FILES])
-    except Exception as error:  # of HTTP, of the hub and of the disk: the library has many
-        raise explain(OSError(error), found, "model") from error
+    return model if isinstance(found, Path) else str(hub_folder(found))
 
 
 def served_model(model: EvaluatedModel, urls: Sequence[str]) -> EvaluatedModel:

@@ -18,11 +18,13 @@ from rosd_fast.batch.samples import build_samples, sample_metrics, teacher_templ
 from rosd_fast.config import Config, uses_teacher_weights
 from rosd_fast.config.templates import check_templates
 from rosd_fast.engines.local.grammar_mask import GrammarCompiler
+from rosd_fast.engines.local.token_view import check_served
 from rosd_fast.methods.base import Method, TrainingSet
 from rosd_fast.methods.budgets import check_budgets, check_references
 from rosd_fast.methods.targets import NO_DEMONSTRATION
 from rosd_fast.model.head import head
 from rosd_fast.reflection.control import Arm, apply_control
+from rosd_fast.reflection.grammar import check_spelling
 from rosd_fast.reflection.locate import locate_errors
 from rosd_fast.reflection.probe import probe_metrics, teacher_helps, wrong_samples
 from rosd_fast.reflection.reflect import reflect, reflection_metrics
@@ -73,8 +75,12 @@ class Rosd(Method):
         self.check_problem(max(problems, key=lambda problem: len(problem.prompt)))
         check_references(self.config, problems)
         if self.config.reflect.mode != "free" and self.config.reflect.control != "none":
+            tokenizer, stop_token_ids = self.model.tokenizer, self.model.stop_token_ids
+            if self.config.engine.kind == "sglang":
+                check_served(tokenizer, stop_token_ids)
             vocab_size = head(self.model.model).weight.shape[0]
-            GrammarCompiler(self.model.tokenizer, vocab_size).check(self.model.stop_token_ids)
+            GrammarCompiler(tokenizer, vocab_size).check(stop_token_ids)
+            check_spelling(self.token_bytes)
 
     async def annotate(
         self,

@@ -10,6 +10,8 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import re
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from fnmatch import fnmatchcase
@@ -25,7 +27,7 @@ from rosd_fast.errors import UserError
 from rosd_fast.model.adapter_targets import without_adapter
 from rosd_fast.model.nf4 import plain_state
 
-BASE = ".base_layer."  # peft's name of the layer that an adapter is added to
+BASE = re.compile(r"(\.base_layer)+\.")  # peft's name of the layer that an adapter is added to
 SAMPLED = 1024  # values per parameter that the fingerprint reads
 
 
@@ -93,7 +95,9 @@ def add_adapters(model: PreTrainedModel, lora: LoraConfig, *, seed: int) -> None
 
     every = lora.targets == "all-linear"
     unsuited = without_adapter(model)
-    with torch.random.fork_rng(devices=[]):
+    with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
+        # peft gives fused experts patterns of their own, some of which match no layer.
+        warnings.filterwarnings("ignore", message=".*pattern keys did not match")
         torch.manual_seed(seed)
         try:
             model.add_adapter(
@@ -146,9 +150,11 @@ def merged_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     weights = _without_adapters(state)
     for name, module in model.named_modules():
         if hasattr(module, "lora_A"):
-            weight = state[f"{name}{BASE}weight"]
-            delta = module.get_delta_weight("default")  # type: ignore[operator]
-            weights[f"{name}.weight"] = (weight.float() + delta.float()).to(weight.dtype)
+            # The adapters of a layer's experts adapt parameters that are not called weight.
+            changed = plain_name(f"{name}.{getattr(module, 'parameter_name', 'weight')}")
+            delta: Tensor = module.get_delta_weight("default")  # type: ignore[operator]
+            weight = weights[changed]
+            weights[changed] = (weight.float() + delta.float()).to(weight.dtype)
     return weights
 
 
@@ -159,7 +165,7 @@ def base_weights(model: PreTrainedModel) -> dict[str, Tensor]:
 
 
 def _without_adapters(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name.replace(BASE, "."): t for name, t in state.items() if "lora_" not in name}
+    return {plain_name(name): t for name, t in state.items() if "lora_" not in name}
 
 
 def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
@@ -170,6 +176,11 @@ def without_adapters(model: PreTrainedModel) -> PreTrainedModel:
     return plain
 
 
+def plain_name(name: str) -> str:
+    """The name that a parameter has in a model without adapters."""
+    return BASE.sub(".", name)
+
+
 def fingerprint(model: PreTrainedModel) -> str:
     """A hash of the loaded weights, without adapters: of names, shapes and sampled values."""
     digest = hashlib.blake2b(digest_size=16)
@@ -177,6 +188,6 @@ def fingerprint(model: PreTrainedModel) -> str:
         if "lora_" not in name:
             flat = parameter.detach().flatten()
             values = flat[:: max(1, flat.numel() // SAMPLED)].float().cpu().contiguous()
-            digest.update(f"{name.replace(BASE, '.')} {[*parameter.shape]}".encode())
+            digest.update(f"{plain_name(name)} {[*parameter.shape]}".encode())
             digest.update(values.numpy().tobytes())
     return digest.hexdigest()

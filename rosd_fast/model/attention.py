@@ -186,10 +186,13 @@ def use_exact_attention(model: PreTrainedModel) -> None:
 
 def backbone(model: PreTrainedModel) -> PreTrainedModel:
     """The model without its output head. Raises UserError if it cannot be separated."""
-    decoder = model.get_decoder()
-    if decoder is model:  # some name it otherwise than their class says
-        decoder = getattr(model, "model", None)
-    if not isinstance(decoder, PreTrainedModel):
+    decoder: object = model
+    while isinstance(decoder, PreTrainedModel) and decoder.get_output_embeddings() is not None:
+        inner = decoder.get_decoder()
+        # Some name it otherwise than their class says, and one that reads images holds a whole
+        # language model.
+        decoder = inner if inner is not decoder else getattr(decoder, "model", None)
+    if decoder is model or not isinstance(decoder, PreTrainedModel):
         raise UserError("is not a language model with a head on a decoder", where=name(model))
     return decoder
 

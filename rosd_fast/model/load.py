@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
     PreTrainedModel,
@@ -31,9 +30,11 @@ from rosd_fast.errors import UserError
 from rosd_fast.files import RUN_CONFIG
 from rosd_fast.model.adapters import has_adapters
 from rosd_fast.model.attention import num_embeddings, use_exact_attention
+from rosd_fast.model.file_layout import check_tied
 from rosd_fast.model.head import head
 from rosd_fast.model.layouts import choose_layout
 from rosd_fast.model.nf4 import quantize_linear
+from rosd_fast.model.other_parts import auto_class_of, processor_template, set_aside
 from rosd_fast.model.quantized import weights_of
 from rosd_fast.model.run_folder import run_model
 from rosd_fast.model.smollm2 import smollm2_folder
@@ -218,6 +219,8 @@ def load_tokenizer(
         raise explain(error, source, "tokenizer") from error
     if not len(tokenizer):
         raise UserError("the model has no tokenizer", where=str(source))
+    if not tokenizer.chat_template:
+        tokenizer.chat_template = processor_template(source)
     if needs_template and not tokenizer.chat_template:
         raise UserError(
             "the tokenizer has no chat template",
@@ -230,10 +233,13 @@ def load_tokenizer(
 def load_weights(
     source: Path | str, *, dtype: torch.dtype, trust_remote_code: bool
 ) -> PreTrainedModel:
-    """Load the model. Raises UserError unless every parameter came from the files."""
+    """Load the model; of one that also reads images or sound only the language model.
+
+    Raises UserError unless every parameter came from the files.
+    """
     try:
         options: dict[str, Any] = {"dtype": dtype, "trust_remote_code": trust_remote_code}
-        model_class, named, weights = weights_of(source, AutoModelForCausalLM, **options)
+        model_class, named, weights = weights_of(source, auto_class_of, **options)
         loaded: Any = model_class.from_pretrained(
             named, use_safetensors=True, output_loading_info=True, **options, **weights
         )
@@ -255,7 +261,19 @@ def load_weights(
     if has_adapters(model):  # a hub model's; a folder with adapters is refused by `find`
         raise adapters_refused(source)
     check_tied(model, where=str(source))
+    without_router_logits(model)
+    set_aside(model, source)
     return model
+
+
+def without_router_logits(model: PreTrainedModel) -> None:
+    """Turn off router logits, which only the auxiliary loss of a mixture of experts reads.
+
+    Distillation has no such loss, and the logits of all layers would be kept in memory.
+    """
+    config = model.config.get_text_config()
+    if getattr(config, "output_router_logits", False):
+        config.output_router_logits = False
 
 
 def set_generation_config(model: Any, source: Path | str) -> None:
@@ -268,22 +286,6 @@ def set_generation_config(model: Any, source: Path | str) -> None:
         raise UserError(
             f"generation_config.json cannot be read ({error})", where=str(source)
         ) from None
-
-
-def check_tied(model: PreTrainedModel, *, where: str) -> None:
-    """Raise UserError when the config ties two parameters that the files give different values.
-
-    transformers leaves such a pair untied. SGLang, and programs that load an export of the model,
-    tie it as the config says, so they would run another model than the one that was trained.
-    """
-    for name, source in model.get_expanded_tied_weights_keys(all_submodels=True).items():
-        if model.get_parameter_or_buffer(name) is not model.get_parameter_or_buffer(source):
-            raise UserError(
-                f"config.json ties {name} to {source}, but the files give them different values",
-                where=where,
-                fix="Set tie_word_embeddings to false in config.json to use both, or remove "
-                f"{name} from the files",
-            )
 
 
 def explain(error: Exception, source: Path | str, part: str) -> UserError:

@@ -13,7 +13,7 @@ such, and its config does not mention a quantization any more. Other formats are
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -58,15 +58,22 @@ def is_quantized(folder: Path) -> bool:
 
 
 def weights_of(
-    source: Path | str, auto_class: Any, *, dtype: torch.dtype, trust_remote_code: bool
+    source: Path | str,
+    auto_class_of: Callable[[Any], Any],
+    *,
+    dtype: torch.dtype,
+    trust_remote_code: bool,
 ) -> tuple[Any, Path | str | None, dict[str, Any]]:
     """The class whose `from_pretrained` loads a folder or hub model, its first argument, and more.
 
-    They are `auto_class`, `source` and nothing, but for a quantized model its own class, None and
-    its weights in `dtype`. Raises UserError for a format that cannot
-    be, and whatever transformers raises for a config that cannot be read.
+    They are the auto class, `source` and nothing, but for a quantized model its own class, None and
+    its weights in `dtype`. Raises UserError for a format that cannot be dequantized, and whatever
+    transformers raises for a config that cannot be read.
+
+    auto_class_of: gives transformers' auto class for a config.
     """
     config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
+    auto_class = auto_class_of(config)
     quantization = quantization_of(config)
     if quantization is None:
         return auto_class, source, {}

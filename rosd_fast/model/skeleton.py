@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoConfig, PreTrainedModel
 
 from rosd_fast.model.head import head
 from rosd_fast.model.load import (
@@ -24,6 +24,7 @@ from rosd_fast.model.load import (
     short_name,
     stop_token_ids,
 )
+from rosd_fast.model.other_parts import auto_class_of, take_out
 from rosd_fast.model.quantized import plain_config
 
 
@@ -57,11 +58,12 @@ def build_skeleton(
             config = AutoConfig.from_pretrained(source, trust_remote_code=trust_remote_code)
             plain_config(config)
             with torch.device("meta"):
-                model: Any = AutoModelForCausalLM.from_config(
+                model: Any = auto_class_of(config).from_config(
                     config, dtype=getattr(torch, dtype), trust_remote_code=trust_remote_code
                 )
         except Exception as error:
             raise explain(error, source, "model") from error
         set_generation_config(model, source)
         head(model)
+        take_out(model)
     return model.eval()

@@ -38,6 +38,7 @@ from rosd_fast.text.prompts import (
 )
 from rosd_fast.text.sentences import sentences
 from rosd_fast.text.thinking import THINK, Tags
+from rosd_fast.text.token_bytes import ends_words
 from rosd_fast.types import GenerationRequest, SamplingParams
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ def build_reflection_requests(
         chats=chats,
         chat=chat,
         think=think,
+        spaced=ends_words(chats.tokenizer),
         stop_token_ids=tuple(stop_token_ids),
         seed=seed,
         step=step,
@@ -144,6 +146,7 @@ class _TaskBuilder:
     chats: Chats
     chat: ChatFormat  # of reflections
     think: Think | None  # as for the grammars
+    spaced: bool  # as for the grammars
     stop_token_ids: tuple[int, ...]
     seed: int
     step: int
@@ -219,7 +222,11 @@ class _TaskBuilder:
         text: the rollout as prompts show it. visible: the same, cut to fit this prompt.
         """
         config = self.config
-        limits: dict[str, Any] = {"max_tokens": config.max_new_tokens, "think": self.think}
+        limits: dict[str, Any] = {
+            "max_tokens": config.max_new_tokens,
+            "think": self.think,
+            "spaced": self.spaced,
+        }
         if correct:
             return explanation_grammar(**limits)
         if config.mode == "verbatim":

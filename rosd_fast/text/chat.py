@@ -27,6 +27,8 @@ Mode = Literal["plain", "open", "closed"]
 Turns = Sequence[tuple[str, str]]  # (role, text)
 PART = re.compile(r"['\"]type['\"]")  # of a part of a content, written out
 USER_MARK, SYSTEM_MARK = "the-user-turn", "the-system-turn"
+PROBE = 'It\'s <b>2 & 3</b>,\n"Ä"  of 日本: ' + "Read on. " * 4000 + "The End"
+"""A text that a template shows as it is, unless it cuts, escapes or folds what it is given."""
 SWITCHES = ("enable_thinking", "thinking")  # arguments that turn thinking on or off in templates
 
 
@@ -42,6 +44,7 @@ class ChatFormat:
     system_role: whether the template renders system turns.
     generation_prompt: the text that opens an answer.
     prefix: text that every answer begins with, after the generation prompt.
+    where: names the template in errors: tokenizer, or the option that holds it.
     """
 
     tokenizer: Any
@@ -52,6 +55,7 @@ class ChatFormat:
     system_role: bool = True
     generation_prompt: str = ""
     prefix: str = ""
+    where: str = "tokenizer"
 
     def render_problem(
         self, problem: Problem, user: str | None = None, *, opening: str = ""
@@ -112,23 +116,24 @@ class ChatFormat:
 
     def check_roles(self, roles: Sequence[str]) -> None:
         """Raise UserError unless the template renders earlier turns of these roles, in order."""
-        turns = [(role, f"the-turn-{at}") for at, role in enumerate(roles)]
-        turns.append(("user", USER_MARK))
+        turns = [(role, f"Turn {at}. {PROBE}") for at, role in enumerate([*roles, "user"])]
+        option = "chat.student.template" if self.where == "tokenizer" else self.where
+        fix = f"Leave these turns out, or give another template with --{option}"
         try:
             text = self.text(turns)
         except template_errors() as error:
             raise UserError(
                 f"the chat template fails on turns of the roles {', '.join(roles)} and user "
                 f"({error})",
-                where="tokenizer" if self.template is None else "chat.student.template",
-                fix="Leave these turns out, or give another template with --chat.student.template",
+                where=self.where,
+                fix=fix,
             ) from error
         lost = sorted({role for role, mark in turns if mark not in text})
         if lost:
             raise UserError(
-                f"the chat template leaves out earlier turns of the role {lost[0]}",
-                where="tokenizer" if self.template is None else "chat.student.template",
-                fix="Leave these turns out, or give another template with --chat.student.template",
+                f"the chat template leaves out or changes earlier turns of the role {lost[0]}",
+                where=self.where,
+                fix=fix,
             )
 
     def text(self, turns: Turns, *, generation: bool = True) -> str:
@@ -270,9 +275,11 @@ def chat_format(
     """Try a chat template, and return how to render with it.
 
     where: names the template in errors. Raises UserError when the template fails on a user turn,
-    and when it leaves out the text of one, as a string and as a list of parts.
+    and when it leaves out the text of one, as a string and as a list of parts, or changes it.
     """
-    plain = ChatFormat(tokenizer=tokenizer, kwargs=kwargs or {}, system=system, template=template)
+    plain = ChatFormat(
+        tokenizer=tokenizer, kwargs=kwargs or {}, system=system, template=template, where=where
+    )
     errors = []
     for lists in ((), ("user",)):
         chat = replace(plain, lists=lists)
@@ -291,7 +298,19 @@ def chat_format(
             fix=_advice(where),
         )
     chat = _with_system_role(chat)
+    _check_text(chat)
     return replace(chat, generation_prompt=_generation_prompt(chat))
+
+
+def _check_text(chat: ChatFormat) -> None:
+    """Raise UserError unless the template shows a long user turn as it is, to its end."""
+    for system in (None, SYSTEM_MARK) if chat.system_role else (None,):
+        if PROBE not in chat.text(_turns(PROBE, system)):
+            raise UserError(
+                "the chat template changes the text of the user turn, or shows only a part of it",
+                where=chat.where,
+                fix=_advice(chat.where),
+            )
 
 
 def _with_system_role(chat: ChatFormat) -> ChatFormat:
@@ -302,7 +321,7 @@ def _with_system_role(chat: ChatFormat) -> ChatFormat:
             text = tried.text(_turns(USER_MARK, SYSTEM_MARK), generation=False)
         except template_errors():
             continue
-        if _shows(text, SYSTEM_MARK, lists):
+        if _shows(text, SYSTEM_MARK, lists) and USER_MARK in text:
             return tried
     return replace(chat, system_role=False)
 

@@ -48,11 +48,13 @@ class Thinking:
 
     def __init__(self, tokenizer: Any) -> None:
         self._tokenizer = tokenizer
-        added = set(tokenizer.get_added_vocab().values())
+        names = {token: name for name, token in tokenizer.get_added_vocab().items()}
 
         def ids(tag: str) -> list[int] | None:
             found = tokenizer.encode(tag, add_special_tokens=False)
-            return found if found and found[0] in added else None
+            # The first one may also be the token of unknown words.
+            known = found and found[0] in names and tag.startswith(names[found[0]])
+            return found if known else None
 
         self._ids = {tags: (ids(tags.opening), ids(tags.closing)) for tags in FAMILIES}
 

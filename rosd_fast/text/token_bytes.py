@@ -21,6 +21,7 @@ Step = Callable[[Pieces], Pieces]
 
 BYTE_TOKEN = re.compile(rb"<0x([0-9A-Fa-f]{2})>")
 REPLACEMENT = "\ufffd".encode()
+ANCHOR = b"a"  # beside tokens, so that each is decoded as in the middle of a text
 
 
 class TokenBytes:
@@ -41,7 +42,10 @@ class TokenBytes:
         self._backend = backend
         added = backend.get_added_tokens_decoder().values()
         self._special = {token.content for token in added if token.special}
-        self._decode = compile_decoder(json.loads(backend.to_str())["decoder"])
+        spec = json.loads(backend.to_str())["decoder"]
+        self._has_byte_tokens = "ByteFallback" in json.dumps(spec)
+        self._decode = compile_decoder(spec)
+        self.kind = None if spec is None else str(spec["type"])
 
     def of(self, ids: Sequence[int], /) -> list[bytes]:
         """One entry per id; b"" for a special token and for an id outside the vocabulary.
@@ -59,6 +63,39 @@ class TokenBytes:
         pieces = dict(zip(shown, self._decode(list(shown.values())), strict=True))
         return [pieces.get(place, b"") for place in range(len(names))]
 
+    def vocabulary(self, *, first: bool = False) -> dict[int, bytes]:
+        """The bytes of each token id inside a text, or with `first` at its beginning.
+
+        A byte token is its byte, also where that is no character. Special tokens are left out.
+        """
+        names = {
+            token: name.encode()
+            for name, token in self._backend.get_vocab(with_added_tokens=True).items()
+            if name not in self._special
+        }
+        result = {
+            token: bytes([int(byte[1], 16)])
+            for token, name in names.items()
+            if self._has_byte_tokens and (byte := BYTE_TOKEN.fullmatch(name))
+        }
+        if first:
+            decoded = [self._decode([name, ANCHOR])[0] for name in names.values()]
+        else:
+            interleaved = [ANCHOR, *(part for name in names.values() for part in (name, ANCHOR))]
+            decoded = self._decode(interleaved)[1::2]
+        pieces = dict(zip(names, decoded, strict=True))
+        partial = [token for token, byte in result.items() if not byte.isascii()]
+        return pieces | {token: result[token] for token in (partial if first else result)}
+
+
+def ends_words(tokenizer: Any) -> bool:
+    """Whether a space follows each token, or each that ends a word, up to the last one of a text.
+
+    That is so for tokenizers of whole words without a decoder, and for BPEDecoder.
+    """
+    decoder = tokenizer.backend_tokenizer.decoder
+    return decoder is None or type(decoder).__name__ == "BPEDecoder"
+
 
 def compile_decoder(spec: dict[str, Any] | None) -> Step:
     """The decoder of a tokenizer.json as a function on the bytes of tokens."""
@@ -72,13 +109,15 @@ def compile_decoder(spec: dict[str, Any] | None) -> Step:
             steps.append(ByteLevel())
         elif kind == "ByteFallback" and not fused:
             steps.append(byte_fallback)
-        elif kind == "Replace" and "String" in part["pattern"] and not fused:
+        elif kind == "Replace" and _within_tokens(part["pattern"].get("String", ""), fused):
             steps.append(_replace(part["pattern"]["String"], part["content"]))
         elif kind == "Metaspace" and not fused:
             first = " " if part["prepend_scheme"] == "never" else ""
             steps.append(_replace(part["replacement"], " ", first=first))
         elif kind == "BPEDecoder" and not fused:
             steps.append(_replace(part["suffix"], " ", last=""))
+        elif kind == "WordPiece" and not fused:
+            steps.append(_word_piece(part["prefix"], cleanup=part["cleanup"]))
         elif kind == "Strip":
             steps.append(_strip(part["content"], part["start"], part["stop"], whole=fused))
         elif kind != "Fuse":
@@ -95,6 +134,11 @@ def compile_decoder(spec: dict[str, Any] | None) -> Step:
         return pieces
 
     return decode
+
+
+def _within_tokens(pattern: str, fused: bool) -> bool:
+    """Whether each occurrence of a pattern lies in one token, if tokens are one text (`fused`)."""
+    return len(pattern) == 1 if fused else bool(pattern)
 
 
 def _parts(spec: dict[str, Any]) -> Iterator[dict[str, Any]]:
@@ -146,6 +190,26 @@ def byte_fallback(pieces: Pieces) -> Pieces:
 def space_between(pieces: Pieces) -> Pieces:
     """Put a space before each token but the first, as tokenizers without a decoder do."""
     return [piece if place == 0 else b" " + piece for place, piece in enumerate(pieces)]
+
+
+def _word_piece(prefix: str, *, cleanup: bool) -> Step:
+    """Drop the prefix of a word's later tokens, and put a space before any other but the first.
+
+    cleanup: drop the space again before punctuation and short forms.
+    """
+    shortened = [(" do not", " don't"), (" ' ", "'")]
+    shortened += [(f" {mark}", mark) for mark in (*".?!,", "n't", "'m", "'s", "'ve", "'re")]
+    pairs = [(old.encode(), new.encode()) for old, new in shortened]
+
+    def one(piece: bytes, *, first: bool) -> bytes:
+        if not first:
+            continues = piece.startswith(prefix.encode())
+            piece = piece[len(prefix.encode()) :] if continues else b" " + piece
+        for old, new in pairs if cleanup else ():
+            piece = piece.replace(old, new)
+        return piece
+
+    return lambda pieces: [one(piece, first=place == 0) for place, piece in enumerate(pieces)]
 
 
 def _replace(old: str, new: str, *, first: str | None = None, last: str | None = None) -> Step:

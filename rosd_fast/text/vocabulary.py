@@ -7,14 +7,11 @@ ids and never tokenizes.
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from typing import Any
 
 from rosd_fast.errors import UserError
-from rosd_fast.text.token_bytes import BYTE_TOKEN, compile_decoder
-
-ANCHOR = b"a"  # between the tokens, so that each is decoded as in the middle of a text
+from rosd_fast.text.token_bytes import TokenBytes
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,30 +59,10 @@ def shared_vocabulary(student: Any, teacher: Any, *, where: str) -> SharedVocabu
 
 def vocabulary_bytes(tokenizer: Any) -> dict[int, bytes]:
     """The bytes that each id stands for inside a text; those of an added token are its content."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is None:
-        raise UserError(
-            f"{type(tokenizer).__name__} has no tokenizer.json, the source of token bytes",
-            where="tokenizer",
-            fix="Give a model with a fast tokenizer",
-        )
-    spec = json.loads(backend.to_str())["decoder"]
-    has_byte_tokens = "ByteFallback" in json.dumps(spec)
-    result = {
-        token: added.content.encode() for token, added in backend.get_added_tokens_decoder().items()
-    }
-    plain: dict[int, bytes] = {}
-    for name, token in backend.get_vocab(with_added_tokens=True).items():
-        piece = name.encode()
-        if token in result:
-            continue
-        if has_byte_tokens and (byte := BYTE_TOKEN.fullmatch(piece)):
-            result[token] = bytes([int(byte[1], 16)])
-        else:
-            plain[token] = piece
-    interleaved = [ANCHOR, *(part for piece in plain.values() for part in (piece, ANCHOR))]
-    decoded = compile_decoder(spec)(interleaved)[1::2]
-    return result | dict(zip(plain, decoded, strict=True))
+    pieces = TokenBytes(tokenizer).vocabulary()
+    added = tokenizer.backend_tokenizer.get_added_tokens_decoder()
+    contents = {token: item.content.encode() for token, item in added.items()}
+    return pieces | contents
 
 
 def _shown(text: bytes) -> str:

@@ -23,6 +23,7 @@ from rosd_fast.config import Config
 from rosd_fast.errors import RunFailed, UserError
 from rosd_fast.model.adapters import fingerprint, merged_weights
 from rosd_fast.model.blocks import prepare_blocks
+from rosd_fast.model.file_layout import file_weights
 from rosd_fast.model.fsdp import shard, skeleton
 from rosd_fast.model.head import Head, head
 from rosd_fast.model.layouts import packed_forward
@@ -227,6 +228,12 @@ class Learner:
         self._gathered = None
         if self.full_model is not None:
             release_parameters(self.full_model)
+
+    @property
+    def file_weights(self) -> dict[str, Tensor]:
+        """`weights` by the names and in the shapes of the model's files."""
+        assert self.full_model is not None
+        return file_weights(self.full_model, self.weights)
 
     def gather_weights(self) -> None:
         """Update rank 0's full model to the current weights."""

@@ -94,9 +94,9 @@ class LearnerGroup:
         return self._call_all("learner.step", arguments)
 
     def weights(self) -> dict[str, Tensor]:
-        """The student's weights by the state-dict names of a model without adapters."""
+        """The student's weights without adapters, in the layout of the model's files."""
         self.gather_weights()
-        return self.learner.weights
+        return self.learner.file_weights
 
     def gather_weights(self) -> None:
         """Update rank 0's full model to the student's current weights."""

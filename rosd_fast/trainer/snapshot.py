@@ -18,7 +18,9 @@ from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerB
 from rosd_fast.errors import RunFailed, UserError
 from rosd_fast.model.adapter_files import adapter_config, adapter_weights, write_adapter
 from rosd_fast.model.adapters import without_adapters
+from rosd_fast.model.file_layout import file_weights
 from rosd_fast.model.load import quiet_transformers
+from rosd_fast.model.other_parts import OtherParts, other_parts
 from rosd_fast.trainer.learner import Learner
 
 ADAPTER_FOLDER = "adapter"  # not the model's own folder, which transformers would load it from
@@ -29,8 +31,9 @@ class Export:
     """A model to save in the Hugging Face layout, with adapters merged into its weights.
 
     model: has the config and the names, but no memory for weights.
-    weights: copies in host memory, by the names of `model`.
+    weights: copies in host memory, in the layout of files.
     tokenizer: saved beside the model.
+    other_parts: what the files have besides the language model.
     adapter: copies of the adapters' weights, by peft's names; empty without adapters.
     adapter_config: the peft config of the adapters; None without adapters.
     """
@@ -38,6 +41,7 @@ class Export:
     model: PreTrainedModel
     weights: dict[str, Tensor]
     tokenizer: PreTrainedTokenizerBase
+    other_parts: OtherParts
     adapter: dict[str, Tensor]
     adapter_config: Any
 
@@ -63,8 +67,11 @@ class Export:
         adapter = adapter_weights(learner.full_model)
         return cls(
             model=model,
-            weights=_copies(weights, copy=learner.keeps_full_model),
+            weights=_copies(
+                file_weights(learner.full_model, weights), copy=learner.keeps_full_model
+            ),
             tokenizer=tokenizer,
+            other_parts=other_parts(learner.full_model),
             adapter=_copies(adapter, copy=learner.keeps_full_model),
             adapter_config=adapter_config(learner.full_model) if adapter else None,
         )
@@ -86,10 +93,13 @@ class Export:
                     eos_token_id=generation.eos_token_id,
                     pad_token_id=generation.pad_token_id,
                 )
+        weights = self.weights | self.other_parts.weights
         with quiet_transformers():
-            # save_pretrained empties the mapping, so it gets a copy.
-            self.model.save_pretrained(folder, state_dict=dict(self.weights))
+            # save_pretrained empties the mapping, so `_check_files` has another one.
+            self.model.save_pretrained(folder, state_dict=weights, save_original_format=False)
             self.tokenizer.save_pretrained(folder)
+        for name, content in self.other_parts.files.items():
+            (folder / name).write_bytes(content)
         self._check_files(folder)
         if self.adapter:
             write_adapter(self.adapter_config, self.adapter, folder / ADAPTER_FOLDER)
@@ -97,17 +107,17 @@ class Export:
     def _check_files(self, folder: Path) -> None:
         """Raise RunFailed unless the files hold all values of the weights.
 
-        transformers splits the fused weights of some models into tensors with other names. So the
-        total number of values is compared, and shapes and some values where the names agree.
+        The total number of values is compared, and of each tensor its shape and its first row.
         """
         ignored = self.model._keys_to_ignore_on_save or ()
-        missing = sum(w.numel() for name, w in self.weights.items() if name not in ignored)
+        weights = self.weights | self.other_parts.weights
+        missing = sum(w.numel() for name, w in weights.items() if name not in ignored)
         for file in folder.glob("*.safetensors"):
             with safe_open(file, framework="pt") as tensors:
                 for name in tensors.keys():  # noqa: SIM118  (it is not a mapping)
                     part = tensors.get_slice(name)
                     missing -= math.prod(part.get_shape())
-                    weight = self.weights.get(name)
+                    weight = weights.get(name)
                     if weight is not None and not _agrees(part, weight):
                         raise RunFailed(f"the export does not hold the model's {name}: {file}")
         if missing:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from tests.family_tables.family import NO_HEAD_DIM, SLIDING, Family, family
+from tests.family_tables.family import LATENT, NO_HEAD_DIM, OWN_SHAPE, SLIDING, Family, family
 
 GPT = {"n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 128, "n_inner": 48}
 LONGROPE = {
@@ -16,11 +16,13 @@ LONGROPE = {
 DENSE: dict[str, Family] = {
     "Apertus": family("Apertus", "Apertus"),
     "Arcee": family("Arcee", "AFM 4.5B"),
+    "BioGpt": family("BioGpt", "BioGPT"),
     "BitNet": family("BitNet", "BitNet b1.58"),
     "Bloom": family("Bloom", "BLOOM, BLOOMZ", n_layer=2, n_head=4),
     "CodeGen": family("CodeGen", "CodeGen", **GPT, n_ctx=128, rotary_dim=4),
     "Cohere": family("Cohere", "Command R", logit_scale=0.3),
     "Cohere2": family("Cohere2", "Command R7B, Command A", logit_scale=0.3, **SLIDING),
+    "CTRL": family("CTRL", "CTRL", n_embd=32, n_layer=2, n_head=4, n_positions=128, dff=48),
     "Cwm": family("Cwm", "Code World Model", **SLIDING, rope_parameters={"rope_theta": 1e4}),
     "DiffLlama": family("DiffLlama", "DiffLlama"),
     "Doge": family("Doge", "Doge"),
@@ -66,8 +68,12 @@ DENSE: dict[str, Family] = {
         vocab_size_per_layer_input=64,
         global_head_dim=16,
     ),
+    "Gemma4Unified": family(
+        "Gemma4UnifiedText", "Gemma 4 12B", **SLIDING, global_head_dim=16, rope_parameters=None
+    ),
     "Glm": family("Glm", "GLM-4 9B"),
     "Glm4": family("Glm4", "GLM-4-0414, GLM-Z1"),
+    "GPT": family("OpenAIGPT", "GPT-1", **GPT),
     "GPT2": family("GPT2", "GPT-2, Cerebras-GPT", **GPT),
     "GPTBigCode": family("GPTBigCode", "StarCoder 1, SantaCoder", **GPT),
     "GPTJ": family("GPTJ", "GPT-J", **GPT, rotary_dim=4),
@@ -80,10 +86,15 @@ DENSE: dict[str, Family] = {
         window_size=4,
     ),
     "GPTNeoX": family("GPTNeoX", "Pythia, GPT-NeoX"),
+    "GPTNeoXJapanese": family("GPTNeoXJapanese", "GPT-NeoX Japanese", intermediate_multiple_size=2),
     "Granite": family("Granite", "Granite 3, 4.1", logits_scaling=3.0),
+    "GraniteSWA": family("GraniteSWA", "Granite Swash 2B", **SLIDING, logits_scaling=3.0),
     "Helium": family("Helium", "Helium"),
     "HunYuanDenseV1": family("HunYuanDenseV1", "Hunyuan 0.5B to 7B"),
+    "HyperCLOVAX": family("HyperCLOVAX", "HyperCLOVA X SEED Think", logits_scaling=0.5),
+    "Jais2": family("Jais2", "Jais 2"),
     "Llama": family("Llama", "Llama 2 to 3.3, SmolLM2, DeepSeek-R1-Distill"),
+    "MiniCPM3": family("MiniCPM3", "MiniCPM3 4B", **LATENT),
     "Ministral": family("Ministral", "Ministral 8B", **SLIDING),
     "Ministral3": family("Ministral3", "Ministral 3"),
     "Mistral": family("Mistral", "Mistral 7B, Mistral Small", sliding_window=4),
@@ -110,4 +121,8 @@ DENSE: dict[str, Family] = {
     "StableLm": family("StableLm", "StableLM"),
     "Starcoder2": family("Starcoder2", "StarCoder 2", sliding_window=4),
     "VaultGemma": family("VaultGemma", "VaultGemma", **SLIDING, query_pre_attn_scalar=8),
+    "XGLM": family(
+        "XGLM", "XGLM", d_model=32, ffn_dim=48, num_layers=2, attention_heads=4, **OWN_SHAPE
+    ),
+    "Youtu": family("Youtu", "Youtu-LLM 2B", **LATENT, pad_token_id=None),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from tests.family_tables.family import (
+    LATENT,
     LOCAL_EXPERTS,
     NO_HEAD_DIM,
     NUM_EXPERTS,
@@ -21,18 +22,13 @@ ROUTED_EXPERTS = {
     "first_k_dense_replace": 1,
     "moe_intermediate_size": 16,
 }
-LATENT = {
-    "num_key_value_heads": 4,
-    "kv_lora_rank": 8,
-    "q_lora_rank": 12,
-    "qk_nope_head_dim": 8,
-    "qk_rope_head_dim": 4,
-    "v_head_dim": 8,
-    "head_dim": 4,
-}
+INDEXED = {"index_topk": 4, "index_head_dim": 8, "index_n_heads": 16}
+
 
 EXPERTS: dict[str, Family] = {
     "Afmoe": family("Afmoe", "Trinity", **NUM_EXPERTS, num_dense_layers=1, **SLIDING),
+    "AXK1": family("AXK1", "A.X K1", **ROUTED_EXPERTS, **LATENT),
+    "Cohere2Moe": family("Cohere2Moe", "Command A+", **NUM_EXPERTS, **SLIDING, logit_scale=0.3),
     "Dbrx": family(
         "Dbrx",
         "DBRX",
@@ -46,6 +42,28 @@ EXPERTS: dict[str, Family] = {
     ),
     "DeepseekV2": family("DeepseekV2", "DeepSeek-V2", **ROUTED_EXPERTS, **LATENT),
     "DeepseekV3": family("DeepseekV3", "DeepSeek-V3, R1", **ROUTED_EXPERTS, **LATENT),
+    "DeepseekV32": family("DeepseekV32", "DeepSeek-V3.2", **ROUTED_EXPERTS, **LATENT, **INDEXED),
+    "DeepseekV4": family(
+        "DeepseekV4",
+        "DeepSeek-V4",
+        **ROUTED_EXPERTS,
+        **INDEXED,
+        layer_types=[
+            "sliding_attention",
+            "compressed_sparse_attention",
+            "heavily_compressed_attention",
+        ],
+        compress_rates={"compressed_sparse_attention": 2, "heavily_compressed_attention": 4},
+        mlp_layer_types=["hash_moe", "moe", "moe"],
+        num_hidden_layers=3,
+        num_key_value_heads=1,
+        partial_rotary_factor=0.5,
+        q_lora_rank=12,
+        o_lora_rank=8,
+        o_groups=2,
+        hc_mult=2,
+        sliding_window=4,
+    ),
     "Dots1": family("Dots1", "dots.llm1", **ROUTED_EXPERTS),
     "Ernie4_5Moe": family(
         "Ernie4_5_Moe",
@@ -55,6 +73,7 @@ EXPERTS: dict[str, Family] = {
         moe_intermediate_size=16,
         moe_num_shared_experts=1,
     ),
+    "ExaoneMoe": family("ExaoneMoe", "K-EXAONE", **NUM_EXPERTS, **SLIDING),
     "FlexOlmo": family("FlexOlmo", "FlexOlmo", num_experts=4, num_experts_per_tok=2),
     "Gemma4 (MoE)": family(
         "Gemma4Text",
@@ -69,13 +88,17 @@ EXPERTS: dict[str, Family] = {
     ),
     "Glm4Moe": family("Glm4Moe", "GLM-4.5, GLM-4.6", **ROUTED_EXPERTS, use_qk_norm=True),
     "Glm4MoeLite": family("Glm4MoeLite", "GLM-4.7-Flash", **ROUTED_EXPERTS, **LATENT),
+    "GlmMoeDsa": family("GlmMoeDsa", "GLM-5", **ROUTED_EXPERTS, **LATENT, **INDEXED),
     "GptOss": family("GptOss", "gpt-oss", **LOCAL_EXPERTS, **SLIDING, rope_parameters={}),
     "GraniteMoe": family("GraniteMoe", "Granite 3 MoE", **LOCAL_EXPERTS, logits_scaling=3.0),
     "GraniteMoeShared": family(
         "GraniteMoeShared", "Granite MoE shared", **LOCAL_EXPERTS, shared_intermediate_size=16
     ),
+    "GraniteMoeSWA": family("GraniteMoeSWA", "Granite Swash 3B", **LOCAL_EXPERTS, **SLIDING),
     "HunYuanMoEV1": family("HunYuanMoEV1", "Hunyuan-A13B", num_experts=4, moe_topk=2),
+    "HYV3": family("HYV3", "Hunyuan 3", **NUM_EXPERTS, first_k_dense_replace=1),
     "JetMoe": family("JetMoe", "JetMoE", **LOCAL_EXPERTS, kv_channels=8, **NO_HEAD_DIM),
+    "Laguna": family("Laguna", "Laguna", **NUM_EXPERTS, **SLIDING),
     "Llama4": family(
         "Llama4Text",
         "Llama 4",
@@ -99,6 +122,8 @@ EXPERTS: dict[str, Family] = {
         zero_expert_num=2,
         num_hidden_layers=None,
     ),
+    "Mellum": family("Mellum", "Mellum 2", **NUM_EXPERTS, **SLIDING),
+    "MiMoV2Flash": family("MiMoV2Flash", "MiMo-V2-Flash", **ROUTED_EXPERTS, **SLIDING),
     "MiniMaxM2": family("MiniMaxM2", "MiniMax-M2", **LOCAL_EXPERTS, rotary_dim=4),
     "Mixtral": family("Mixtral", "Mixtral", **LOCAL_EXPERTS),
     "Olmoe": family("Olmoe", "OLMoE", num_experts=4, num_experts_per_tok=2),
@@ -107,4 +132,5 @@ EXPERTS: dict[str, Family] = {
         "Qwen2Moe", "Qwen 1.5 and 2 MoE", **NUM_EXPERTS, shared_expert_intermediate_size=16
     ),
     "Qwen3Moe": family("Qwen3Moe", "Qwen3 30B-A3B, 235B-A22B", **NUM_EXPERTS),
+    "SolarOpen": family("SolarOpen", "Solar Open 100B", **ROUTED_EXPERTS),
 }

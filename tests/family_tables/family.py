@@ -17,6 +17,15 @@ NUM_EXPERTS: dict[str, Any] = {
     "moe_intermediate_size": 16,
 }
 LOCAL_EXPERTS: dict[str, Any] = {"num_local_experts": 4, "num_experts_per_tok": 2}
+LATENT: dict[str, Any] = {
+    "num_key_value_heads": 4,
+    "kv_lora_rank": 8,
+    "q_lora_rank": 12,
+    "qk_nope_head_dim": 8,
+    "qk_rope_head_dim": 4,
+    "v_head_dim": 8,
+    "head_dim": 4,
+}
 NO_HEAD_DIM: dict[str, Any] = {"head_dim": None}
 # For configs with names of their own.
 OWN_SHAPE: dict[str, Any] = dict.fromkeys(SHAPE) | {"vocab_size": SHAPE["vocab_size"]}

@@ -21,6 +21,24 @@ MAMBA2 = {
 }
 
 RECURRENT: dict[str, Family] = {
+    "BailingHybrid": family(
+        "BailingHybrid",
+        "Ling 3.0",
+        num_local_experts=4,
+        num_experts_per_tok=2,
+        n_shared_experts=1,
+        moe_intermediate_size=16,
+        n_group=1,
+        topk_group=1,
+        first_k_dense_replace=1,
+        num_key_value_heads=4,
+        kv_lora_rank=8,
+        qk_nope_head_dim=8,
+        qk_rope_head_dim=4,
+        v_head_dim=8,
+        layer_group_size=3,
+        num_hidden_layers=3,
+    ),
     "Bamba": family(
         "Bamba", "Bamba", **MAMBA2, attn_layer_indices=[1], rope_parameters=None, **NO_HEAD_DIM
     ),
@@ -91,6 +109,13 @@ RECURRENT: dict[str, Family] = {
         layer_types=["conv", "full_attention", "conv"],
         num_hidden_layers=3,
     ),
+    "Lfm3": family(
+        "Lfm3",
+        "LFM3",
+        layer_types=["conv", "full_attention", "sliding_attention"],
+        sliding_window=4,
+        num_hidden_layers=3,
+    ),
     "Mamba": family("Mamba", "Mamba 130M to 2.8B", state_size=8, **NO_HEAD_DIM),
     "Mamba2": family(
         "Mamba2",
@@ -125,12 +150,12 @@ RECURRENT: dict[str, Family] = {
         use_mamba_kernels=False,
     ),
     "OlmoHybrid": family("OlmoHybrid", "OLMo Hybrid", **LINEAR),
-    "Qwen3Next": family(
-        "Qwen3Next", "Qwen3-Next", **NUM_EXPERTS, **LINEAR, shared_expert_intermediate_size=16
-    ),
     "Qwen3_5": family("Qwen3_5Text", "Qwen3.5", **LINEAR),
     "Qwen3_5Moe": family(
         "Qwen3_5MoeText", "Qwen3.5 MoE", **NUM_EXPERTS, **LINEAR, shared_expert_intermediate_size=16
+    ),
+    "Qwen3Next": family(
+        "Qwen3Next", "Qwen3-Next", **NUM_EXPERTS, **LINEAR, shared_expert_intermediate_size=16
     ),
     "RecurrentGemma": family(
         "RecurrentGemma",
@@ -175,5 +200,14 @@ RECURRENT: dict[str, Family] = {
         use_mamba_kernels=False,
         num_key_value_heads=4,
         **NO_HEAD_DIM,
+    ),
+    "Zaya": family(
+        "Zaya",
+        "ZAYA1",
+        num_experts=4,
+        num_experts_per_tok=1,
+        moe_intermediate_size=16,
+        router_hidden_size=16,
+        num_hidden_layers=3,
     ),
 }

@@ -43,7 +43,7 @@ def test_all_linear_leaves_them_out(family, layers):
     ("family", "targets", "message"),
     [
         ("Jamba", "dt_proj", "mamba.dt_proj is read by the kernels of a Mamba block"),
-        ("Llama4", "router", "router is a router of experts"),
+        ("Llama4", "router", "router chooses experts or tokens"),
         ("Zamba", "q_proj", "q_proj has a weight that several layers share"),
     ],
 )

@@ -104,7 +104,7 @@ def test_targets(make_model) -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("family", ["Llama", "Qwen3"])
+@pytest.mark.parametrize("family", ["Llama", "Qwen3", "Qwen3Moe"])
 def test_merged_weights_compute_the_same(make_model, distill_samples, family, dtype) -> None:
     model, options = adapted(make_model, dtype, family)
     learner = Learner(model, options)
@@ -163,23 +163,30 @@ def test_a_checkpoint_holds_adapters_and_exports_full_weights(
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("targets", ["all-linear", "q_proj,down_proj"])
+@pytest.mark.parametrize(
+    ("family", "targets"),
+    [("Llama", "all-linear"), ("Llama", "q_proj,down_proj"), ("Qwen3Moe", "all-linear")],
+)
 def test_peft_loads_the_adapter_of_a_checkpoint(
-    make_model, distill_samples, tokenizer, tmp_path: Path, dtype: torch.dtype, targets: str
+    make_model,
+    distill_samples,
+    tokenizer,
+    tmp_path: Path,
+    family: str,
+    dtype: torch.dtype,
+    targets: str,
 ) -> None:
-    model, options = adapted(make_model, dtype, targets=targets)
+    model, options = adapted(make_model, dtype, family, targets=targets)
     learner = Learner(model, options)
     learner.step(pack(distill_samples, max_tokens=40))
     snapshot = Snapshot.of(learner, tokenizer, step=1, config_hash="abc")
     path = write_checkpoint(tmp_path, snapshot)
     assert not (path / "adapter_config.json").exists()
-    loaded = peft.PeftModel.from_pretrained(make_model("Llama", dtype), path / "adapter").eval()
+    loaded = peft.PeftModel.from_pretrained(make_model(family, dtype), path / "adapter").eval()
     assert isinstance(loaded, peft.PeftModelForCausalLM)
     difference = (loaded(input_ids=IDS).logits - model(IDS).logits).abs().max()
     assert difference <= (1e-6 if dtype == torch.float32 else 0.05)
-    assert (
-        model(IDS).logits - make_model("Llama", dtype)(IDS).logits
-    ).abs().max() > 10 * difference
+    assert (model(IDS).logits - make_model(family, dtype)(IDS).logits).abs().max() > 10 * difference
     loaded.save_pretrained(str(tmp_path / "theirs"))
     ours, theirs = (
         load_file(folder / "adapter_model.safetensors")

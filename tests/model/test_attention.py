@@ -234,7 +234,7 @@ def test_flash_attention_gets_what_sdpa_gets(family, monkeypatch):
         parts = [
             attend(
                 *(x[None].transpose(1, 2) for x in (q[i:j], k[m:n], v[m:n])),
-                Rule(
+                rule=Rule(
                     scale=softmax_scale,
                     window=None if window_size[0] < 0 else window_size[0] + 1,
                     softcap=softcap or None,

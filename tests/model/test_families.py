@@ -16,22 +16,28 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from torch import Tensor
 
 from rosd_fast.batch.packing import pack
 from rosd_fast.config import Config
 from rosd_fast.engines.local.engine import LocalEngine
+from rosd_fast.errors import UserError
 from rosd_fast.model.adapters import choose_trainable, merged_weights
 from rosd_fast.model.attention import backbone
 from rosd_fast.model.head import head, logits
-from rosd_fast.model.layouts import Layout, choose_layout, hidden_states, layout_of
+from rosd_fast.model.layouts import ATTRIBUTE, Layout, choose_layout, hidden_states, layout_of
 from rosd_fast.model.load import load_weights
+from rosd_fast.model.rope import fix_rope
 from rosd_fast.trainer.learner import Learner
 from rosd_fast.trainer.snapshot import Export
 from rosd_fast.types import GenerationRequest, PackedSequences, SamplingParams, TrainSample
 from tests.families import names, tiny
+from tests.families_page import PAGE, VERSION, row, rows
 from tests.float64 import float64
+from tests.tiny import SHAPE
 
+LONGEST = 32  # tokens of a sequence in these tests, more than a run may have
 LORA = {"lora": {"rank": 2, "alpha": 4}}
 all_families = pytest.mark.parametrize("family", names())
 
@@ -39,13 +45,14 @@ all_families = pytest.mark.parametrize("family", names())
 @cache
 def layout(family: str) -> Layout:
     """The layout that the family's self-check chooses."""
-    return choose_layout(tiny(family))
+    return choose_layout(tiny(family, torch.float32))
 
 
 def with_layout(family: str, dtype: torch.dtype = torch.float64) -> Any:
-    """A tiny model that has chosen its layout."""
+    """A tiny model that has chosen its layout and fixed its RoPE, as a run does."""
     model = tiny(family, dtype)
-    choose_layout(model, [layout(family)])
+    setattr(model, ATTRIBUTE, layout(family))
+    fix_rope(model, LONGEST)
     return model
 
 
@@ -83,6 +90,15 @@ def one_at_a_time(model: Any, packed: PackedSequences) -> Tensor:
 
 
 @all_families
+def test_the_page_says_what_the_family_gets(family: str) -> None:
+    """docs/models.md: python -m tests.families_page writes it."""
+    page = PAGE.read_text()
+    if VERSION not in page:
+        pytest.skip("the page was written with another version of transformers")
+    assert rows(page)[family] == row(family)
+
+
+@all_families
 def test_states_and_gradients_equal_one_sequence_at_a_time(family: str) -> None:
     model, packed = with_layout(family), sequences()
     generator = torch.Generator().manual_seed(1)
@@ -117,7 +133,7 @@ def test_the_head_gives_the_models_own_logits(family: str) -> None:
 @all_families
 def test_the_local_engine_samples_what_the_model_computes(family: str) -> None:
     """Greedy tokens and log-probabilities against forward passes without a cache."""
-    model = tiny(family, torch.float32)
+    model = with_layout(family, torch.float32)
     requests = [
         GenerationRequest(
             id=str(index),
@@ -147,7 +163,7 @@ def test_the_local_engine_samples_what_the_model_computes(family: str) -> None:
 
 @all_families
 def test_adapters_start_as_nothing_and_merge_exactly(family: str) -> None:
-    model, packed = with_layout(family), sequences()
+    model, packed = with_layout(family, torch.float32), sequences()
     options = Config.model_validate(LORA)
     with torch.no_grad():
         before = hidden_states(model, packed)
@@ -163,7 +179,7 @@ def test_adapters_start_as_nothing_and_merge_exactly(family: str) -> None:
     for name, parameter in model.named_parameters():
         # The last are Zamba's own adapters, of which a layer has those of other layers, too.
         assert ("lora_" in name) == (parameter.grad is not None) or "adapter_list" in name, name
-    merged = with_layout(family)
+    merged = with_layout(family, torch.float32)
     merged.load_state_dict(merged_weights(model))
     with torch.no_grad():
         after = hidden_states(merged, packed)
@@ -209,8 +225,18 @@ def test_two_steps_of_training_and_the_export(family: str, tmp_path: Path) -> No
     Export.of(learner, tokenizer).save(tmp_path)
     loaded: Any = load_weights(tmp_path, dtype=torch.float32, trust_remote_code=False).eval()
     loaded.set_attn_implementation(model.config._attn_implementation)
+    fix_rope(loaded, LONGEST)
     sequence = torch.tensor([ids(11, 3)])
     with torch.no_grad():
         torch.testing.assert_close(
             loaded(input_ids=sequence).logits, model(input_ids=sequence).logits
         )
+
+
+@pytest.mark.parametrize("is_decoder", [False, True])
+def test_encoders_and_heads_that_are_not_linear_are_refused(is_decoder: bool) -> None:
+    config = transformers.BertConfig(**SHAPE, is_decoder=is_decoder)
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
+    with pytest.raises(UserError, match="the model's own logits") as refused:
+        choose_layout(model)
+    assert ("attends in both directions" in str(refused.value)) == (not is_decoder)

@@ -14,6 +14,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
+    AutoModelForCausalLM,
     BertConfig,
     BertLMHeadModel,
     GenerationConfig,
@@ -187,7 +188,7 @@ def test_remote_code_is_off_by_default(monkeypatch, folder):
 
         return call
 
-    for auto in (load.AutoTokenizer, load.AutoModelForCausalLM):
+    for auto in (load.AutoTokenizer, AutoModelForCausalLM):
         monkeypatch.setattr(auto, "from_pretrained", spy(auto.from_pretrained))
     loaded_model(str(folder))
     loaded_model(str(folder), trust_remote_code=True)

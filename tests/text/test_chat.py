@@ -6,6 +6,8 @@ import inspect
 
 import pytest
 
+from rosd_fast.config import ChatConfig
+from rosd_fast.config.chat import make_chats
 from rosd_fast.errors import UserError
 from rosd_fast.text.chat import chat_format
 from rosd_fast.text.thinking import THINK
@@ -102,7 +104,9 @@ def test_a_template_that_loses_earlier_turns_is_refused(tokenizer):
     chat_format(tokenizer).check_roles(["user", "assistant"])
     loses = chat_format(with_template(tokenizer, USER_ONLY))
     loses.check_roles(["user"])
-    with pytest.raises(UserError, match="leaves out earlier turns of the role assistant"):
+    with pytest.raises(
+        UserError, match="leaves out or changes earlier turns of the role assistant"
+    ):
         loses.check_roles(["user", "assistant"])
     alternates = (
         "{% if messages[1] and messages[1]['role'] == 'user' %}"
@@ -231,3 +235,32 @@ def test_a_template_that_loses_the_users_text_is_refused(tokenizer):
         chat_format(tokenizer, template=deaf, where="chat.eval.template")
     with pytest.raises(UserError, match="the chat template fails on a user turn"):
         chat_format(tokenizer, template="{% for %}")
+
+
+SHOWS = "<|user|>{{ messages[-1].content }}<|assistant|>"
+ALTERED = {
+    "cut": SHOWS.replace("content", "content[:2000]"),
+    "lower case": SHOWS.replace("content", "content | lower"),
+    "escaped": SHOWS.replace("content", "content | e"),
+    "spaces folded": SHOWS.replace("content", "content.split() | join(' ')"),
+}
+
+
+@pytest.mark.parametrize("role", ["student", "reflector", "teacher", "eval"])
+@pytest.mark.parametrize("name", ALTERED)
+def test_each_roles_prompt_shows_its_text_as_it_is(tokenizer, role, name):
+    own = ChatConfig.model_validate({role: {"template": ALTERED[name]}})
+    with pytest.raises(UserError, match=rf"^chat\.{role}\.template: .* changes the text of the us"):
+        make_chats(own, tokenizer)
+    with pytest.raises(UserError, match=r"^tokenizer: .* changes the text of the user turn"):
+        make_chats(ChatConfig(), with_template(tokenizer, ALTERED[name]))
+
+
+def test_a_template_that_shows_one_message_only(tokenizer):
+    """The system text goes into it, and earlier turns are refused."""
+    for place in (0, -1):
+        template = SHOWS.replace("-1", str(place))
+        chat = chat_format(tokenizer, template=template, where="chat.teacher.template")
+        assert shown(chat, system="Be brief.") == "<|user|>Be brief.\n\n2 + 2 = ?<|assistant|>"
+        with pytest.raises(UserError, match=r"^chat\.teacher\.template: .*role (assistant|user)"):
+            chat.check_roles(["user", "assistant"])

@@ -12,6 +12,7 @@ from rosd_fast.text.decode import decode
 from rosd_fast.text.thinking import THINK, Thinking
 from rosd_fast.types import Rollout
 from tests.chat_templates import OPENED, SWITCHED, THINK_TOKENS, with_channels, with_template
+from tests.made_tokenizers import words
 
 
 def answer_of(tokenizer: Any, text: str, *, opened: bool = False) -> str:
@@ -48,6 +49,14 @@ def test_tags_that_are_tokens_are_not_found_in_text_that_spells_them(tokenizer: 
     spelled = [i for part in ("<think", ">a</", "think", ">b") for i in other.encode(part)]
     assert other.decode(spelled) == "<think>a</think>b"
     assert Thinking(other).num_tokens(spelled, opened=None) == 0
+
+
+def test_unknown_words_are_no_tags() -> None:
+    """The token of unknown words is an added one, which a tag may be encoded to."""
+    tokenizer: Any = words()
+    ids = tokenizer.convert_tokens_to_ids(["add", "<unk>", "the"])
+    assert tokenizer.encode("<think>") == ids[1:2]
+    assert Thinking(tokenizer).num_tokens(ids, opened=None) == 0
 
 
 def test_the_final_channel_is_the_answer(tokenizer: Any) -> None:

@@ -105,6 +105,9 @@ DECODERS = {
             decoders.Strip("x", 1, 0),
         ]
     ),
+    "replace in the text": decoders.Sequence([decoders.Fuse(), decoders.Replace("▁", "xy")]),
+    "word piece": decoders.WordPiece(prefix="a"),
+    "word piece, as it is": decoders.WordPiece(prefix="▁", cleanup=False),
     "byte level, nested": decoders.Sequence([decoders.ByteLevel()]),
 }
 
@@ -127,8 +130,7 @@ def test_every_decoder_is_followed(name, ids):
 @pytest.mark.parametrize(
     "decoder",
     [
-        decoders.WordPiece(),
-        decoders.Sequence([decoders.Fuse(), decoders.Replace("a", "b")]),
+        decoders.Sequence([decoders.Fuse(), decoders.Replace("ab", "b")]),
         decoders.CTC(),
     ],
 )

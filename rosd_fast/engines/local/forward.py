@@ -28,6 +28,7 @@ from rosd_fast.engines.local.recompute import recomputed_logits
 from rosd_fast.engines.local.row_states import is_recurrent
 from rosd_fast.engines.local.way_check import Trial
 from rosd_fast.errors import UserError
+from rosd_fast.model.layouts import FAILURES
 
 Way = Literal["padded", "exact", "recompute"]
 
@@ -51,16 +52,6 @@ class Candidate:
 
 RECOMPUTE = Candidate("recompute", "none")
 FIX = "Choose a causal language model of another architecture"
-# What a forward pass raises for a cache that it does not know.
-CHECK_ERRORS = (
-    AssertionError,
-    AttributeError,
-    LookupError,
-    NotImplementedError,
-    RuntimeError,
-    TypeError,
-    ValueError,
-)
 
 
 class NextToken:
@@ -186,7 +177,7 @@ class NextToken:
         name = type(self.model).__name__
         try:
             trial = Trial.of(self.model, self.context_length)
-        except CHECK_ERRORS as error:
+        except FAILURES as error:
             raise UserError(f"cannot be run ({error})", where=name, fix=FIX) from error
         if not trial.is_finite:
             raise UserError("its logits are not finite", where=name, fix="Check the weights")
@@ -196,8 +187,8 @@ class NextToken:
         for self._candidate in candidates:
             try:
                 difference = trial.mismatch(self)
-            except CHECK_ERRORS as error:
-                reason = f"cannot be run with a cache ({error})"
+            except FAILURES as error:
+                reason = f"cannot be run with a cache ({' '.join(str(error).split())})"
                 continue
             if difference <= tolerance:
                 self.why_recompute = reason if self.way == "recompute" else ""
@@ -234,5 +225,5 @@ def _cache_layers(model: PreTrainedModel) -> list[Any]:
     """The layers of transformers' own cache for `model`, empty; none where it has no such cache."""
     try:
         return DynamicCache(config=model.config).layers
-    except CHECK_ERRORS:
+    except FAILURES:
         return []

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from rosd_fast.errors import UserError
+from rosd_fast.engines.local.token_view import TokenView, token_view
 
 if TYPE_CHECKING:
     from rosd_fast.types import GenerationRequest
@@ -30,13 +30,13 @@ class GrammarCompiler:
     tokenizer: a fast tokenizer of transformers.
     vocab_size: width of the logits.
 
-    Its methods raise UserError for a tokenizer that llguidance cannot read.
+    Its methods raise UserError for a tokenizer that has no `token_view`.
     """
 
     def __init__(self, tokenizer: Any, vocab_size: int) -> None:
         self.tokenizer = tokenizer
-        self.num_bits = max(vocab_size, len(tokenizer))
-        self._readers: dict[tuple[int, ...], Any] = {}  # keyed by stop token ids
+        self.vocab_size = max(vocab_size, len(tokenizer))
+        self._views: dict[tuple[int, ...], TokenView] = {}  # keyed by stop token ids
 
     def constraints(self, requests: Sequence[GenerationRequest]) -> list[Future[Constraint] | None]:
         """Return one future per request, None for a request without a grammar.
@@ -54,7 +54,7 @@ class GrammarCompiler:
                 continue
             key = request.grammar, request.params.stop_token_ids
             if key not in compiled:
-                self._reader(key[1])  # created here, since two threads would create it twice
+                self._view(key[1])  # created here, since two threads would create it twice
                 compiled[key] = pool.submit(self.constraint, *key, where=f"request {request.id}")
             futures.append(compiled[key])
         pool.shutdown(wait=False)  # submitted grammars are still compiled
@@ -67,61 +67,70 @@ class GrammarCompiler:
         """
         from llguidance import LLMatcher
 
-        matcher = LLMatcher(self._reader(tuple(stop_token_ids)), grammar, log_level=0)
+        view = self._view(tuple(stop_token_ids))
+        matcher = LLMatcher(view.reader, view.prefix + grammar, log_level=0)
         if matcher.is_error():
             raise ValueError(
                 f"{where}: the grammar is wrong: {matcher.get_error().splitlines()[0]}"
             )
-        return Constraint(matcher, self.num_bits, where)
+        return Constraint(matcher, view, where)
 
     def check(self, stop_token_ids: Sequence[int]) -> None:
-        """Raise UserError now if llguidance cannot read the tokenizer."""
+        """Raise UserError now if grammars cannot constrain the tokenizer's tokens."""
         self.constraint('start: "a"', stop_token_ids, where="check")
 
-    def _reader(self, stop_token_ids: tuple[int, ...]) -> Any:
-        if stop_token_ids not in self._readers:
-            from llguidance.hf import from_tokenizer
-
-            try:
-                self._readers[stop_token_ids] = from_tokenizer(
-                    self.tokenizer,
-                    n_vocab=self.num_bits,
-                    eos_token=list(stop_token_ids) or None,
-                )
-            except Exception as error:  # errors of its Rust code have no common type
-                raise UserError(
-                    f"llguidance cannot read it ({str(error).splitlines()[0]})",
-                    where="tokenizer",
-                    fix="Set reflect.mode to free, which needs no grammar",
-                ) from error
-        return self._readers[stop_token_ids]
+    def _view(self, stop_token_ids: tuple[int, ...]) -> TokenView:
+        if stop_token_ids not in self._views:
+            self._views[stop_token_ids] = token_view(
+                self.tokenizer, self.vocab_size, stop_token_ids
+            )
+        return self._views[stop_token_ids]
 
 
 class Constraint:
     """A row's state in its grammar. When the text is complete, only stop tokens are allowed."""
 
-    def __init__(self, matcher: Any, num_bits: int, where: str) -> None:
-        self.matcher, self.num_bits, self.where = matcher, num_bits, where
+    def __init__(
+        self, matcher: Any, view: TokenView, where: str, *, begins: bool | None = None
+    ) -> None:
+        self.matcher, self.view, self.where = matcher, view, where
+        # Whether the next token begins the text and has other bytes there.
+        self.begins = view.first is not None if begins is None else begins
 
     def copy(self) -> Constraint:
-        return Constraint(self.matcher.deep_copy(), self.num_bits, self.where)
+        return Constraint(self.matcher.deep_copy(), self.view, self.where, begins=self.begins)
 
     def take(self, token: int) -> None:
         """Advance by an allowed token."""
+        if self.begins and self.view.first is not None:
+            self.begins = token in self.view.special
+            if token in self.view.silent:
+                return
+            token = int(self.view.first[token])
         self.matcher.consume_token(token)
 
 
 def allowed_tokens(constraints: Sequence[Constraint], vocab_size: int) -> np.ndarray:
     """[B, vocab_size] bool: the allowed next tokens. Raises ValueError when a grammar fails."""
-    words = np.zeros((len(constraints), -(-constraints[0].num_bits // 32)), dtype=np.int32)
+    num_bits = constraints[0].view.num_bits
+    words = np.zeros((len(constraints), -(-num_bits // 32)), dtype=np.int32)
     targets = [(constraint.matcher, row) for row, constraint in enumerate(constraints)]
     executor().unsafe_compute_mask_ptr(targets, words.ctypes.data, words.strides[0], len(targets))
-    for constraint in constraints:
+    bits = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little", count=num_bits)
+    allowed = bits[:, :vocab_size].view(bool)
+    for row, constraint in enumerate(constraints):
+        view = constraint.view
+        if constraint.begins and view.first is not None:
+            allowed[row] = bits[row, view.first[:vocab_size]]
+            allowed[row, list(view.silent)] = True
         if constraint.matcher.is_error():
             error = constraint.matcher.get_error().splitlines()[0]
-            raise ValueError(f"{constraint.where}: the grammar failed: {error}")
-    bits = np.unpackbits(words.view(np.uint8), axis=1, bitorder="little", count=vocab_size)
-    return bits.view(bool)
+            if not (view.stops and error.startswith("NoExtension")):
+                raise ValueError(f"{constraint.where}: the grammar failed: {error}")
+            allowed[row] = False
+        if view.stops and not allowed[row].any():
+            allowed[row, list(view.stops)] = True
+    return allowed
 
 
 @cache

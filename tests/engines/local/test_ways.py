@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +13,8 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+from rosd_fast.config import Config
+from rosd_fast.engines.factory import open_engine
 from rosd_fast.engines.local import decode, kv_cache, recompute
 from rosd_fast.engines.local.engine import LocalEngine
 from rosd_fast.engines.local.forward import NextToken
@@ -184,13 +188,15 @@ def test_a_step_of_a_cached_model_computes_one_token_per_row(
     assert shapes == {9, 1}
 
 
-def test_a_model_without_a_cache_says_that_it_is_recomputed() -> None:
-    engine = LocalEngine(tiny("Rwkv"))
-    assert engine.note == (
+def test_a_run_says_that_a_model_without_a_cache_is_recomputed(tmp_path: Path) -> None:
+    notes: list[str] = []
+    for name in ("Rwkv", "Llama"):
+        loaded: Any = SimpleNamespace(model=tiny(name), tokenizer=None)
+        open_engine(Config(), loaded, tmp_path, weight_check_ids=(1,), note=notes.append)
+    assert notes == [
         "local engine: each token reads its whole row again, which is slow: RwkvForCausalLM has no "
         "cache of transformers' kind"
-    )
-    assert LocalEngine(tiny("Llama")).note == ""
+    ]
 
 
 def test_a_short_window_is_crossed_by_the_check(monkeypatch: pytest.MonkeyPatch) -> None:

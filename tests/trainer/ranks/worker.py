@@ -28,17 +28,20 @@ from rosd_fast.batch.diagnosed import with_diagnosed
 from rosd_fast.batch.packing import pack
 from rosd_fast.config import Config
 from rosd_fast.model.layouts import choose_layout, hidden_states, layout_of
+from rosd_fast.model.other_parts import take_out
 from rosd_fast.trainer.learner import StepResult
 from rosd_fast.trainer.optim import Optimizer
 from rosd_fast.trainer.ranks import LearnerGroup, run_worker
 from rosd_fast.types import PackedBatch, TrainSample
 from rosd_fast.utils.distributed import World, full, open_world
 from tests.families import FAMILIES
+from tests.image_text import image_text_model
 from tests.tiny import SHAPE, VOCAB, mark_trainable, tiny_model
 
 TIED, UNTIED = {"tie_word_embeddings": True}, {"tie_word_embeddings": False}
 SLIDING = {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention"]}
 HYBRID = FAMILIES["Qwen3_5"].changes  # padded rows, as its layers have a state over the tokens
+EXPERTS = FAMILIES["Qwen3Moe"].changes
 ROWS, REGION = {"head": "shard"}, {"kind": "trust_region", "mix": 0.4}
 CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "tied": ("Llama", TIED, {}),
@@ -81,6 +84,10 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "served": ("Llama", TIED, {"engine": {"kind": "sglang"}}),
     "served lora": ("Qwen3", UNTIED, {"engine": {"kind": "sglang"}, "lora": {"rank": 4}}),
     "hybrid": ("Qwen3_5Text", HYBRID, {}),
+    "experts": ("Qwen3Moe", UNTIED | EXPERTS, {"teacher": {"kind": "ema", "ema_rate": 0.3}}),
+    "experts sinks": ("GptOss", UNTIED | FAMILIES["GptOss"].changes, {"parallel": ROWS}),
+    "experts lora": ("Qwen3Moe", UNTIED | EXPERTS, {"lora": {"rank": 4}}),
+    "image text": ("Gemma3", {}, {"learner": {"activation_checkpointing": True}}),
     "bfloat16": ("Llama", TIED, {"dtype": "bfloat16"}),
     "bfloat16 ema": ("Llama", TIED, {"dtype": "bfloat16", "teacher": {"kind": "ema"}}),
 }
@@ -135,7 +142,11 @@ def config_of(case: str, shard_size: int | None = None) -> Config:
 
 def model_of(case: str, config: Config) -> Any:
     family, shape, _ = CASES[case]
-    model = tiny_model(family, torch.float32, **shape).to(getattr(torch, config.dtype))
+    if case == "image text":
+        model = image_text_model(family, text={"vocab_size": VOCAB})
+        take_out(model)
+    else:
+        model = tiny_model(family, torch.float32, **shape).to(getattr(torch, config.dtype))
     choose_layout(model)
     mark_trainable(model, config)
     if config.lora.rank:  # adapters that change something from the first step on
