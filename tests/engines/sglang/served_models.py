@@ -61,17 +61,6 @@ SERVED = {
     "Gemma 3 (text)": Served(
         config="Gemma3Text", text=SLIDING | {"sliding_window": 16, "query_pre_attn_scalar": 32}
     ),
-    "GPT-OSS": Served(
-        config="GptOss",
-        text=SLIDING
-        | {
-            "num_local_experts": 4,
-            "num_experts_per_tok": 2,
-            "sliding_window": 16,
-            "intermediate_size": 128,
-        },
-        args=("--attention-backend", "intel_amx"),
-    ),
     "Qwen3-Next": Served(
         config="Qwen3Next",
         text=EXPERTS | LINEAR | {"shared_expert_intermediate_size": 32, "decoder_sparse_step": 1},
