@@ -24,8 +24,10 @@ from rosd_fast.engines.weight_check import allowed_gap, token_logprobs
 from rosd_fast.errors import UserError
 from rosd_fast.model.adapter_files import adapter_config
 from rosd_fast.model.adapters import base_weights, without_adapters
+from rosd_fast.model.file_layout import file_weights
 from rosd_fast.model.load import find
 from rosd_fast.model.nf4 import has_packed
+from rosd_fast.model.other_parts import other_parts
 from rosd_fast.model.quantized import is_quantized
 from rosd_fast.model.rope import server_rope_args
 from rosd_fast.utils.distributed import pick_device
@@ -281,6 +283,10 @@ def model_folder(source: str, model: LoadedModel, run_folder: Path) -> Path:
         plain = without_adapters(model.model)
         names = {name for name, _ in (*plain.named_parameters(), *plain.named_buffers())}
         weights = {name: w for name, w in base_weights(model.model).items() if name in names}
-        plain.save_pretrained(copy, state_dict=weights)
+        parts = other_parts(model.model)
+        weights = file_weights(model.model, weights) | parts.weights
+        plain.save_pretrained(copy, state_dict=weights, save_original_format=False)
+        for name, content in parts.files.items():
+            (copy / name).write_bytes(content)
         model.tokenizer.save_pretrained(copy)
     return copy

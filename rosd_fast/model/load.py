@@ -38,6 +38,7 @@ from rosd_fast.model.other_parts import auto_class_of, processor_template, set_a
 from rosd_fast.model.quantized import weights_of
 from rosd_fast.model.run_folder import run_model
 from rosd_fast.model.smollm2 import smollm2_folder
+from rosd_fast.model.token_rows import limit_rows
 from rosd_fast.quickstart import MODEL_DIR
 from rosd_fast.utils.distributed import launched, pick_device
 
@@ -103,6 +104,7 @@ def load_model(
         use_exact_attention(model)
         head(model)
         choose_layout(model)
+        limit_rows(model, tokenizer)
     return LoadedModel(
         model=model,
         tokenizer=tokenizer,

@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -359,6 +360,24 @@ def test_a_generation_config_that_transformers_refuses_to_save(tmp_path, tokeniz
     path = save(tmp_path, 1, learner, tokenizer)
     assert GenerationConfig.from_pretrained(path).eos_token_id == 5
     assert model.generation_config is own
+
+
+def test_a_generation_config_is_kept(tmp_path, tokenizer):
+    """With its sampling parameters, and end-of-text tokens that the tokenizer does not name."""
+    model = tiny_model()
+    model.generation_config = GenerationConfig(
+        eos_token_id=[5, 1], do_sample=True, temperature=0.6, top_k=20, top_p=0.95
+    )
+    path = save(tmp_path, 1, Learner(model, options("frozen")), tokenizer)
+    kept = GenerationConfig.from_pretrained(path).to_diff_dict()
+    own = model.generation_config.to_diff_dict()
+    assert {name: kept.get(name) for name in own} == own and kept["eos_token_id"] == [5, 1]
+
+
+def test_a_tied_head_is_saved_once(tmp_path, tokenizer):
+    path = save(tmp_path, 1, Learner(tiny_model(), options("frozen")), tokenizer)
+    shapes = [tuple(tensor.shape) for tensor in load_file(path / "model.safetensors").values()]
+    assert shapes.count((300, 16)) == 1
 
 
 def test_atomic_folder_replaces_all_or_nothing(tmp_path):

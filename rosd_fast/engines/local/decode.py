@@ -27,6 +27,7 @@ from rosd_fast.engines.local.forward import NextToken
 from rosd_fast.engines.local.grammar_mask import Constraint, mask_logits
 from rosd_fast.engines.local.kv_cache import BLOCK
 from rosd_fast.engines.local.sampling import Policy, draw, uniforms
+from rosd_fast.model.token_rows import token_rows
 from rosd_fast.types import GenerationRequest
 
 PREFILL_TOKENS = 8192  # padded tokens of one prefill pass, which bounds its memory
@@ -108,6 +109,7 @@ class DecodeBatch:
     num_alive: number of unfinished completions.
     stop_sets: the distinct sets of stop tokens, each with its row in `stop_table`.
     stop_table: [K, V] bool, the tokens in each of K stop sets.
+    num_tokens: number of first ids that may be sampled; `padding_ids` are the others.
     """
 
     def __init__(
@@ -134,6 +136,8 @@ class DecodeBatch:
         self.constraints: list[Constraint | None] = []
         self.num_alive = 0
         self._make_stop_table(slices)
+        self.num_tokens = token_rows(model.model)
+        self.padding_ids = torch.arange(self.num_tokens, model.vocab_size, device=self.device)
 
     @property
     def num_completions(self) -> int:
@@ -306,6 +310,8 @@ class DecodeBatch:
         The token of a finished completion goes to the slot behind its tokens. logits: [R, V]. The
         copies are in `rows` and `constraints`; the caller copies the cache.
         """
+        if self.num_tokens < logits.shape[1]:
+            logits = logits.index_fill(1, self.padding_ids, -torch.inf)
         if any(constraint is not None for constraint in constraints):
             alive = rows.alive.tolist()
             active = [c if a else None for c, a in zip(constraints, alive, strict=True)]
