@@ -33,7 +33,10 @@ QWEN_VISION = {
 }
 # By config class: (text config, vision config).
 FAMILIES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
-    "Gemma3": (SLIDING | {"query_pre_attn_scalar": 8}, VISION | HEADS | {"image_size": 64}),
+    "Gemma3": (
+        SLIDING | {"query_pre_attn_scalar": 8},
+        VISION | HEADS | {"image_size": 64, "vision_use_head": False},
+    ),
     "Gemma4": (
         SLIDING
         | {

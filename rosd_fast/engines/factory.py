@@ -23,11 +23,10 @@ from rosd_fast.engines.sglang.weight_sync import DiskSync, DistributedSync, Weig
 from rosd_fast.engines.weight_check import allowed_gap, token_logprobs
 from rosd_fast.errors import UserError
 from rosd_fast.model.adapter_files import adapter_config
-from rosd_fast.model.adapters import base_weights, without_adapters
-from rosd_fast.model.file_layout import file_weights
+from rosd_fast.model.export import export_model
+from rosd_fast.model.hub_folder import hub_folder
 from rosd_fast.model.load import find
 from rosd_fast.model.nf4 import has_packed
-from rosd_fast.model.other_parts import other_parts
 from rosd_fast.model.quantized import is_quantized
 from rosd_fast.model.rope import server_rope_args
 from rosd_fast.utils.distributed import pick_device
@@ -268,25 +267,19 @@ def servers_folder(run_folder: Path) -> Path:
 
 
 def model_folder(source: str, model: LoadedModel, run_folder: Path) -> Path:
-    """Return a folder with the model as it was loaded, without adapters: `source` itself, or a copy
-    of a hub model or of one that has other weights here, since it was quantized or is now.
+    """Return a folder with the model, without adapters: `source` itself, the cached folder of a hub
+    model, or a copy of one that has other weights here, since it was quantized or is now.
 
-    source: the name of the model, as in the option `model`.
+    source: the name of the model, as in the option `model`. Raises UserError if a hub model cannot
+    be reached.
     """
     found = find(source)
+    found = found.absolute() if isinstance(found, Path) else hub_folder(found)
     no_weights = model.model.device.type == "meta"  # the server then loads what `source` names
-    same = isinstance(found, Path) and not (is_quantized(found) or has_packed(model.model))
-    if isinstance(found, Path) and (no_weights or same):
-        return found.absolute()
+    same = not (is_quantized(found) or has_packed(model.model))
+    if no_weights or same:
+        return found
     copy = servers_folder(run_folder) / f"model--{str(found).strip('/').replace('/', '--')}"
     if not copy.is_dir():
-        plain = without_adapters(model.model)
-        names = {name for name, _ in (*plain.named_parameters(), *plain.named_buffers())}
-        weights = {name: w for name, w in base_weights(model.model).items() if name in names}
-        parts = other_parts(model.model)
-        weights = file_weights(model.model, weights) | parts.weights
-        plain.save_pretrained(copy, state_dict=weights, save_original_format=False)
-        for name, content in parts.files.items():
-            (copy / name).write_bytes(content)
-        model.tokenizer.save_pretrained(copy)
+        export_model(model.model, model.tokenizer, copy)
     return copy

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import partial
 from importlib.util import find_spec
 from typing import Any
@@ -15,7 +16,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from rosd_fast.config import LearnerConfig
 from rosd_fast.errors import UserError
-from rosd_fast.model.attention import name
+from rosd_fast.model.attention import backbone, name
 from rosd_fast.model.flash import flash_attention
 from rosd_fast.model.layouts import layout_of
 from rosd_fast.model.nf4 import has_packed, num_weights
@@ -75,11 +76,15 @@ def use_liger(model: PreTrainedModel) -> None:
         _apply_liger_kernel_to_instance,
     )
 
-    if model.config.model_type in MODEL_TYPE_TO_APPLY_LIGER_FN:
+    # Of an image-text model only the language model is left.
+    several = model.config.get_text_config() is not model.config
+    part = backbone(model) if several else model
+    if part.config.model_type in MODEL_TYPE_TO_APPLY_LIGER_FN:
         # Its cross-entropy would replace the model's forward, and the loss here is another one.
-        _apply_liger_kernel_to_instance(
-            model=model, cross_entropy=False, fused_linear_cross_entropy=False
-        )
+        with suppress(ImportError):  # its code for the model may lag behind its table
+            _apply_liger_kernel_to_instance(
+                model=part, cross_entropy=False, fused_linear_cross_entropy=False
+            )
 
 
 def attention_name(model: PreTrainedModel, device: torch.device) -> str:

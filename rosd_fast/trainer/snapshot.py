@@ -13,13 +13,13 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 from torch.distributed.checkpoint.staging import BlockingAsyncStager
-from transformers import GenerationConfig, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 from rosd_fast.errors import RunFailed, UserError
 from rosd_fast.model.adapter_files import adapter_config, adapter_weights, write_adapter
 from rosd_fast.model.adapters import without_adapters
+from rosd_fast.model.export import write_model
 from rosd_fast.model.file_layout import file_weights
-from rosd_fast.model.load import quiet_transformers
 from rosd_fast.model.other_parts import OtherParts, other_parts
 from rosd_fast.trainer.learner import Learner
 
@@ -77,29 +77,11 @@ class Export:
         )
 
     def save(self, folder: Path) -> None:
-        """Save model and tokenizer, also with a generation config that transformers would refuse,
-        and the adapters in a folder of their own.
+        """Save model and tokenizer, and the adapters in a folder of their own.
 
         Raises RunFailed if the files do not hold the weights.
         """
-        generation = self.model.generation_config
-        if generation is not None:
-            try:
-                generation.validate(strict=True)
-            except ValueError:
-                # It has sampling parameters without do_sample: keep only the token ids.
-                self.model.generation_config = GenerationConfig(
-                    bos_token_id=generation.bos_token_id,
-                    eos_token_id=generation.eos_token_id,
-                    pad_token_id=generation.pad_token_id,
-                )
-        weights = self.weights | self.other_parts.weights
-        with quiet_transformers():
-            # save_pretrained empties the mapping, so `_check_files` has another one.
-            self.model.save_pretrained(folder, state_dict=weights, save_original_format=False)
-            self.tokenizer.save_pretrained(folder)
-        for name, content in self.other_parts.files.items():
-            (folder / name).write_bytes(content)
+        write_model(self.model, self.weights, self.other_parts, self.tokenizer, folder)
         self._check_files(folder)
         if self.adapter:
             write_adapter(self.adapter_config, self.adapter, folder / ADAPTER_FOLDER)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from itertools import pairwise, takewhile
+from typing import Any
 
 import pytest
 import torch

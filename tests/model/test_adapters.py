@@ -23,6 +23,9 @@ from rosd_fast.trainer.snapshot import Snapshot
 from tests.tiny import mark_trainable
 
 IDS = torch.arange(1, 12)[None]
+SHAPES = {
+    "Qwen3Moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16},
+}
 
 
 def config_of(**sections: Any) -> Config:
@@ -81,7 +84,7 @@ def test_only_what_was_chosen_moves(make_model, distill_samples) -> None:
 
 def adapted(make_model, dtype=torch.float32, family="Llama", **lora: Any) -> tuple[Any, Config]:
     options = config_of(lora={"rank": 3, **lora})
-    model = make_model(family, dtype)
+    model = make_model(family, dtype, **SHAPES.get(family, {}))
     mark_trainable(model, options)
     return model, options
 
@@ -109,7 +112,7 @@ def test_merged_weights_compute_the_same(make_model, distill_samples, family, dt
     model, options = adapted(make_model, dtype, family)
     learner = Learner(model, options)
     learner.step(pack(distill_samples, max_tokens=40))
-    plain = make_model(family, dtype)
+    plain = make_model(family, dtype, **SHAPES.get(family, {}))
     assert (plain(IDS).logits - model(IDS).logits).abs().max() > 1e-3
     plain.load_state_dict(merged_weights(model), strict=True)
     close = {"rtol": 0, "atol": 1e-5 if dtype == torch.float32 else 0.1}
@@ -182,11 +185,15 @@ def test_peft_loads_the_adapter_of_a_checkpoint(
     snapshot = Snapshot.of(learner, tokenizer, step=1, config_hash="abc")
     path = write_checkpoint(tmp_path, snapshot)
     assert not (path / "adapter_config.json").exists()
-    loaded = peft.PeftModel.from_pretrained(make_model(family, dtype), path / "adapter").eval()
+    loaded = peft.PeftModel.from_pretrained(
+        make_model(family, dtype, **SHAPES.get(family, {})), path / "adapter"
+    ).eval()
     assert isinstance(loaded, peft.PeftModelForCausalLM)
     difference = (loaded(input_ids=IDS).logits - model(IDS).logits).abs().max()
     assert difference <= (1e-6 if dtype == torch.float32 else 0.05)
-    assert (model(IDS).logits - make_model(family, dtype)(IDS).logits).abs().max() > 10 * difference
+    assert (
+        model(IDS).logits - make_model(family, dtype, **SHAPES.get(family, {}))(IDS).logits
+    ).abs().max() > 10 * difference
     loaded.save_pretrained(str(tmp_path / "theirs"))
     ours, theirs = (
         load_file(folder / "adapter_model.safetensors")

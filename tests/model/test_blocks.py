@@ -61,6 +61,8 @@ def test_activation_checkpointing_keeps_fewer_bytes(make_model, distill_samples)
 PATCHED = """
 import torch, transformers
 from rosd_fast.model.blocks import use_liger
+from rosd_fast.model.other_parts import take_out
+from tests import image_text
 shape = dict(vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
     num_attention_heads=4, num_key_value_heads=2, head_dim=8, pad_token_id=0)
 for family in FAMILIES:
@@ -73,6 +75,13 @@ for family in FAMILIES:
         if "liger" in own.__module__:
             print(family, type(module).__name__)
     print(family, "own loss" if type(model).forward is forward else "liger loss")
+for family in image_text.FAMILIES:
+    model = image_text.image_text_model(family)
+    take_out(model)
+    use_liger(model)
+    forwards = [getattr(m.forward, "__func__", m.forward) for m in model.modules()]
+    liger = any("liger" in forward.__module__ for forward in forwards)
+    print("image-text", family, "liger" if liger else "own")
 """
 
 
@@ -80,7 +89,7 @@ def test_liger_takes_norms_and_mlps() -> None:
     """The kernels need a GPU, but not the check of which modules get them. It runs in a process of
     its own, because it changes transformers' modules."""
     pytest.importorskip("liger_kernel")
-    code = PATCHED.replace("FAMILIES", repr(FAMILIES))
+    code = PATCHED.replace("in FAMILIES", f"in {FAMILIES}")
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr
     found = set(run.stdout.splitlines())
@@ -88,6 +97,7 @@ def test_liger_takes_norms_and_mlps() -> None:
         assert any(line.startswith(family) and line.endswith("RMSNorm") for line in found), family
         assert any(line.startswith(family) and line.endswith("MLP") for line in found), family
         assert f"{family} own loss" in found
+    assert {"image-text Gemma3 liger", "image-text Mistral3 liger"} <= found
 
 
 def test_liger_is_off_on_a_cpu_and_refused_if_required(make_model) -> None:

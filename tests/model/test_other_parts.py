@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import pickle
 from pathlib import Path
@@ -12,17 +13,22 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForMultimodalLM, AutoTokenizer
 
+from rosd_fast.batch.packing import pack
 from rosd_fast.config import Config
+from rosd_fast.engines.local.engine import LocalEngine
+from rosd_fast.engines.weight_check import token_logprobs
 from rosd_fast.model.adapters import fingerprint
 from rosd_fast.model.attention import backbone, num_embeddings
 from rosd_fast.model.fsdp import skeleton
 from rosd_fast.model.head import head
-from rosd_fast.model.load import context_length, load_weights
+from rosd_fast.model.layouts import layout_of
+from rosd_fast.model.load import context_length, load_model, load_weights
 from rosd_fast.model.other_parts import auto_class_of, other_parts
 from rosd_fast.model.skeleton import build_skeleton
 from rosd_fast.quickstart import MODEL_DIR
 from rosd_fast.trainer.learner import Learner
 from rosd_fast.trainer.snapshot import Export
+from rosd_fast.types import GenerationRequest, SamplingParams, TrainSample
 from tests.image_text import FAMILIES, image_text_model, save_image_text
 
 IDS = torch.arange(3, 14)[None]
@@ -123,3 +129,34 @@ def test_the_language_model_of_an_image_text_config_is_a_text_model() -> None:
     assert auto_class_of(config) is AutoModelForMultimodalLM
     config.architectures = ["Qwen3_5ForCausalLM"]
     assert auto_class_of(config) is AutoModelForCausalLM
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_two_steps_of_training(
+    tmp_path: Path, tokenizer: Any, distill_samples: list[TrainSample], family: str
+) -> None:
+    """Whatever the layout, sampled log-probabilities are the learner's, and all weights move."""
+    rows = {"vocab_size": 640}
+    if family == "Gemma4":
+        rows["vocab_size_per_layer_input"] = 640
+    save_image_text(tmp_path, family, tokenizer, text=rows)
+    loaded_model = load_model(str(tmp_path), dtype="float32", device=torch.device("cpu"))
+    model = loaded_model.model
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    config = Config.model_validate({"optim": {"lr": 1e-3, "warmup_steps": 0}})
+    learner = Learner(model, config)
+    padded = layout_of(model) == "padded"
+    for _ in range(2):
+        learner.step(pack(distill_samples, max_tokens=60, padded=padded))
+    after = dict(model.named_parameters())
+    assert not [n for n, p in after.items() if torch.equal(p, before[n])]
+    request = GenerationRequest(
+        id="one",
+        prompt_ids=tuple(range(20, 29)),
+        params=SamplingParams(max_new_tokens=8, stop_token_ids=(639,)),
+        n=2,
+    )
+    engine = LocalEngine(model, tokenizer=tokenizer)
+    for generation in asyncio.run(engine.generate([request])):
+        expected = token_logprobs(model, [*request.prompt_ids, *generation.completion_ids])
+        assert expected[8:] == pytest.approx(list(generation.logprobs), abs=1e-4)

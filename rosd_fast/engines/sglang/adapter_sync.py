@@ -119,7 +119,17 @@ class AdapterSync(WeightSync):
 
 
 def server_args(config: Any) -> tuple[str, ...]:
-    """The arguments of sglang.launch_server for adapters of a peft config."""
+    """The arguments of sglang.launch_server for adapters of a peft config.
+
+    Raises UserError for adapters of fused experts, whose files SGLang cannot read.
+    """
+    if getattr(config, "target_parameters", None):
+        raise UserError(
+            "SGLang cannot load adapters of fused experts",
+            where="engine.sync = adapter",
+            fix="Use disk, which sends weights with the adapters merged, or name only layers of "
+            "attention in lora.targets, such as q_proj,k_proj,v_proj,o_proj",
+        )
     targets = config.target_modules
     return (
         "--enable-lora",

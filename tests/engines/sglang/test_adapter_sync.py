@@ -18,7 +18,7 @@ from rosd_fast.engines.sglang.adapter_sync import AdapterSync, server_args
 from rosd_fast.engines.sglang.client import Endpoint, Unreachable
 from rosd_fast.engines.sglang.engine import SglangEngine
 from rosd_fast.engines.sglang.pool import ServerHandle
-from rosd_fast.errors import RunFailed
+from rosd_fast.errors import RunFailed, UserError
 from rosd_fast.model.adapter_files import adapter_config, adapter_weights
 from rosd_fast.types import GenerationRequest, SamplingParams
 from tests.engines.sglang.fake_sglang import ENGINE, WATCH, FakeSglang
@@ -167,3 +167,15 @@ def test_the_options_open_it_and_a_cpu_cannot(tmp_path: Path) -> None:
     check_engine(config.engine, config.teacher, "cpu")  # a running server may have a GPU
     with pytest.raises(Unreachable):  # the folder is there, the server is not
         asyncio.run(sync.push(ServerHandle(Endpoint("http://127.0.0.1:9"), name="x", **WATCH), "t"))
+
+
+def test_adapters_of_fused_experts_are_refused() -> None:
+    """They reach servers merged; adapters of attention alone are accepted."""
+    for targets, accepted in (("all-linear", False), ("q_proj,v_proj", True)):
+        model = tiny_model("Qwen3Moe", torch.float32, num_experts=4, num_experts_per_tok=2)
+        mark_trainable(model, Config.model_validate({"lora": {"rank": 3, "targets": targets}}))
+        if accepted:
+            assert "--enable-lora" in server_args(adapter_config(model))
+        else:
+            with pytest.raises(UserError, match=r"fused experts.*Use disk"):
+                server_args(adapter_config(model))
