@@ -120,6 +120,7 @@ class Run:
         `sync_weights` brings up to date unless it is a separate teacher's.
         """
         model, teacher_model = self.inputs.model, None
+        self.learners.gather_weights()
         if self.inputs.method.needs_teacher_engine:
             if self.learners.world.size == 1:
                 teacher_model = self.learners.learner.teacher.model
@@ -163,6 +164,8 @@ class Run:
         elif not engines.student.shares_learner_weights:
             weights = learner.file_weights
         await engines.student.load_weights(weights, version=version)
+        del weights
+        self.learners.release_weights()
         moves = self.config.teacher.model is None and self.learners.world.size > 1
         if engines.teacher is not None and moves:
             self.learners.gather_teacher(engines.teacher.model)

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 import transformers
+from packaging.version import Version
 from torch import nn
 
 from rosd_fast.model.attention import use_exact_attention
@@ -34,9 +35,18 @@ OWN_INIT = (
 )
 
 
+FAULTY = {"Doge": "5.23"}  # in earlier versions its tokens see later ones
+
+
 def names() -> list[str]:
-    """The families that the installed transformers has."""
-    return [name for name in FAMILIES if hasattr(transformers, f"{FAMILIES[name].config}Config")]
+    """The families that the installed transformers has and computes right."""
+    version = Version(transformers.__version__)
+    return [
+        name
+        for name, family in FAMILIES.items()
+        if hasattr(transformers, f"{family.config}Config")
+        and version >= Version(FAULTY.get(name, "0"))
+    ]
 
 
 def tiny_config(name: str, **changes: Any) -> Any:

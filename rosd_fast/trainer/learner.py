@@ -28,6 +28,7 @@ from rosd_fast.model.fsdp import shard, skeleton
 from rosd_fast.model.head import Head, head
 from rosd_fast.model.layouts import packed_forward
 from rosd_fast.model.policy import PolicyModel
+from rosd_fast.model.release import allocate_parameters, release_parameters
 from rosd_fast.model.token_rows import token_rows
 from rosd_fast.model.vocab_parallel import GatheredTokens, check_shardable
 from rosd_fast.trainer.agreement import agreement_of, with_rows_before
@@ -116,6 +117,7 @@ class Learner:
     dtype: the dtype that the layers compute in.
     world: this process among the ranks.
     full_model: rank 0's model with all weights, None elsewhere; on one process it is the student.
+        It may be without memory (`keeps_full_model`).
     fingerprint: of the initial weights, on rank 0.
     teacher_fingerprint: of a separate teacher's weights, on rank 0; else empty.
     num_head_rows: number of rows of the student's output head.
@@ -189,6 +191,8 @@ class Learner:
         self.order = vocabulary_order(config.loss, self._num_rows)
         self.num_skipped = 0
         self._gathered: int | None = None  # number of updates that `full_model` has seen
+        self._full_device = model.device
+        self.release_weights()
 
     @property
     def model(self) -> PreTrainedModel:
@@ -213,6 +217,22 @@ class Learner:
         return merged_weights(self.full_model)
 
     @property
+    def keeps_full_model(self) -> bool:
+        """Whether rank 0's full model stays in memory: it is trained, or samples.
+
+        Where servers sample, it is there from `gather_weights` to `release_weights` only.
+        """
+        return self.world.mesh is None or self.config.engine.kind == "local"
+
+    def release_weights(self) -> None:
+        """Free the memory of rank 0's full model, unless it is needed all the time."""
+        if self.keeps_full_model:
+            return
+        self._gathered = None
+        if self.full_model is not None:
+            release_parameters(self.full_model)
+
+    @property
     def file_weights(self) -> dict[str, Tensor]:
         """`weights` by the names and in the shapes of the model's files."""
         assert self.full_model is not None
@@ -221,6 +241,8 @@ class Learner:
     def gather_weights(self) -> None:
         """Update rank 0's full model to the current weights."""
         if self._gathered != self.optimizer.num_updates:
+            if self.full_model is not None and self.full_model.device.type == "meta":
+                allocate_parameters(self.full_model, self._full_device)
             self.policy.gather_weights(self.full_model)
             self._gathered = self.optimizer.num_updates
 

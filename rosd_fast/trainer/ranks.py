@@ -27,7 +27,14 @@ if TYPE_CHECKING:
 
 # The collectives that rank 0 may ask for, as OWNER.METHOD.
 METHODS = frozenset(
-    {"learner.step", "learner.gather_weights", "learner.gather_teacher", "saver.save", "saver.load"}
+    {
+        "learner.step",
+        "learner.gather_weights",
+        "learner.release_weights",
+        "learner.gather_teacher",
+        "saver.save",
+        "saver.load",
+    }
 )
 
 
@@ -94,6 +101,10 @@ class LearnerGroup:
     def gather_weights(self) -> None:
         """Update rank 0's full model to the student's current weights."""
         self._call_all("learner.gather_weights", [()] * self.world.size)
+
+    def release_weights(self) -> None:
+        """Free the memory of rank 0's full model where only servers and checkpoints need it."""
+        self._call_all("learner.release_weights", [()] * self.world.size)
 
     def gather_teacher(self, into: PreTrainedModel) -> None:
         """Write the teacher's current weights into `into`, a full copy on rank 0."""

@@ -47,7 +47,8 @@ class Export:
 
     @classmethod
     def of(cls, learner: Learner, tokenizer: PreTrainedTokenizerBase) -> Export:
-        """Copy rank 0's full model, as of the learner's last `gather_weights`.
+        """Copy rank 0's full model, as of the learner's last `gather_weights`; one that is about to
+        be released is taken over instead.
 
         Raises UserError if a model of that config has no parameter for one of the weights.
         """
@@ -66,10 +67,12 @@ class Export:
         adapter = adapter_weights(learner.full_model)
         return cls(
             model=model,
-            weights=_copies(file_weights(learner.full_model, weights)),
+            weights=_copies(
+                file_weights(learner.full_model, weights), copy=learner.keeps_full_model
+            ),
             tokenizer=tokenizer,
             other_parts=other_parts(learner.full_model),
-            adapter=_copies(adapter),
+            adapter=_copies(adapter, copy=learner.keeps_full_model),
             adapter_config=adapter_config(learner.full_model) if adapter else None,
         )
 
@@ -103,9 +106,9 @@ class Export:
             raise RunFailed(f"the export does not hold {missing} values of the model: {folder}")
 
 
-def _copies(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Copies in host memory."""
-    return {name: weight.detach().to("cpu", copy=True) for name, weight in weights.items()}
+def _copies(weights: Mapping[str, Tensor], *, copy: bool) -> dict[str, Tensor]:
+    """The weights in host memory. copy: also of those that are there already."""
+    return {name: weight.detach().to("cpu", copy=copy) for name, weight in weights.items()}
 
 
 def _agrees(part: Any, weight: Tensor) -> bool:
@@ -158,6 +161,8 @@ class Snapshot:
         tokenizer: for the export on rank 0; None elsewhere.
         """
         learner.gather_weights()
+        export = None if tokenizer is None else Export.of(learner, tokenizer)
+        learner.release_weights()
         return cls(
             step=step,
             config_hash=config_hash,
@@ -165,5 +170,5 @@ class Snapshot:
             fingerprint=learner.fingerprint,
             teacher_fingerprint=learner.teacher_fingerprint,
             state=BlockingAsyncStager(cache_staged_state_dict=False).stage(learner.state_dict()),
-            export=None if tokenizer is None else Export.of(learner, tokenizer),
+            export=export,
         )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from itertools import pairwise, takewhile
+from typing import Any
 
 import pytest
 import torch
@@ -324,7 +325,7 @@ def test_ranks_get_similar_loads(lengths, num_ranks, expected):
 @given(samples=sample_lists(max_size=24), num_ranks=st.integers(2, 4))
 def test_no_rank_has_much_more_than_its_fair_share(samples, num_ranks):
     """With room for all, the largest load is at most a fair share plus the largest part."""
-    options = {"min_shared": 2, "hidden_size": 16}
+    options: dict[str, Any] = {"min_shared": 2, "hidden_size": 16}
     batches = pack(samples, max_tokens=10_000, num_ranks=num_ranks, **options)
     by_id = {sample.rollout_id: sample for sample in samples}
     loads = [

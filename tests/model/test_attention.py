@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from itertools import accumulate, pairwise
-from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import modeling_flash_attention_utils
@@ -22,6 +18,7 @@ from rosd_fast.model.head import head, logits
 from rosd_fast.model.layouts import check_layout, hidden_states, packed_forward
 from rosd_fast.model.sdpa import Rule, attend
 from rosd_fast.types import PackedSequences, TrainSample
+from tests.float64 import float64
 from tests.tiny import tiny_model
 
 IDS = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -58,29 +55,6 @@ FAMILIES = {
 
 def tiny(family: str, dtype: torch.dtype = torch.float64, **changes):
     return tiny_model(family, dtype, **IDS | FAMILIES.get(family, {}) | changes)
-
-
-@contextmanager
-def float64() -> Iterator[None]:
-    """Compute in float64 what models compute in float32 whatever their dtype, such as norms."""
-    to, softmax = torch.Tensor.to, F.softmax
-
-    def wide(value: Any) -> Any:
-        return torch.float64 if value is torch.float32 else value
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.Tensor, "float", lambda x: x.double())
-        patch.setattr(
-            torch.Tensor,
-            "to",
-            lambda x, *args, **kwargs: to(
-                x, *map(wide, args), **{key: wide(value) for key, value in kwargs.items()}
-            ),
-        )
-        patch.setattr(
-            F, "softmax", lambda x, *args, dtype=None, **kwargs: softmax(x, *args, **kwargs)
-        )
-        yield
 
 
 def packed_sequences(lengths: list[int], seed: int = 0) -> PackedSequences:

@@ -120,6 +120,15 @@ def test_states_and_gradients_equal_one_sequence_at_a_time(family: str) -> None:
 
 
 @all_families
+def test_padded_rows_are_exact_whatever_the_layers_are(family: str) -> None:
+    model, packed = with_layout(family), sequences()
+    setattr(model, ATTRIBUTE, "padded")
+    with torch.no_grad(), float64():
+        actual, expected = hidden_states(model, packed), one_at_a_time(model, packed)
+    torch.testing.assert_close(actual, expected, rtol=0, atol=1e-9)
+
+
+@all_families
 def test_the_head_gives_the_models_own_logits(family: str) -> None:
     model, packed = with_layout(family), sequences()
     last = packed.cu_seqlens[-1]

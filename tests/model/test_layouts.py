@@ -19,7 +19,8 @@ from rosd_fast.model.layouts import (
     layout_of,
 )
 from rosd_fast.types import PackedSequences
-from tests.model.test_attention import IDS, assert_equal, float64, gradients
+from tests.float64 import float64
+from tests.model.test_attention import IDS, assert_equal, gradients
 from tests.tiny import tiny_model
 
 TREE = PackedSequences(  # "a b", "a b c d", "a b c e", "f"

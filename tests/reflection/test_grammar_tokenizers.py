@@ -150,7 +150,8 @@ def test_thoughts_may_come_first(made: Any) -> None:
     think = Think(tokens=("<think>", "</think>"))
     spaced = ends_words(own)
     grammar = str(sentence_grammar([3], max_tokens=99, think=think, spaced=spaced))
-    opening, closing = own.convert_tokens_to_ids(["<think>", "</think>"])
+    ids: list[Any] = [own.convert_tokens_to_ids(tag) for tag in ("<think>", "</think>")]
+    opening, closing = ids
     allowed = allowed_tokens([constraint_of(own, grammar)], len(own))[0]
     assert allowed[opening] and not allowed[closing]
     thought = own.encode("the ones", add_special_tokens=False)

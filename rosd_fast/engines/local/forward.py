@@ -70,7 +70,9 @@ class NextToken:
         self.model = model
         self.context_length: int | None = getattr(config, "max_position_embeddings", None)
         self.vocab_size: int = config.vocab_size
-        self._attention = "sdpa" if getattr(model, "_supports_sdpa", False) else "eager"
+        capped = getattr(config, "attn_logit_softcapping", None) is not None
+        sdpa = getattr(model, "_supports_sdpa", False) and not capped  # as in use_exact_attention
+        self._attention = "sdpa" if sdpa else "eager"
         named = signature(model.forward).parameters
         self._options: dict[str, Any] = {"use_cache": True}
         if "logits_to_keep" in named:

@@ -58,6 +58,8 @@ def assert_same(one: Path, many: Path) -> None:
         for (own, per_token), (other, other_per_token) in zip(steps, others[case], strict=True):
             own, other = ({**row, **dict.fromkeys(PACKING, 0)} for row in (own, other))
             rel, zero = (2e-2, 2e-3) if "bfloat16" in case else (1e-4, 1e-6)
+            if case == "hybrid":  # its recurrences carry the rounding of rows of other widths on
+                rel = 1e-3
             assert other == pytest.approx(own, rel=rel, abs=zero), case
             assert per_token.keys() == other_per_token.keys(), case
             for key, values in per_token.items():

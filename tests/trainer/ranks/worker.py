@@ -81,6 +81,8 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
         {"parallel": ROWS, "teacher": {"kind": "ema", "offload": True}},
     ),
     "one sample": ("Llama", TIED, {}),
+    "served": ("Llama", TIED, {"engine": {"kind": "sglang"}}),
+    "served lora": ("Qwen3", UNTIED, {"engine": {"kind": "sglang"}, "lora": {"rank": 4}}),
     "hybrid": ("Qwen3_5Text", HYBRID, {}),
     "experts": ("Qwen3Moe", UNTIED | EXPERTS, {"teacher": {"kind": "ema", "ema_rate": 0.3}}),
     "experts sinks": ("GptOss", UNTIED | FAMILIES["GptOss"].changes, {"parallel": ROWS}),
@@ -167,6 +169,10 @@ def create(case: str, config: Config, world: World) -> LearnerGroup:
     """
     model, teacher = model_of(case, config), other_teacher(case) if case in TEACHERS else None
     group = LearnerGroup.create(model, config, world, tokenizer(), teacher=teacher or "initial")
+    full = group.learner.full_model
+    assert full is not None
+    # Where servers sample, rank 0 has no copy of all weights while it learns.
+    assert (full.device.type == "meta") == ("served" in case and world.size > 1)
     if "server" in case and world.size == 1:
         group.learner.teacher.discard_model()
     if teacher is not None and world.size > 1:
@@ -297,6 +303,10 @@ def work(
             if number + 1 == SAVED_STEP:
                 learners.save(out / case, SAVED_STEP, None)
         weights = {k: v.detach().clone() for k, v in learners.weights().items()}
+        learners.release_weights()
+        full = learners.learner.full_model
+        assert full is not None
+        assert (full.device.type == "meta") == ("served" in case and world.size > 1)
         results |= {f"{case}/weight/{k}": v for k, v in weights.items()}
         if case not in TEACHERS:
             teacher = model_of(case, config)
