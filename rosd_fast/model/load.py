@@ -269,10 +269,7 @@ def load_weights(
 
 
 def without_router_logits(model: PreTrainedModel) -> None:
-    """Turn off router logits, which only the auxiliary loss of a mixture of experts reads.
-
-    Distillation has no such loss, and the logits of all layers would be kept in memory.
-    """
+    """Turn off router logits, which only an auxiliary loss reads, and distillation has none."""
     config = model.config.get_text_config()
     if getattr(config, "output_router_logits", False):
         config.output_router_logits = False
