@@ -264,7 +264,7 @@ def load_weights(
         raise adapters_refused(source)
     check_tied(model, where=str(source))
     without_router_logits(model)
-    set_aside(model, source)
+    set_aside(model, source, weights.get("state_dict"))
     return model
 
 
