@@ -77,6 +77,8 @@ def _scale(config: PreTrainedConfig) -> float:
     factors = {name: getattr(config, name, None) or 1.0 for name in (*FACTORS, *DIVISORS)}
     if config.model_type.startswith("hyperclovax"):  # it multiplies where others divide
         factors["logits_scaling"] **= -1
+    if config.model_type == "mpt":  # it does not read it, and it may be a word
+        factors["logit_scale"] = 1.0
     return math.prod(factors[name] for name in FACTORS) / math.prod(
         factors[name] for name in DIVISORS
     )

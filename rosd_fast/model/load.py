@@ -219,7 +219,7 @@ def load_tokenizer(
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise explain(error, source, "tokenizer") from error
-    if not len(tokenizer):
+    if len(tokenizer) <= len(tokenizer.all_special_tokens):  # a class's own, without any file
         raise UserError("the model has no tokenizer", where=str(source))
     if not tokenizer.chat_template:
         tokenizer.chat_template = processor_template(source)
@@ -264,7 +264,7 @@ def load_weights(
         raise adapters_refused(source)
     check_tied(model, where=str(source))
     without_router_logits(model)
-    set_aside(model, source)
+    set_aside(model, source, weights.get("state_dict"))
     return model
 
 

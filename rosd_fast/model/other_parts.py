@@ -2,7 +2,8 @@
 
 Image-text models are trained on text: their language model alone. The other parts are taken out of
 the model when it is loaded, so they use no device memory, are not sharded, and have no gradients. A
-checkpoint gets them back as the files have them, bit for bit, with the files of the processor:
+checkpoint gets them back as the files have them, bit for bit (dequantized, if they are quantized),
+with the files of the processor:
 
     model.language_model.*   trained, saved by the names of the files
     model.vision_tower.*     kept as in the files
@@ -13,7 +14,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -89,15 +90,24 @@ def auto_class_of(config: Any) -> Any:
     return AutoModelForMultimodalLM
 
 
-def set_aside(model: PreTrainedModel, source: Path | str) -> None:
+def set_aside(
+    model: PreTrainedModel, source: Path | str, plain: Mapping[str, Tensor] | None = None
+) -> None:
     """Take the other parts out of a model that `source` was loaded into, and keep its files'
-    tensors of them."""
+    tensors of them.
+
+    plain: all weights by their names in the files, where those are quantized. The config of the
+        export says nothing of a quantization, so the parts are kept dequantized.
+    """
     names = file_names(model)
     if not take_out(model):
         return
     kept = names - file_names(model)
-    with open_weights(source) as found:
-        weights = {name: found[name].get_tensor(name) for name in kept.intersection(found)}
+    if plain is not None:
+        weights = {name: plain[name] for name in kept.intersection(plain)}
+    else:
+        with open_weights(source) as found:
+            weights = {name: found[name].get_tensor(name) for name in kept.intersection(found)}
     files = {
         name: Path(path).read_bytes()
         for name in PROCESSOR_FILES

@@ -46,6 +46,7 @@ def tiny(family: str, dtype: torch.dtype = torch.float32, **changes: Any) -> Any
         ("Llama4Text", LLAMA4 | {"attn_temperature_tuning": False}, "shared"),
         ("Llama4Text", LLAMA4, "padded"),
         ("Bloom", {"n_head": 4, "n_layer": 1}, "padded"),
+        ("Mpt", {"n_heads": 4, "logit_scale": "inv_sqrt_d_model"}, "padded"),  # it is not read
         ("Mamba", {}, "padded"),
     ],
 )

@@ -295,6 +295,12 @@ def test_no_tokenizer(folder):
     assert "tokenizer" in refused(folder)
 
 
+def test_no_tokenizer_for_a_class_that_makes_one_of_special_tokens(tmp_path):
+    transformers.Qwen3Config().save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="the model has no tokenizer"):
+        load.load_tokenizer(tmp_path, trust_remote_code=False, needs_template=False)
+
+
 def test_no_chat_template(folder):
     (folder / "chat_template.jinja").unlink()
     assert "chat template" in refused(folder)

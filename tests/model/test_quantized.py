@@ -14,10 +14,12 @@ from transformers import AutoTokenizer
 
 from rosd_fast.engines.factory import model_folder
 from rosd_fast.errors import UserError
+from rosd_fast.model.export import export_model
 from rosd_fast.model.load import LoadedModel, load_model
 from rosd_fast.model.quantized import from_fp8, from_mxfp4, is_quantized
 from rosd_fast.model.skeleton import load_skeleton
 from rosd_fast.quickstart import MODEL_DIR
+from tests.image_text import save_image_text
 from tests.tiny import tiny_model
 
 FP8 = torch.float8_e4m3fn
@@ -81,14 +83,20 @@ def exact(quantized: Tensor, scales: Tensor, block: tuple[int, int] | None) -> T
 def write(folder: Path, family: str, case: str, **changes: Any) -> dict[str, Tensor]:
     """Write a tiny model whose linear layers are fp8; return its plain weights in float64."""
     torch.manual_seed(1)
-    quantize, end, about = CASES[case]
     model = tiny_model(family, torch.float32, **SHAPE | changes)
     model.save_pretrained(folder)
     AutoTokenizer.from_pretrained(MODEL_DIR).save_pretrained(folder)
+    return quantize(folder, case)
+
+
+def quantize(folder: Path, case: str) -> dict[str, Tensor]:
+    """Make the linear layers of a model folder fp8; return its plain weights in float64."""
+    packed, end, about = CASES[case]
     stored = load_file(folder / "model.safetensors")
     plain = {name: tensor.double() for name, tensor in stored.items()}
-    for name in [name for name in stored if "proj" in name and name.endswith("weight")]:
-        stored[name], stored[name + end] = quantize(stored[name])
+    linear = [name for name in stored if "proj" in name and name.endswith("weight")]
+    for name in [name for name in linear if stored[name].dim() == 2]:
+        stored[name], stored[name + end] = packed(stored[name])
         block = BLOCK if case == "blocks" else None
         plain[name] = exact(stored[name], stored[name + end], block)
         stored[name.removesuffix("weight") + "input_scale"] = torch.tensor(1.0)
@@ -157,6 +165,19 @@ def test_export_and_server_folder_are_plain(tmp_path: Path) -> None:
     ]
     evaluated = model_folder(str(tmp_path / "fp8"), planned, tmp_path / "run")
     assert evaluated == tmp_path / "fp8"  # a server that gets no weights from here
+
+
+def test_the_tower_of_an_image_text_model_is_exported_dequantized(tmp_path: Path) -> None:
+    tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
+    save_image_text(tmp_path / "fp8", "Mistral3", tokenizer, text={"vocab_size": 1024})
+    plain = quantize(tmp_path / "fp8", "blocks")
+    assert any("vision_tower" in name and "proj" in name for name in plain)
+    loaded = load(tmp_path / "fp8")
+    export_model(loaded.model, loaded.tokenizer, tmp_path / "saved")
+    exported = load_file(tmp_path / "saved" / "model.safetensors")
+    assert exported.keys() == plain.keys()
+    for name, weight in plain.items():
+        torch.testing.assert_close(exported[name].double(), weight, rtol=1e-7, atol=0)
 
 
 def test_mxfp4(tmp_path: Path) -> None:

@@ -179,6 +179,8 @@ class NextToken:
         name = type(self.model).__name__
         try:
             trial = Trial.of(self.model, self.context_length)
+        except torch.OutOfMemoryError:
+            raise
         except FAILURES as error:
             raise UserError(f"cannot be run ({error})", where=name, fix=FIX) from error
         if not trial.is_finite:
@@ -189,6 +191,8 @@ class NextToken:
         for self._candidate in candidates:
             try:
                 difference = trial.mismatch(self)
+            except torch.OutOfMemoryError:  # says nothing of the way
+                raise
             except FAILURES as error:
                 reason = f"cannot be run with a cache ({' '.join(str(error).split())})"
                 continue

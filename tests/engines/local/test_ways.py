@@ -231,3 +231,12 @@ def test_a_model_that_sees_the_future_is_refused() -> None:
         nn.init.normal_(parameter, std=0.5)
     with pytest.raises(UserError, match=r"BertLMHeadModel: its logits depend on .*Choose a causal"):
         LocalEngine(model)
+
+
+def test_a_device_that_is_full_chooses_no_slower_way(monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object, **kwargs: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(RowCache, "update", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        NextToken(tiny("Llama"))
