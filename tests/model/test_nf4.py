@@ -18,6 +18,7 @@ from rosd_fast.memory_plan import ModelShape, memory_plan
 from rosd_fast.model import nf4
 from rosd_fast.model.adapters import base_weights, fingerprint, merged_weights
 from rosd_fast.model.blocks import describe
+from rosd_fast.model.export import export_model
 from rosd_fast.model.load import load_model
 from rosd_fast.model.nf4 import check_quantize, has_packed, linear_layers, quantize_linear
 from rosd_fast.quickstart import MODEL_DIR
@@ -153,12 +154,12 @@ def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
         Config.model_validate({"lora": {"quantize": "nf4"}})
 
 
-def test_server_folder_of_adapters_is_the_base_model(tmp_path: Path, monkeypatch) -> None:
-    """A hub model with adapters is copied whole for its servers, without the adapters."""
+def test_an_exported_model_has_no_adapters(tmp_path: Path) -> None:
+    """Servers that need a copy of a model start from the model itself."""
     loaded = load_model("quickstart", dtype="float32", device=CPU)
     mark_trainable(loaded.model, Config.model_validate({"lora": {"rank": 2}}))
-    monkeypatch.setattr("rosd_fast.engines.factory.find", lambda source: "owner/name")
-    folder = model_folder("owner/name", loaded, tmp_path)
+    folder = tmp_path / "copy"
+    export_model(loaded.model, loaded.tokenizer, folder)
     copied = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).state_dict()
     original = AutoModelForCausalLM.from_pretrained(MODEL_DIR, dtype=torch.float32).state_dict()
     assert copied.keys() == original.keys()

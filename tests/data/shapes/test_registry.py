@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from rosd_fast.data.shapes import Fields, Row, Shape, recognize, register_shape, registry
@@ -125,6 +125,7 @@ def attempt(shape: Shape, row: Any, source: Source) -> Problem | str:
         return str(error)
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])  # the tables of characters are made once
 @given(st.dictionaries(st.sampled_from(COLUMNS), VALUES, max_size=8))
 def test_every_row_is_a_problem_or_a_users_mistake(values: dict[str, Any]) -> None:
     source = Source(text="x", verifier="exact")

@@ -79,15 +79,15 @@ def assert_same_adapter(one: Path, many: Path) -> None:
     assert configs[0] == configs[1]
 
 
-@pytest.fixture
-def one(tmp_path: Path) -> Path:
+@pytest.fixture(scope="module")
+def one(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with the results of one rank."""
-    folder = tmp_path / "one"
-    folder.mkdir()
+    folder = tmp_path_factory.mktemp("one")
     torchrun(1, folder)
     return folder
 
 
+@pytest.mark.slow
 def test_two_ranks_and_back(one: Path, tmp_path: Path) -> None:
     """Two ranks also resume from the checkpoints of one, and one from those of two."""
     two, again = tmp_path / "two", tmp_path / "again"
@@ -117,6 +117,7 @@ def test_two_copies_of_two_shards(one: Path, tmp_path: Path) -> None:
     assert_same(one, four)
 
 
+@pytest.mark.slow
 def test_the_comparison_finds_a_wrong_gradient(one: Path, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
