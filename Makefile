@@ -48,11 +48,11 @@ check: lint types  ## lint, format, spelling, types, import rules and the quick 
 	@$(BIN)/python -m pytest -q -n auto --maxprocesses 8 $(QUICK)
 
 slow: $(STAMP)  ## run the tests that take minutes
-	@$(BIN)/python -m pytest -q -m slow $(ARGS)
+	@$(BIN)/python -m pytest -q -m "slow and not sglang" $(ARGS)
 
 sglang: $(STAMP)  ## run the tests of a real SGLang, in an environment of its own (10 GB)
 	@PYTHON=$(PYTHON) scripts/sglang_cpu_env.sh $(SGLANG_VENV)
-	@ROSD_SGLANG_PYTHON=$(abspath $(SGLANG_VENV))/bin/python $(BIN)/python -m pytest -q -m sglang $(ARGS)
+	@ROSD_SGLANG_PYTHON=$(abspath $(SGLANG_VENV))/bin/python $(BIN)/python -m pytest -q -m "sglang and not slow" $(ARGS)
 
 lint: $(STAMP)  ## check style and spelling
 	@$(BIN)/ruff check .

@@ -29,6 +29,7 @@ from tests.engines.sglang.served_models import SERVED, save_served
 from tests.engines.sglang.test_real_server import MAX_GAP_NATS, POOL, PYTHON
 
 pytestmark = pytest.mark.sglang
+FIRST = ("Qwen3-MoE", "Gemma 3")  # the others with -m "sglang and slow"
 PROMPTS = [list(range(40, 40 + length)) for length in (3, 17, 40)]
 
 
@@ -40,7 +41,10 @@ def change(model: LoadedModel, seed: int) -> None:
         parameter += 0.05 * parameter.std(correction=0) * torch.randn_like(parameter)
 
 
-@pytest.mark.parametrize("family", SERVED)
+@pytest.mark.parametrize(
+    "family",
+    [pytest.param(name, marks=() if name in FIRST else pytest.mark.slow) for name in SERVED],
+)
 def test_log_probabilities_are_the_trainers_after_updates(family: str, tmp_path: Path) -> None:
     """By files first, then by broadcast."""
     if not PYTHON:
