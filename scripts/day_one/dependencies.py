@@ -18,10 +18,10 @@ from pathlib import Path
 from typing import Any
 
 PREINSTALLED = ("torch", "triton")  # never in the folder: gigabytes, and built for the machine
-OPTIONAL = {  # what a first day can do without, and what is then missing
-    "matplotlib": "the quickstart, which draws its curves",
+OPTIONAL = {  # what a first day can do without, and what then has no figures
+    "matplotlib": "the quickstart's plots",
     "liger-kernel": "Liger's rows of the tables",
-    "hf-xet": "nothing: it only downloads",
+    "hf-xet": "",  # downloads only
     "triton": "the kernels in the interpreter",  # on a CPU; a GPU's machine must have it
 }
 EXTRA = ("liger-kernel",)  # beyond the requirements: a peer, of pure Python
@@ -164,10 +164,18 @@ def wheel_requirements(wheel: Path) -> list[str]:
 
 
 def install(needs: Needs, site: Path) -> None:
-    """Install the wheels into the folder `site`; no index is asked and nothing else changes."""
-    if not needs.wheels:
+    """Install the wheels into the folder `site`; no index is asked and nothing else changes.
+
+    What an earlier run has installed stays.
+    """
+    wheels = [
+        str(path)
+        for path in needs.wheels.values()
+        if not (site / "{}-{}.dist-info".format(*path.name.split("-")[:2])).is_dir()
+    ]
+    if not wheels:
         return
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
     command += ["--no-cache-dir", "--no-compile", "--disable-pip-version-check", "--upgrade"]
     command += ["--root-user-action", "ignore", "--target", str(site)]
-    subprocess.run([*command, *map(str, needs.wheels.values())], check=True)
+    subprocess.run([*command, *wheels], check=True)

@@ -95,9 +95,6 @@ def prepare(wheels: Path | None, out: Path, device: str) -> Needs:
     """Install what the machine lacks. Raises UsageError where something is missing after all."""
     if wheels is not None and not wheels.is_dir():
         raise UsageError(f"--wheels {wheels} is no folder; scripts/gpu_wheels.sh makes one")
-    site = out / SITE
-    if site.is_dir():
-        sys.path.insert(0, str(site))
     folder = wheels or out / "no wheels"
     needs = resolve(project_requirements(TREE), folder)
     fix = "install it, or set PYTHON to one that has it"
@@ -111,11 +108,12 @@ def prepare(wheels: Path | None, out: Path, device: str) -> Needs:
         names = ", ".join(f"{text} (for {by})" for text, by in needs.fatal.items())
         raise UsageError(f"{given} {names}; scripts/gpu_wheels.sh --python {python_version()}")
     try:
-        install(needs, site)
+        install(needs, out / SITE)
     except (OSError, subprocess.CalledProcessError) as error:
-        raise UsageError(f"pip could not install into {site}: {error}") from error
+        raise UsageError(f"pip could not install into {out / SITE}: {error}") from error
     for text in needs.missing:
-        print(f"missing: {text}, for {OPTIONAL[requirement_name(text)]}", flush=True)
+        if purpose := OPTIONAL[requirement_name(text)]:
+            print(f"missing: {text}, for {purpose}", flush=True)
     return needs
 
 

@@ -76,11 +76,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     if left_out:
         print(f"left out, to stay under {args.max_mb:g} MB: {', '.join(left_out)}")
-    lacking = [
-        f"Python {python}: {text}" for python in args.python for text in lacks(folder, python)
-    ]
-    if lacking:
-        print(f"the machine itself must have: {'; '.join(lacking)}")
+    for python in args.python:
+        print(f"a machine with Python {python} must have {', '.join(lacks(folder, python))}")
     if size > args.max_mb * MB:
         print(
             f"gpu_wheels: {folder} is over {args.max_mb:g} MB; name one --python", file=sys.stderr
@@ -150,7 +147,7 @@ def folder_size(folder: Path) -> int:
 
 
 def lacks(folder: Path, python: str) -> list[str]:
-    """What a machine with a Python, and nothing installed, would lack."""
+    """The packages that neither the folder nor a machine with a bare Python has."""
     major, minor = map(int, python.split("."))
     tags = packaging("tags")
     platforms = [f"manylinux_2_{glibc}_x86_64" for glibc in range(40, 4, -1)]
@@ -164,7 +161,8 @@ def lacks(folder: Path, python: str) -> list[str]:
     needs = resolve(
         project_requirements(TREE), folder, installed={}, environment=environment, tags=supported
     )
-    return list(needs.missing)
+    names = dict.fromkeys(map(requirement_name, needs.missing))
+    return [name for name in names if name not in UNUSED]
 
 
 if __name__ == "__main__":
