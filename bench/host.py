@@ -1,6 +1,6 @@
 """Rank 0's own work in a step: what the controller computes around sampling and learning.
 
-    python bench/host.py                # a step of the paper's size, 32 problems x 8 rollouts x 8192
+    python bench/host.py                # a step of the paper's size: 32 problems, 8 rollouts each
     python bench/host.py --scale 0.125  # 4 problems x 8 rollouts x 8192 tokens
     python bench/host.py --scale 0.001  # a miniature, for tests
 
@@ -9,7 +9,7 @@ distributed, with sums between them. Half of them are right. The tokenizer is Sm
 --model quickstart that of the quickstart model. All options have their defaults, but that
 completions are as long as `--tokens`.
 
-    reflection_prompts   `build_reflection_requests`: each prompt cut to 8192 tokens, and its grammar
+    reflection_prompts   `build_reflection_requests`: prompts cut to 8192 tokens, and grammars
     read_answers         the servers' answers, as bytes, to completions
     decode               ids to text
     locate               the errors' tokens, their bytes included
@@ -215,6 +215,7 @@ def measured(step: MadeStep) -> Iterator[tuple[str, float, float]]:
                 stop_token_ids=(step.tokenizer.eos_token_id,),
                 seed=0,
                 step=1,
+                token_bytes=token_bytes,
             )
             for group in step.groups
         ],

@@ -62,16 +62,22 @@ def fit_prompt(
         or minus a number that all cuts have in common; it may not fall.
     """
     tolerance, margin = max_tokens // SLACK, max_tokens // SLACK + MARGIN
-    untried = size(longest) > max_tokens + margin
+    best, fixed = None, 0  # fixed: tokens besides the texts
+    if longest > 1 and size(longest) > max_tokens // 2:
+        best = render(1)
+        fixed = len(best) - size(1)
+    untried = fixed + size(longest) > max_tokens + margin
     if not untried:
         ids = render(longest)
         if len(ids) <= max_tokens:
             return longest, ids
-    if longest <= 1 or len(best := render(1)) > max_tokens:
+    if longest <= 1:
+        return None
+    best = best or render(1)
+    if len(best) > max_tokens:
         return None
     low, high = 1, longest + untried  # low fits; high does not, or cuts nothing more
-    fixed = len(best) - size(1)  # tokens besides the texts
-    tries = 0
+    fixed, tries = len(best) - size(1), 0
     while high - low > 1 and len(best) < max_tokens - tolerance:
         keep = (low + high) // 2
         if tries < MAX_GUESSES:
