@@ -15,38 +15,43 @@ import torch
 from torch import Tensor
 
 from rosd_kernels.autograd import Gradients
-from rosd_kernels.records import SpanInputs
 from rosd_kernels.workspace import Workspace, multiply
 
 
 def add_gradients(
     gradients: Gradients,
-    chunk: SpanInputs,
-    rows: slice,
-    row_scale: Tensor,  # [R] weight / temperature
+    grad_logits: Tensor,  # [R, A] G, or [R, V]
+    hidden: Tensor,  # [R, H]
+    head: Tensor,  # [V, H]
+    rows: slice,  # of gradients.hidden
     index: Tensor | None,  # [A] int64; None: all columns
     workspace: Workspace,
+    *,
+    row_scale: Tensor | None = None,  # [R] factor of G's rows; None: 1
 ) -> None:
-    """Add a chunk whose G is in the first columns of the workspace."""
-    width = chunk.vocab_size if index is None else len(index)
-    grad_logits = workspace.logits[: chunk.num_tokens, :width]
-    head, column = chunk.student_head, row_scale[:, None]
-    scaled = workspace.operand(chunk.student_hidden.to(column.dtype) * column)
-    if index is None:
-        if gradients.hidden is not None:
-            torch.mul(workspace.backproject(grad_logits, head), column, out=gradients.hidden[rows])
-        if gradients.head is not None:
-            multiply(grad_logits.T, scaled, out=gradients.head, add=True)
-        if gradients.bias is not None:
-            gradients.bias.addmv_(grad_logits.T, row_scale)
-        return
-    if gradients.hidden is not None:
-        found = backproject(grad_logits, head, index, workspace)
-        torch.mul(found, column, out=gradients.hidden[rows])
-    if gradients.head is not None:
-        add_to_head(gradients.head, grad_logits, scaled, index, workspace)
-    if gradients.bias is not None:
-        gradients.bias.index_add_(0, index, grad_logits.T @ row_scale)
+    """Add a block of rows."""
+    of_hidden, of_head, of_bias = gradients
+    if of_hidden is not None:
+        found = (
+            workspace.backproject(grad_logits, head)
+            if index is None
+            else backproject(grad_logits, head, index, workspace)
+        )
+        of_hidden[rows] = found if row_scale is None else found.mul_(row_scale[:, None])
+    if of_head is not None:
+        scaled = workspace.operand(hidden)
+        if row_scale is not None:
+            scaled = scaled * row_scale[:, None]
+        if index is None:
+            multiply(grad_logits.T, scaled, out=of_head, add=True)
+        else:
+            add_to_head(of_head, grad_logits, scaled, index, workspace)
+    if of_bias is not None:
+        part = grad_logits.sum(0) if row_scale is None else grad_logits.T @ row_scale
+        if index is None:
+            of_bias.add_(part)
+        else:
+            of_bias.index_add_(0, index, part)
 
 
 def backproject(grad_logits: Tensor, head: Tensor, index: Tensor, workspace: Workspace) -> Tensor:

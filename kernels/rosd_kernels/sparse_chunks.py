@@ -74,9 +74,18 @@ def compute_sparse(
         num_computed += size * (stop - start)
         if any(needed):
             logprob = results.student_logprob
-            weights = chunk.token_weights(None if logprob is None else logprob[rows], options)
-            row_scale = weights / options.temperature
-            add_gradients(gradients, chunk, rows, row_scale, block.index, workspace)
+            of_chunk = None if logprob is None else logprob[rows]
+            row_scale = chunk.token_weights(of_chunk, options) / options.temperature
+            add_gradients(
+                gradients,
+                logits[0][:, :size],
+                chunk.student_hidden,
+                chunk.student_head,
+                rows,
+                block.index,
+                workspace,
+                row_scale=row_scale,
+            )
     if gradients.hidden is not None:
         vocabulary.sum_(gradients.hidden)
     counts = results.per_token.new_tensor([num_computed, inputs.num_tokens * inputs.vocab_size])
