@@ -16,7 +16,7 @@ import torch
 from aiohttp import web
 from torch import Tensor
 
-from rosd_fast.engines.sglang.weight_sync import c10d, gloo_options
+from rosd_fast.engines.sglang.server_group import c10d, gloo_options
 
 # Options of servers and engines for tests that do not set them.
 WATCH: dict[str, Any] = {"health_every_s": 30.0, "health_timeout_s": 30.0}
