@@ -12,6 +12,7 @@ completions are as long as `--tokens`.
     reflection_prompts   `build_reflection_requests`: prompts cut to 8192 tokens, and grammars
     read_answers         the servers' answers, as bytes, to completions
     decode               ids to text
+    send_requests        the reflectors' requests, to bytes
     thinking             where the answer begins
     locate               the errors' tokens, their bytes included
     build_samples        the teacher's prompts, with explanations of 256 words
@@ -46,6 +47,7 @@ from rosd_fast.batch.samples import build_samples
 from rosd_fast.config import ChatConfig, PackConfig, ReflectConfig, SpanConfig, TeacherConfig
 from rosd_fast.config.chat import make_chats
 from rosd_fast.engines.sglang.answers import read_json
+from rosd_fast.engines.sglang.engine import request_body
 from rosd_fast.model.smollm2 import smollm2_folder
 from rosd_fast.quickstart import MODEL_DIR
 from rosd_fast.reflection.locate import locate_errors
@@ -208,7 +210,7 @@ def measured(step: MadeStep) -> Iterator[tuple[str, float, float]]:
         "decode", lambda: [decode(step.tokenizer, r.completion_ids) for r in step.rollouts]
     )
     yield times
-    _, times = timed(
+    tasks, times = timed(
         "reflection_prompts",
         lambda: [
             build_reflection_requests(
@@ -222,6 +224,15 @@ def measured(step: MadeStep) -> Iterator[tuple[str, float, float]]:
                 token_bytes=token_bytes,
             )
             for group in step.groups
+        ],
+    )
+    yield times
+    requests = [task.request for group_tasks in tasks for task in group_tasks]
+    _, times = timed(
+        "send_requests",
+        lambda: [
+            json.dumps(request_body(request, 4096, 0, trainer_id="bench")).encode()
+            for request in requests
         ],
     )
     yield times
