@@ -25,6 +25,7 @@ from rosd_fast.errors import RunFailed, UserError
 from rosd_fast.quickstart import MODEL_DIR
 from rosd_fast.quickstart.tasks import load_split
 from rosd_fast.report.metrics import read_metrics
+from rosd_fast.run import recorded_threads
 from rosd_fast.train import train
 from rosd_fast.trainer import learner as learner_module
 from rosd_fast.types import TrainSample
@@ -111,6 +112,11 @@ def test_checkpoints_load_like_any_model(finished: Path) -> None:
         [{"role": "user", "content": "hi"}], return_tensors="pt", return_dict=False
     )
     assert model(ids).logits.shape[-1] == model.config.vocab_size
+
+
+def test_a_checkpoint_says_with_how_many_threads_it_was_made(finished: Path) -> None:
+    assert recorded_threads(finished, 2) == torch.get_num_threads()
+    assert recorded_threads(finished, 7) is None  # such a run begins
 
 
 def test_the_same_seed_gives_the_same_run(finished: Path, tmp_path: Path) -> None:
