@@ -188,7 +188,7 @@ class Learner:
             if self.vocab_parallel
             else self.vocab_size
         )
-        self.order = vocabulary_order(config.loss, self._num_rows)
+        self.order = vocabulary_order(config.loss, self._num_rows, model.device)
         self.num_skipped = 0
         self._gathered: int | None = None  # number of updates that `full_model` has seen
         self._full_device = model.device
