@@ -94,7 +94,7 @@ def test_what_hangs_is_ended_with_all_it_started_and_keeps_its_results(
 ) -> None:
     monkeypatch.setattr(runner, "GRACE_S", 0.0)
     monkeypatch.setattr(runner, "LEAST_S", 0.0)
-    result = start(tmp_path, [sys.executable, "-c", HANGS, str(tmp_path)], seconds=4.0)
+    result = start(tmp_path, [sys.executable, "-c", HANGS, str(tmp_path)], seconds=12.0)
     assert result.state == "ended"
     assert result.items["a"].rows == [{"x": 1}]
     assert load(tmp_path, "machine") == result
