@@ -69,10 +69,14 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
-    """Items that may run at the same time, on a number of workers."""
+    """Items that may run at the same time, on a number of workers.
+
+    until: the part of the stage's time after which the next phase begins.
+    """
 
     items: Mapping[str, Mapping[str, Any]]
     workers: int = 1
+    until: float = 1.0
 
 
 class Stage:
@@ -131,7 +135,7 @@ def run(stage: Stage, plan: Plan, identity: Mapping[str, str], command: Sequence
             log=plan.out / "work" / "logs" / f"{stage.name}.log",
             workers=phase.workers,
             item_s=stage.item_s,
-            end=end,
+            end=start + phase.until * (end - start),
         )
     result.summary = stage.summary(plan)
     result.state = "cut" if result.left else "done"

@@ -71,6 +71,30 @@ def test_an_item_that_hangs_is_ended(tmp_path: Path, monkeypatch) -> None:
     assert found["a"].rows and found["a"].error == ""
 
 
+def test_what_an_item_has_started_ends_with_it(tmp_path: Path, monkeypatch) -> None:
+    """A tool that hangs must not go on beside the next item."""
+    monkeypatch.setattr("day_one.crew.START_S", 5.0)
+    start = "import subprocess; subprocess.run(['sleep', '1000'])"
+    code = f"import os; os.getppid(); print(os.getpid(), file=open('pid', 'w')); {start}"
+    found: dict[str, Item] = {}
+    monkeypatch.chdir(tmp_path)
+    run_items(
+        {"a": {}},
+        lambda key, item: found.update({key: item}),
+        command=["sh", "-c", f'{sys.executable} -c "{code}"; true'],
+        log=tmp_path / "log",
+        workers=1,
+        item_s=1.0,
+        end=time.monotonic() + 60,
+    )
+    assert "no answer" in found["a"].error
+    deadline = time.monotonic() + 10
+    pid = int((tmp_path / "pid").read_text())
+    while Path(f"/proc/{pid}/exe").exists() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not Path(f"/proc/{pid}/exe").exists()
+
+
 def test_items_without_time_are_left_and_not_failed(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr("day_one.crew.START_S", 0.0)
     found, left = run(["a", "hangs", "b"], tmp_path, seconds=8.0)

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from day_one import main
 from day_one.registry import STAGES
@@ -127,12 +128,21 @@ def test_a_python_without_torch_is_refused(tmp_path: Path) -> None:
     assert "must have torch" in done.stderr and "set PYTHON" in done.stderr
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_a_line_says_so(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    done = run("--out", tmp_path)
+    assert done.returncode == 2
+    assert "sees no CUDA device" in done.stderr and "--device cpu" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / main.JSON).exists()
+
+
 def test_caches_and_temporary_files_go_to_the_folder_of_results(tmp_path: Path) -> None:
     found = main.environment(STAGES[1], "cpu", tmp_path)
     inside = [name for name, value in found.items() if str(tmp_path) in value]
-    assert {"TMPDIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH", "HF_HOME", "PYTHONPYCACHEPREFIX"} <= {
-        *inside
-    }
+    assert {"TMPDIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH", "HF_HOME", "MPLCONFIGDIR"} <= {*inside}
+    assert found["PYTHONDONTWRITEBYTECODE"] == "1"
     assert found["HF_HUB_OFFLINE"] == found["PIP_NO_INDEX"] == "1"
 
 

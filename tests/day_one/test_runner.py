@@ -174,6 +174,17 @@ def test_a_stage_without_time_for_its_items_is_cut(tmp_path: Path) -> None:
     assert result.state == "cut" and result.left == ["a"]
 
 
+def test_a_phase_may_end_before_the_stage(tmp_path: Path) -> None:
+    class Early(Three):
+        def phases(self, plan: Plan) -> Iterator[Phase]:
+            yield Phase(items={"a": {}}, until=0.0)
+            yield Phase(items={"b": {}})
+
+    plan = Plan(device="cpu", out=tmp_path, seconds=60)
+    result = stage.run(Early(), plan, IDENTITY, [sys.executable, "-c", COUNT_RUNS, "/dev/null"])
+    assert (result.state, result.left, list(result.items)) == ("cut", ["a"], ["b"])
+
+
 def test_a_damaged_file_counts_as_no_results(tmp_path: Path) -> None:
     path = path_of(tmp_path, "machine")
     path.parent.mkdir()
