@@ -26,7 +26,6 @@ from rosd_fast.engines.weight_check import allowed_gap, check_teacher_server
 from rosd_fast.errors import UserError
 from rosd_fast.files import RUN_CONFIG, write_atomic
 from rosd_fast.inputs import Inputs, load_inputs
-from rosd_fast.model.adapter_files import adapter_weights
 from rosd_fast.model.blocks import describe
 from rosd_fast.model.load import LoadedModel
 from rosd_fast.model.run_folder import run_model
@@ -133,6 +132,7 @@ class Run:
             teacher_model=teacher_model,
             served_teacher=self.teacher or model,
             weight_check_ids=self.weight_check_ids,
+            expected_logprobs=self.learners.token_logprobs,
             note=self.progress.note,
         )
 
@@ -157,14 +157,13 @@ class Run:
 
     async def sync_weights(self, engines: Engines, version: int) -> None:
         """Give the current weights to every engine that samples with them."""
-        self.learners.gather_weights()
-        learner, weights = self.learners.learner, {}
-        if self.config.engine.sync == "adapter" and learner.full_model is not None:
-            weights = adapter_weights(learner.full_model)
-        elif not engines.student.shares_learner_weights:
-            weights = learner.file_weights
-        await engines.student.load_weights(weights, version=version)
-        del weights
+        if engines.student.shares_learner_weights:
+            self.learners.gather_weights()
+            await engines.student.load_weights({}, version=version)
+        elif self.config.engine.sync == "adapter":
+            await engines.student.load_weights(self.learners.adapter_weights(), version=version)
+        else:
+            await engines.student.load_weights(self.learners.stream(), version=version)
         self.learners.release_weights()
         moves = self.config.teacher.model is None and self.learners.world.size > 1
         if engines.teacher is not None and moves:

@@ -13,14 +13,15 @@ from rosd_fast.engines.base import RolloutEngine
 from rosd_fast.engines.local.engine import LocalEngine
 from rosd_fast.engines.local.token_view import check_served
 from rosd_fast.engines.sglang.adapter_sync import AdapterSync, server_args
+from rosd_fast.engines.sglang.broadcast_sync import DistributedSync
 from rosd_fast.engines.sglang.client import Endpoint
 from rosd_fast.engines.sglang.engine import SglangEngine
 from rosd_fast.engines.sglang.pool import ServerHandle
 from rosd_fast.engines.sglang.process import ManagedServer, ServerSpec, find_python, split_gpus
 from rosd_fast.engines.sglang.served_weights import ServedWeights
 from rosd_fast.engines.sglang.teacher import SERVER_ARGS, SglangTeacher
-from rosd_fast.engines.sglang.weight_sync import DiskSync, DistributedSync, WeightSync
-from rosd_fast.engines.weight_check import allowed_gap, token_logprobs
+from rosd_fast.engines.sglang.weight_sync import DiskSync, WeightSync
+from rosd_fast.engines.weight_check import allowed_gap
 from rosd_fast.errors import UserError
 from rosd_fast.model.adapter_files import adapter_config
 from rosd_fast.model.export import export_model
@@ -67,12 +68,14 @@ def open_engine(
     run_folder: Path,
     *,
     weight_check_ids: Sequence[int],
+    expected_logprobs: Callable[[Sequence[int]], list[float]],
     note: Callable[[str], None],
 ) -> RolloutEngine:
     """Return the rollout engine that the options ask for.
 
     SGLang servers start when they get their first weights. weight_check_ids: a prompt on which
-    server and trainer are compared after each weight sync. note: shows the user a line.
+    server and trainer are compared after each weight sync; `expected_logprobs` returns the
+    trainer's current log-probabilities of all but its first token. note: shows the user a line.
     """
     options = config.engine
     if options.kind == "local":
@@ -104,7 +107,7 @@ def open_engine(
         vocab_size=model.model.config.get_text_config().vocab_size,
         context_length=model.context_length,
         weight_check_ids=weight_check_ids,
-        expected_logprobs=lambda ids: token_logprobs(model.model, ids),
+        expected_logprobs=expected_logprobs,
         max_logprob_gap=allowed_gap(options.max_logprob_gap, config.dtype),
         concurrency=options.concurrency,
         max_failures=options.max_failures,

@@ -105,8 +105,11 @@ class ShardedModel(PolicyModel):
             parameter.to_local().copy_(shards.to_local())
 
 
-def skeleton(model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A copy of the model whose parameters, of `dtype`, have no memory; buffers are copied."""
+def skeleton(model: PreTrainedModel, dtype: torch.dtype | None = torch.float32) -> PreTrainedModel:
+    """A copy of the model whose parameters have no memory; buffers are copied.
+
+    dtype: of the parameters; None: each keeps its own.
+    """
     memo = {
         id(p): nn.Parameter(
             torch.empty_like(p, device="meta", dtype=dtype), requires_grad=p.requires_grad

@@ -79,9 +79,9 @@ def write_checkpoint(run: Path, snapshot: Snapshot, world: World = SINGLE_PROCES
                 return path
             (folder / STATE_FOLDER).mkdir(exist_ok=True)
             write_state(snapshot.state, folder / STATE_FOLDER, world)
+            snapshot.save_export(folder)
             if snapshot.export is None:
                 return path
-            snapshot.export.save(folder)
             files = sorted(file for file in folder.rglob("*") if file.is_file())
             about = {
                 "format": FORMAT,
@@ -243,7 +243,8 @@ def load_checkpoint(path: Path, learner: Learner) -> int:
             where=str(path),
             fix="Resume with the model and the options that the run was started with",
         ) from error
-    learner.gather_weights()
+    if learner.keeps_full_model:
+        learner.gather_weights()
     return about["step"]
 
 

@@ -16,7 +16,7 @@ import torch
 from aiohttp import web
 from torch import Tensor
 
-from rosd_fast.engines.sglang.weight_sync import c10d, gloo_options
+from rosd_fast.engines.sglang.server_group import c10d, gloo_options
 
 # Options of servers and engines for tests that do not set them.
 WATCH: dict[str, Any] = {"health_every_s": 30.0, "health_timeout_s": 30.0}
@@ -244,7 +244,8 @@ class FakeSglang:
             del items[0]["meta_info"]["output_token_logprobs"]
         if fault == "fewer":
             items = items[1:]
-        data = json.dumps(items if "n" in body["sampling_params"] else items[0]).encode()
+        answer = items if "n" in body["sampling_params"] else items[0]
+        data = json.dumps(answer, separators=(",", ":")).encode()
         if fault == "truncated":
             return web.Response(body=data[: len(data) // 2], content_type="application/json")
         if fault == "reset":

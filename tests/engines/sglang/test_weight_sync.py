@@ -12,11 +12,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
 
+from rosd_fast.engines.sglang.broadcast_sync import DistributedSync, buckets
 from rosd_fast.engines.sglang.client import Endpoint, Unreachable
 from rosd_fast.engines.sglang.engine import SglangEngine
 from rosd_fast.engines.sglang.pool import ServerHandle
-from rosd_fast.engines.sglang.weight_sync import DistributedSync, buckets
 from rosd_fast.errors import RunFailed, UserError
+from rosd_fast.model.weight_stream import WholeWeights
 from rosd_fast.types import GenerationRequest, SamplingParams
 from tests.engines.sglang.fake_sglang import ENGINE, WATCH, FakeSglang
 
@@ -72,10 +73,12 @@ def test_every_tensor_arrives(bucket_bytes: int) -> None:
     async def test(sync: DistributedSync, servers: list[ServerHandle]) -> None:
         for version in (0, 1):
             weights = make_weights(version)
-            sync.stage(weights, version)
+            sync.stage(WholeWeights(weights), version)
             copies = {name: tensor.clone() for name, tensor in weights.items()}
             weights["embed"].zero_()  # as the learner does
-            await asyncio.gather(*(sync.push(handle, f"run-{version}") for handle in servers))
+            await asyncio.gather(
+                *(sync.push(handle, f"run-{version}", version) for handle in servers)
+            )
             for fake in fakes:
                 assert_received(fake, copies, f"run-{version}")
                 assert set(fake.loaded) <= {f"run-{v}{end}" for v in (0, 1) for end in PARTS}
@@ -94,10 +97,10 @@ def test_a_restarted_server_is_joined_again() -> None:
     async def test(sync: DistributedSync, servers: list[ServerHandle]) -> None:
         for version in (0, 1, 2):
             weights = make_weights(version)
-            sync.stage(weights, version)
+            sync.stage(WholeWeights(weights), version)
             if version:
                 fake.break_at, fake.updating = "lost", version == 2
-            await sync.push(servers[0], f"run-{version}")
+            await sync.push(servers[0], f"run-{version}", version)
             assert_received(fake, weights, f"run-{version}")
 
     with_servers(test, fake)
@@ -108,13 +111,13 @@ def test_an_interrupted_update_leaves_no_version_and_the_next_one_works() -> Non
 
     async def test(sync: DistributedSync, servers: list[ServerHandle]) -> None:
         weights = make_weights(0)
-        sync.stage(weights, 0)
+        sync.stage(WholeWeights(weights), 0)
         for fault in ("refuse", "fail"):
             fake.break_at = fault
             with pytest.raises(Unreachable, match="did not take the weights"):
-                await sync.push(servers[0], "run-0")
+                await sync.push(servers[0], "run-0", 0)
             assert fake.version in ("default", "run-0-partial") and fake.updating
-        await sync.push(servers[0], "run-0")
+        await sync.push(servers[0], "run-0", 0)
         assert_received(fake, weights, "run-0")
 
     with_servers(test, fake)
@@ -125,9 +128,9 @@ def test_a_server_that_refuses_to_join_is_an_error() -> None:
     fake.refuse_joins = True
 
     async def test(sync: DistributedSync, servers: list[ServerHandle]) -> None:
-        sync.stage(make_weights(0), 0)
+        sync.stage(WholeWeights(make_weights(0)), 0)
         with pytest.raises(Unreachable, match=r"did not join .*no such backend"):
-            await sync.push(servers[0], "run-0")
+            await sync.push(servers[0], "run-0", 0)
 
     with_servers(test, fake)
 
@@ -137,9 +140,9 @@ def test_data_parallel_servers_are_refused() -> None:
     fake.dp_size = 2
 
     async def test(sync: DistributedSync, servers: list[ServerHandle]) -> None:
-        sync.stage(make_weights(0), 0)
+        sync.stage(WholeWeights(make_weights(0)), 0)
         with pytest.raises(RunFailed, match=r"dp_size 2; set engine\.sync = disk"):
-            await sync.push(servers[0], "run-0")
+            await sync.push(servers[0], "run-0", 0)
 
     with_servers(test, fake)
 
@@ -148,11 +151,11 @@ def test_data_parallel_servers_are_refused() -> None:
 def test_an_address_of_another_machine_is_refused(host: str) -> None:
     async def test(sync: DistributedSync, servers: list[ServerHandle]) -> None:
         sync.host = host
-        sync.stage(make_weights(0), 0)
+        sync.stage(WholeWeights(make_weights(0)), 0)
         with pytest.raises(
             UserError, match=r"engine\.sync_host: .* is not an address of this machine"
         ):
-            await sync.push(servers[0], "run-0")
+            await sync.push(servers[0], "run-0", 0)
 
     with_servers(test, FakeSglang())
 
