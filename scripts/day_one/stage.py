@@ -107,7 +107,7 @@ def load_stage(name: str) -> Stage:
 
 def kept_items(result: Result | None, identity: Mapping[str, str]) -> dict[str, Item]:
     """The results of an earlier run that still hold."""
-    if result is None or result.identity != identity:
+    if result is None or not result.holds_for(identity):
         return {}
     return {key: item for key, item in result.items.items() if not item.error}
 

@@ -150,6 +150,8 @@ def test_another_source_or_device_measures_again(tmp_path: Path) -> None:
     run_here(tmp_path)
     run_here(tmp_path, identity={"source": "other"})
     assert (tmp_path / "runs").read_text().split() == ["a", "b", "c"] * 2
+    run_here(tmp_path, identity={"source": "other", "commit": "of another page"})
+    assert (tmp_path / "runs").read_text().split() == ["a", "b", "c"] * 2
 
 
 def test_without_time_a_stage_is_skipped_and_old_results_stay(tmp_path: Path) -> None:
