@@ -12,10 +12,13 @@ completions are as long as `--tokens`.
     reflection_prompts   `build_reflection_requests`: prompts cut to 8192 tokens, and grammars
     read_answers         the servers' answers, as bytes, to completions
     decode               ids to text
+    send_requests        the reflectors' requests, to bytes
+    thinking             where the answer begins
     locate               the errors' tokens, their bytes included
     build_samples        the teacher's prompts, with explanations of 256 words
     pack                 micro-batches for 12 ranks
     pickle               these, to the ranks and back
+    metrics              `diag/*`
     write_rollouts       `rollouts/step_*.jsonl`
 
 Seconds are those of one process: `cpu_s` of all its threads, `wall_s` by the clock; `step_cpu_s` is
@@ -43,11 +46,14 @@ from rosd_fast.batch.packing import pack
 from rosd_fast.batch.samples import build_samples
 from rosd_fast.config import ChatConfig, PackConfig, ReflectConfig, SpanConfig, TeacherConfig
 from rosd_fast.config.chat import make_chats
+from rosd_fast.engines.sglang.answers import read_json
+from rosd_fast.engines.sglang.engine import request_body
 from rosd_fast.model.smollm2 import smollm2_folder
 from rosd_fast.quickstart import MODEL_DIR
 from rosd_fast.reflection.locate import locate_errors
 from rosd_fast.reflection.requests import build_reflection_requests
 from rosd_fast.report import write_rollouts
+from rosd_fast.report.diagnostics import position_metrics, span_metrics, token_metrics
 from rosd_fast.text.decode import decode
 from rosd_fast.text.token_bytes import TokenBytes
 from rosd_fast.types import Group, Problem, Reflection, Rollout, Verdict
@@ -204,7 +210,7 @@ def measured(step: MadeStep) -> Iterator[tuple[str, float, float]]:
         "decode", lambda: [decode(step.tokenizer, r.completion_ids) for r in step.rollouts]
     )
     yield times
-    _, times = timed(
+    tasks, times = timed(
         "reflection_prompts",
         lambda: [
             build_reflection_requests(
@@ -221,6 +227,17 @@ def measured(step: MadeStep) -> Iterator[tuple[str, float, float]]:
         ],
     )
     yield times
+    requests = [task.request for group_tasks in tasks for task in group_tasks]
+    _, times = timed(
+        "send_requests",
+        lambda: [
+            json.dumps(request_body(request, 4096, 0, trainer_id="bench")).encode()
+            for request in requests
+        ],
+    )
+    yield times
+    lengths, times = timed("thinking", lambda: chats.thinking_lengths(step.groups))
+    yield times
     located, times = timed(
         "locate",
         lambda: locate_errors(
@@ -229,6 +246,7 @@ def measured(step: MadeStep) -> Iterator[tuple[str, float, float]]:
             step.reflections,
             token_bytes=token_bytes,
             config=SpanConfig(),
+            thinking=lengths,
         ),
     )
     yield times
@@ -250,6 +268,19 @@ def measured(step: MadeStep) -> Iterator[tuple[str, float, float]]:
     _, times = timed("pickle", lambda: pickle.loads(pickle.dumps(batches)))
     yield times
     per_token = {name: [0.123456] * (s.end - s.start) for name, s in located.spans.items()}
+    _, times = timed(
+        "metrics",
+        lambda: (
+            position_metrics(samples, per_token),
+            span_metrics(located.spans, per_token, before=0.1),
+            token_metrics(
+                samples,
+                special_ids={*step.tokenizer.all_special_ids},
+                num_thinking=lambda name: lengths.get(name, 0),
+            ),
+        ),
+    )
+    yield times
     with tempfile.TemporaryDirectory() as folder:
         _, times = timed(
             "write_rollouts",
@@ -296,13 +327,10 @@ def completion(rollout: Rollout) -> dict[str, Any]:
 
 
 def read_answer(data: bytes) -> Any:
-    items = json.loads(data)
+    """The ids and log-probabilities of the completions, as the engine reads them."""
     return [
-        (
-            tuple(item["output_ids"]),
-            tuple(entry[0] for entry in item["meta_info"]["output_token_logprobs"]),
-        )
-        for item in items
+        (tuple(item["output_ids"]), tuple(item["meta_info"]["output_token_logprobs"]))
+        for item in read_json(data)
     ]
 
 

@@ -106,7 +106,9 @@ def test_one_render_is_enough_where_the_sizes_are_right():
         tried.append(keep)
         return (7,) * (100 + keep)
 
-    kept, ids = fit_prompt(render, longest=9000, max_tokens=4096, size=lambda keep: keep)
+    fitted = fit_prompt(render, longest=9000, max_tokens=4096, size=lambda keep: keep)
+    assert fitted is not None
+    kept, ids = fitted
     assert tried == [1, kept] and 4096 - 4096 // SLACK <= len(ids) <= 4096
 
 
