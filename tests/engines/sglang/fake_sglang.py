@@ -17,6 +17,7 @@ from aiohttp import web
 from torch import Tensor
 
 from rosd_fast.engines.sglang.server_group import c10d, gloo_options
+from rosd_fast.engines.sglang.states_hook import KEY, packed
 
 # Options of servers and engines for tests that do not set them.
 WATCH: dict[str, Any] = {"health_every_s": 30.0, "health_timeout_s": 30.0}
@@ -62,6 +63,7 @@ class FakeSglang:
         self.delay_s: dict[str, float] = {}  # by request id
         self.running = self.most_running = 0
         self.check_logprob = -1.0
+        self.has_plugin = False  # that of `states_hook`
         self.states = expected_states  # returns the states for the ids of a scoring request
         self._runner: web.AppRunner | None = None
         self.url = ""
@@ -281,13 +283,23 @@ class FakeSglang:
             states[-1][0] = float("nan")
         if fault == "stateless":
             states = None
+        sent: dict[str, Any] = {"hidden_states": None if states is None else [states]}
+        wanted = body["sampling_params"].get("custom_params", {}).get(KEY)
+        if self.has_plugin and wanted is not None and states is not None:
+            begin = max(cached, wanted["first"])
+            rows = torch.tensor(states)[begin - cached :]
+            if fault == "chunked":
+                begin += 1
+            sent = {KEY: [packed(rows, begin)]}
+            if fault == "lost":
+                sent[KEY][0] |= {"file": "0" * 32}
         return {
             "output_ids": [1],
             "meta_info": {
                 "finish_reason": {"type": "length", "length": 1},
                 "weight_version": version,
                 "cached_tokens": cached,
-                "hidden_states": None if states is None else [states],
+                **sent,
             },
         }
 
