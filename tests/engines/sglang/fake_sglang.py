@@ -47,6 +47,7 @@ class FakeSglang:
         self.model_path = "/models/served"
         self.bodies: list[dict[str, Any]] = []  # of requests to /generate
         self.loaded: list[str] = []  # versions, "release" and "resume", in order of the requests
+        self.folders: list[str] = []  # that weights were loaded from
         self.refuse_weights = 0  # how many of the next weight updates fail
         self.joins: dict[str, Any] = {}  # process groups by name
         self.num_joins = 0
@@ -117,6 +118,7 @@ class FakeSglang:
             return web.json_response({"success": False, "message": "no such file"}, status=400)
         self.version = body["weight_version"]
         self.loaded.append(self.version)
+        self.folders.append(body["model_path"])
         return web.json_response({"success": True, "message": ""})
 
     async def _server_info(self, _request: web.Request) -> web.Response:
