@@ -34,11 +34,11 @@ from rosd_fast.report import (
     render_tokens_html,
     rollouts_path,
     summarize,
-    write_rollouts,
 )
 from rosd_fast.report.advice import AnswerWatch, LearningWatch
 from rosd_fast.report.metrics import FILE_NAME, MetricsLog, read_metrics
 from rosd_fast.report.progress import Progress, describe_metrics, progress
+from rosd_fast.report.rollout_writer import RolloutWriter
 from rosd_fast.report.rollouts import write_skipped
 from rosd_fast.report.warnings import Watch
 from rosd_fast.rollout.sample import problem_prompt
@@ -67,6 +67,7 @@ class Run:
     folder: the run folder, locked by this process.
     learners: the learners of all ranks.
     log: `metrics.jsonl`.
+    rollouts: writes `rollouts/`.
     progress: what the terminal shows.
     stop: whether Ctrl-C or SIGTERM asked for an end after the current step.
     watch: which signs of collapse the metrics have shown.
@@ -86,6 +87,7 @@ class Run:
     folder: Path
     learners: LearnerGroup
     log: MetricsLog
+    rollouts: RolloutWriter
     progress: Progress
     stop: StopRequest
     watch: Watch
@@ -189,9 +191,9 @@ class Run:
         training: TrainingSet,
         learned: StepResult,
     ) -> None:
-        """Write the step's rollouts, if the options ask for it."""
+        """Start writing the step's rollouts, if the options ask for it."""
         if self.config.dump_rollouts:
-            write_rollouts(
+            self.rollouts.write(
                 rollouts_path(self.folder, step),
                 step=step,
                 groups=sampled.groups,
@@ -230,7 +232,11 @@ class Run:
         self.learners.rate(self.folder, step, metrics.get("eval/dev/accuracy"))
 
     def save(self, step: int, metrics: Mapping[str, float]) -> None:
-        """Start to write a checkpoint of this step, whose metrics say how good it is."""
+        """Start to write a checkpoint of this step, whose metrics say how good it is.
+
+        The rollouts up to this step are then on disk: a resumed run does not sample them again.
+        """
+        self.rollouts.wait()
         self.learners.save(self.folder, step, metrics.get("eval/dev/accuracy"))
 
 
@@ -274,10 +280,17 @@ def opened(config: Config, resume: Path | None, world: World, lock: RunLock) -> 
         log = MetricsLog(folder / FILE_NAME)
         log.truncate_after(first_step - 1)
         evaluated = bool(read_evaluation(folder, first_step - 1))
-        stop = StopRequest()
+        stop, rollouts = StopRequest(), RolloutWriter()
+
+        def finish_writing() -> None:
+            try:
+                rollouts.wait()
+            finally:
+                learners.finish_save()
+
         with (
             progress(config.steps, first_step) as shown,
-            stop.listening(shown, learners.finish_save),
+            stop.listening(shown, finish_writing),
         ):
             learner = describe(
                 model.model,
@@ -306,6 +319,7 @@ def opened(config: Config, resume: Path | None, world: World, lock: RunLock) -> 
                 folder=folder,
                 learners=learners,
                 log=log,
+                rollouts=rollouts,
                 progress=shown,
                 stop=stop,
                 watch=Watch(read_metrics(log.path)),

@@ -37,28 +37,11 @@ async def update(
 
     located: ids of the rollouts with a located error.
     """
-    config, progress = run.config, run.progress
+    progress = run.progress
     with progress.stage(Stage.BUILD):
-        batches = pack(
-            normalized(
-                samples,
-                config.policy.normalize,
-                max_new_tokens=config.sample.max_new_tokens,
-                entropy_bonus=config.policy.entropy_weight > 0,
-            ),
-            max_tokens=config.pack.max_tokens,
-            min_shared=config.pack.min_shared if run.inputs.shares_prefixes else 0,
-            num_ranks=run.learners.world.size,
-            hidden_size=run.inputs.model.hidden_size,
-            padded="padded" in run.inputs.layouts,
+        batches = await asyncio.to_thread(
+            packed, run, step, samples, () if engines.teacher_server else located
         )
-        if is_due(step, config.diagnose.every):
-            batches = with_diagnosed(
-                batches,
-                samples,
-                located=() if engines.teacher_server else located,
-                max_tokens=config.diagnose.max_tokens,
-            )
     teacher_states = None
     if engines.teacher_server is not None:
         with progress.stage(Stage.TEACHER):
@@ -75,6 +58,34 @@ async def update(
         progress.note(f"step {step} is skipped: its loss or gradient is not finite")
         run.write_skipped(step, samples)
     return learned
+
+
+def packed(
+    run: Run, step: int, samples: Sequence[TrainSample], located: Collection[str]
+) -> list[PackedBatch]:
+    """Pack a mini-batch, with the tokens that the diagnostics of this step look at.
+
+    located: as for `with_diagnosed`.
+    """
+    config = run.config
+    batches = pack(
+        normalized(
+            samples,
+            config.policy.normalize,
+            max_new_tokens=config.sample.max_new_tokens,
+            entropy_bonus=config.policy.entropy_weight > 0,
+        ),
+        max_tokens=config.pack.max_tokens,
+        min_shared=config.pack.min_shared if run.inputs.shares_prefixes else 0,
+        num_ranks=run.learners.world.size,
+        hidden_size=run.inputs.model.hidden_size,
+        padded="padded" in run.inputs.layouts,
+    )
+    if is_due(step, config.diagnose.every):
+        return with_diagnosed(
+            batches, samples, located=located, max_tokens=config.diagnose.max_tokens
+        )
+    return batches
 
 
 async def learn(

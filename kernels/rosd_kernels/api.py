@@ -94,11 +94,13 @@ def span_divergence(
             an entry above the bound has no gradient. The tail's bucket is an entry as well. No
             lower bound is needed: a contribution is at least -1/e in the KLs and at least 0 in
             `jsd`. A clipped KL may be negative. None: no bound.
-        sparsity: "exact", all entries are computed; `entry(eps)` or `mass(tol)`, "tiled" skips
-            tiles of the vocabulary that hold almost no probability, and `stats` reports how much
-            they held (see sparsity.py). "chunked" and "reference" always compute everything.
-        strategy: "chunked", dense GEMMs through a bounded workspace; "tiled", one tile of the
-            vocabulary at a time, and with `sparsity` only those that matter, without `top_k`;
+        sparsity: "exact", all entries are computed; `entry(eps)` or `mass(tol)`, entries of the
+            vocabulary that hold almost no probability have no gradient, and `stats` reports how
+            much they held: "tiled" skips tiles (see sparsity.py), "chunked" single entries (see
+            active.py). "reference", and "chunked" with `top_k` or on a GPU, compute everything.
+        strategy: "chunked", dense GEMMs through a bounded workspace, and with `sparsity` gradients
+            of the entries that matter; "tiled", one tile of the vocabulary at a time, and with
+            `sparsity` only those that matter, without `top_k`;
             "reference", plain PyTorch on whole [N, V] logits, for tests; "auto", see auto.py. They
             agree up to rounding and what `sparsity` skips.
         workspace_mib: bound on all logit-sized buffers together. One row ("chunked") or one tile

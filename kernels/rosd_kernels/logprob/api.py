@@ -70,14 +70,15 @@ def span_logprob(
         temperature: divides the logits, after the soft cap.
         softcap: `softcap(x) = cap tanh(x / cap)`. None: the identity.
         bias: [V], finite, added before the soft cap. None: no bias.
-        sparsity: "exact", all entries are computed; `entry(eps)` or `mass(tol)`, "tiled" skips
-            tiles of the vocabulary that hold almost no probability in the gradient, and `stats`
-            reports how much they held (see sparsity.py). Log-probs and entropies are exact in any
-            case. "chunked" and "reference" always compute everything.
-        strategy: "chunked", dense GEMMs through a bounded workspace; "tiled", one tile of the
-            vocabulary at a time, and with `sparsity` only those that matter; "reference", plain
-            PyTorch on whole [N, V] logits, for tests; "auto", see auto.py. They agree up to
-            rounding and what `sparsity` skips.
+        sparsity: "exact", all entries are computed; `entry(eps)` or `mass(tol)`, entries of the
+            vocabulary that hold almost no probability have no gradient, and `stats` reports how
+            much they held: "tiled" skips tiles (see sparsity.py), "chunked" single entries (see
+            active.py). Log-probs and entropies are exact in any case. "reference", and "chunked"
+            on a GPU, compute everything.
+        strategy: "chunked", dense GEMMs through a bounded workspace, and with `sparsity` gradients
+            of the entries that matter; "tiled", one tile of the vocabulary at a time, and with
+            `sparsity` only those that matter; "reference", plain PyTorch on whole [N, V] logits,
+            for tests; "auto", see auto.py. They agree up to rounding and what `sparsity` skips.
         workspace_mib: bound on all logit-sized buffers together. One row ("chunked") or one tile
             ("tiled") is held in any case.
         vocab_group: a torch.distributed process group over which the vocabulary is sharded: head
@@ -94,8 +95,9 @@ def span_logprob(
         torch.compile the graph breaks here.
 
         Cost in sweeps of the head's GEMM: "chunked" 3 with `token_loss`, 4 without; one less where
-        the head has no gradient; 1 without any gradient. "tiled" 1 + 3f, with f the active fraction
-        of the vocabulary.
+        the head has no gradient; 1 without any gradient. With a sparsity, "chunked" 1 + 2f with
+        `token_loss` and 2 + 2f without, "tiled" 1 + 3f; f is the active fraction of the vocabulary,
+        of which single entries are a smaller one than tiles.
 
     Raises:
         ValueError: an argument breaks the contract above. Names the argument, what it got and what

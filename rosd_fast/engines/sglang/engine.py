@@ -322,7 +322,7 @@ class SglangEngine(RolloutEngine):
             try:
                 meta, ids = item["meta_info"], tuple(item["output_ids"])
                 reason = meta["finish_reason"]
-                logprobs = tuple(entry[0] for entry in meta["output_token_logprobs"])
+                logprobs = tuple(meta["output_token_logprobs"])
                 version, num_cached = meta["weight_version"], meta["cached_tokens"]
             except (KeyError, TypeError, IndexError) as error:
                 raise Unreachable(handle.url, f"sent an answer without {error}") from None

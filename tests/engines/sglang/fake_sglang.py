@@ -248,7 +248,8 @@ class FakeSglang:
             del items[0]["meta_info"]["output_token_logprobs"]
         if fault == "fewer":
             items = items[1:]
-        data = json.dumps(items if "n" in body["sampling_params"] else items[0]).encode()
+        answer = items if "n" in body["sampling_params"] else items[0]
+        data = json.dumps(answer, separators=(",", ":")).encode()
         if fault == "truncated":
             return web.Response(body=data[: len(data) // 2], content_type="application/json")
         if fault == "reset":
