@@ -25,8 +25,8 @@ def untouched_gradients(leaves: Leaves, needed: Needed, dtype: torch.dtype) -> G
     """`zero_gradients`, with pages of dW that cost neither time nor memory until they are written.
 
     Most rows of dW never are. Filling 113 MB with zeros takes as long as two thirds of a sweep of
-    128 tokens over that head, nearly all of it for page faults. Where backward multiplies the gradient
-    by something else than 1, it writes all of it.
+    128 tokens over that head, nearly all of it for page faults. Where backward multiplies the
+    gradient by something else than 1, it writes all of it.
     """
     head = leaves[1]
     num_bytes = head.numel() * dtype.itemsize
