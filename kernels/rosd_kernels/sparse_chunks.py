@@ -25,8 +25,8 @@ from rosd_kernels.active import (
     scanned_terms,
     select_entries,
 )
-from rosd_kernels.autograd import Computed, Needed, ranges, zero_gradients
-from rosd_kernels.compact import add_gradients
+from rosd_kernels.autograd import Computed, Needed, ranges
+from rosd_kernels.compact import add_gradients, untouched_gradients
 from rosd_kernels.divergences import entry_terms, known_total
 from rosd_kernels.elementwise import subtract_total, terms_, uses_native
 from rosd_kernels.logits import LogitTransform
@@ -56,7 +56,7 @@ def compute_sparse(
     )
     workspace = Workspace(plan, hidden.device)
     results = empty_results(inputs)
-    gradients = zero_gradients(inputs.students, needed, inputs.compute_dtype)
+    gradients = untouched_gradients(inputs.students, needed, inputs.compute_dtype)
     transforms = inputs.transforms(options)
     skipped = torch.zeros_like(results.per_token), torch.zeros_like(results.per_token)
     num_computed = 0

@@ -162,7 +162,8 @@ def tile_error_bound(
     if options.divergence == "reverse_kl":
         assert log_ratio is not None
         slack = 0.0 if options.entry_clip is None else 1.0
-        return p * (log_ratio.clamp(min=0) + slack) + q / math.e
+        # r is NaN where all entries of a tile are masked
+        return torch.where(p > 0, p * (log_ratio.clamp(min=0) + slack), 0) + q / math.e
     beta = options.beta
     return (1 - beta) * (p * -math.log1p(-beta) + beta * q)
 
