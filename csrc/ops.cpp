@@ -150,7 +150,8 @@ Tensor terms_(
     const auto of_teacher =
         transform_of<scalar_t>("teacher_bias", teacher_bias, teacher, softcap, temperature);
     const Options<scalar_t> options{
-        static_cast<scalar_t>(beta), static_cast<scalar_t>(entry_clip.value_or(0))};
+        static_cast<scalar_t>(beta), static_cast<scalar_t>(1 - beta),
+        static_cast<scalar_t>(entry_clip.value_or(0))};
     const auto run = [&]<Divergence D, bool CLIP, bool SOFTCAP>() {
       run_terms<scalar_t, D, CLIP, SOFTCAP>(
           student, teacher, of_student, of_teacher, student_lse.const_data_ptr<scalar_t>(),
