@@ -142,7 +142,10 @@ async def train_on(run: Run, engines: Engines, step: int, sampled: Sampled) -> d
     """Do the step's optimizer updates on what was sampled; return the step's metrics."""
     progress, method = run.progress, run.inputs.method
     verdicts, selection = sampled.verdicts, sampled.selection
-    training = method.build(selection.kept, verdicts, sampled.annotations, progress)
+    # In a thread, as requests may be in flight: those of the next step, or of an evaluation.
+    training = await asyncio.to_thread(
+        method.build, selection.kept, verdicts, sampled.annotations, progress
+    )
     weighted = with_problem_weights(training.samples, selection.kept)
     training = replace(training, samples=weighted)
     training = without_unknown_tokens(run, step, training)

@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from rosd_fast.batch.diagnosed import with_diagnosed
@@ -37,28 +38,11 @@ async def update(
 
     located: ids of the rollouts with a located error.
     """
-    config, progress = run.config, run.progress
+    progress = run.progress
     with progress.stage(Stage.BUILD):
-        batches = pack(
-            normalized(
-                samples,
-                config.policy.normalize,
-                max_new_tokens=config.sample.max_new_tokens,
-                entropy_bonus=config.policy.entropy_weight > 0,
-            ),
-            max_tokens=config.pack.max_tokens,
-            min_shared=config.pack.min_shared if run.inputs.shares_prefixes else 0,
-            num_ranks=run.learners.world.size,
-            hidden_size=run.inputs.model.hidden_size,
-            padded="padded" in run.inputs.layouts,
+        batches = await asyncio.to_thread(
+            packed, run, step, samples, () if engines.teacher_server else located
         )
-        if is_due(step, config.diagnose.every):
-            batches = with_diagnosed(
-                batches,
-                samples,
-                located=() if engines.teacher_server else located,
-                max_tokens=config.diagnose.max_tokens,
-            )
     teacher_states = None
     if engines.teacher_server is not None:
         with progress.stage(Stage.TEACHER):
@@ -77,13 +61,47 @@ async def update(
     return learned
 
 
+def packed(
+    run: Run, step: int, samples: Sequence[TrainSample], located: Collection[str]
+) -> list[PackedBatch]:
+    """Pack a mini-batch, with the tokens that the diagnostics of this step look at.
+
+    located: as for `with_diagnosed`.
+    """
+    config = run.config
+    batches = pack(
+        normalized(
+            samples,
+            config.policy.normalize,
+            max_new_tokens=config.sample.max_new_tokens,
+            entropy_bonus=config.policy.entropy_weight > 0,
+        ),
+        max_tokens=config.pack.max_tokens,
+        min_shared=config.pack.min_shared if run.inputs.shares_prefixes else 0,
+        num_ranks=run.learners.world.size,
+        hidden_size=run.inputs.model.hidden_size,
+        padded="padded" in run.inputs.layouts,
+    )
+    if is_due(step, config.diagnose.every):
+        return with_diagnosed(
+            batches, samples, located=located, max_tokens=config.diagnose.max_tokens
+        )
+    return batches
+
+
 async def learn(
     run: Run, batches: Sequence[PackedBatch], teacher_states: Sequence[Tensor] | None
 ) -> StepResult:
     """Update the weights; in a thread where requests are in flight meanwhile."""
-    if run.config.engine.one_step_ahead or run.config.eval.overlap:
-        return await asyncio.to_thread(run.learners.step, batches, teacher_states)
-    return run.learners.step(batches, teacher_states)
+    if not (run.config.engine.one_step_ahead or run.config.eval.overlap):
+        return run.learners.step(batches, teacher_states)
+    threads = torch.get_num_threads()
+
+    def step() -> StepResult:
+        torch.set_num_threads(threads)  # OpenMP's number belongs to the thread that asks for it
+        return run.learners.step(batches, teacher_states)
+
+    return await asyncio.to_thread(step)
 
 
 def without_unknown_tokens(run: Run, step: int, training: TrainingSet) -> TrainingSet:

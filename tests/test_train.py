@@ -10,6 +10,7 @@ import resource
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 from typing import Any
@@ -19,14 +20,21 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from rosd_fast import update as update_module
 from rosd_fast.config import Config
 from rosd_fast.config.load import apply_args, apply_toml, load_preset
 from rosd_fast.errors import RunFailed, UserError
+from rosd_fast.methods.rosd import Rosd
 from rosd_fast.quickstart import MODEL_DIR
 from rosd_fast.quickstart.tasks import load_split
+from rosd_fast.reflection import reflect as reflect_module
+from rosd_fast.report import read_rollouts, rollout_writer, rollouts_path
 from rosd_fast.report.metrics import read_metrics
+from rosd_fast.rollout import sample
+from rosd_fast.run import recorded_threads
 from rosd_fast.train import train
 from rosd_fast.trainer import learner as learner_module
+from rosd_fast.trainer.ranks import LearnerGroup
 from rosd_fast.types import TrainSample
 
 SMALL: dict[str, Any] = {
@@ -66,6 +74,52 @@ def assert_same_weights(run: Path, other: Path) -> None:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of two steps."""
     return train(small(tmp_path_factory.mktemp("finished")))
+
+
+def test_rank_0s_own_work_leaves_the_event_loop(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Requests may be in flight meanwhile, whose answers the event loop reads."""
+    threads: dict[str, set[str]] = {}
+
+    def record(owner: Any, name: str) -> None:
+        run = getattr(owner, name)
+
+        def recorded(*args: Any, **options: Any) -> Any:
+            threads.setdefault(name, set()).add(threading.current_thread().name)
+            return run(*args, **options)
+
+        monkeypatch.setattr(owner, name, recorded)
+
+    work = (
+        (sample, "collect_groups"),
+        (reflect_module, "build_reflection_requests"),
+        (Rosd, "build"),
+        (update_module, "pack"),
+        (rollout_writer, "write_rollouts"),
+        (LearnerGroup, "save"),  # to see the others' thread
+    )
+    for owner, name in work:
+        record(owner, name)
+    folder = train(small(tmp_path, steps=1, data__dev=None, data__dev_ood=None))
+    assert threads.keys() == {name for _, name in work}
+    assert threads.pop("save") == {threading.main_thread().name}
+    assert all(threading.main_thread().name not in names for names in threads.values())
+    assert len(read_rollouts(rollouts_path(folder, 1))) == 16
+
+
+def test_rollouts_that_cannot_be_written_end_the_run_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before the checkpoint of their step: a resumed run samples that step again."""
+
+    def full(path: Path, **options: Any) -> Path:
+        raise OSError(28, "No space left on device", str(path))
+
+    monkeypatch.setattr(rollout_writer, "write_rollouts", full)
+    with pytest.raises(UserError, match=r"step_000001.jsonl: the rollouts cannot be written"):
+        train(small(tmp_path, steps=1, data__dev=None, data__dev_ood=None))
+    assert not [*tmp_path.glob("run/checkpoints/*")]
 
 
 def test_a_run_leaves_what_the_readme_says(finished: Path) -> None:
@@ -111,6 +165,11 @@ def test_checkpoints_load_like_any_model(finished: Path) -> None:
         [{"role": "user", "content": "hi"}], return_tensors="pt", return_dict=False
     )
     assert model(ids).logits.shape[-1] == model.config.vocab_size
+
+
+def test_a_checkpoint_says_with_how_many_threads_it_was_made(finished: Path) -> None:
+    assert recorded_threads(finished, 2) == torch.get_num_threads()
+    assert recorded_threads(finished, 7) is None  # such a run begins
 
 
 def test_the_same_seed_gives_the_same_run(finished: Path, tmp_path: Path) -> None:

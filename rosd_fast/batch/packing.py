@@ -24,10 +24,12 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import torch
 
 from rosd_fast.batch.prefixes import PrefixIndex
+from rosd_fast.batch.tensors import to_tensor
 from rosd_fast.types import PackedBatch, PackedSequences, PolicyTokens, TrainSample
 
 MIN_SHARED = 16  # tokens; a shorter segment costs more than it saves
@@ -200,8 +202,8 @@ class StepSequences:
         if not tree:
             input_ids, position_ids, cu_seqlens = [0], [0], [0, 1]
         packed = PackedSequences(
-            input_ids=torch.tensor(input_ids, dtype=torch.int64),
-            position_ids=torch.tensor(position_ids, dtype=torch.int64),
+            input_ids=to_tensor(input_ids),
+            position_ids=to_tensor(position_ids),
             cu_seqlens=tuple(cu_seqlens),
             gather=torch.empty(0, dtype=torch.int64),
             parents=tuple(segment.parent for segment in tree),
@@ -210,10 +212,9 @@ class StepSequences:
 
     def _gather(self, rows: Mapping[int, list[int]], members: Sequence[int]) -> torch.Tensor:
         """The rows that predict the trained tokens of `members`: the last ones of each sequence."""
-        gather = [
+        return to_tensor(
             row for member in members for row in rows[member][-self.samples[member].num_tokens :]
-        ]
-        return torch.tensor(gather, dtype=torch.int64)
+        )
 
 
 class SampleRows:
@@ -224,8 +225,8 @@ class SampleRows:
 
     def __init__(self, samples: Sequence[TrainSample], places: Sequence[int]) -> None:
         self.chosen = [samples[place] for place in places]
-        counts = torch.tensor([sample.num_tokens for sample in self.chosen], dtype=torch.int64)
-        self.sample_index = torch.repeat_interleave(torch.tensor(places, dtype=torch.int64), counts)
+        counts = to_tensor(sample.num_tokens for sample in self.chosen)
+        self.sample_index = torch.repeat_interleave(to_tensor(places), counts)
 
     def tensor(
         self,
@@ -233,7 +234,7 @@ class SampleRows:
         dtype: torch.dtype = torch.float32,
     ) -> torch.Tensor:
         """The values of each sample's tokens, end to end."""
-        return torch.tensor([x for sample in self.chosen for x in values(sample)], dtype=dtype)
+        return to_tensor(chain.from_iterable(map(values, self.chosen)), dtype)
 
     @property
     def token_ids(self) -> torch.Tensor:

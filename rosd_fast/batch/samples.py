@@ -18,6 +18,7 @@ from rosd_fast.text.prompts import (
     fit_prompt,
     placeholders,
 )
+from rosd_fast.text.sizes import encoded_size
 from rosd_fast.types import TrainSample
 
 if TYPE_CHECKING:
@@ -122,10 +123,18 @@ def teacher_prompt(
         return chat.render_problem(problem, user)
 
     longest = max(map(len, texts.values()), default=0)
-    if cut_right:
-        ids = render(longest)
+    ids = render(longest)
+    if cut_right or len(ids) <= max_tokens:
         return ids[:max_tokens], len(ids) > max_tokens
-    fitted = fit_prompt(render, longest=longest, max_tokens=max_tokens)
+    sizes = {name: encoded_size(chat.tokenizer, text) for name, text in texts.items()}
+
+    def size(keep: int) -> int:
+        return sum(
+            size.head(keep) if name == "explanation" else size.middle_cut(keep)
+            for name, size in sizes.items()
+        )
+
+    fitted = fit_prompt(render, longest=longest, max_tokens=max_tokens, size=size)
     if fitted is None:
         raise UserError(
             f"the teacher prompt has {len(render(0))} tokens without any reflection, more than "

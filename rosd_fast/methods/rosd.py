@@ -108,6 +108,7 @@ class Rosd(Method):
             on_no_success=config.select.on_no_success,
             on_tokens=progress.tokens,
             cut_right=config.compat.cut_prompts_right,
+            token_bytes=self.token_bytes,
         )
 
     def build(

@@ -61,6 +61,7 @@ class SolutionMethod(Method):
             for group in groups:
                 template = self.template_of(group.problem)
                 wanted = "demonstration" in placeholders(template)
+                prompts: dict[tuple[str, str], tuple[tuple[int, ...], bool]] = {}  # most are alike
                 for rollout in group.rollouts:
                     solution = self.solution(group, rollout, verdicts) if wanted else None
                     span = self.distilled_span(rollout)
@@ -68,9 +69,10 @@ class SolutionMethod(Method):
                     if span is None or (wanted and not solution):
                         continue
                     spans[rollout.id] = span
-                    prompt_ids, cut = self._prompt(
-                        group.problem, solution or "", verdicts[rollout.id]
-                    )
+                    texts = self._texts(group.problem, solution or "", verdicts[rollout.id])
+                    if texts not in prompts:
+                        prompts[texts] = self._prompt(group.problem, *texts)
+                    prompt_ids, cut = prompts[texts]
                     samples.append(distilled(rollout, span, prompt_ids, cut=cut))
         metrics = {**sample_metrics(samples), NO_DEMONSTRATION: float(num_missing)}
         return self.training_set(samples, spans, groups, verdicts, metrics)
@@ -79,20 +81,21 @@ class SolutionMethod(Method):
         """The user turn of the teacher: the problem's own, else `teacher.solution_template`."""
         return teacher_template(problem, self.config.teacher.solution_template)
 
+    def _texts(self, problem: Problem, solution: str, verdict: Verdict) -> tuple[str, str]:
+        """The solution and the feedback that the teacher reads."""
+        shown = self.config.teacher.show_feedback
+        return solution, problem.feedback_on(verdict) if shown else ""
+
     def _prompt(
-        self, problem: Problem, solution: str, verdict: Verdict
+        self, problem: Problem, solution: str, feedback: str
     ) -> tuple[tuple[int, ...], bool]:
         """The teacher's prompt, and whether a text in it was cut to fit."""
-        options = self.config.teacher
         template = self.template_of(problem)
-        texts = {
-            "demonstration": solution,
-            "feedback": problem.feedback_on(verdict) if options.show_feedback else "",
-        }
+        texts = {"demonstration": solution, "feedback": feedback}
         return teacher_prompt(
             problem,
             template,
             {name: text for name, text in texts.items() if name in placeholders(template)},
             chat=self.chats.teacher,
-            max_tokens=options.max_prompt_tokens,
+            max_tokens=self.config.teacher.max_prompt_tokens,
         )

@@ -33,7 +33,6 @@ if TYPE_CHECKING:
 
 QUOTE, SENTENCE, EXPLANATION = "<error_quote>", "<error_sentence>", "<explanation>"
 CLOSING_TAGS = ("</error_quote>", "</error_sentence>", "</explanation>")
-WORD = re.compile(r"\S+")
 # The characters of str.isspace(); llguidance's \s is a different set.
 BLANK = r"\t-\r\x1c-\x20\x85\xa0\u{1680}\u{2000}-\u{200a}\u{2028}\u{2029}\u{202f}\u{205f}\u{3000}"
 LONG_WORD = 32  # characters; a longer word, if also longer than a quote's tokens, may be cut
@@ -81,11 +80,11 @@ def verbatim_grammar(
     spaced: whether spaces follow words and tags in the tokens of their ends (`ends_words`).
     """
     parts = rollout.split("</error_quote>")
-    num_words = max(len(WORD.findall(part)) for part in parts)
+    num_words = max(len(part.split()) for part in parts)
     if num_words == 0:
         return None
     quote, explanation = _budgets(max_tokens)
-    longest = max(map(len, WORD.findall(rollout)))
+    longest = max(map(len, rollout.split()))
     more = min(min_words, num_words) - 1
     several_words = rf"/[{BLANK}]*[^{BLANK}]+([{BLANK}]+[^{BLANK}]+){{{more},}}[{BLANK}]*/"
     if spaced:

@@ -9,6 +9,7 @@ quote without any constraint.
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from rosd_fast.config import ReflectConfig
     from rosd_fast.engines.base import RolloutEngine
     from rosd_fast.text.chat import Chats
+    from rosd_fast.text.token_bytes import TokenBytes
     from rosd_fast.types import Generation, Group, Verdict
 
 
@@ -38,16 +40,18 @@ async def reflect(
     on_no_success: str = "skip",
     on_tokens: Callable[[int], None] | None = None,
     cut_right: bool = False,
+    token_bytes: TokenBytes | None = None,
 ) -> dict[str, Reflection]:
     """Reflections on the rollouts of `groups` (the groups that were kept), by rollout id.
 
-    on_no_success, cut_right: as for `build_reflection_requests`. `on_tokens(k)` is called after k
-    more tokens were sampled.
+    on_no_success, cut_right, token_bytes: as for `build_reflection_requests`, which runs in a
+    thread. `on_tokens(k)` is called after k more tokens were sampled.
 
     Raises UserError as `build_reflection_requests` and the engine do, and ValueError when the
     engine's completions are not those that were requested.
     """
-    tasks = build_reflection_requests(
+    tasks = await asyncio.to_thread(
+        build_reflection_requests,
         groups,
         verdicts,
         config=config,
@@ -57,6 +61,7 @@ async def reflect(
         step=step,
         on_no_success=on_no_success,
         cut_right=cut_right,
+        token_bytes=token_bytes,
     )
     if not tasks:
         return {}

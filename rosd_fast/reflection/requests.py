@@ -37,6 +37,7 @@ from rosd_fast.text.prompts import (
     placeholders,
 )
 from rosd_fast.text.sentences import sentences
+from rosd_fast.text.sizes import TextSize, encoded_size, sampled_size
 from rosd_fast.text.thinking import THINK, Tags
 from rosd_fast.text.token_bytes import ends_words
 from rosd_fast.types import GenerationRequest, SamplingParams
@@ -44,6 +45,7 @@ from rosd_fast.types import GenerationRequest, SamplingParams
 if TYPE_CHECKING:
     from rosd_fast.config import ReflectConfig
     from rosd_fast.text.chat import ChatFormat, Chats
+    from rosd_fast.text.token_bytes import TokenBytes
     from rosd_fast.types import Group, Problem, Rollout, Verdict
 
 NUMBERED = re.compile(r"^\[(\d+)\] .*$", re.MULTILINE)
@@ -75,6 +77,7 @@ def build_reflection_requests(
     step: int,
     on_no_success: str = "skip",
     cut_right: bool = False,
+    token_bytes: TokenBytes | None = None,
 ) -> list[ReflectionTask]:
     """One task per rollout, in order.
 
@@ -85,6 +88,7 @@ def build_reflection_requests(
 
     on_no_success: `select.on_no_success`, for groups without a correct rollout.
     cut_right: cut the end of overlong user turns, as the public code does (a known bug).
+    token_bytes: tell how long the rollouts are in tokens; None: they are encoded for that.
     """
     chat, think = reflection_format(chats.reflector, config)
     builder = _TaskBuilder(
@@ -97,12 +101,15 @@ def build_reflection_requests(
         seed=seed,
         step=step,
         cut_right=cut_right,
+        token_bytes=token_bytes,
+        sizes={},
     )
     tasks = []
     for group in groups:
         demonstration = _demonstration(
             group, verdicts, config, on_no_success, chats, key=f"{seed}/{step}/{group.problem.id}"
         )
+        builder.note_sizes(group)
         for rollout in group.rollouts:
             correct = verdicts[rollout.id].success
             task = builder.task(group.problem, rollout, demonstration, correct=correct)
@@ -151,6 +158,8 @@ class _TaskBuilder:
     seed: int
     step: int
     cut_right: bool
+    token_bytes: TokenBytes | None
+    sizes: dict[str, TextSize]  # of the texts so far
 
     def task(
         self,
@@ -207,6 +216,19 @@ class _TaskBuilder:
             thinking=self.chat.opens,
         )
 
+    def note_sizes(self, group: Group) -> None:
+        """Read the sizes of the rollouts' texts off their tokens, if `token_bytes` is given."""
+        if self.token_bytes is not None:
+            for rollout in group.rollouts:
+                text, start = self.chats.shown(rollout)
+                ids = rollout.completion_ids[start:]
+                self.sizes[text] = sampled_size(self.token_bytes, ids, text)
+
+    def _size(self, text: str) -> TextSize:
+        if text not in self.sizes:
+            self.sizes[text] = encoded_size(self.chat.tokenizer, text)
+        return self.sizes[text]
+
     @property
     def _params(self) -> SamplingParams:
         return SamplingParams(
@@ -258,7 +280,13 @@ class _TaskBuilder:
             user = whole[:keep] if self.cut_right else user_turn(keep)
             return self.chat.render_problem(problem, user, opening=opening)
 
-        fitted = fit_prompt(render, longest=limit, max_tokens=config.max_prompt_tokens)
+        def size(keep: int) -> int:
+            if self.cut_right:
+                return self._size(whole).head(keep)
+            return sum(self._size(text).middle_cut(keep) for text in texts.values())
+
+        budget = config.max_prompt_tokens
+        fitted = fit_prompt(render, longest=limit, max_tokens=budget, size=size)
         if fitted is None:
             raise UserError(
                 f"the reflection prompt has {len(render(0))} tokens without any rollout, over the "

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from itertools import pairwise
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from rosd_fast.types import ErrorSpan, TrainSample
 
 NUM_POSITIONS = 10
+TENTHS = range(NUM_POSITIONS + 1)
 POSITIONS = tuple(f"diag/divergence_pos_{index}" for index in range(NUM_POSITIONS))
 """Mean divergence in each tenth of the rollout, the first tenth first."""
 
@@ -25,9 +27,11 @@ def position_metrics(
     for sample in samples:
         if not sample.is_distilled:
             continue
-        length = len(sample.completion_ids)
-        for token, value in enumerate(per_token.get(sample.rollout_id, ()), start=sample.start):
-            bins[NUM_POSITIONS * token // length].append(value)
+        length, values = len(sample.completion_ids), per_token.get(sample.rollout_id, ())
+        # Of the trained range, the place after the last token of each tenth.
+        ends = [-(-length * tenth // NUM_POSITIONS) - sample.start for tenth in TENTHS]
+        for found, (first, end) in zip(bins, pairwise(max(0, end) for end in ends), strict=True):
+            found += values[first:end]
     return {name: _mean(values) for name, values in zip(POSITIONS, bins, strict=True) if values}
 
 
@@ -92,7 +96,7 @@ def token_metrics(
     special = thinking = 0
     for sample in counted:
         trained = sample.completion_ids[sample.start : sample.end]
-        special += sum(token in special_ids for token in trained)
+        special += sum(map(special_ids.__contains__, trained))
         end = min(sample.end, num_thinking(sample.rollout_id))
         thinking += max(0, end - sample.start)
     return {"diag/special_frac": special / total, "diag/thinking_frac": thinking / total}

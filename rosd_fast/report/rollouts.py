@@ -142,11 +142,13 @@ def token_texts(pieces: Sequence[bytes]) -> list[str]:
     A character that spans several tokens belongs to the token with its last byte. Bytes that are
     not UTF-8 become U+FFFD.
     """
-    decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
-    texts = [decoder.decode(piece) for piece in pieces]
-    if texts:
+    try:  # nearly always each token is text by itself
+        return [piece.decode() for piece in pieces]
+    except UnicodeDecodeError:
+        decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        texts = [decoder.decode(piece) for piece in pieces]
         texts[-1] += decoder.decode(b"", final=True)
-    return texts
+        return texts
 
 
 def _problem_row(problem: Problem) -> dict[str, Any]:

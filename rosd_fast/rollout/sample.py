@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
@@ -70,7 +71,10 @@ async def stream_groups(
     }
     async for generations in engine.stream(requests, on_tokens=on_tokens):
         problem, request = asked[generations[0].request_id]
-        yield collect_groups([problem], [request], generations, chat=chat)[0]
+        (group,) = await asyncio.to_thread(
+            collect_groups, [problem], [request], generations, chat=chat
+        )
+        yield group
 
 
 def sampling_params(config: SampleConfig, stop_token_ids: Sequence[int]) -> SamplingParams:

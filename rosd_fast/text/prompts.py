@@ -7,10 +7,14 @@ Templates are filled in one pass, so text that a model wrote is never read as a 
 from __future__ import annotations
 
 import re
+from bisect import bisect_right
 from collections.abc import Callable, Mapping
 
 PLACEHOLDER = re.compile(r"\{([A-Za-z_]\w*)\}")
 ELLIPSIS = " [...] "  # replaces the middle of a text that was cut
+SLACK = 512  # a cut prompt may be 1/512 shorter than the longest that fits
+MARGIN = 64  # tokens by which a size may be wrong about a prompt that is nearly short enough
+MAX_GUESSES = 6  # cuts chosen by their size, before the rest is bisected
 
 
 def placeholders(template: str) -> set[str]:
@@ -40,25 +44,54 @@ def cut_middle(text: str, keep: int) -> str:
 
 
 def fit_prompt(
-    render: Callable[[int], tuple[int, ...]], *, longest: int, max_tokens: int
+    render: Callable[[int], tuple[int, ...]],
+    *,
+    longest: int,
+    max_tokens: int,
+    size: Callable[[int], int],
 ) -> tuple[int, tuple[int, ...]] | None:
     """(characters kept, ids) of the prompt with the longest texts that fit `max_tokens`.
 
-    `render(keep)` is the prompt with its texts cut to `keep` characters each; `longest` is the
-    length of the longest text, so `render(longest)` cuts nothing. None when not even one character
-    fits.
+    `size` only chooses which prompt to render; its ids decide whether it fits. A prompt that fits
+    whole is never cut, and a cut one is at most `max_tokens` // 512 tokens shorter than the longest
+    that fits. None when not even one character fits.
+
+    render: the prompt with its texts cut to so many characters each.
+    longest: the length of the longest text, so `render(longest)` cuts nothing.
+    size: about how many tokens the texts have when they are cut to so many characters each, plus
+        or minus a number that all cuts have in common; it may not fall.
     """
-    ids = render(longest)
-    if len(ids) <= max_tokens:
-        return longest, ids
-    if longest <= 1 or len(best := render(1)) > max_tokens:
-        return None
-    low, high = 1, longest  # low fits, high does not
-    while high - low > 1:
-        middle = (low + high) // 2
-        ids = render(middle)
+    tolerance, margin = max_tokens // SLACK, max_tokens // SLACK + MARGIN
+    best, fixed = None, 0  # fixed: tokens besides the texts
+    if longest > 1 and size(longest) > max_tokens // 2:
+        best = render(1)
+        fixed = len(best) - size(1)
+    untried = fixed + size(longest) > max_tokens + margin
+    if not untried:
+        ids = render(longest)
         if len(ids) <= max_tokens:
-            low, best = middle, ids
+            return longest, ids
+    if longest <= 1:
+        return None
+    best = best or render(1)
+    if len(best) > max_tokens:
+        return None
+    low, high = 1, longest + untried  # low fits; high does not, or cuts nothing more
+    fixed, tries = len(best) - size(1), 0
+    while high - low > 1 and len(best) < max_tokens - tolerance:
+        keep = (low + high) // 2
+        if tries < MAX_GUESSES:
+            room = max_tokens - tolerance // 2 - fixed
+            keep = low + max(1, bisect_right(range(low + 1, high), room, key=size))
+        ids = render(keep)
+        fixed = len(ids) - size(keep)
+        tries += 1
+        if len(ids) <= max_tokens:
+            low, best = keep, ids
         else:
-            high = middle
+            high = keep
+    if low < longest < high and fixed + size(longest) <= max_tokens + margin:
+        ids = render(longest)
+        if len(ids) <= max_tokens:
+            return longest, ids
     return low, best

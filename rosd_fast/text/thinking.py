@@ -19,6 +19,7 @@ from typing import Any
 from rosd_fast.text.decode import decode
 from rosd_fast.text.token_bytes import TokenBytes
 
+HEAD_TOKENS = 64  # nearly always tell whether a completion begins with a tag
 BLANK_LINE = re.compile(rb"\n[ \t\r]*\n\s*")
 
 
@@ -92,6 +93,10 @@ class Thinking:
     def _by_text(self, ids: Sequence[int], tags: Tags, *, opened: bool) -> int:
         if not opened and tags is not THINK:
             return 0
+        if not opened:
+            head = decode(self._tokenizer, ids[:HEAD_TOKENS]).lstrip()
+            if len(head) > len(tags.opening) and not head.startswith(tags.opening):
+                return 0
         text = decode(self._tokenizer, ids)
         if not opened and not text.lstrip().startswith(tags.opening):
             return 0
@@ -112,6 +117,12 @@ def _by_ids(ids: Sequence[int], opening: list[int], closing: list[int], *, opene
 
 def _last(ids: Sequence[int], part: list[int]) -> int:
     """The last place of `part` in `ids`; -1: it does not occur."""
-    size = len(part)
-    places = range(len(ids) - size, -1, -1)
-    return next((at for at in places if list(ids[at : at + size]) == part), -1)
+    backwards, wanted, at = ids[::-1], part[::-1], 0
+    while True:
+        try:  # `index` compares in C, ten times faster than a loop over all places
+            at = backwards.index(wanted[0], at)
+        except ValueError:
+            return -1
+        if [*backwards[at : at + len(wanted)]] == wanted:
+            return len(ids) - at - len(wanted)
+        at += 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from itertools import accumulate
 
 import pytest
 from hypothesis import given
@@ -11,6 +12,7 @@ from hypothesis import strategies as st
 
 from rosd_fast.text.prompts import (
     ELLIPSIS,
+    SLACK,
     cut_middle,
     fill_template,
     fit_prompt,
@@ -50,10 +52,18 @@ def test_cut_middle_keeps_both_ends(text, keep):
             assert 0 <= len(head) - len(tail) <= 1
 
 
-@given(longest=st.integers(0, 60), budget=st.integers(0, 80), fixed=st.integers(0, 30))
-def test_fit_prompt_keeps_as_much_as_fits(longest, budget, fixed):
+@given(
+    longest=st.integers(0, 60),
+    budget=st.integers(0, 80),
+    fixed=st.integers(0, 30),
+    density=st.floats(0, 3),
+)
+def test_fit_prompt_keeps_as_much_as_fits(longest, budget, fixed, density):
     fitted = fit_prompt(
-        lambda keep: (7,) * (fixed + min(keep, longest)), longest=longest, max_tokens=budget
+        lambda keep: (7,) * (fixed + min(keep, longest)),
+        longest=longest,
+        max_tokens=budget,
+        size=lambda keep: int(density * min(keep, longest)),
     )
     room = budget - fixed
     if room >= longest:
@@ -62,6 +72,44 @@ def test_fit_prompt_keeps_as_much_as_fits(longest, budget, fixed):
         assert fitted == (room, (7,) * budget)
     else:
         assert fitted is None
+
+
+@given(
+    tokens=st.lists(st.integers(0, 9), min_size=1, max_size=300),
+    budget=st.integers(1, 6000),
+    density=st.floats(0, 2),
+)
+def test_a_wrong_size_costs_renders_and_nothing_else(tokens, budget, density):
+    """Runs of characters that have no token, one, or several."""
+    total = [0, *accumulate(count * 11 // 3 for count in tokens)]
+    sizes = [0, *accumulate(int(density * 3) for _ in tokens)]
+    kept, ids = fit_prompt(
+        lambda keep: (7,) * total[keep],
+        longest=len(tokens),
+        max_tokens=budget,
+        size=lambda keep: sizes[keep],
+    ) or (0, ())
+    assert len(ids) == total[kept] <= budget
+    if total[-1] <= budget:
+        assert kept == len(tokens)
+    elif kept:
+        most = max(count for count in total if count <= budget)
+        assert most - len(ids) <= budget // SLACK
+    else:
+        assert total[1] > budget
+
+
+def test_one_render_is_enough_where_the_sizes_are_right():
+    tried = []
+
+    def render(keep):
+        tried.append(keep)
+        return (7,) * (100 + keep)
+
+    fitted = fit_prompt(render, longest=9000, max_tokens=4096, size=lambda keep: keep)
+    assert fitted is not None
+    kept, ids = fitted
+    assert tried == [1, kept] and 4096 - 4096 // SLACK <= len(ids) <= 4096
 
 
 def test_the_pure_modules_do_not_import_torch():

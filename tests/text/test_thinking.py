@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from rosd_fast.config import ChatConfig
 from rosd_fast.config.chat import make_chats
 from rosd_fast.text.decode import decode
-from rosd_fast.text.thinking import THINK, Thinking
+from rosd_fast.text.thinking import THINK, Thinking, _last
 from rosd_fast.types import Rollout
 from tests.chat_templates import OPENED, SWITCHED, THINK_TOKENS, with_channels, with_template
 from tests.made_tokenizers import words
@@ -117,3 +119,23 @@ def test_thinking_that_the_students_prompt_opens_counts(tokenizer: Any) -> None:
     assert chats.shown(sampled)[0] == "So 4."
     other.chat_template = SWITCHED  # whose prompt does not open thinking
     assert make_chats(ChatConfig(thinking="strip"), other).shown(sampled)[0] == sampled.text
+
+
+@given(ids=st.lists(st.integers(0, 2), max_size=12), part=st.lists(st.integers(0, 2), min_size=1))
+def test_the_last_place_of_a_tag(ids: list[int], part: list[int]) -> None:
+    places = [at for at in range(len(ids)) if ids[at : at + len(part)] == part]
+    assert _last(tuple(ids), part) == max(places, default=-1)
+
+
+@pytest.mark.parametrize("blanks", [0, 5, 200])
+def test_a_tag_in_text_may_follow_blanks(blanks: int, smollm2_tokenizer: Any) -> None:
+    """The first tokens tell whether thinking is opened, unless they are all blank."""
+    thinking = Thinking(smollm2_tokenizer)
+    before = smollm2_tokenizer.encode("\n", add_special_tokens=False) * blanks
+
+    def number(text: str) -> int:
+        ids = [*before, *smollm2_tokenizer.encode(text, add_special_tokens=False)]
+        return thinking.num_tokens(ids, opened=None)
+
+    assert number("<think>2 + 2</think>4") > blanks
+    assert number("<thin") == number("") == number("4 <think>2</think>") == 0

@@ -126,6 +126,12 @@ def family(capability: int) -> int:
     return {9: 90, 10: 100, 11: 100}.get(capability // 10, 80)
 
 
+def shared_limit(capability: int) -> int:
+    """What a block of a device may take; of a device that is not known, what its kind has."""
+    kind = family(capability)
+    return SHARED_BYTES.get(capability, SHARED_BYTES[86 if kind == 80 else kind])
+
+
 @cache
 def is_old_triton() -> bool:
     """Whether Triton is older than OLD_TRITON."""

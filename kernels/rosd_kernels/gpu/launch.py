@@ -12,6 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rosd_kernels.gpu.configs import LEAN_WIDTH, Config, Kernel, Precision, has_tma, select
 from rosd_kernels.gpu.modes import INTERPRETED
+from rosd_kernels.gpu.tuned import tuned
 
 # Few, so that programs in the interpreter loop several times, as they do on a device.
 INTERPRETED_PROGRAMS = 3
@@ -46,15 +47,13 @@ class Gemm:
         narrow = not cast and a.dtype in NARROW
         precision = "narrow" if narrow else float32_precision()
         aligned = all(_is_aligned(operand) for operand in operands)
-        use_tma = has_tma(capability(a.device)) and order is None and aligned
+        device = capability(a.device)
+        use_tma = has_tma(device) and order is None and aligned
         even = all(operand.shape[1] % LEAN_WIDTH == 0 for operand in operands)
+        lean = aligned and even and not extras
         return cls(
-            config=select(
-                kernel,
-                capability(a.device),
-                precision,
-                lean=aligned and even and not extras,
-            ),
+            config=tuned(kernel, device, precision, lean=lean)
+            or select(kernel, device, precision, lean=lean),
             precision="ieee" if narrow else precision,
             cast=cast,
             use_tma=use_tma,

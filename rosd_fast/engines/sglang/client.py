@@ -10,14 +10,18 @@ The first two are worth a retry. SGLang reports errors in three JSON shapes; `me
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
 import aiohttp
 
+from rosd_fast.engines.sglang.answers import read_json
+
 BUSY, BROKEN = {429, 503}, {500, 502, 504}
 MAX_MESSAGE = 300  # characters of an error message that are shown
 CONNECT_S = 10.0
+LARGE_BYTES = 2**16  # answers from this size on are read in a thread
 
 
 class ServerError(Exception):
@@ -101,7 +105,9 @@ class Endpoint:
         if not data.strip():
             return None
         try:
-            return json.loads(data)
+            if len(data) < LARGE_BYTES:
+                return read_json(data)
+            return await asyncio.to_thread(read_json, data)
         except ValueError:
             raise Unreachable(self.url, f"the answer to {path} is not complete JSON") from None
 
