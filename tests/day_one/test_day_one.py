@@ -141,7 +141,11 @@ def test_without_a_gpu_a_line_says_so(tmp_path: Path) -> None:
 def test_caches_and_temporary_files_go_to_the_folder_of_results(tmp_path: Path) -> None:
     found = main.environment(STAGES[1], "cpu", tmp_path)
     inside = [name for name, value in found.items() if str(tmp_path) in value]
-    assert {"TMPDIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH", "HF_HOME", "MPLCONFIGDIR"} <= {*inside}
+    assert {"TRITON_CACHE_DIR", "CUDA_CACHE_PATH", "HF_HOME", "MPLCONFIGDIR"} <= {*inside}
+    long = main.environment(STAGES[1], "cpu", tmp_path / ("x" * 70))
+    short = main.environment(STAGES[1], "cpu", Path("/tmp/x"))
+    assert short["TMPDIR"] == "/tmp/x/work/tmp"
+    assert long.get("TMPDIR") == os.environ.get("TMPDIR")
     assert found["PYTHONDONTWRITEBYTECODE"] == "1"
     assert found["HF_HUB_OFFLINE"] == found["PIP_NO_INDEX"] == "1"
 
