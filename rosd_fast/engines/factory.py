@@ -19,6 +19,8 @@ from rosd_fast.engines.sglang.engine import SglangEngine
 from rosd_fast.engines.sglang.pool import ServerHandle
 from rosd_fast.engines.sglang.process import ManagedServer, ServerSpec, find_python, split_gpus
 from rosd_fast.engines.sglang.served_weights import ServedWeights
+from rosd_fast.engines.sglang.states_hook import FOLDER_VARIABLE
+from rosd_fast.engines.sglang.states_plugin import make_states_folder, write_plugin
 from rosd_fast.engines.sglang.teacher import SERVER_ARGS, SglangTeacher
 from rosd_fast.engines.sglang.weight_sync import DiskSync, WeightSync
 from rosd_fast.engines.weight_check import allowed_gap
@@ -193,6 +195,11 @@ def open_sglang_teacher(
     teacher, options = config.teacher, config.engine
     if teacher.backend != "sglang":
         return None
+    states_folder, environment = None, ()
+    if not teacher.url:
+        states_folder = make_states_folder(servers_folder(run_folder))
+        plugin = write_plugin(servers_folder(run_folder) / "plugin")
+        environment = (("PYTHONPATH", str(plugin)), (FOLDER_VARIABLE, str(states_folder)))
     return SglangTeacher(
         server_handles(
             config,
@@ -203,8 +210,10 @@ def open_sglang_teacher(
             names=["teacher"],
             gpus=teacher.gpus,
             args=(*SERVER_ARGS, *shlex.split(teacher.server_args)),
+            environment=environment,
         ),
         hidden_size=model.hidden_size,
+        states_folder=states_folder,
         concurrency=options.concurrency,
         max_failures=options.max_failures,
         request_timeout_s=options.request_timeout_s,
@@ -222,12 +231,14 @@ def server_handles(
     names: Sequence[str],
     gpus: str,
     args: Sequence[str],
+    environment: tuple[tuple[str, str], ...] = (),
 ) -> list[ServerHandle]:
     """Return the servers at `urls`, or where there are no URLs, a managed server for each name.
 
     No server is started yet.
 
     source: the name of the model that they serve, as in the option `model`. model: as loaded.
+    environment: more variables of managed servers.
     """
     options = config.engine
     servers: list[ManagedServer | Endpoint]
@@ -248,6 +259,7 @@ def server_handles(
                     args=(*rope, *grammar_args(model), *args),
                     start_timeout_s=options.start_timeout_s,
                     gpus=share,
+                    environment=environment,
                 ),
                 servers_folder(run_folder) / name,
             )

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import torch
@@ -89,12 +90,17 @@ class ShardedModel(PolicyModel):
                 targets[name].copy_(weight)
 
     @torch.no_grad()
-    def load_shards(self, source: PreTrainedModel | None) -> None:
+    def load_shards(self, source: PreTrainedModel | None, there: Collection[str] = ()) -> None:
         """Give each rank its shards of the weights of `source`, rank 0's full model. A
-        collective."""
+        collective.
+
+        there: the names of the parameters whose shards are there already.
+        """
         weights = None if source is None else dict(source.named_parameters())
         for name, parameter in self.module.named_parameters():
             assert isinstance(parameter, DTensor)
+            if name in there:
+                continue
             device = parameter.device_mesh.device_type
             weight = (
                 torch.empty(parameter.shape, dtype=parameter.dtype, device=device)

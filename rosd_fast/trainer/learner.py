@@ -31,6 +31,7 @@ from rosd_fast.model.head import Head, head
 from rosd_fast.model.layouts import packed_forward
 from rosd_fast.model.policy import PolicyModel
 from rosd_fast.model.release import allocate_parameters, release_parameters
+from rosd_fast.model.shard_files import read_shards
 from rosd_fast.model.token_rows import token_rows
 from rosd_fast.model.vocab_parallel import GatheredTokens, check_shardable
 from rosd_fast.trainer.agreement import agreement_of, with_rows_before
@@ -193,7 +194,7 @@ class Learner:
             if self.vocab_parallel
             else self.vocab_size
         )
-        self.order = vocabulary_order(config.loss, self._num_rows)
+        self.order = vocabulary_order(config.loss, self._num_rows, model.device)
         self.num_skipped = 0
         self._shards: dict[int | None, Shards] = {}  # held ones by number; None: the current ones
         if world.mesh is not None:
@@ -412,7 +413,8 @@ class Learner:
             offload=offload,
             vocab_parallel=self.vocab_parallel,
         )
-        sharded.load_shards(model if self.world.is_rank0 else None)
+        full = model if self.world.is_rank0 else None
+        sharded.load_shards(full, read_shards(sharded.module, full, self.world))
         return sharded
 
     def _backward(self, batch: PackedBatch, server_states: Tensor | None, total: int) -> Computed:

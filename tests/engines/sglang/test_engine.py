@@ -363,6 +363,33 @@ def test_new_weights_wait_for_requests_in_flight(tmp_path: Path) -> None:
     with_fakes(tmp_path, test, FakeSglang())
 
 
+def test_new_weights_are_written_while_requests_run_and_a_restart_gets_the_old_ones(
+    tmp_path: Path,
+) -> None:
+    """A server that lost its weights meanwhile loads the version that is sampled with."""
+    fake = FakeSglang()
+
+    async def test(setting: Setting) -> None:
+        engine = setting.engine
+        fake.delay_s = {"step1/p0": 0.6}
+        in_flight = asyncio.create_task(engine.generate([make_request(0)]))
+        await asyncio.sleep(0.1)
+        loading = asyncio.create_task(engine.load_weights(WEIGHTS, version=1))
+        while not (tmp_path / "weights" / "v000001").exists():
+            await asyncio.sleep(0.01)
+        assert not in_flight.done() and engine.policy_version == 0
+        engine.servers[0].tag = None  # as after a restart
+        [one, _] = await engine.generate([make_request(1)])
+        assert one.policy_version == 0 and not loading.done()
+        assert [Path(folder).name for folder in fake.folders] == ["v000000", "v000000"]
+        await loading
+        assert {item.policy_version for item in await in_flight} == {0}
+        assert Path(fake.folders[-1]).name == "v000001" and engine.policy_version == 1
+        assert [path.name for path in (tmp_path / "weights").iterdir()] == ["v000001"]
+
+    with_fakes(tmp_path, test, fake)
+
+
 def test_weight_folder_holds_the_complete_newest_version(tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()

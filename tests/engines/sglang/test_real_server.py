@@ -665,11 +665,12 @@ def test_a_server_that_returns_no_states_is_refused(
 ) -> None:
     """The error says how to start it."""
     url, key = server
+    limits: dict[str, Any] = LIMITS | {"max_failures": 2}
     teacher = SglangTeacher(
         [ServerHandle(Endpoint(url, api_key=key), name=url, **WATCH)],
         hidden_size=model.model.config.hidden_size,
-        **LIMITS | {"max_failures": 2},
         note=print,
+        **limits,
     )
 
     async def run() -> None:

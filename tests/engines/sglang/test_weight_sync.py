@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Coroutine
+import threading
+from collections.abc import Callable, Coroutine, Iterator
 from typing import Any
 
 import pytest
@@ -17,7 +18,7 @@ from rosd_fast.engines.sglang.client import Endpoint, Unreachable
 from rosd_fast.engines.sglang.engine import SglangEngine
 from rosd_fast.engines.sglang.pool import ServerHandle
 from rosd_fast.errors import RunFailed, UserError
-from rosd_fast.model.weight_stream import WholeWeights
+from rosd_fast.model.weight_stream import WeightStream, WholeWeights
 from rosd_fast.types import GenerationRequest, SamplingParams
 from tests.engines.sglang.fake_sglang import ENGINE, WATCH, FakeSglang
 
@@ -183,6 +184,81 @@ def test_the_engine_samples_with_broadcast_weights() -> None:
     notes: list[str] = []
     with_servers(test, fake)
     assert not notes
+
+
+class Counted(WeightStream):
+    """Weights in buckets of two tensors; counts its passes and the buckets that were asked for."""
+
+    def __init__(self, weights: dict[str, Tensor]) -> None:
+        self._whole = WholeWeights(weights)
+        self.specs, self.on_gpu = self._whole.specs, False
+        self.passes = self.asked = 0
+
+    def buckets(self) -> Iterator[dict[str, Tensor]]:
+        self.passes += 1
+        items = list(self._whole.whole().items())
+        for start in range(0, len(items), 2):
+            self.asked += 1
+            yield dict(items[start : start + 2])
+
+    def held(self) -> WeightStream:
+        return self
+
+
+def test_servers_that_wait_share_a_pass() -> None:
+    """Three servers get the weights in at most two passes, of which one fails in the middle."""
+    fakes = FakeSglang(), FakeSglang(), FakeSglang()
+    fakes[1].break_at = "fail"
+    weights = make_weights(0)
+    stream = Counted(weights)
+
+    async def test(sync: DistributedSync, servers: list[ServerHandle]) -> None:
+        sync.stage(stream, 0)
+        pushes = [sync.push(handle, "run-0", 0) for handle in servers]
+        results = await asyncio.gather(*pushes, return_exceptions=True)
+        assert [isinstance(result, Unreachable) for result in results] == [False, True, False]
+        for fake in (fakes[0], fakes[2]):
+            assert_received(fake, weights, "run-0")
+        assert stream.passes <= 2
+        before = stream.passes
+        await sync.push(servers[1], "run-0", 0)
+        assert_received(fakes[1], weights, "run-0")
+        assert stream.passes == before + 1
+
+    with_servers(test, *fakes)
+
+
+def test_versions_are_kept_until_they_are_stale() -> None:
+    """While a new version is staged, a server can still get the one before."""
+    fake = FakeSglang()
+
+    async def test(sync: DistributedSync, servers: list[ServerHandle]) -> None:
+        old, new = make_weights(0), make_weights(1)
+        sync.stage(WholeWeights(old), 0)
+        sync.stage(WholeWeights(new), 1)
+        await sync.push(servers[0], "run-0", 0)
+        assert_received(fake, old, "run-0")
+        await sync.push(servers[0], "run-1", 1)
+        assert_received(fake, new, "run-1")
+        sync.discard_stale()
+        assert list(sync._staged) == [1]
+
+    with_servers(test, fake)
+
+
+def test_a_source_that_fails_ends_the_run_and_no_thread_is_left() -> None:
+    class Broken(Counted):
+        def buckets(self) -> Iterator[dict[str, Tensor]]:
+            yield from list(super().buckets())[:1]
+            raise ValueError("no more shards")
+
+    async def test(sync: DistributedSync, servers: list[ServerHandle]) -> None:
+        sync.stage(Broken(make_weights(0)), 0)
+        with pytest.raises(ValueError, match="no more shards"):
+            await sync.push(servers[0], "run-0", 0)
+
+    with_servers(test, FakeSglang())
+    assert not [t for t in threading.enumerate() if t.name.startswith("weights")]
 
 
 @given(

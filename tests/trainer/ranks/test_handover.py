@@ -1,4 +1,4 @@
-"""Weights leave a sharded student bucket by bucket, byte for byte as from the whole model."""
+"""Weights leave a sharded student bucket by bucket, and reach it from files, without any change."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from tests.launch import module_command
 from tests.trainer.ranks.test_ranks import ROOT
 
 
-def run(ranks: int, out: Path, *args: str) -> None:
+def run(ranks: int, out: Path, *args: str, module: str = "handover") -> None:
     result = subprocess.run(
-        module_command(ranks, "tests.trainer.ranks.handover", out, *args),
+        module_command(ranks, f"tests.trainer.ranks.{module}", out, *args),
         cwd=ROOT,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
@@ -45,3 +45,34 @@ def test_every_case(tmp_path: Path, ranks: int) -> None:
     run(ranks, tmp_path / "more", *(["--shard-size", "2"] if ranks == 4 else []))
     one, more = first_weights(tmp_path / "one"), first_weights(tmp_path / "more")
     assert len(one) == 10 and one == more
+
+
+def counts(ranks: int, out: Path, *args: str) -> dict[str, tuple[int, ...]]:
+    """By case: how many of the student's parameters were read, of how many, in how many models."""
+    run(ranks, out, *args, module="loading")
+    return {
+        path.name: tuple(int(n) for n in path.read_text().split())
+        for path in out.iterdir()
+        if path.is_file()
+    }
+
+
+@pytest.mark.parametrize("ranks", [2, pytest.param(3, marks=pytest.mark.slow)])
+def test_each_rank_reads_its_shards_from_the_files(tmp_path: Path, ranks: int) -> None:
+    """All but what the files do not have as it is: adapters, and experts, which are fused."""
+    found = counts(ranks, tmp_path)
+    for case in ("whole", "tied", "rows"):
+        read, total, models = found[case]
+        assert read == total > 10 and models == 2  # and as much for the teacher
+    read, total, _ = found["lora"]
+    assert total - read == 28  # of 7 layers in each of 2 blocks
+    read, total, _ = found["experts"]
+    assert total - read == 4
+    read, total, _ = found["changed"]
+    assert total - read == 1
+
+
+@pytest.mark.slow
+def test_a_rank_with_other_files_gets_all_shards_sent(tmp_path: Path) -> None:
+    found = counts(2, tmp_path, "--other-files")
+    assert {read for read, _, _ in found.values()} == {0}
