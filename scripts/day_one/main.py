@@ -30,7 +30,10 @@ from rosd_fast.files import write_atomic
 
 TREE = Path(__file__).parents[2]
 JSON, PAGE, SITE = "day_one.json", "day_one.md", "site"
-SOURCES = ("rosd_fast/**/*.py", "kernels/**/*.py", "kernels/**/*.json", "scripts/day_one/**/*.py")
+SOURCES = (
+    *("rosd_fast/**/*.py", "rosd_fast/**/*.toml", "kernels/**/*.py", "kernels/**/*.json"),
+    "scripts/day_one/**/*.py",
+)
 BAD_CALL = 2
 LONGEST_TMPDIR = 70  # a socket in a temporary folder has a path of at most 107 characters
 FLOOR_S = 45.0  # of a stage's time: a first import of torch may take half of it
@@ -45,6 +48,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         (out / "work" / "tmp").mkdir(parents=True, exist_ok=True)
         needs = prepare(args.wheels, out, args.device)
+    except OSError as error:
+        print(f"gpu_day_one: {out} cannot be written: {error.strerror}", file=sys.stderr)
+        return BAD_CALL
     except UsageError as error:
         print(f"gpu_day_one: {error}", file=sys.stderr)
         return BAD_CALL
@@ -207,9 +213,10 @@ def commit() -> str:
 def environment(entry: Entry, device: str, out: Path) -> dict[str, str]:
     """The variables of a stage's process: caches in `out`, no network, no writes elsewhere."""
     work = out / "work"
+    inherited = list(filter(None, [os.environ.get("PYTHONPATH")]))
     path = [TREE / "scripts", TREE, TREE / "kernels", out / SITE]
     names = {
-        "PYTHONPATH": os.pathsep.join(map(str, path)),
+        "PYTHONPATH": os.pathsep.join([*map(str, path), *inherited]),
         # The machine's compiled modules are read, and none are written beside them.
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONUNBUFFERED": "1",
@@ -226,12 +233,12 @@ def environment(entry: Entry, device: str, out: Path) -> dict[str, str]:
     drop = {"TRITON_INTERPRET", "ROSD_KERNELS_BACKEND"}
     if len(str(work / "tmp")) <= LONGEST_TMPDIR:
         names["TMPDIR"] = str(work / "tmp")
-    inherited = {name: value for name, value in os.environ.items() if name not in drop}
+    others = {name: value for name, value in os.environ.items() if name not in drop}
     if device == "cpu":
         names["CUDA_VISIBLE_DEVICES"] = ""
         if entry.interpreted and version("triton"):
             names |= {"TRITON_INTERPRET": "1", "ROSD_KERNELS_BACKEND": "triton"}
-    return inherited | names
+    return others | names
 
 
 def report(result: Result) -> None:

@@ -118,6 +118,13 @@ def test_a_wrong_call_is_one_clear_line(tmp_path: Path, arguments: list[str], te
     assert text in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = run("--device", "cpu", "--out", tmp_path / "file" / "out")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "cannot be written: Not a directory" in done.stderr
+
+
 def test_a_python_without_torch_is_refused(tmp_path: Path) -> None:
     """A bare Python: what is missing is named, with what to do."""
     bare = tmp_path / "bare"
