@@ -14,6 +14,7 @@ from typing import Any
 
 from setuptools import setup
 
+HEADERS = ("active", "arguments", "checks", "logits", "logprob", "stats", "terms")
 FLAGS = {
     "AVX512": ["-mavx512f", "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx2", "-mfma", "-mf16c"],
     "AVX2": ["-mavx2", "-mfma", "-mf16c"],
@@ -52,8 +53,8 @@ def extension() -> dict[str, Any]:
     defines = [f"-DCPU_CAPABILITY={capability}", f"-DCPU_CAPABILITY_{capability}"]
     module = CppExtension(
         f"rosd_kernels._C_{capability}",
-        ["csrc/ops.cpp"],
-        depends=[f"csrc/{name}.h" for name in ("checks", "logits", "logprob", "stats", "terms")],
+        ["csrc/ops.cpp", "csrc/active_ops.cpp"],
+        depends=[f"csrc/{name}.h" for name in HEADERS],
         extra_compile_args=[
             *("-O3", "-std=c++20", "-fopenmp", "-fno-math-errno", "-fno-trapping-math"),
             "-Wno-maybe-uninitialized",  # in the vector headers of GCC 12

@@ -41,11 +41,11 @@ from rosd_fast.config import Config
 from rosd_fast.config.load import apply_args, load_preset
 from rosd_fast.engines.base import RolloutEngine
 from rosd_fast.engines.lifecycle import Engines
+from rosd_fast.engines.sglang.broadcast_sync import DistributedSync
 from rosd_fast.engines.sglang.client import Endpoint
 from rosd_fast.engines.sglang.engine import SglangEngine
 from rosd_fast.engines.sglang.pool import ServerHandle
 from rosd_fast.engines.sglang.process import ManagedServer
-from rosd_fast.engines.sglang.weight_sync import DistributedSync
 from rosd_fast.engines.weight_check import token_logprobs
 from rosd_fast.pipeline import sample_and_annotate
 from rosd_fast.report.progress import Hidden

@@ -13,6 +13,14 @@ inline void check_matrix(const char* name, const at::Tensor& tensor) {
       ", want [R, C] with columns side by side");
 }
 
+inline void check_same(
+    const char* name, const at::Tensor& tensor, const char* other, const at::Tensor& wanted) {
+  TORCH_CHECK_VALUE(
+      tensor.sizes() == wanted.sizes() && tensor.scalar_type() == wanted.scalar_type(), name,
+      ": got ", tensor.scalar_type(), " of shape ", tensor.sizes(), ", want that of ", other, ", ",
+      wanted.scalar_type(), " of shape ", wanted.sizes());
+}
+
 inline void check_vector(
     const char* name, const at::Tensor& tensor, int64_t size, at::ScalarType dtype) {
   TORCH_CHECK_VALUE(

@@ -2,46 +2,18 @@
 // the rows; one thread sums a row in a fixed sequence, so equal calls give equal bits for any
 // number of threads. GEMMs are torch's own; fake implementations and callers are in Python.
 
-#include "checks.h"
+#include "arguments.h"
 #include "logprob.h"
 #include "stats.h"
-#include "terms.h"
 
 #include <ATen/Dispatch.h>
-#include <ATen/Parallel.h>
-#include <ATen/core/Tensor.h>
 #include <ATen/ops/empty.h>
 #include <torch/library.h>
 
-#include <optional>
 #include <tuple>
 
 namespace rosd {
 namespace {
-
-using at::Tensor;
-
-// A thread gets at least this many entries.
-constexpr int64_t kGrain = 16384;
-
-int64_t rows_per_thread(int64_t columns) {
-  return std::max<int64_t>(1, kGrain / std::max<int64_t>(1, columns));
-}
-
-template <typename scalar_t>
-LogitTransform<scalar_t> transform_of(
-    const char* name,
-    const std::optional<Tensor>& bias,
-    const Tensor& logits,
-    std::optional<double> softcap,
-    double temperature) {
-  if (bias.has_value()) {
-    check_vector(name, *bias, logits.size(1), logits.scalar_type());
-  }
-  return {
-      bias.has_value() ? bias->const_data_ptr<scalar_t>() : nullptr,
-      static_cast<scalar_t>(softcap.value_or(0)), static_cast<scalar_t>(temperature)};
-}
 
 // Statistics of each tile of each row ([4, R, T]: lse, max, min, entropy), and the scaled logit at
 // `columns` ([R]; 0 where it is -1, [0] without columns).
@@ -137,10 +109,7 @@ Tensor terms_(
     double temperature) {
   check_matrix("student", student);
   check_matrix("teacher", teacher);
-  TORCH_CHECK_VALUE(
-      teacher.sizes() == student.sizes() && teacher.scalar_type() == student.scalar_type(),
-      "teacher: got ", teacher.scalar_type(), " of shape ", teacher.sizes(), ", want ",
-      student.scalar_type(), " of shape ", student.sizes());
+  check_same("teacher", teacher, "student", student);
   check_vector("student_lse", student_lse, student.size(0), student.scalar_type());
   check_vector("teacher_lse", teacher_lse, student.size(0), student.scalar_type());
   Tensor result = at::empty({2, student.size(0)}, student.options());
@@ -151,30 +120,13 @@ Tensor terms_(
         transform_of<scalar_t>("teacher_bias", teacher_bias, teacher, softcap, temperature);
     const Options<scalar_t> options{
         static_cast<scalar_t>(beta), static_cast<scalar_t>(entry_clip.value_or(0))};
-    const auto run = [&]<Divergence D, bool CLIP, bool SOFTCAP>() {
-      run_terms<scalar_t, D, CLIP, SOFTCAP>(
-          student, teacher, of_student, of_teacher, student_lse.const_data_ptr<scalar_t>(),
-          teacher_lse.const_data_ptr<scalar_t>(), options, result.data_ptr<scalar_t>());
-    };
-    const auto with_flags = [&]<Divergence D>() {
-      if (entry_clip.has_value()) {
-        softcap.has_value() ? run.template operator()<D, true, true>()
-                            : run.template operator()<D, true, false>();
-      } else {
-        softcap.has_value() ? run.template operator()<D, false, true>()
-                            : run.template operator()<D, false, false>();
-      }
-    };
-    switch (static_cast<Divergence>(divergence)) {
-      case Divergence::forward_kl:
-        return with_flags.template operator()<Divergence::forward_kl>();
-      case Divergence::reverse_kl:
-        return with_flags.template operator()<Divergence::reverse_kl>();
-      case Divergence::jsd:
-        return with_flags.template operator()<Divergence::jsd>();
-      default:
-        TORCH_CHECK_VALUE(false, "divergence: got ", divergence, ", want 0, 1 or 2");
-    }
+    dispatch_divergence(
+        divergence, entry_clip.has_value(), softcap.has_value(),
+        [&]<Divergence D, bool CLIP, bool SOFTCAP>() {
+          run_terms<scalar_t, D, CLIP, SOFTCAP>(
+              student, teacher, of_student, of_teacher, student_lse.const_data_ptr<scalar_t>(),
+              teacher_lse.const_data_ptr<scalar_t>(), options, result.data_ptr<scalar_t>());
+        });
   });
   return result;
 }

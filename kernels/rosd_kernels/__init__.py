@@ -11,7 +11,8 @@ Ht hidden width of the teacher, R rows (tokens) of a chunk or block.
     records.py      inputs and options (each checked once), output
     logits.py       from raw logits to scaled ones: bias, soft cap, temperature
     reference.py    strategy "reference": plain PyTorch, autograd does the gradient
-    chunked.py      strategy "chunked": dense GEMMs through a bounded workspace (workspace.py)
+    chunked.py      strategy "chunked": dense GEMMs through a bounded workspace (workspace.py); with
+                    a sparsity, gradients of active entries: sparse_chunks.py, active.py, compact.py
     tiled.py        strategy "tiled": tile by tile (tiles.py); sparsity.py selects the tiles that
                     matter, and order.py puts likely entries into the same tiles
     auto.py         strategy "auto": the choice between these two

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from rosd_kernels.auto import choose, kind_of, remember
+from rosd_kernels.auto import choose, remember, start_of
 from rosd_kernels.checks import check_group, check_ids, check_order, check_strategy
 from rosd_kernels.chunked import run_chunked
 from rosd_kernels.records import (
@@ -94,11 +94,13 @@ def span_divergence(
             an entry above the bound has no gradient. The tail's bucket is an entry as well. No
             lower bound is needed: a contribution is at least -1/e in the KLs and at least 0 in
             `jsd`. A clipped KL may be negative. None: no bound.
-        sparsity: "exact", all entries are computed; `entry(eps)` or `mass(tol)`, "tiled" skips
-            tiles of the vocabulary that hold almost no probability, and `stats` reports how much
-            they held (see sparsity.py). "chunked" and "reference" always compute everything.
-        strategy: "chunked", dense GEMMs through a bounded workspace; "tiled", one tile of the
-            vocabulary at a time, and with `sparsity` only those that matter, without `top_k`;
+        sparsity: "exact", all entries are computed; `entry(eps)` or `mass(tol)`, entries of the
+            vocabulary that hold almost no probability have no gradient, and `stats` reports how
+            much they held: "tiled" skips tiles (see sparsity.py), "chunked" single entries (see
+            active.py). "reference", and "chunked" with `top_k` or on a GPU, compute everything.
+        strategy: "chunked", dense GEMMs through a bounded workspace, and with `sparsity` gradients
+            of the entries that matter; "tiled", one tile of the vocabulary at a time, and with
+            `sparsity` only those that matter, without `top_k`;
             "reference", plain PyTorch on whole [N, V] logits, for tests; "auto", see auto.py. They
             agree up to rounding and what `sparsity` skips.
         workspace_mib: bound on all logit-sized buffers together. One row ("chunked") or one tile
@@ -167,16 +169,22 @@ def _run(
             f"top_k: got {options.top_k} with strategy 'tiled', which has no top-k; "
             "want 'chunked' or 'auto'"
         )
-    kind = None
-    if options.top_k is None:
-        heads = inputs.student_head, inputs.teacher_head
-        kind = kind_of("span_divergence", options.sparsity, heads, vocabulary)
-    name = choose(kind) if strategy == "auto" else strategy
+    name, kind = strategy, None
+    if strategy == "auto":
+        name, kind = choose(
+            "span_divergence",
+            options.sparsity if options.top_k is None else Sparsity(),
+            inputs.student_hidden,
+            (inputs.student_head, inputs.teacher_head),
+            inputs.compute_dtype,
+            vocabulary,
+            options.workspace_mib,
+        )
+    start = start_of(kind)
     # Autocast would run in bfloat16 the GEMMs that are in float32 on purpose.
     with torch.autocast(device_type=inputs.student_hidden.device.type, enabled=False):
         output = STRATEGIES[name](inputs, options, vocabulary)
-    if strategy == "auto":
-        remember(kind, output.stats, inputs.num_tokens)
+    remember(kind, output.stats, inputs.num_tokens, start)
     return output
 
 

@@ -12,6 +12,9 @@ with `a_n = weight_n / temperature`, applied where there are H columns and not V
 sweeps over the head, the minimum for dense gradients. Where all inputs are bfloat16, a GPU
 multiplies them without conversion and sums in float32; G and a h are then rounded to bfloat16 too.
 
+With a sparsity, sparse_chunks.py keeps the logits and the first two GEMMs, and restricts the others
+to the entries that matter.
+
 With top-k, a row consists of k buckets and, with a tail, one more for the tail. The gradient of a
 token v of the tail is that of the tail's bucket times `p_v / sum of p over the tail`.
 
@@ -30,7 +33,6 @@ from rosd_kernels.autograd import (
     Computed,
     Gradients,
     Needed,
-    TokenResults,
     differentiable,
     ranges,
     zero_gradients,
@@ -46,7 +48,9 @@ from rosd_kernels.records import (
     SpanOptions,
     SpanStats,
 )
+from rosd_kernels.row_chunks import empty_results, project_sides, store
 from rosd_kernels.rows import RowStats, row_stats
+from rosd_kernels.sparse_chunks import compute_sparse
 from rosd_kernels.vocabulary import Vocabulary
 from rosd_kernels.workspace import Workspace, WorkspacePlan, multiply
 
@@ -55,7 +59,10 @@ def run_chunked(
     inputs: SpanInputs, options: SpanOptions, vocabulary: Vocabulary
 ) -> SpanDivergenceOutput:
     """Compute the divergence in chunks of rows that fit `options.workspace_mib`."""
-    return differentiable(inputs, lambda needed: _compute(inputs, options, vocabulary, needed))
+    is_dense = options.sparsity.rule == "exact" or options.top_k is not None
+    is_dense = is_dense or gpu_rows(inputs.student_hidden, inputs.compute_dtype) is not None
+    compute = _compute if is_dense else compute_sparse
+    return differentiable(inputs, lambda needed: compute(inputs, options, vocabulary, needed))
 
 
 def _compute(
@@ -75,7 +82,7 @@ def _compute(
         is_fused=is_fused and options.top_k is None,
     )
     workspace = Workspace(plan, hidden.device)
-    results = _empty_results(inputs)
+    results = empty_results(inputs)
     gradients = zero_gradients(inputs.students, needed, inputs.compute_dtype)
     transforms = inputs.transforms(options)
     block_divergence = rows_kernel or (
@@ -83,7 +90,7 @@ def _compute(
     )
     for start, stop in ranges(inputs.num_tokens, plan.rows):
         chunk = inputs.rows(start, stop)
-        student, teacher = _project(chunk, workspace)
+        student, teacher = project_sides(chunk, workspace)
         for first, last in ranges(stop - start, plan.block):
             block = chunk.rows(first, last)
             values, *sides = block_divergence(
@@ -95,7 +102,7 @@ def _compute(
                 vocabulary,
                 needs_gradient=any(needed),
             )
-            _store(results, slice(start + first, start + last), values, *sides)
+            store(results, slice(start + first, start + last), values, *sides)
         if any(needed):
             logprob = results.student_logprob
             of_chunk = None if logprob is None else logprob[start:stop]
@@ -120,21 +127,6 @@ def _scratch_rows(
     if options.top_k is not None:  # the soft cap's slope, and about 20 buffers of k buckets
         found += 1 + -(-options.top_k * 20 // vocabulary.largest)
     return found
-
-
-def _project(chunk: SpanInputs, workspace: Workspace) -> tuple[Tensor, Tensor]:
-    """Raw logits, [R, V] of the student and of the teacher, in the workspace."""
-    num_rows = chunk.num_tokens
-    both = workspace.logits[: 2 * num_rows]
-    student, teacher = both[:num_rows], both[num_rows:]
-    student_hidden = workspace.operand(chunk.student_hidden)
-    teacher_hidden = workspace.operand(chunk.teacher_hidden)
-    if chunk.head_is_shared:
-        workspace.project(torch.cat([student_hidden, teacher_hidden]), chunk.student_head, out=both)
-    else:
-        workspace.project(student_hidden, chunk.student_head, out=student)
-        workspace.project(teacher_hidden, chunk.teacher_head, out=teacher)
-    return student, teacher
 
 
 def _block_divergence(
@@ -231,23 +223,6 @@ def _log_mass(logits: Tensor, vocabulary: Vocabulary) -> Tensor:
 def _widened(values: Tensor, size: int) -> Tensor:
     """[R, k] values padded with -inf to [R, size]."""
     return torch.nn.functional.pad(values, (0, size - values.shape[1]), value=-math.inf)
-
-
-def _empty_results(inputs: SpanInputs) -> TokenResults:
-    def empty() -> Tensor:
-        return inputs.student_hidden.new_empty(inputs.num_tokens, dtype=inputs.compute_dtype)
-
-    logprobs = (None, None) if inputs.token_ids is None else (empty(), empty())
-    return TokenResults(empty(), *logprobs, empty(), empty())
-
-
-def _store(
-    results: TokenResults, rows: slice, value: Tensor, student: RowStats, teacher: RowStats
-) -> None:
-    found = TokenResults(value, student.logprob, teacher.logprob, student.entropy, teacher.entropy)
-    for result, part in zip(results, found, strict=True):
-        if result is not None and part is not None:
-            result[rows] = part
 
 
 def _add_gradients(

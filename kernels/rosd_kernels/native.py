@@ -9,6 +9,7 @@ from __future__ import annotations
 import warnings
 from functools import cache
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -16,10 +17,16 @@ from torch import Tensor
 from rosd_kernels.logits import LogitTransform
 from rosd_kernels.records import DIVERGENCES, SpanOptions
 
+if TYPE_CHECKING:
+    from rosd_kernels.active import ActiveEntries
+
 # From the newest vector instructions to none; a library is named after those it was built for.
 CAPABILITIES = ("AVX512", "AVX2", "DEFAULT")
 DTYPES = (torch.float32, torch.float64)
-OPERATORS = ("stats", "terms_", "logprob_grad_")
+OPERATORS = (
+    *("stats", "terms_", "logprob_grad_"),
+    *("mark_active_", "dropped_mass", "scanned_terms", "compact_", "mass_threshold"),
+)
 
 
 @cache
@@ -68,9 +75,20 @@ def register_fakes() -> None:
     def _(student, teacher, *rest):
         return student.new_empty(2, student.shape[0])
 
-    @torch.library.register_fake("rosd::logprob_grad_")
+    for name in ("logprob_grad_", "mark_active_", "compact_"):
+        torch.library.register_fake(f"rosd::{name}")(lambda *arguments: None)
+
+    @torch.library.register_fake("rosd::dropped_mass")
     def _(logits, *rest):
-        return None
+        return logits.new_empty(4, logits.shape[0])
+
+    @torch.library.register_fake("rosd::scanned_terms")
+    def _(student, *rest):
+        return student.new_empty(3, student.shape[0])
+
+    @torch.library.register_fake("rosd::mass_threshold")
+    def _(logits, *rest):
+        return logits.new_empty(logits.shape[0])
 
 
 def stats(
@@ -117,4 +135,86 @@ def logprob_grad_(
     """See logprob/elementwise.py: `gradient`, in place; factors [3, R] are its `row_factors`."""
     torch.ops.rosd.logprob_grad_(
         logits, transform.bias, columns, lse, factors, transform.softcap, transform.temperature
+    )
+
+
+def mark_active_(
+    active: Tensor,
+    logits: Tensor,
+    transform: LogitTransform,
+    threshold: Tensor,
+    scanned: Tensor,
+    tile: int,
+) -> None:
+    """See active.py: `mark_active_`."""
+    torch.ops.rosd.mark_active_(
+        active,
+        logits,
+        transform.bias,
+        threshold,
+        scanned,
+        transform.softcap,
+        transform.temperature,
+        tile,
+    )
+
+
+def dropped_mass(
+    logits: Tensor, transform: LogitTransform, lse: Tensor, entries: ActiveEntries
+) -> Tensor:
+    """See active.py: `dropped_mass`."""
+    return torch.ops.rosd.dropped_mass(
+        logits,
+        transform.bias,
+        lse,
+        entries.scanned,
+        entries.is_dropped,
+        entries.index,
+        transform.softcap,
+        transform.temperature,
+        entries.tile,
+    )
+
+
+def scanned_terms(
+    student: Tensor,
+    teacher: Tensor,
+    student_transform: LogitTransform,
+    teacher_transform: LogitTransform,
+    student_lse: Tensor,
+    teacher_lse: Tensor,
+    entries: ActiveEntries,
+    options: SpanOptions,
+) -> Tensor:
+    """See active.py: `scanned_terms`."""
+    return torch.ops.rosd.scanned_terms(
+        student,
+        teacher,
+        student_transform.bias,
+        teacher_transform.bias,
+        student_lse,
+        teacher_lse,
+        entries.scanned,
+        entries.is_dropped,
+        DIVERGENCES.index(options.divergence),
+        options.beta,
+        options.entry_clip,
+        options.softcap,
+        options.temperature,
+        entries.tile,
+    )
+
+
+def compact_(logits: Tensor, index: Tensor) -> Tensor:
+    """See active.py: `compact_`."""
+    torch.ops.rosd.compact_(logits, index)
+    return logits[:, : len(index)]
+
+
+def mass_threshold(
+    logits: Tensor, transform: LogitTransform, lse: Tensor, tolerance: float
+) -> Tensor:
+    """See active.py: `mass_threshold`."""
+    return torch.ops.rosd.mass_threshold(
+        logits, transform.bias, lse, tolerance, transform.softcap, transform.temperature
     )

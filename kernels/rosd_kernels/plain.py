@@ -5,6 +5,9 @@ native.py has the same in C++; elementwise.py chooses between the two and docume
 
 from __future__ import annotations
 
+import math
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
@@ -12,6 +15,10 @@ from rosd_kernels.divergences import entry_terms, row_value
 from rosd_kernels.logits import LogitTransform, transform_
 from rosd_kernels.records import SpanOptions
 
+if TYPE_CHECKING:
+    from rosd_kernels.active import ActiveEntries
+
+BISECTIONS = 30  # halvings of the threshold of `mass`, in log probability
 NUM_SCRATCH = 4  # buffers, each as large as one side's logits, that a call allocates at most
 
 
@@ -66,3 +73,75 @@ def terms_(
         student.mul_(slope)
         teacher.mul_(slope)
     return result
+
+
+def mark_active_(
+    active: Tensor,
+    logits: Tensor,
+    transform: LogitTransform,
+    threshold: Tensor,
+    scanned: Tensor,
+    tile: int,
+) -> None:
+    """See active.py: `mark_active_`."""
+    is_likely = ~(transform_(logits.clone(), transform) <= threshold[:, None])  # NaN is
+    active |= is_likely.logical_and_(_of_entries(scanned, logits.shape[1], tile)).any(0)
+
+
+def dropped_mass(
+    logits: Tensor, transform: LogitTransform, lse: Tensor, entries: ActiveEntries
+) -> Tensor:
+    """See active.py: `dropped_mass`."""
+    log_p = transform_(logits.clone(), transform).sub_(lse[:, None])
+    p = log_p.exp()
+    entropy = log_p.clamp_(min=torch.finfo(log_p.dtype).min).mul_(p).neg_()  # 0 * -inf is not 0
+    scanned = _of_entries(entries.scanned, logits.shape[1], entries.tile)
+    chosen = scanned * entries.is_dropped, ~scanned * (1 - entries.is_dropped)
+    return torch.stack([(x * where).sum(1) for where in chosen for x in (p, entropy)])
+
+
+def scanned_terms(
+    student: Tensor,
+    teacher: Tensor,
+    student_transform: LogitTransform,
+    teacher_transform: LogitTransform,
+    student_lse: Tensor,
+    teacher_lse: Tensor,
+    entries: ActiveEntries,
+    options: SpanOptions,
+) -> Tensor:
+    """See active.py: `scanned_terms`."""
+    log_p = transform_(student.clone(), student_transform).sub_(student_lse[:, None])
+    log_q = transform_(teacher.clone(), teacher_transform).sub_(teacher_lse[:, None])
+    c, e = entry_terms(log_p, log_q, log_p.exp(), log_q.exp(), options)
+    unscanned = ~_of_entries(entries.scanned, student.shape[1], entries.tile)
+    c.masked_fill_(unscanned, 0)
+    e.masked_fill_(unscanned, 0)
+    return torch.stack([c.sum(1), e.sum(1), e.abs_().mul_(entries.is_dropped).sum(1)])
+
+
+def compact_(logits: Tensor, index: Tensor) -> Tensor:
+    """See active.py: `compact_`."""
+    return logits[:, : len(index)].copy_(logits[:, index])
+
+
+def mass_threshold(
+    logits: Tensor, transform: LogitTransform, lse: Tensor, tolerance: float
+) -> Tensor:
+    """See active.py: `mass_threshold`. Bisection from tolerance/V, which cannot drop too much."""
+    log_p = transform_(logits.clone(), transform).sub_(lse[:, None])
+    low = torch.full_like(lse, math.log(tolerance / logits.shape[1]))
+    high = torch.zeros_like(low)
+    for _ in range(BISECTIONS):
+        middle = (low + high) / 2
+        below = log_p.exp().masked_fill_(log_p > middle[:, None], 0).sum(1)
+        low, high = (
+            torch.where(below <= tolerance, middle, low),
+            torch.where(below <= tolerance, high, middle),
+        )
+    return low + lse - 1e-5 * (1 + lse.abs())  # more than the rounding of the sum
+
+
+def _of_entries(scanned: Tensor, num_columns: int, tile: int) -> Tensor:
+    """[R, C] flags of entries from the [R, T] of their tiles."""
+    return scanned.repeat_interleave(tile, 1)[:, :num_columns]

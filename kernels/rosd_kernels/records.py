@@ -235,7 +235,7 @@ class SpanStats:
 
     @property
     def active_frac(self) -> float:
-        """Fraction of the (row block, vocabulary tile) pairs that were computed."""
+        """Fraction of the (token, vocabulary entry) pairs whose gradient was computed."""
         return 1.0 if self.measured is None else float(self.measured[0])
 
     @property

@@ -1,4 +1,6 @@
-"""The tiles of the vocabulary that are computed: the rules, their loss, a bound on the error.
+"""The rules of a sparsity, and the tiles of the vocabulary that "tiled" computes by them.
+
+active.py has the entries that "chunked" computes by the same rules, and its own bound.
 
 Peaked distributions have nearly all their mass in few tiles. After the sweep the mass of each tile
 is known exactly, `P = exp(lse_tile - lse)` of the student and `Q` of the teacher. A rule selects a
@@ -40,6 +42,7 @@ from rosd_kernels.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from rosd_kernels.order import VocabularyOrder
+    from rosd_kernels.records import SpanOptions
 
 Rule = Literal["exact", "entry", "mass"]
 BISECTIONS = 20  # halvings of the threshold of `mass`, in log mass
@@ -65,17 +68,18 @@ class Sparsity:
 
 
 def entry(eps: float, order: VocabularyOrder | None = None) -> Sparsity:
-    """Compute the tiles in which some entry has p or q above `eps`, in (0, 1).
+    """Compute what has p or q above `eps`, in (0, 1), in some row of a block.
 
-    2^-12 is the resolution of a bfloat16 gradient. `order`: of the vocabulary, see VocabularyOrder.
+    Strategy "chunked" computes those entries, "tiled" the tiles that have one. 2^-12 is the
+    resolution of a bfloat16 gradient. `order`: of the tiles of "tiled", see VocabularyOrder.
     """
     return Sparsity("entry", eps, order)
 
 
 def mass(tol: float, order: VocabularyOrder | None = None) -> Sparsity:
-    """Drop the smallest tiles of each token while it loses at most `tol`, in (0, 1), of p and of q.
+    """Drop what is least likely while each token loses at most `tol`, in (0, 1), of p and of q.
 
-    `order`: of the vocabulary, see VocabularyOrder.
+    Strategy "chunked" drops entries, "tiled" tiles. `order`: of the tiles, see VocabularyOrder.
     """
     return Sparsity("mass", tol, order)
 
@@ -146,6 +150,23 @@ def select_tiles(
     return padded.view(-1, ROW_BLOCK, tiles).any(1).to(torch.uint8)
 
 
+def tile_error_bound(
+    p: Tensor, q: Tensor, log_ratio: Tensor | None, options: SpanOptions
+) -> Tensor:
+    """Bound on `sum |e_v|` of tiles with the masses `p` and `q`: E_D of one tile each.
+
+    log_ratio: r, of the same shape; read by reverse_kl only.
+    """
+    if options.divergence == "forward_kl":
+        return q.clone()
+    if options.divergence == "reverse_kl":
+        assert log_ratio is not None
+        slack = 0.0 if options.entry_clip is None else 1.0
+        return p * (log_ratio.clamp(min=0) + slack) + q / math.e
+    beta = options.beta
+    return (1 - beta) * (p * -math.log1p(-beta) + beta * q)
+
+
 def is_dropped(active: Tensor, num_tokens: int) -> Tensor:
     """[N, T] bool: the tiles that a token's row block, of [B, T] flags, does not compute."""
     return active.repeat_interleave(ROW_BLOCK, 0)[:num_tokens] == 0
@@ -154,6 +175,11 @@ def is_dropped(active: Tensor, num_tokens: int) -> Tensor:
 def measured(active: Tensor, mass: Tensor, bound: Tensor, vocabulary: Vocabulary) -> Tensor:
     """[3] active fraction, and the largest of the [N] dropped masses and [N] error bounds."""
     counts = torch.stack([active.sum(dtype=mass.dtype), mass.new_tensor(active.numel())])
+    return measured_counts(counts, mass, bound, vocabulary)
+
+
+def measured_counts(counts: Tensor, mass: Tensor, bound: Tensor, vocabulary: Vocabulary) -> Tensor:
+    """`measured`, from the [2] numbers of computed pairs and of all pairs of this shard."""
     num_active, num_pairs = vocabulary.sum_(counts)
     if mass.shape[0] == 0:
         return mass.new_tensor([1.0, 0.0, 0.0])

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from rosd_kernels.logits import compute_dtype
+from rosd_kernels.tiles import SCAN_TILE, num_tiles
 from rosd_kernels.vocabulary import Vocabulary
 
 MIB = 1 << 20
@@ -21,6 +22,8 @@ CPU_CHUNK_ROWS = 128
 CPU_BLOCK_ELEMENTS = 1 << 20
 # Part of a head or of its gradient that is converted at a time: long enough for a good GEMM.
 CAST_BYTES = 16 * MIB
+# Statistics of tiles that a sparse block holds per side, temporary ones included.
+SCAN_PLANES = 10
 # Devices on which a GEMM of bfloat16 operands returns its float32 sums unrounded.
 NARROW_DEVICES = ("cuda",)
 
@@ -48,13 +51,15 @@ class WorkspacePlan:
         workspace_mib: float,
         scratch_rows: int,
         is_fused: bool,
+        is_sparse: bool = False,
     ) -> WorkspacePlan:
         """Return the largest plan within `workspace_mib`, with at least one row.
 
         sides: hidden states [N, H] and head [V, H] of each. scratch_rows: buffers of one row of
         logits that elementwise work on a row allocates. is_fused: that work is one launch for any
-        number of rows. Where the vocabulary is sharded, every rank gets the same plan, the one for
-        the largest shard.
+        number of rows. is_sparse: a chunk is one block, with statistics of tiles, and rows of the
+        first side's head are gathered. Where the vocabulary is sharded, every rank gets the same
+        plan, the one for the largest shard.
         """
         vocab_size = vocabulary.largest
         operands = [operand for side in sides for operand in side]
@@ -69,6 +74,8 @@ class WorkspacePlan:
         cast_width = max(
             (head.shape[1] for head in heads if not is_gemm_ready(head, gemm_dtype)), default=0
         )
+        if is_sparse:
+            cast_width = max(cast_width, heads[0].shape[1])
         cast_rows = 0
         if cast_width:
             cast_budget = min(CAST_BYTES, budget // 4)
@@ -78,11 +85,15 @@ class WorkspacePlan:
         held_bytes = len(sides) * vocab_size * dtype.itemsize  # of a row, from GEMM to GEMM
         if is_narrow and len(sides) == 1:
             held_bytes += vocab_size * gemm_dtype.itemsize
+        if is_sparse:
+            held_bytes += (
+                len(sides) * num_tiles(vocab_size, SCAN_TILE) * SCAN_PLANES * dtype.itemsize
+            )
 
         free = max(0, budget - cast_bytes)
         block = max(1, free // (held_bytes + scratch_bytes))
         is_cpu = device.type == "cpu"
-        if is_cpu:
+        if is_cpu and not is_sparse:
             block = min(block, max(1, CPU_BLOCK_ELEMENTS // vocab_size))
         rows = max(1, (free - scratch_bytes * block) // held_bytes)
         if is_cpu:
@@ -93,11 +104,13 @@ class WorkspacePlan:
             mine = torch.tensor([-rows, -block, -is_fused], device=device)
             fewest = vocabulary.max_(mine).tolist()
             rows, block, is_fused = -fewest[0], -fewest[1], fewest[2] != 0
+        if is_sparse:
+            rows = min(rows, block)
         num_chunks = max(1, -(-num_tokens // rows))
         rows = -(-num_tokens // num_chunks)  # chunks of equal size: no thin GEMM at the end
         if is_fused and (vocabulary.is_sharded or not is_cpu):
             block = rows  # one collective, or one launch, per chunk
-        block = min(block, rows)
+        block = rows if is_sparse else min(block, rows)
         return cls(
             dtype=dtype,
             gemm_dtype=gemm_dtype,

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from rosd_fast.model.weight_stream import WeightStream
     from rosd_fast.types import Generation, GenerationRequest
 
 
@@ -58,8 +59,13 @@ class RolloutEngine(ABC):
             yield [next(generations) for _ in range(request.n)]
 
     @abstractmethod
-    async def load_weights(self, weights: Mapping[str, Tensor], *, version: int) -> None:
-        """Sample with these weights from now on. No in-flight completion mixes two versions."""
+    async def load_weights(
+        self, weights: Mapping[str, Tensor] | WeightStream, *, version: int
+    ) -> None:
+        """Sample with these weights from now on. No in-flight completion mixes two versions.
+
+        weights: in memory, or bucket by bucket. They must not change until this returns.
+        """
 
     async def release_memory(self) -> None:  # noqa: B027
         """Release device memory until the next `load_weights`, if the engine is configured to.

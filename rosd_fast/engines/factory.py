@@ -13,14 +13,17 @@ from rosd_fast.engines.base import RolloutEngine
 from rosd_fast.engines.local.engine import LocalEngine
 from rosd_fast.engines.local.token_view import check_served
 from rosd_fast.engines.sglang.adapter_sync import AdapterSync, server_args
+from rosd_fast.engines.sglang.broadcast_sync import DistributedSync
 from rosd_fast.engines.sglang.client import Endpoint
 from rosd_fast.engines.sglang.engine import SglangEngine
 from rosd_fast.engines.sglang.pool import ServerHandle
 from rosd_fast.engines.sglang.process import ManagedServer, ServerSpec, find_python, split_gpus
 from rosd_fast.engines.sglang.served_weights import ServedWeights
+from rosd_fast.engines.sglang.states_hook import FOLDER_VARIABLE
+from rosd_fast.engines.sglang.states_plugin import make_states_folder, write_plugin
 from rosd_fast.engines.sglang.teacher import SERVER_ARGS, SglangTeacher
-from rosd_fast.engines.sglang.weight_sync import DiskSync, DistributedSync, WeightSync
-from rosd_fast.engines.weight_check import allowed_gap, token_logprobs
+from rosd_fast.engines.sglang.weight_sync import DiskSync, WeightSync
+from rosd_fast.engines.weight_check import allowed_gap
 from rosd_fast.errors import UserError
 from rosd_fast.model.adapter_files import adapter_config
 from rosd_fast.model.export import export_model
@@ -67,12 +70,14 @@ def open_engine(
     run_folder: Path,
     *,
     weight_check_ids: Sequence[int],
+    expected_logprobs: Callable[[Sequence[int]], list[float]],
     note: Callable[[str], None],
 ) -> RolloutEngine:
     """Return the rollout engine that the options ask for.
 
     SGLang servers start when they get their first weights. weight_check_ids: a prompt on which
-    server and trainer are compared after each weight sync. note: shows the user a line.
+    server and trainer are compared after each weight sync; `expected_logprobs` returns the
+    trainer's current log-probabilities of all but its first token. note: shows the user a line.
     """
     options = config.engine
     if options.kind == "local":
@@ -104,7 +109,7 @@ def open_engine(
         vocab_size=model.model.config.get_text_config().vocab_size,
         context_length=model.context_length,
         weight_check_ids=weight_check_ids,
-        expected_logprobs=lambda ids: token_logprobs(model.model, ids),
+        expected_logprobs=expected_logprobs,
         max_logprob_gap=allowed_gap(options.max_logprob_gap, config.dtype),
         concurrency=options.concurrency,
         max_failures=options.max_failures,
@@ -190,6 +195,11 @@ def open_sglang_teacher(
     teacher, options = config.teacher, config.engine
     if teacher.backend != "sglang":
         return None
+    states_folder, environment = None, ()
+    if not teacher.url:
+        states_folder = make_states_folder(servers_folder(run_folder))
+        plugin = write_plugin(servers_folder(run_folder) / "plugin")
+        environment = (("PYTHONPATH", str(plugin)), (FOLDER_VARIABLE, str(states_folder)))
     return SglangTeacher(
         server_handles(
             config,
@@ -200,8 +210,10 @@ def open_sglang_teacher(
             names=["teacher"],
             gpus=teacher.gpus,
             args=(*SERVER_ARGS, *shlex.split(teacher.server_args)),
+            environment=environment,
         ),
         hidden_size=model.hidden_size,
+        states_folder=states_folder,
         concurrency=options.concurrency,
         max_failures=options.max_failures,
         request_timeout_s=options.request_timeout_s,
@@ -219,12 +231,14 @@ def server_handles(
     names: Sequence[str],
     gpus: str,
     args: Sequence[str],
+    environment: tuple[tuple[str, str], ...] = (),
 ) -> list[ServerHandle]:
     """Return the servers at `urls`, or where there are no URLs, a managed server for each name.
 
     No server is started yet.
 
     source: the name of the model that they serve, as in the option `model`. model: as loaded.
+    environment: more variables of managed servers.
     """
     options = config.engine
     servers: list[ManagedServer | Endpoint]
@@ -245,6 +259,7 @@ def server_handles(
                     args=(*rope, *grammar_args(model), *args),
                     start_timeout_s=options.start_timeout_s,
                     gpus=share,
+                    environment=environment,
                 ),
                 servers_folder(run_folder) / name,
             )

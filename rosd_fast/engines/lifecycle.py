@@ -46,17 +46,26 @@ async def open_engines(
     teacher_model: PreTrainedModel | None,
     served_teacher: LoadedModel,
     weight_check_ids: Sequence[int],
+    expected_logprobs: Callable[[Sequence[int]], list[float]],
     note: Callable[[str], None],
 ) -> AsyncIterator[Engines]:
     """Yield the engines that the options ask for, and close them at the end.
 
     teacher_model: the teacher's weights, None where nothing is written with them.
     served_teacher: the model that a teacher server runs.
-    weight_check_ids: the prompt on which servers are compared with the trainer.
+    weight_check_ids: the prompt on which servers are compared with the trainer, whose current
+        log-probabilities `expected_logprobs` returns.
     Servers start with their first weights or their first request.
     """
     async with AsyncExitStack() as stack:
-        student = open_engine(config, model, folder, weight_check_ids=weight_check_ids, note=note)
+        student = open_engine(
+            config,
+            model,
+            folder,
+            weight_check_ids=weight_check_ids,
+            expected_logprobs=expected_logprobs,
+            note=note,
+        )
         stack.push_async_callback(student.close)
         teacher_server = open_sglang_teacher(config, served_teacher, folder, note=note)
         del served_teacher  # its memory is freed once the server has been compared with it

@@ -142,14 +142,15 @@ def adapters_off(model: PreTrainedModel) -> Iterator[None]:
 def merged_weights(model: PreTrainedModel) -> dict[str, Tensor]:
     """The state dict of an equivalent model without adapters.
 
-    Tensors share the model's memory if no adapter adds to them and they are not packed.
+    Tensors share the model's memory if no adapter adds to them and they are not packed. Adapters
+    without memory (`rosd_fast.model.release`) add nothing.
     """
     state = plain_state(model)
     if not has_adapters(model):
         return state
     weights = _without_adapters(state)
     for name, module in model.named_modules():
-        if hasattr(module, "lora_A"):
+        if hasattr(module, "lora_A") and not next(module.lora_A.parameters()).is_meta:  # type: ignore[union-attr]
             # The adapters of a layer's experts adapt parameters that are not called weight.
             changed = plain_name(f"{name}.{getattr(module, 'parameter_name', 'weight')}")
             delta: Tensor = module.get_delta_weight("default")  # type: ignore[operator]

@@ -39,8 +39,7 @@ def file_weights(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict[
     layers: dict[str, dict[str, Tensor]] = defaultdict(dict)
     for name, tensor in weights.items():
         if not (name in ties and same_memory(tensor, weights.get(ties[name]))):
-            found = LAYER.match(name)
-            layers[found[0] if found else ""][name] = tensor
+            layers[layer_of(name)][name] = tensor
     storages = {storage(tensor) for tensor in weights.values()}
     try:
         return {
@@ -54,6 +53,12 @@ def file_weights(model: PreTrainedModel, weights: Mapping[str, Tensor]) -> dict[
             where=type(model).__name__,
             fix="Save the model with transformers' save_pretrained, and train that copy",
         ) from None
+
+
+def layer_of(name: str) -> str:
+    """What the names of all weights of a layer begin with; empty outside of the layers."""
+    found = LAYER.match(name)
+    return found[0] if found else ""
 
 
 def check_tied(model: PreTrainedModel, *, where: str) -> None:

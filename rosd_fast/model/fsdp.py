@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import warnings
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 
 import torch
@@ -89,12 +90,17 @@ class ShardedModel(PolicyModel):
                 targets[name].copy_(weight)
 
     @torch.no_grad()
-    def load_shards(self, source: PreTrainedModel | None) -> None:
+    def load_shards(self, source: PreTrainedModel | None, there: Collection[str] = ()) -> None:
         """Give each rank its shards of the weights of `source`, rank 0's full model. A
-        collective."""
+        collective.
+
+        there: the names of the parameters whose shards are there already.
+        """
         weights = None if source is None else dict(source.named_parameters())
         for name, parameter in self.module.named_parameters():
             assert isinstance(parameter, DTensor)
+            if name in there:
+                continue
             device = parameter.device_mesh.device_type
             weight = (
                 torch.empty(parameter.shape, dtype=parameter.dtype, device=device)
@@ -105,8 +111,11 @@ class ShardedModel(PolicyModel):
             parameter.to_local().copy_(shards.to_local())
 
 
-def skeleton(model: PreTrainedModel, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """A copy of the model whose parameters, of `dtype`, have no memory; buffers are copied."""
+def skeleton(model: PreTrainedModel, dtype: torch.dtype | None = torch.float32) -> PreTrainedModel:
+    """A copy of the model whose parameters have no memory; buffers are copied.
+
+    dtype: of the parameters; None: each keeps its own.
+    """
     memo = {
         id(p): nn.Parameter(
             torch.empty_like(p, device="meta", dtype=dtype), requires_grad=p.requires_grad

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+import importlib.util
+from pathlib import Path
 
 from rosd_fast.report.rollouts import read_rollouts, rollouts_path, write_rollouts
 from rosd_fast.report.summary import Change, before_after, before_after_table, summarize
 from rosd_fast.report.tokens import render_tokens_html
-
-if TYPE_CHECKING:
-    from rosd_fast.report.plots import draw_plots
 
 __all__ = [
     "Change",
@@ -24,10 +22,15 @@ __all__ = [
 ]
 
 
-def __getattr__(name: str) -> Any:
-    """Import `draw_plots` on first use, as only plots need matplotlib."""
-    if name != "draw_plots":
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    from rosd_fast.report.plots import draw_plots
+def draw_plots(run: str | Path) -> list[Path]:
+    """Draw all plots of a run folder and return their paths, as `plots.draw_plots` says.
 
-    return draw_plots
+    matplotlib is imported on the first call. A machine without it, on which a run has still
+    trained, gets a line instead of plots.
+    """
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no plots: matplotlib is not installed")
+        return []
+    from rosd_fast.report import plots
+
+    return plots.draw_plots(run)

@@ -12,6 +12,7 @@ import math
 from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, field, replace
+from functools import cached_property
 from typing import Literal
 
 import numpy as np
@@ -23,12 +24,14 @@ from rosd_fast.config import Config
 from rosd_fast.errors import RunFailed, UserError
 from rosd_fast.model.adapters import fingerprint, merged_weights
 from rosd_fast.model.blocks import prepare_blocks
+from rosd_fast.model.file_frame import FileFrame
 from rosd_fast.model.file_layout import file_weights
 from rosd_fast.model.fsdp import shard, skeleton
 from rosd_fast.model.head import Head, head
 from rosd_fast.model.layouts import packed_forward
 from rosd_fast.model.policy import PolicyModel
 from rosd_fast.model.release import allocate_parameters, release_parameters
+from rosd_fast.model.shard_files import read_shards
 from rosd_fast.model.token_rows import token_rows
 from rosd_fast.model.vocab_parallel import GatheredTokens, check_shardable
 from rosd_fast.trainer.agreement import agreement_of, with_rows_before
@@ -36,8 +39,10 @@ from rosd_fast.trainer.loss import policy_loss, span_loss, vocabulary_order
 from rosd_fast.trainer.optim import Optimizer
 from rosd_fast.trainer.schedule import num_updates
 from rosd_fast.trainer.separate_teacher import common_rows, local_rows, placed_head, with_rows
+from rosd_fast.trainer.shards import Shards
 from rosd_fast.trainer.step_stats import Computed, MicroBatchStats
 from rosd_fast.trainer.teacher import Teacher, needs_copy
+from rosd_fast.trainer.token_logprobs import token_logprobs
 from rosd_fast.types import PackedBatch, PolicyTokens
 from rosd_fast.utils.distributed import SINGLE_PROCESS, World, full
 from rosd_kernels import SpanDivergenceOutput, SpanLogprobOutput, VocabularyOrder
@@ -118,6 +123,7 @@ class Learner:
     world: this process among the ranks.
     full_model: rank 0's model with all weights, None elsewhere; on one process it is the student.
         It may be without memory (`keeps_full_model`).
+    full_device: the device of that model.
     fingerprint: of the initial weights, on rank 0.
     teacher_fingerprint: of a separate teacher's weights, on rank 0; else empty.
     num_head_rows: number of rows of the student's output head.
@@ -188,10 +194,15 @@ class Learner:
             if self.vocab_parallel
             else self.vocab_size
         )
-        self.order = vocabulary_order(config.loss, self._num_rows)
+        self.order = vocabulary_order(config.loss, self._num_rows, model.device)
         self.num_skipped = 0
+        self._shards: dict[int | None, Shards] = {}  # held ones by number; None: the current ones
+        if world.mesh is not None:
+            named = model.named_parameters() if world.is_rank0 else ()
+            dtypes = world.broadcast({name: p.dtype for name, p in named})
+            self._shards[None] = Shards.of(self.model, dtypes)
         self._gathered: int | None = None  # number of updates that `full_model` has seen
-        self._full_device = model.device
+        self.full_device = model.device
         self.release_weights()
 
     @property
@@ -238,13 +249,48 @@ class Learner:
         assert self.full_model is not None
         return file_weights(self.full_model, self.weights)
 
+    @cached_property
+    def frame(self) -> FileFrame | None:
+        """What the files of the student's model hold, on rank 0; None elsewhere."""
+        return None if self.full_model is None else FileFrame(self.full_model)
+
     def gather_weights(self) -> None:
         """Update rank 0's full model to the current weights."""
         if self._gathered != self.optimizer.num_updates:
             if self.full_model is not None and self.full_model.device.type == "meta":
-                allocate_parameters(self.full_model, self._full_device)
+                allocate_parameters(self.full_model, self.full_device)
             self.policy.gather_weights(self.full_model)
             self._gathered = self.optimizer.num_updates
+
+    def gather_parameters(
+        self, names: Sequence[str], number: int | None = None
+    ) -> dict[str, Tensor]:
+        """Full parameters of a sharded student on rank 0, none elsewhere.
+
+        They are on the device of the full model, in its dtypes. number: of the shards that
+        `hold_shards` has copied; None: the current ones.
+        """
+        assert self.world.mesh is not None
+        found = self._shards[number].gather(
+            names, self.world.shard_group, self.world.mesh.device_type
+        )
+        return {name: tensor.to(self.full_device) for name, tensor in found.items()}
+
+    def hold_shards(self, number: int) -> None:
+        """Copy the current shards into host memory. Older copies but the newest are dropped."""
+        held = [key for key in self._shards if key is not None]
+        for key in held[:-1]:
+            del self._shards[key]
+        self._shards[number] = self._shards[None].held()
+
+    def copied_shards(self) -> Shards | None:
+        """A copy of this rank's shards in host memory; None on a single process."""
+        return None if self.world.mesh is None else self._shards[None].held()
+
+    def token_logprobs(self, ids: Sequence[int]) -> list[float]:
+        """The student's log-probabilities of `ids[1:]` at temperature 1."""
+        group = self.world.shard_group if self.vocab_parallel else None
+        return token_logprobs(self.policy, ids, vocab_group=group)
 
     def gather_teacher(self, into: PreTrainedModel | None) -> None:
         """Write the teacher's current weights into `into`, which is None on ranks other than 0."""
@@ -367,7 +413,8 @@ class Learner:
             offload=offload,
             vocab_parallel=self.vocab_parallel,
         )
-        sharded.load_shards(model if self.world.is_rank0 else None)
+        full = model if self.world.is_rank0 else None
+        sharded.load_shards(full, read_shards(sharded.module, full, self.world))
         return sharded
 
     def _backward(self, batch: PackedBatch, server_states: Tensor | None, total: int) -> Computed:

@@ -9,13 +9,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
+from threading import Lock
 from typing import TYPE_CHECKING, Any
 
 from transformers import PreTrainedModel
 
+from rosd_fast.model.adapter_files import adapter_weights
 from rosd_fast.model.fsdp import skeleton
+from rosd_fast.model.weight_stream import WeightStream, WholeWeights
 from rosd_fast.trainer.learner import Learner, StepResult, TeacherSource
 from rosd_fast.trainer.saver import Saver
+from rosd_fast.trainer.shards import Gather, ShardedWeights
 from rosd_fast.utils.distributed import World, ignore_stop_signals
 
 if TYPE_CHECKING:
@@ -32,6 +36,9 @@ METHODS = frozenset(
         "learner.gather_weights",
         "learner.release_weights",
         "learner.gather_teacher",
+        "learner.gather_parameters",
+        "learner.hold_shards",
+        "learner.token_logprobs",
         "saver.save",
         "saver.load",
     }
@@ -58,7 +65,9 @@ class LearnerGroup:
         self.world = world
         self.learner = Learner(model, config, world, teacher=teacher)
         self.saver = Saver(self.learner, tokenizer, config)
+        self._lock = Lock()  # weights may be gathered in another thread than the learner's
         self._in_call = False  # a call has begun and not returned: the workers may be in it, too
+        self._num_held = 0
 
     @classmethod
     def create(
@@ -97,6 +106,34 @@ class LearnerGroup:
         """The student's weights without adapters, in the layout of the model's files."""
         self.gather_weights()
         return self.learner.file_weights
+
+    def stream(self) -> WeightStream:
+        """The student's current weights without adapters, in the layout of the model's files.
+
+        Read it before the next step, or take `held()` of it.
+        """
+        if self.world.size == 1:
+            return WholeWeights(self.learner.file_weights)
+        assert self.learner.frame is not None
+        return ShardedWeights(
+            self.learner.frame,
+            self._gather,
+            on_gpu=self.learner.full_device.type == "cuda",
+            hold=self._hold,
+        )
+
+    def adapter_weights(self) -> dict[str, Tensor]:
+        """The adapters' current weights, by the names of peft's files."""
+        if self.world.size == 1:
+            assert self.learner.full_model is not None
+            return adapter_weights(self.learner.full_model)
+        frame = self.learner.frame
+        assert frame is not None
+        return frame.adapter_weights(self._gather(frame.adapters))
+
+    def token_logprobs(self, ids: Sequence[int]) -> list[float]:
+        """The student's log-probabilities of `ids[1:]` at temperature 1."""
+        return self._call_all("learner.token_logprobs", [(ids,)] * self.world.size)
 
     def gather_weights(self) -> None:
         """Update rank 0's full model to the student's current weights."""
@@ -138,12 +175,24 @@ class LearnerGroup:
 
     def _call_all(self, name: str, arguments: Sequence[tuple[Any, ...]]) -> Any:
         """Call a method on every rank, each with its own arguments; returns rank 0's result."""
-        self._in_call = True
-        if self.world.size > 1:
-            self.world.scatter([None, *((name, args) for args in arguments[1:])])
-        result = self.method(name)(*arguments[0])
-        self._in_call = False
-        return result
+        with self._lock:
+            self._in_call = True
+            if self.world.size > 1:
+                self.world.scatter([None, *((name, args) for args in arguments[1:])])
+            result = self.method(name)(*arguments[0])
+            self._in_call = False
+            return result
+
+    def _gather(self, names: Sequence[str], number: int | None = None) -> dict[str, Tensor]:
+        arguments = [(tuple(names), number)] * self.world.size
+        return self._call_all("learner.gather_parameters", arguments)
+
+    def _hold(self) -> Gather:
+        """Copy all ranks' shards; returns what gathers from the copies."""
+        self._num_held += 1
+        number = self._num_held
+        self._call_all("learner.hold_shards", [(number,)] * self.world.size)
+        return lambda names: self._gather(names, number)
 
     def method(self, name: str) -> Callable[..., Any]:
         """This rank's method of that name. Raises ValueError if it is not in `METHODS`."""

@@ -36,6 +36,8 @@ class World:
     mesh: ("shard",) or ("replicate", "shard"); None on a single process.
     control_group: sends rank 0's calls, on CPUs; its timeout is COMMAND_TIMEOUT.
     checkpoint_group: for the thread that writes checkpoints, on CPUs.
+    export_group: for the same thread, the ranks that share rank 0's copy of the weights; None on
+        the others.
     """
 
     rank: int = 0
@@ -43,6 +45,7 @@ class World:
     mesh: DeviceMesh | None = None
     control_group: ProcessGroup | None = None
     checkpoint_group: ProcessGroup | None = None
+    export_group: ProcessGroup | None = None
 
     @property
     def is_rank0(self) -> bool:
@@ -148,6 +151,7 @@ def open_world(config: ParallelConfig, device: str) -> Iterator[World]:
             ),
             control_group=host_group(COMMAND_TIMEOUT),
             checkpoint_group=host_group(timedelta(seconds=config.timeout_s)),
+            export_group=host_group(timedelta(seconds=config.timeout_s), range(shard_size)),
         )
     except RuntimeError as error:
         if not is_lost_peer(error):
@@ -157,11 +161,13 @@ def open_world(config: ParallelConfig, device: str) -> Iterator[World]:
         dist.destroy_process_group()
 
 
-def host_group(timeout: timedelta) -> ProcessGroup:
-    """A process group of all ranks for tensors and objects in host memory."""
-    group = dist.new_group(backend="gloo", timeout=timeout)
-    assert isinstance(group, ProcessGroup)
-    return group
+def host_group(timeout: timedelta, ranks: Sequence[int] | None = None) -> ProcessGroup | None:
+    """A process group for tensors and objects in host memory; None on a rank that is not in it.
+
+    ranks: None: all of them.
+    """
+    group = dist.new_group(None if ranks is None else [*ranks], backend="gloo", timeout=timeout)
+    return group if isinstance(group, ProcessGroup) else None
 
 
 def pick_device(name: str) -> torch.device:

@@ -31,6 +31,7 @@ ONE = (300,)  # rows of the head on each rank of a group: [0], [1, 2] or all thr
 PAIR = (193, 107)
 TRIO = (150, 5, 145)
 TILES = (256, 128, 128)
+SCAN_TILES = (512, 256, 256)
 GROUPS = {1: (0,), 2: (1, 2), 3: (0, 1, 2)}  # rank in the group is not the global one
 
 
@@ -101,25 +102,38 @@ def tasks() -> dict[str, Task]:
         options = chunked | {"workspace_mib": 0.02, "top_k": (None, 7, 60)[spread]}
         add(f"plain on rank {spread}", make=every, options=options, plain=(spread,))
 
-    for name, rule in (("entry", entry(1e-12)), ("mass", mass(1e-9))):
-        for sizes in (PAIR, TRIO):
-            add(f"{name} of all", sizes, make=every, options=tiled | {"sparsity": rule})
-        add(f"{name} no tokens", make=every, options=tiled | {"sparsity": rule}, num_tokens=0)
-    for divergence in ("forward_kl", "reverse_kl", "jsd"):
-        options = tiled | {"divergence": divergence}
-        for name, rule, is_exact in (
-            ("entry", entry(1e-3), True),
-            ("mass", mass(0.02), False),  # the ranks share its budget
-        ):
-            add(
-                f"{name} {divergence} drops",
-                TILES,
-                make=every,
-                options=options | {"sparsity": rule},
-                num_tokens=140,
-                is_exact=is_exact,
-                sharpness=12.0,
-            )
+    for strategy, sizes_of_tiles in ((chunked, SCAN_TILES), (tiled, TILES)):
+        of = strategy["strategy"]
+        for name, rule in (("entry", entry(1e-12)), ("mass", mass(1e-9))):
+            options = strategy | {"sparsity": rule}
+            for sizes in (PAIR, TRIO):
+                add(f"{of} {name} of all", sizes, make=every, options=options)
+            add(f"{of} {name} no tokens", make=every, options=options, num_tokens=0)
+        for divergence in ("forward_kl", "reverse_kl", "jsd"):
+            options = strategy | {"divergence": divergence}
+            for name, rule, is_exact in (
+                ("entry", entry(1e-3), True),
+                ("mass", mass(0.02), False),  # the ranks share its budget
+            ):
+                add(
+                    f"{of} {name} {divergence} drops",
+                    sizes_of_tiles,
+                    make=every,
+                    options=options | {"sparsity": rule},
+                    num_tokens=140,
+                    is_exact=is_exact,
+                    sharpness=12.0,
+                )
+    for plain in ((0, 1, 2), (1,)):
+        add(
+            f"chunked entry plain on {plain}",
+            SCAN_TILES,
+            make=every,
+            options=chunked | {"sparsity": entry(1e-3)},
+            num_tokens=140,
+            plain=plain,
+            sharpness=12.0,
+        )
     add("order", PAIR, make=every, options=tiled | {"sparsity": entry(1e-12)}, ordered=True)
     add("auto", make=every, options={"sparsity": entry(1e-12)})
     return found

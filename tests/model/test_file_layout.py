@@ -11,10 +11,10 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
 from rosd_fast.config import Config
-from rosd_fast.engines.sglang.weight_folder import distinct
 from rosd_fast.model.adapters import merged_weights
 from rosd_fast.model.file_layout import file_weights
 from rosd_fast.model.load import load_weights
+from rosd_fast.model.weight_stream import distinct
 from tests.tiny import mark_trainable, tiny_model
 
 EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16}

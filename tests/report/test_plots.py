@@ -374,3 +374,12 @@ def test_stage_times_add_rows_of_a_step_and_average_bars() -> None:
     assert times.seconds == {"sample": (2.5, 2.0, 2.0), "evaluate": (2.0, 0.0, 0.0)}
     assert times.totals == {"sample": 11.0, "evaluate": 4.0}
     assert not stage_times([])
+
+
+def test_without_matplotlib_a_line_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A bare machine has trained its run by then."""
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    assert draw_plots(make_run(tmp_path, 3)) == []
+    assert capsys.readouterr().out == "no plots: matplotlib is not installed\n"

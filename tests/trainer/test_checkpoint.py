@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors import safe_open
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import (
     AutoModelForCausalLM,
@@ -26,6 +26,7 @@ from transformers import (
 from rosd_fast.config import Config
 from rosd_fast.errors import RunFailed, UserError
 from rosd_fast.files import atomic_folder
+from rosd_fast.trainer import snapshot
 from rosd_fast.trainer.checkpoint import (
     checkpoints,
     latest_checkpoint,
@@ -141,6 +142,7 @@ def test_a_checkpoint_loads_with_from_pretrained(tmp_path, tokenizer):
     assert loaded.chat_template == tokenizer.chat_template
     state = json.loads((path / "trainer_state.json").read_text())
     assert state["step"] == 2 and state["config_hash"] == "abc"
+    assert state["threads"] == torch.get_num_threads()
     assert {"torch", "transformers", "rosd_fast"} <= state["versions"].keys()
     assert not [file for file in path.rglob("*") if file.suffix in (".bin", ".pt", ".pkl")]
 
@@ -171,17 +173,20 @@ def test_an_export_drops_no_weight(tmp_path, tokenizer):
 def test_an_export_is_compared_with_its_files(tmp_path, tokenizer, monkeypatch, fault):
     export = Export.of(Learner(tiny_model(), options("live")), tokenizer)
     name = "model.norm.weight" if fault == "small" else "model.embed_tokens.weight"
-    given = dict(export.weights)
-    if fault == "drop":
-        del given[name]
-    else:
-        given[name] = given[name].T.contiguous() if fault == "shape" else given[name] + 1
-    save_pretrained = LlamaForCausalLM.save_pretrained
-    monkeypatch.setattr(
-        LlamaForCausalLM,
-        "save_pretrained",
-        lambda self, folder, **_: save_pretrained(self, folder, state_dict=given),
-    )
+    write = snapshot.write_model
+
+    def damaged(*given):
+        write(*given)
+        file = tmp_path / "model.safetensors"
+        tensors = load_file(file)
+        if fault == "drop":
+            del tensors[name]
+        else:
+            weight = tensors[name]
+            tensors[name] = weight.T.contiguous() if fault == "shape" else weight + 1
+        save_file(tensors, file)
+
+    monkeypatch.setattr(snapshot, "write_model", damaged)
     with pytest.raises(RunFailed, match="export"):
         export.save(tmp_path)
 

@@ -12,6 +12,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from rosd_kernels.gpu.configs import LEAN_WIDTH, Config, Kernel, Precision, select
 from rosd_kernels.gpu.modes import INTERPRETED
+from rosd_kernels.gpu.tuned import tuned
 
 # Few, so that programs in the interpreter loop several times, as they do on a device.
 INTERPRETED_PROGRAMS = 3
@@ -49,13 +50,12 @@ class Gemm:
         aligned = all(_is_aligned(operand) for operand in operands)
         use_tma = capability(a.device) >= TMA_CAPABILITY and order is None and aligned
         even = all(operand.shape[1] % LEAN_WIDTH == 0 for operand in operands)
+        device = capability(a.device)
+        of_operands: Precision = "narrow" if narrow else precision
+        lean = aligned and even and not extras
         return cls(
-            config=select(
-                kernel,
-                capability(a.device),
-                "narrow" if narrow else precision,
-                lean=aligned and even and not extras,
-            ),
+            config=tuned(kernel, device, of_operands, lean=lean)
+            or select(kernel, device, of_operands, lean=lean),
             precision="ieee" if narrow else precision,
             cast=cast,
             use_tma=use_tma,

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from rosd_kernels.auto import choose, kind_of, remember
+from rosd_kernels.auto import choose, remember, start_of
 from rosd_kernels.checks import check_group, check_ids, check_order, check_strategy
 from rosd_kernels.logprob.chunked import run_chunked
 from rosd_kernels.logprob.records import (
@@ -70,14 +70,15 @@ def span_logprob(
         temperature: divides the logits, after the soft cap.
         softcap: `softcap(x) = cap tanh(x / cap)`. None: the identity.
         bias: [V], finite, added before the soft cap. None: no bias.
-        sparsity: "exact", all entries are computed; `entry(eps)` or `mass(tol)`, "tiled" skips
-            tiles of the vocabulary that hold almost no probability in the gradient, and `stats`
-            reports how much they held (see sparsity.py). Log-probs and entropies are exact in any
-            case. "chunked" and "reference" always compute everything.
-        strategy: "chunked", dense GEMMs through a bounded workspace; "tiled", one tile of the
-            vocabulary at a time, and with `sparsity` only those that matter; "reference", plain
-            PyTorch on whole [N, V] logits, for tests; "auto", see auto.py. They agree up to
-            rounding and what `sparsity` skips.
+        sparsity: "exact", all entries are computed; `entry(eps)` or `mass(tol)`, entries of the
+            vocabulary that hold almost no probability have no gradient, and `stats` reports how
+            much they held: "tiled" skips tiles (see sparsity.py), "chunked" single entries (see
+            active.py). Log-probs and entropies are exact in any case. "reference", and "chunked"
+            on a GPU, compute everything.
+        strategy: "chunked", dense GEMMs through a bounded workspace, and with `sparsity` gradients
+            of the entries that matter; "tiled", one tile of the vocabulary at a time, and with
+            `sparsity` only those that matter; "reference", plain PyTorch on whole [N, V] logits,
+            for tests; "auto", see auto.py. They agree up to rounding and what `sparsity` skips.
         workspace_mib: bound on all logit-sized buffers together. One row ("chunked") or one tile
             ("tiled") is held in any case.
         vocab_group: a torch.distributed process group over which the vocabulary is sharded: head
@@ -94,8 +95,9 @@ def span_logprob(
         torch.compile the graph breaks here.
 
         Cost in sweeps of the head's GEMM: "chunked" 3 with `token_loss`, 4 without; one less where
-        the head has no gradient; 1 without any gradient. "tiled" 1 + 3f, with f the active fraction
-        of the vocabulary.
+        the head has no gradient; 1 without any gradient. With a sparsity, "chunked" 1 + 2f with
+        `token_loss` and 2 + 2f without, "tiled" 1 + 3f; f is the active fraction of the vocabulary,
+        of which single entries are a smaller one than tiles.
 
     Raises:
         ValueError: an argument breaks the contract above. Names the argument, what it got and what
@@ -128,11 +130,20 @@ def _run(
     check_order(options.sparsity, inputs.vocab_size)
     vocabulary = Vocabulary(inputs.vocab_size, vocab_group, inputs.hidden.device)
     check_ids(inputs.token_ids, vocabulary)
-    kind = kind_of("span_logprob", options.sparsity, (inputs.head,), vocabulary)
-    name = choose(kind) if strategy == "auto" else strategy
+    name, kind = strategy, None
+    if strategy == "auto":
+        name, kind = choose(
+            "span_logprob",
+            options.sparsity,
+            inputs.hidden,
+            (inputs.head,),
+            inputs.compute_dtype,
+            vocabulary,
+            options.workspace_mib,
+        )
+    start = start_of(kind)
     # Autocast would run in bfloat16 the GEMMs that are in float32 on purpose.
     with torch.autocast(device_type=inputs.hidden.device.type, enabled=False):
         output = STRATEGIES[name](inputs, options, vocabulary, token_loss)
-    if strategy == "auto":
-        remember(kind, output.stats, inputs.num_tokens)
+    remember(kind, output.stats, inputs.num_tokens, start)
     return output

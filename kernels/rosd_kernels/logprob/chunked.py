@@ -7,7 +7,8 @@
 With `token_loss` all of it is one pass, 3 sweeps of the head's GEMM in all. Without, forward makes
 the first of them and backward, which has the slopes, all three: 4. A head without a gradient saves
 `dW`, one sweep. Where all inputs are bfloat16, a GPU multiplies them without conversion and sums in
-float32; G is then rounded to bfloat16 too.
+float32; G is then rounded to bfloat16 too. With a sparsity, sparse_chunks.py restricts the last two
+GEMMs to the entries that matter.
 
 Where the vocabulary is sharded, normalizers, entropies and dh are summed over the ranks. Sums have
 a fixed sequence and there are no atomics: equal calls give equal bits.
@@ -28,6 +29,7 @@ from rosd_kernels.autograd import (
     ranges,
     zero_gradients,
 )
+from rosd_kernels.backends import gpu_logprob
 from rosd_kernels.logprob.autograd import Passes, differentiable
 from rosd_kernels.logprob.elementwise import gradient, is_fused, row_factors, row_values
 from rosd_kernels.logprob.records import (
@@ -38,6 +40,7 @@ from rosd_kernels.logprob.records import (
     TokenLoss,
     TokenValues,
 )
+from rosd_kernels.logprob.sparse_chunks import SparseChunks
 from rosd_kernels.logprob.token_loss import evaluate
 from rosd_kernels.plain import NUM_SCRATCH
 from rosd_kernels.records import SpanStats
@@ -53,8 +56,12 @@ def run_chunked(
 ) -> SpanLogprobOutput:
     """Compute log-probs and entropies in chunks of rows that fit `options.workspace_mib`."""
 
+    like = inputs.hidden.new_empty(0, dtype=inputs.compute_dtype)
+    is_dense = options.sparsity.rule == "exact" or gpu_logprob(like, like.dtype) is not None
+    Rows = Chunks if is_dense else SparseChunks
+
     def forward(inputs: LogprobInputs) -> tuple[TokenValues, SpanStats, None]:
-        chunks = Chunks(inputs, options, vocabulary)
+        chunks = Rows(inputs, options, vocabulary)
         return chunks.values(), chunks.stats, None
 
     def backward(
@@ -64,13 +71,13 @@ def run_chunked(
         extra: Tensor | None,
         needed: Needed,
     ) -> Gradients:
-        return Chunks(inputs, options, vocabulary).gradients(values, slopes, needed)
+        return Rows(inputs, options, vocabulary).gradients(values, slopes, needed)
 
     if token_loss is None:
         return differentiable(inputs, Passes(forward, backward))
     needed = needed_of(inputs.leaves)
     with torch.no_grad():
-        chunks = Chunks(inputs, options, vocabulary)
+        chunks = Rows(inputs, options, vocabulary)
         losses, values, gradients = chunks.losses(token_loss, needed)
     return SpanLogprobOutput(
         loss=precomputed("span_logprob", inputs.leaves, losses.sum(), gradients),

@@ -26,6 +26,7 @@ from rosd_fast.engines.local.forward import NextToken, Way
 from rosd_fast.engines.local.grammar_mask import Constraint, GrammarCompiler
 from rosd_fast.engines.requests import check_ids, completion_limit
 from rosd_fast.errors import UserError
+from rosd_fast.model.weight_stream import WeightStream
 from rosd_fast.types import Generation, GenerationRequest
 
 BURST = 8  # decoding steps between two returns to the event loop
@@ -109,7 +110,9 @@ class LocalEngine(RolloutEngine):
         async for generations in self._complete(requests, on_tokens):
             yield generations
 
-    async def load_weights(self, weights: Mapping[str, Tensor], *, version: int) -> None:
+    async def load_weights(
+        self, weights: Mapping[str, Tensor] | WeightStream, *, version: int
+    ) -> None:
         """Copy `weights` (keyed by state-dict name) into the model once no request is in flight.
 
         Nothing is copied with `shares_learner_weights`, nor from tensors that already are the
@@ -120,6 +123,8 @@ class LocalEngine(RolloutEngine):
         if self.shares_learner_weights:
             weights = {}
         else:
+            if isinstance(weights, WeightStream):
+                weights = weights.whole()
             _check_weights(state, dict(self.model.named_parameters()), weights)
         while self._num_running:
             await asyncio.sleep(0.001)

@@ -15,12 +15,10 @@ from __future__ import annotations
 
 import contextlib
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from torch import Tensor
 
 from rosd_fast.engines.sglang.client import Refused, ServerError
 from rosd_fast.engines.sglang.pool import ServerHandle
@@ -28,6 +26,7 @@ from rosd_fast.engines.sglang.weight_sync import SYNC_TIMEOUT_S, WeightSync, pos
 from rosd_fast.errors import RunFailed, UserError
 from rosd_fast.files import atomic_folder, remove_leftovers
 from rosd_fast.model.adapter_files import write_adapter
+from rosd_fast.model.weight_stream import WeightStream
 
 LORAS_PER_BATCH = 2  # the current version, and the base weights
 
@@ -44,11 +43,11 @@ class AdapterSync(WeightSync):
         self._version = 0
         self._loaded: dict[ServerHandle, set[str]] = {}  # names that a server may hold
 
-    def stage(self, weights: Mapping[str, Tensor], version: int) -> None:
+    def stage(self, weights: WeightStream, version: int) -> None:
         path = self._path(version)
         try:
             with atomic_folder(path, durable=False) as folder:
-                write_adapter(self.config, weights, folder)
+                write_adapter(self.config, weights.whole(), folder)
         except (OSError, SafetensorError) as error:
             raise UserError(
                 "the adapter for the server cannot be written "
@@ -58,13 +57,13 @@ class AdapterSync(WeightSync):
             ) from None
         self._version = version
 
-    async def push(self, handle: ServerHandle, tag: str) -> None:
+    async def push(self, handle: ServerHandle, tag: str, version: int) -> None:
         await self._check_server(handle)
         names = self._loaded.setdefault(handle, set())
         if tag in names:  # an earlier try was interrupted
             await self._unload(handle, tag)
         names.add(tag)
-        body = {"lora_name": tag, "lora_path": str(self._path(self._version))}
+        body = {"lora_name": tag, "lora_path": str(self._path(version))}
         await post_checked(handle, "/load_lora_adapter", body, what="load the adapter")
         await post_checked(
             handle,

@@ -35,6 +35,7 @@ from rosd_fast.engines.sglang.pool import ServerHandle, request_with_retries
 from rosd_fast.engines.sglang.slots import Slots
 from rosd_fast.engines.sglang.weight_sync import SYNC_TIMEOUT_S, WeightSync
 from rosd_fast.errors import RunFailed, UserError
+from rosd_fast.model.weight_stream import WeightStream, as_stream
 from rosd_fast.types import Generation, GenerationRequest
 
 WEIGHT_CHECK_TIMEOUT_S = 120.0
@@ -149,18 +150,21 @@ class SglangEngine(RolloutEngine):
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
 
-    async def load_weights(self, weights: Mapping[str, Tensor], *, version: int) -> None:
-        """Copy `weights` and load them into each server, once no request is in flight.
+    async def load_weights(
+        self, weights: Mapping[str, Tensor] | WeightStream, *, version: int
+    ) -> None:
+        """Copy `weights`, and load them into each server once no request is in flight.
 
         The first call starts managed servers. Raises RunFailed when no server could load the
         weights, or when a server fails the weight check.
         """
+        await asyncio.to_thread(self._sync.stage, as_stream(weights), version)
+        expected: list[float] = []
+        if self._expected_logprobs is not None:
+            expected = await asyncio.to_thread(self._expected_logprobs, self._weight_check_ids)
         async with self._idle:
             await self._idle.wait_for(lambda: self._num_running == 0)
-            await asyncio.to_thread(self._sync.stage, weights, version)
-            self.policy_version = version
-            if self._expected_logprobs is not None:
-                self._expected = self._expected_logprobs(self._weight_check_ids)
+            self.policy_version, self._expected = version, expected
             ready = await asyncio.gather(*(self._try_prepare(handle) for handle in self.servers))
         if not any(error is None for error in ready):
             raise RunFailed(f"no SGLang server could load the new weights: {ready[0]}")
@@ -276,7 +280,7 @@ class SglangEngine(RolloutEngine):
             if handle.memory_released:
                 await handle.post("/resume_memory_occupation", {}, timeout_s=SYNC_TIMEOUT_S)
                 handle.memory_released = False
-            await self._sync.push(handle, self.tag)
+            await self._sync.push(handle, self.tag, self.policy_version)
             await self._check_weights(handle)
             handle.tag = self.tag
 

@@ -64,6 +64,7 @@ class ServerSpec:
     start_timeout_s: float  # seconds until it must answer
     args: tuple[str, ...] = ()  # more arguments of sglang.launch_server; these take precedence
     gpus: tuple[int, ...] = ()  # indices of the devices it may see; (): all
+    environment: tuple[tuple[str, str], ...] = ()  # more variables, with their values
 
 
 class ManagedServer:
@@ -193,7 +194,7 @@ class ManagedServer:
             environment |= CPU_ENV
         elif self.spec.gpus:
             environment["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, self.spec.gpus))
-        return environment
+        return environment | dict(self.spec.environment)
 
 
 def find_python(option: str | None) -> Path:

@@ -6,14 +6,12 @@ evaluations, and other clients, may use it at the same time.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
-
-from torch import Tensor
 
 from rosd_fast.engines.sglang.client import Unreachable
 from rosd_fast.engines.sglang.pool import ServerHandle
 from rosd_fast.engines.sglang.weight_sync import SYNC_TIMEOUT_S, WeightSync
+from rosd_fast.model.weight_stream import WeightStream
 
 
 class ServedWeights(WeightSync):
@@ -22,10 +20,10 @@ class ServedWeights(WeightSync):
     def __init__(self) -> None:
         self._versions: dict[ServerHandle, str] = {}
 
-    def stage(self, weights: Mapping[str, Tensor], version: int) -> None:
+    def stage(self, weights: WeightStream, version: int) -> None:
         raise ValueError("servers that keep their weights get none")
 
-    async def push(self, handle: ServerHandle, tag: str) -> None:
+    async def push(self, handle: ServerHandle, tag: str, version: int) -> None:
         """Note the version that the server has. Raises ServerError."""
         info: Any = await handle.get("/model_info", timeout_s=SYNC_TIMEOUT_S)
         if not isinstance(info, dict) or "weight_version" not in info:

@@ -4,7 +4,8 @@
 
 The answer has the states after the final norm, which are the input of the head. The loss is
 computed from them as from those of a teacher in the trainer's process, at any temperature. The head
-itself stays with the trainer.
+itself stays with the trainer. Servers with the plugin of `states_plugin.py`, as all that the
+trainer starts, send bytes; others send JSON.
 
 SGLang returns states only for tokens outside its prefix cache. `logprob_start_len` limits cache
 reads to the tokens before the first distilled one, so prefixes are reused and no needed state is
@@ -15,8 +16,10 @@ from __future__ import annotations
 
 import asyncio
 import secrets
+import shutil
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,6 +28,8 @@ from torch import Tensor
 
 from rosd_fast.engines.sglang.client import Busy, Refused, ServerError, Unreachable
 from rosd_fast.engines.sglang.pool import ServerHandle, request_with_retries
+from rosd_fast.engines.sglang.states_hook import KEY
+from rosd_fast.engines.sglang.states_plugin import unpacked
 from rosd_fast.errors import RunFailed, UserError
 from rosd_fast.types import PackedBatch
 
@@ -40,6 +45,8 @@ class SglangTeacher:
     concurrency: maximum number of requests in flight.
     max_failures: failures of one request in a row that end the run.
     request_timeout_s: timeout of one request, including its retries.
+    states_folder: where servers on this machine write states; None: they send them. It is removed
+        at the end.
     note: shows the user a line.
     """
 
@@ -51,6 +58,7 @@ class SglangTeacher:
         concurrency: int,
         max_failures: int,
         request_timeout_s: float,
+        states_folder: Path | None = None,
         note: Callable[[str], None],
     ) -> None:
         if not servers:
@@ -61,6 +69,7 @@ class SglangTeacher:
         self._trainer_id = secrets.token_hex(4)
         self._slots = asyncio.Semaphore(concurrency)
         self._max_failures, self._timeout_s = max_failures, request_timeout_s
+        self._states_folder = states_folder
         self._version: str | None = None  # weight version of the first answer
         self._num_asked = 0
 
@@ -93,7 +102,11 @@ class SglangTeacher:
             request = {
                 "rid": f"{name}#{attempt}",
                 "input_ids": list(ids),
-                "sampling_params": {"max_new_tokens": 1, "temperature": 0},
+                "sampling_params": {
+                    "max_new_tokens": 1,
+                    "temperature": 0,
+                    "custom_params": {KEY: {"first": first}},
+                },
                 "return_logprob": True,
                 "logprob_start_len": first,  # the cache is read only up to here
                 "return_hidden_states": True,
@@ -107,7 +120,9 @@ class SglangTeacher:
                     f"the teacher server refuses a sequence of {len(ids)} tokens ({error}); "
                     f"lower teacher.max_prompt_tokens or, if the cause is another, {HOW_TO_START}"
                 ) from None
-            return self._read(answer, handle, num_tokens=len(ids), first=first)
+            return await asyncio.to_thread(
+                self._read, answer, handle, num_tokens=len(ids), first=first
+            )
 
         async with self._slots:
             return await request_with_retries(
@@ -123,6 +138,8 @@ class SglangTeacher:
     async def close(self) -> None:
         """Stop managed servers and close connections."""
         await asyncio.gather(*(handle.close() for handle in self.servers))
+        if self._states_folder is not None:
+            shutil.rmtree(self._states_folder, ignore_errors=True)
 
     def _failed(self, handle: ServerHandle, error: ServerError) -> None:
         if not isinstance(error, Busy):
@@ -139,7 +156,8 @@ class SglangTeacher:
         try:
             meta = answer["meta_info"]
             version, num_cached = meta["weight_version"], meta["cached_tokens"]
-            prompt_states = meta["hidden_states"][0]
+            records = meta.get(KEY)
+            sent = meta["hidden_states"][0] if records is None else records[0]
         except (KeyError, TypeError, IndexError) as error:
             raise Unreachable(
                 handle.url, f"sent an answer without {error}: {HOW_TO_START}"
@@ -153,26 +171,43 @@ class SglangTeacher:
                 f"{handle.url}: the teacher's weights have changed, from {self._version} to "
                 f"{version}; a teacher server must serve only this run"
             )
-        try:
-            states = np.asarray(prompt_states, dtype=np.float32).reshape(-1, self.hidden_size)
-        except ValueError:
+        begin, states = self._unpacked(sent, handle, begin=num_cached)
+        if states.shape[1:] != (self.hidden_size,):
             raise RunFailed(
                 f"{handle.url}: the teacher's states are not {self.hidden_size} wide: the server "
                 "runs another model"
-            ) from None
-        if len(states) != num_tokens - num_cached or num_cached > first:
+            )
+        if begin > first or begin + len(states) != num_tokens:
             raise Unreachable(
                 handle.url,
                 f"sent {len(states)} states for {num_tokens} tokens, {num_cached} of them cached: "
                 f"{HOW_TO_START}",
             )
-        if not np.isfinite(states).all():
+        if not bool(torch.isfinite(states).all()):
             raise UserError(
                 "the teacher's states are not finite",
                 where=handle.url,
                 fix="Check the model's weights",
             )
-        return torch.from_numpy(states[first - num_cached :])
+        return states[first - begin :]
+
+    def _unpacked(
+        self, sent: list[Any] | Mapping[str, Any], handle: ServerHandle, *, begin: int
+    ) -> tuple[int, Tensor]:
+        """The position of the first state that was sent, and the states.
+
+        begin: of a list of numbers, which has all states that were computed.
+        """
+        if isinstance(sent, Mapping):
+            try:
+                return unpacked(sent, self._states_folder)
+            except (KeyError, TypeError, ValueError, OSError) as error:
+                raise Unreachable(handle.url, f"sent states that are not whole ({error})") from None
+        try:
+            states = np.asarray(sent, dtype=np.float32).reshape(-1, self.hidden_size)
+        except ValueError:
+            return begin, torch.empty(0)  # of another width
+        return begin, torch.from_numpy(states)
 
 
 def _sequences(batch: PackedBatch) -> list[tuple[list[int], int, str]]:

@@ -10,15 +10,12 @@ fsynced, since a resumed run writes its weights again.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
-
-from safetensors import SafetensorError
-from safetensors.torch import save_file
-from torch import Tensor
 
 from rosd_fast.errors import UserError
 from rosd_fast.files import atomic_folder, remove_leftovers
+from rosd_fast.model.tensor_file import TensorFile
+from rosd_fast.model.weight_stream import WeightStream, read_ahead
 
 WEIGHTS = (".safetensors", ".safetensors.index.json")
 
@@ -36,10 +33,9 @@ class WeightFolder:
     def path(self, version: int) -> Path:
         return self.folder / f"v{version:06d}"
 
-    def write(self, weights: Mapping[str, Tensor], version: int) -> Path:
-        """Write the weights of a version and return its folder.
+    def write(self, weights: WeightStream, version: int) -> Path:
+        """Write the weights of a version, bucket by bucket, and return its folder.
 
-        Of tensors that share memory only one is written, as in any safetensors file of the model.
         Raises UserError when the files cannot be written.
         """
         final = self.path(version)
@@ -48,8 +44,14 @@ class WeightFolder:
                 for file in self.model_folder.iterdir():
                     if file.is_file() and not file.name.endswith(WEIGHTS):
                         shutil.copyfile(file, folder / file.name)
-                save_file(distinct(weights), folder / "model.safetensors", {"format": "pt"})
-        except (OSError, SafetensorError) as error:
+                with (
+                    TensorFile(folder / "model.safetensors", weights.specs) as file,
+                    read_ahead(weights.buckets()) as buckets,
+                ):
+                    for bucket in buckets:
+                        for name, tensor in bucket.items():
+                            file.write(name, tensor)
+        except OSError as error:
             raise UserError(
                 "the weights for the server cannot be written "
                 f"({getattr(error, 'strerror', None) or error})",
@@ -65,16 +67,3 @@ class WeightFolder:
         for path in self.folder.glob("v??????"):
             if path != keep:
                 shutil.rmtree(path, ignore_errors=True)
-
-
-def distinct(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return contiguous tensors on the CPU; a tensor with several names is kept under its first."""
-    seen: set[tuple[int, tuple[int, ...]]] = set()
-    tensors = {}
-    for name, tensor in weights.items():
-        key = (tensor.data_ptr(), tuple(tensor.shape))
-        if key in seen:
-            continue
-        seen.add(key)
-        tensors[name] = tensor.detach().to("cpu").contiguous()
-    return tensors

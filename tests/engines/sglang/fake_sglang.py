@@ -16,7 +16,8 @@ import torch
 from aiohttp import web
 from torch import Tensor
 
-from rosd_fast.engines.sglang.weight_sync import c10d, gloo_options
+from rosd_fast.engines.sglang.server_group import c10d, gloo_options
+from rosd_fast.engines.sglang.states_hook import KEY, packed
 
 # Options of servers and engines for tests that do not set them.
 WATCH: dict[str, Any] = {"health_every_s": 30.0, "health_timeout_s": 30.0}
@@ -46,6 +47,7 @@ class FakeSglang:
         self.model_path = "/models/served"
         self.bodies: list[dict[str, Any]] = []  # of requests to /generate
         self.loaded: list[str] = []  # versions, "release" and "resume", in order of the requests
+        self.folders: list[str] = []  # that weights were loaded from
         self.refuse_weights = 0  # how many of the next weight updates fail
         self.joins: dict[str, Any] = {}  # process groups by name
         self.num_joins = 0
@@ -62,6 +64,7 @@ class FakeSglang:
         self.delay_s: dict[str, float] = {}  # by request id
         self.running = self.most_running = 0
         self.check_logprob = -1.0
+        self.has_plugin = False  # that of `states_hook`
         self.states = expected_states  # returns the states for the ids of a scoring request
         self._runner: web.AppRunner | None = None
         self.url = ""
@@ -115,6 +118,7 @@ class FakeSglang:
             return web.json_response({"success": False, "message": "no such file"}, status=400)
         self.version = body["weight_version"]
         self.loaded.append(self.version)
+        self.folders.append(body["model_path"])
         return web.json_response({"success": True, "message": ""})
 
     async def _server_info(self, _request: web.Request) -> web.Response:
@@ -282,13 +286,23 @@ class FakeSglang:
             states[-1][0] = float("nan")
         if fault == "stateless":
             states = None
+        sent: dict[str, Any] = {"hidden_states": None if states is None else [states]}
+        wanted = body["sampling_params"].get("custom_params", {}).get(KEY)
+        if self.has_plugin and wanted is not None and states is not None:
+            begin = max(cached, wanted["first"])
+            rows = torch.tensor(states)[begin - cached :]
+            if fault == "chunked":
+                begin += 1
+            sent = {KEY: [packed(rows, begin)]}
+            if fault == "lost":
+                sent[KEY][0] |= {"file": "0" * 32}
         return {
             "output_ids": [1],
             "meta_info": {
                 "finish_reason": {"type": "length", "length": 1},
                 "weight_version": version,
                 "cached_tokens": cached,
-                "hidden_states": None if states is None else [states],
+                **sent,
             },
         }
 

@@ -166,7 +166,9 @@ def test_the_options_open_it_and_a_cpu_cannot(tmp_path: Path) -> None:
     assert server_args(sync.config)[:3] == ("--enable-lora", "--max-lora-rank", "3")
     check_engine(config.engine, config.teacher, "cpu")  # a running server may have a GPU
     with pytest.raises(Unreachable):  # the folder is there, the server is not
-        asyncio.run(sync.push(ServerHandle(Endpoint("http://127.0.0.1:9"), name="x", **WATCH), "t"))
+        asyncio.run(
+            sync.push(ServerHandle(Endpoint("http://127.0.0.1:9"), name="x", **WATCH), "t", 0)
+        )
 
 
 def test_adapters_of_fused_experts_are_refused() -> None:

@@ -23,6 +23,7 @@ from rosd_fast.engines.sglang.pool import ServerHandle
 from rosd_fast.engines.sglang.weight_folder import WeightFolder
 from rosd_fast.engines.sglang.weight_sync import DiskSync
 from rosd_fast.errors import RunFailed, UserError
+from rosd_fast.model.weight_stream import WholeWeights
 from rosd_fast.types import Generation, GenerationRequest, SamplingParams
 from tests.engines.sglang.fake_sglang import ENGINE, FakeSglang, expected_ids
 
@@ -362,6 +363,33 @@ def test_new_weights_wait_for_requests_in_flight(tmp_path: Path) -> None:
     with_fakes(tmp_path, test, FakeSglang())
 
 
+def test_new_weights_are_written_while_requests_run_and_a_restart_gets_the_old_ones(
+    tmp_path: Path,
+) -> None:
+    """A server that lost its weights meanwhile loads the version that is sampled with."""
+    fake = FakeSglang()
+
+    async def test(setting: Setting) -> None:
+        engine = setting.engine
+        fake.delay_s = {"step1/p0": 0.6}
+        in_flight = asyncio.create_task(engine.generate([make_request(0)]))
+        await asyncio.sleep(0.1)
+        loading = asyncio.create_task(engine.load_weights(WEIGHTS, version=1))
+        while not (tmp_path / "weights" / "v000001").exists():
+            await asyncio.sleep(0.01)
+        assert not in_flight.done() and engine.policy_version == 0
+        engine.servers[0].tag = None  # as after a restart
+        [one, _] = await engine.generate([make_request(1)])
+        assert one.policy_version == 0 and not loading.done()
+        assert [Path(folder).name for folder in fake.folders] == ["v000000", "v000000"]
+        await loading
+        assert {item.policy_version for item in await in_flight} == {0}
+        assert Path(fake.folders[-1]).name == "v000001" and engine.policy_version == 1
+        assert [path.name for path in (tmp_path / "weights").iterdir()] == ["v000001"]
+
+    with_fakes(tmp_path, test, fake)
+
+
 def test_weight_folder_holds_the_complete_newest_version(tmp_path: Path) -> None:
     model = tmp_path / "model"
     model.mkdir()
@@ -371,8 +399,8 @@ def test_weight_folder_holds_the_complete_newest_version(tmp_path: Path) -> None
     folder = WeightFolder(tmp_path / "weights", model)
     tied = torch.rand(3, 2)
     weights = {"embed": tied, "head": tied, "part": torch.rand(4, 4)[:, 1]}
-    first = folder.write(weights, 1)
-    second = folder.write(weights, 2)
+    first = folder.write(WholeWeights(weights), 1)
+    second = folder.write(WholeWeights(weights), 2)
     assert sorted(path.name for path in second.iterdir()) == ["config.json", "model.safetensors"]
     loaded = load_file(second / "model.safetensors")
     assert set(loaded) == {"embed", "part"}
@@ -385,7 +413,6 @@ def test_weight_folder_holds_the_complete_newest_version(tmp_path: Path) -> None
 
 
 def test_a_full_disk_gives_a_one_line_error(tmp_path: Path) -> None:
-    """safetensors raises its own type of error here."""
     (tmp_path / "model").mkdir()
     folder = WeightFolder(tmp_path / "weights", tmp_path / "model")
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -393,7 +420,7 @@ def test_a_full_disk_gives_a_one_line_error(tmp_path: Path) -> None:
     resource.setrlimit(resource.RLIMIT_FSIZE, (4096, limits[1]))
     try:
         with pytest.raises(UserError, match=r"cannot be written .*engine\.sync_folder"):
-            folder.write({"big": torch.zeros(4096)}, 1)
+            folder.write(WholeWeights({"big": torch.zeros(4096)}), 1)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
         signal.signal(signal.SIGXFSZ, before)
@@ -405,7 +432,7 @@ def test_a_folder_that_cannot_be_written_gives_a_one_line_error(tmp_path: Path) 
     (tmp_path / "file").write_text("")
     folder = WeightFolder(tmp_path / "file" / "weights", tmp_path / "model")
     with pytest.raises(UserError, match=r"cannot be written .*engine\.sync_folder"):
-        folder.write(WEIGHTS, 1)
+        folder.write(WholeWeights(WEIGHTS), 1)
 
 
 PROMPTS = st.lists(st.lists(st.integers(0, 2), min_size=1, max_size=6), max_size=8)

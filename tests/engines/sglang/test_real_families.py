@@ -14,10 +14,11 @@ import pytest
 import torch
 from transformers import AutoTokenizer
 
+from rosd_fast.engines.sglang.broadcast_sync import DistributedSync
 from rosd_fast.engines.sglang.engine import SglangEngine
 from rosd_fast.engines.sglang.pool import ServerHandle
 from rosd_fast.engines.sglang.process import ManagedServer, ServerSpec
-from rosd_fast.engines.sglang.weight_sync import DiskSync, DistributedSync
+from rosd_fast.engines.sglang.weight_sync import DiskSync
 from rosd_fast.engines.weight_check import token_logprobs
 from rosd_fast.model.adapters import merged_weights
 from rosd_fast.model.file_layout import file_weights

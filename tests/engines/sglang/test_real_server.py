@@ -26,12 +26,13 @@ from rosd_fast.config.load import apply_args, load_preset, to_toml
 from rosd_fast.engines.factory import open_engine, open_sglang_teacher
 from rosd_fast.engines.local.engine import LocalEngine
 from rosd_fast.engines.sglang.adapter_sync import AdapterSync, server_args
+from rosd_fast.engines.sglang.broadcast_sync import DistributedSync
 from rosd_fast.engines.sglang.client import Endpoint
 from rosd_fast.engines.sglang.engine import SglangEngine
 from rosd_fast.engines.sglang.pool import ServerHandle
 from rosd_fast.engines.sglang.process import ManagedServer, ServerSpec
 from rosd_fast.engines.sglang.teacher import SglangTeacher
-from rosd_fast.engines.sglang.weight_sync import DiskSync, DistributedSync
+from rosd_fast.engines.sglang.weight_sync import DiskSync
 from rosd_fast.engines.weight_check import token_logprobs
 from rosd_fast.errors import RunFailed, UserError
 from rosd_fast.model.adapter_files import adapter_config, adapter_weights
@@ -360,6 +361,7 @@ def test_a_server_that_fails_in_mid_step_is_restarted(
         model,
         tmp_path,
         weight_check_ids=model.tokenizer.encode("3 + 4 = 7."),
+        expected_logprobs=lambda ids: token_logprobs(model.model, ids),
         note=notes.append,
     )
     assert isinstance(engine, SglangEngine)
@@ -663,11 +665,12 @@ def test_a_server_that_returns_no_states_is_refused(
 ) -> None:
     """The error says how to start it."""
     url, key = server
+    limits: dict[str, Any] = LIMITS | {"max_failures": 2}
     teacher = SglangTeacher(
         [ServerHandle(Endpoint(url, api_key=key), name=url, **WATCH)],
         hidden_size=model.model.config.hidden_size,
-        **LIMITS | {"max_failures": 2},
         note=print,
+        **limits,
     )
 
     async def run() -> None:

@@ -59,13 +59,26 @@ def tasks() -> dict[str, Task]:
             found[f"{of} spread {spread}"] = replace(
                 base, spread=spread, options=base.options | small, loss="afterwards clipped"
             )
-    tiled = {"strategy": "tiled"}
-    for name, rule in (("entry", entry(1e-12)), ("mass", mass(1e-9))):
-        found[f"{name} of all"] = Task(options=tiled | {"sparsity": rule})
-        found[f"{name} no tokens"] = Task(options=tiled | {"sparsity": rule}, num_tokens=0)
-    found["entry drops"] = Task(
-        options=tiled | {"sparsity": entry(1e-3)}, sizes=TILES, num_tokens=3, sharpness=12.0
+        for name, rule in (("entry", entry(1e-12)), ("mass", mass(1e-9))):
+            options = {"strategy": of, "sparsity": rule}
+            found[f"{of} {name} of all"] = Task(options=options)
+            found[f"{of} {name} no tokens"] = Task(options=options, num_tokens=0)
+        for loss in ("clipped", "afterwards clipped"):
+            found[f"{of} entry drops {loss}"] = Task(
+                loss=loss,
+                options={"strategy": of, "sparsity": entry(1e-3)},
+                sizes=TILES,
+                num_tokens=3,
+                sharpness=12.0,
+            )
+    found["chunked entry drops, plain on one"] = Task(
+        options={"strategy": "chunked", "sparsity": entry(1e-3)},
+        sizes=TILES,
+        num_tokens=130,
+        sharpness=12.0,
+        plain=(2,),
     )
+    tiled = {"strategy": "tiled"}
     found["order"] = Task(options=tiled | {"sparsity": entry(1e-12)}, ordered=True)
     found["auto"] = Task(options={"sparsity": entry(1e-12)})
     return found

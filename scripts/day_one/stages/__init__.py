@@ -1,0 +1,1 @@
+"""The stages of a first day; each module has one `STAGE`."""

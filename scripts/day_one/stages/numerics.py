@@ -1,0 +1,45 @@
+"""Every check of `rosd-fast doctor --gpu`, spread over processes: most of its time compiles."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from functools import cache
+from typing import Any
+
+import torch
+
+from day_one.results import Row
+from day_one.stage import Phase, Plan, Stage
+from rosd_kernels.testing.checking import SHAPES, SMALL, Shape
+from rosd_kernels.testing.parts import Part, parts
+
+CHECKS = "Checks against float64"
+MOST_WORKERS, GIB_EACH = 8, 2.0
+# In the interpreter: shapes of one and of two row blocks, and of them one check in ten.
+SMALL_SHAPES = (Shape(9, 300, 20), Shape(130, 256, 16))
+SMALLER = (Shape(1, 7, 3), Shape(0, 30, 8))
+ONE_IN = 10
+
+
+class Numerics(Stage):
+    name = "numerics"
+    item_s = 120.0
+
+    def phases(self, plan: Plan) -> Iterator[Phase]:
+        names = list(checks(plan.device))
+        if not plan.on_gpu:
+            names = names[::ONE_IN]
+        workers = plan.workers(MOST_WORKERS, gib_each=GIB_EACH)
+        yield Phase(items={name: {} for name in names}, workers=workers)
+
+    def handle(self, key: str, args: Mapping[str, Any], device: str) -> list[Row]:
+        check = checks(device)[key](torch.device(device))
+        return [{"table": CHECKS, "check": check.name, "text": check.text, "ok": check.ok}]
+
+
+@cache
+def checks(device: str) -> dict[str, Part]:
+    return parts(SHAPES, SMALL) if device == "cuda" else parts(SMALL_SHAPES, SMALLER)
+
+
+STAGE = Numerics()
