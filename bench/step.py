@@ -11,9 +11,10 @@ float32. TRL is `trl.experimental.sdpo`, in micro-batches of `--trl-batch` seque
 gradient checkpointing, which is the faster choice.
 
 The candidates run in turns, each in a process of its own: a step to warm up, then `--steps` that
-count. Seconds are medians. `peak_mib` is that of the whole process; `step_mib` is what steps add to
-the loaded model and libraries. With `--busy 1` another process computes meanwhile, without a pause.
-`trl` has torch's own number of threads, as a script has; `ours` chooses its own.
+count. Seconds are medians. `peak_mib` is that of the whole process, `used_mib` the same without the
+libraries: weights, teacher, gradients, moments, caches and activations. With `--busy 1` another
+process computes meanwhile, without a pause. `trl` has torch's own number of threads, as a script
+has; `ours` chooses its own.
 """
 
 from __future__ import annotations
@@ -47,14 +48,15 @@ CSV = RESULTS / "step_cpu.csv"
 def main() -> None:
     args = parse_arguments()
     if args.measure:
-        measured = {"trl": run_trl, "ours": run_ours}[args.measure](args.models[0], args)
+        run = {"model": make_model, "trl": run_trl, "ours": run_ours}[args.measure]
+        measured = run(args.models[0], args)
         args.result.write_text(json.dumps(measured))
         return
     for row in record(args.csv, rows(args)):
         print(
             f"{row['model']:10} {row['busy']} busy  {row['candidate']:5} {row['step_s']:>7} s a "
             f"step (x{row['ours_over_this']} ours/this, x{row['alone_over_this']} alone/this)  "
-            f"peak {row['peak_mib']} MiB, of steps {row['step_mib']} MiB",
+            f"peak {row['peak_mib']} MiB, without libraries {row['used_mib']} MiB",
             flush=True,
         )
 
@@ -70,7 +72,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--trl-batch", type=int, default=16)
     parser.add_argument("--csv", type=Path, default=CSV)
-    parser.add_argument("--measure", choices=CANDIDATES, help=argparse.SUPPRESS)
+    parser.add_argument("--measure", choices=("model", *CANDIDATES), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     parser.add_argument("--result", type=Path, help=argparse.SUPPRESS)
     return parser.parse_args()
@@ -99,7 +101,7 @@ def rows(args: argparse.Namespace) -> Iterator[dict[str, object]]:
                     "ours_over_this": f"{seconds.get('ours', float('nan')) / seconds[name]:.2f}",
                     "alone_over_this": f"{alone[name] / seconds[name]:.2f}",
                     "peak_mib": f"{statistics.median(run['peak_mib'] for run in runs):.0f}",
-                    "step_mib": f"{statistics.median(run['step_mib'] for run in runs):.0f}",
+                    "used_mib": f"{statistics.median(run['used_mib'] for run in runs):.0f}",
                 }
 
 
@@ -107,11 +109,11 @@ def measure(model: str, busy: int, args: argparse.Namespace) -> dict[str, list[d
     """The runs of each candidate, in turns."""
     found: dict[str, list[dict[str, Any]]] = {name: [] for name in args.candidates}
     with tempfile.TemporaryDirectory(prefix="bench-step-") as folder, busy_processes(busy):
+        if model != "quickstart":
+            run_apart(model, "model", Path(folder, "model"), args)
         for turn in range(args.repeats):
             for name, runs in found.items():
-                place = Path(folder, f"{name}{turn}")
-                place.mkdir()
-                runs.append(run_apart(model, name, place, args))
+                runs.append(run_apart(model, name, Path(folder, f"{name}{turn}"), args))
     return found
 
 
@@ -129,7 +131,8 @@ def busy_processes(count: int) -> Iterator[list[subprocess.Popen[bytes]]]:
 
 
 def run_apart(model: str, name: str, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
-    """Measure one candidate in a process of its own."""
+    """Measure one candidate, or make the model, in a process of its own and a new folder."""
+    folder.mkdir()
     result = folder / "result.json"
     command = [sys.executable, __file__, "--measure", name, "--models", model]
     command += ["--length", str(args.length), "--steps", str(args.steps)]
@@ -159,6 +162,7 @@ class Clock:
 
     def __init__(self) -> None:
         self.steps: list[dict[str, float]] = []
+        self.libraries = resident("VmRSS")  # bytes; the clock is made when all are loaded
         self.peak = 0  # bytes of the process, up to the last step
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._inner = [0.0]
@@ -180,14 +184,12 @@ class Clock:
         setattr(owner, method, run)
 
     def end_step(self, seconds: float) -> None:
-        from loss import resident
-
         self.steps.append({"step": seconds, **self._seconds})
         self._seconds.clear()
         self.peak = resident("VmHWM")
 
-    def result(self, model: Any, before: float) -> dict[str, Any]:
-        """What a process tells: without the first step. before: RSS before the first step."""
+    def result(self, model: Any) -> dict[str, Any]:
+        """What a process tells, without the first step."""
         import torch
 
         return {
@@ -195,18 +197,31 @@ class Clock:
             "parameters": sum(p.numel() for p in model.parameters()),
             "threads": torch.get_num_threads(),
             "peak_mib": self.peak / 2**20,
-            "step_mib": (self.peak - before) / 2**20,
+            "used_mib": (self.peak - self.libraries) / 2**20,
         }
 
 
+def resident(field: str) -> int:
+    """Read VmRSS, or VmHWM (the peak), in bytes."""
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field):
+            return int(line.split()[1]) * 1024
+    raise SystemExit("memory is measured on Linux only")
+
+
 def model_folder(model: str, folder: Path) -> Path:
-    """The folder of a model: the embedded one, or a random one of 30 million parameters."""
+    """The folder of the embedded model, or that which `make_model` has written."""
     from rosd_fast.quickstart import MODEL_DIR
 
-    if model == "quickstart":
-        return MODEL_DIR
+    return MODEL_DIR if model == "quickstart" else folder.parent / "model"
+
+
+def make_model(_: str, args: argparse.Namespace) -> dict[str, Any]:
+    """Write a random model of 30 million parameters."""
     import torch
     from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    from rosd_fast.quickstart import MODEL_DIR
 
     torch.manual_seed(0)
     tokenizer = AutoTokenizer.from_pretrained(MODEL_DIR)
@@ -224,9 +239,9 @@ def model_folder(model: str, folder: Path) -> Path:
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
     )
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
-    tokenizer.save_pretrained(folder / "model")
-    return folder / "model"
+    LlamaForCausalLM(config).save_pretrained(args.folder)
+    tokenizer.save_pretrained(args.folder)
+    return {}
 
 
 def run_trl(model: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -236,7 +251,6 @@ def run_trl(model: str, args: argparse.Namespace) -> dict[str, Any]:
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     import torch
     from datasets import Dataset
-    from loss import resident
     from transformers import AutoModelForCausalLM, AutoTokenizer, TrainerCallback
     from trl.experimental.sdpo import SDPOConfig, SDPOTrainer
 
@@ -298,9 +312,8 @@ def run_trl(model: str, args: argparse.Namespace) -> dict[str, Any]:
     clock.timed(trainer, "training_step", "loss")
     trainer.create_optimizer()
     clock.timed(trainer.optimizer, "step", "optimizer")
-    before = resident("VmRSS")
     trainer.train()
-    return clock.result(trainer.model, before)
+    return clock.result(trainer.model)
 
 
 def run_ours(model: str, args: argparse.Namespace) -> dict[str, Any]:
@@ -312,8 +325,6 @@ def run_ours(model: str, args: argparse.Namespace) -> dict[str, Any]:
 
     wait_briefly()
     from dataclasses import replace
-
-    from loss import resident
 
     from rosd_fast.config.load import load_config
     from rosd_fast.engines import factory
@@ -327,18 +338,19 @@ def run_ours(model: str, args: argparse.Namespace) -> dict[str, Any]:
     from rosd_fast.types import Verdict
     from rosd_fast.verify import VerifierPool
 
-    clock, learners = Clock(), []
+    clock, models, lengths = Clock(), [], []
 
     class WithoutStop(LocalEngine):
         """Samples completions of the whole length."""
 
-        async def generate(self, requests: Any, **options: Any) -> Any:
-            def longest(request: Any) -> Any:
-                return replace(request, params=replace(request.params, stop_token_ids=()))
-
-            return await super().generate([longest(r) for r in requests], **options)
+        def _slices(self, requests: Any) -> Any:
+            params = [replace(request.params, stop_token_ids=()) for request in requests]
+            return super()._slices(
+                [replace(r, params=p) for r, p in zip(requests, params, strict=True)]
+            )
 
     async def first_is_right(_: VerifierPool, groups: Any, **__: Any) -> dict[str, Verdict]:
+        lengths.extend(len(r.completion_ids) for group in groups for r in group.rollouts)
         return {
             rollout.id: Verdict(
                 rollout_id=rollout.id, score=float(not place), success=not place, answer=None
@@ -353,8 +365,7 @@ def run_ours(model: str, args: argparse.Namespace) -> dict[str, Any]:
     step = Learner.step
 
     def counted(learner: Learner, *batches: Any) -> Any:
-        if not learners:
-            learners.append((learner, resident("VmRSS")))
+        models.append(learner.model)
         try:
             return step(learner, *batches)
         finally:
@@ -397,12 +408,12 @@ def run_ours(model: str, args: argparse.Namespace) -> dict[str, Any]:
         presets=("quickstart",),
     )
     train(config)
+    assert set(lengths) == {args.length}, "a completion stopped early"
     trained = [row for row in read_metrics(args.folder / "run/metrics.jsonl") if row["step"]]
     for row, of_step in zip(trained, clock.steps, strict=True):
         of_step["step"] = row["time/step_s"]
         of_step["sample"] = row.get(Stage.SAMPLE.metric, 0.0)
-    learner, before = learners[0]
-    return clock.result(learner.model, before)
+    return clock.result(models[0])
 
 
 if __name__ == "__main__":
