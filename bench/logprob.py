@@ -37,12 +37,15 @@ from rosd_kernels.testing.peers import (
 )
 
 EPS = 2.0**-12
+SOURCES = ("smollm2", "made")
 CSV = RESULTS / "logprob_cpu.csv"
 # name: (strategy, sparsity, whether the head is trained, whether the loss is a token_loss)
 OURS = {
     "chunked": ("chunked", "exact", True, True),
     "chunked, frozen head": ("chunked", "exact", False, True),
     "chunked, loss afterwards": ("chunked", "exact", True, False),
+    "chunked entry": ("chunked", "entry", True, True),
+    "chunked entry, frozen head": ("chunked", "entry", False, True),
     "tiled exact": ("tiled", "exact", True, True),
     "tiled entry, ordered": ("tiled", "entry", True, True),
 }
@@ -82,7 +85,7 @@ def main() -> None:
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--tokens", type=int, nargs="+", default=[128, 512])
-    parser.add_argument("--sources", nargs="+", choices=list(SHAPES), default=list(SHAPES))
+    parser.add_argument("--sources", nargs="+", choices=SOURCES, default=SOURCES)
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--csv", type=Path, default=CSV, help="file to write")
     parser.add_argument("--memory", nargs=2, metavar=("CANDIDATE", "FILE"), help=argparse.SUPPRESS)

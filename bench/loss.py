@@ -1,17 +1,25 @@
-"""The divergence, forward and backward: `span_divergence` against eager PyTorch and Liger.
+"""The divergence, forward and backward: `span_divergence` against eager PyTorch, Liger and TRL.
 
     python bench/loss.py                         # all shapes; rewrites the CSV and the picture
     python bench/loss.py --tokens 128 --repeats 2 --csv /tmp/loss.csv --picture /tmp/loss.png
+    python bench/loss.py --tokens 2048 --csv /tmp/loss.csv --picture /tmp/loss.png   # slow
 
-JSD, float32, gradients to student hidden states and head. The candidates alternate in one process,
-and their medians are compared, also with the floor: the four GEMM sweeps over the head that a
-gradient needs, and nothing else. Peak memory, beyond the inputs and the gradients, is measured in a
-separate process per candidate.
+Float32, gradients to student hidden states and head. The candidates alternate in one process, and
+their medians are compared, also with the floor: the GEMM sweeps over the head that dense gradients
+need (4; without the head's gradient 3), and nothing else. In a separate process per candidate, peak
+memory beyond the inputs and the gradients is measured and the GEMMs' FLOPs are counted, in units of
+one sweep over the head.
+
+The settings are JSD, and in fewer candidates the forward KL, JSD with a frozen head (LoRA), with a
+soft cap of 30, and over the student's 100 most likely tokens and the tail. TRL's divergence runs in
+chunks of 256 tokens.
 
 Inputs for a vocabulary of 49152: SmolLM2-135M-Instruct samples answers. Its states on them are the
 student's; its states on the same tokens, under a prompt that reveals the right answer, are the
-teacher's. For a vocabulary of 151936 the states and the head are synthetic: each state is a mixture
-of eight rows of a random head, drawn by Zipf's law, so that the entropies are similar.
+teacher's. "sharp" are the same states multiplied by 2.7, as if sampled at a temperature of 0.37:
+their entropy is 0.5 nats on average and not 2.2, like that of larger models. For a vocabulary of
+151936 the states and the head are synthetic: each state is a mixture of eight rows of a random
+head, drawn by Zipf's law, so that the entropies are similar.
 """
 
 from __future__ import annotations
@@ -24,7 +32,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,15 +40,47 @@ import torch
 from harness import RESULTS, ROOT, record, time_alternating, version
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from rosd_kernels import VocabularyOrder, entry, span_divergence
-from rosd_kernels.testing.peers import eager_jsd, gemm_floor, liger_jsd, peaked_states
+from rosd_kernels.testing.peers import (
+    eager_jsd,
+    gemm_floor,
+    liger_jsd,
+    peaked_states,
+    trl_divergence,
+)
 
 EPS = 2.0**-12
 BETA = 0.5
 LEARN_TOKENS = 1024  # tokens from which the order is learned; none of them is timed
-SHAPES = {"smollm2": (49152, 576), "made": (151936, 1024)}
-CANDIDATES = ("chunked", "tiled exact", "tiled entry", "tiled entry, ordered", "eager", "liger")
+SHAPES = {"smollm2": (49152, 576), "sharp": (49152, 576), "made": (151936, 1024)}
+TOKENS = {"smollm2": (128, 512), "sharp": (512,), "made": (128,)}  # that fit a few minutes
+SHARPNESS = 2.7
+PEERS = ("eager", "liger", "trl")
+CANDIDATES = (
+    *("chunked", "chunked entry", "tiled exact", "tiled entry", "tiled entry, ordered"),
+    *PEERS,
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What is computed, and by whom."""
+
+    options: dict[str, Any] = field(default_factory=dict)  # of `span_divergence`
+    candidates: tuple[str, ...] = ("chunked", "chunked entry", "trl")
+    is_frozen: bool = False  # the head has no gradient
+
+
+SETTINGS = {
+    "jsd": Setting(candidates=CANDIDATES),
+    "forward_kl": Setting({"divergence": "forward_kl"}),
+    "frozen head": Setting(is_frozen=True),
+    "softcap": Setting({"softcap": 30.0}),
+    "top-100 + tail": Setting({"top_k": 100}, candidates=("chunked",)),
+}
+FEWER = ("smollm2", 512)  # states and tokens of the settings beyond JSD
 CSV = RESULTS / "loss_cpu.csv"
 PICTURE = ROOT / "docs" / "loss_cpu.png"
 
@@ -61,50 +101,69 @@ class Inputs:
         # Copied, because a mapped file counts as resident memory only after it was read.
         tensors = {name: tensor.clone() for name, tensor in load_file(file).items()}
         return cls(
-            tensors["student"][:num_tokens].requires_grad_(),
+            tensors["student"][:num_tokens],
             tensors["teacher"][:num_tokens],
-            tensors["head"].requires_grad_(),
+            tensors["head"],
             tensors["mass"],
         )
+
+    def of(self, setting: Setting) -> Inputs:
+        """These tensors, with the gradients that a setting wants."""
+        self.student.requires_grad_()
+        self.head.requires_grad_(not setting.is_frozen)
+        return self
 
 
 def main() -> None:
     args = parse_arguments()
     if args.memory:
-        print(json.dumps(peak_memory(args)))
+        print(json.dumps(peak_and_units(args)))
         return
     draw([*record(args.csv, measure_all(args))], args.picture)
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[128, 512, 2048])
+    parser.add_argument("--tokens", type=int, nargs="+", help="for every source; default: TOKENS")
     parser.add_argument("--sources", nargs="+", choices=list(SHAPES), default=list(SHAPES))
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--csv", type=Path, default=CSV, help="file to write")
     parser.add_argument("--picture", type=Path, default=PICTURE)
-    parser.add_argument("--memory", nargs=2, metavar=("CANDIDATE", "FILE"), help=argparse.SUPPRESS)
+    parser.add_argument(
+        "--memory", nargs=3, metavar=("SETTING", "CANDIDATE", "FILE"), help=argparse.SUPPRESS
+    )
     return parser.parse_args()
 
 
 def measure_all(args: argparse.Namespace) -> Iterator[dict[str, Any]]:
+    tokens = {source: tuple(args.tokens or TOKENS[source]) for source in args.sources}
+    most = max((max(tokens[s]) for s in args.sources if s != "made"), default=0)
     with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "states.safetensors"
+        sampled: dict[str, Tensor] | None = None
         for source in args.sources:
-            file = Path(folder) / f"{source}.safetensors"
-            make = {"smollm2": smollm2_states, "made": made_states}[source]
-            save_file(make(max(args.tokens)), file)
-            for num_tokens in args.tokens:
-                yield from measure(source, file, num_tokens, args)
-            file.unlink()
+            if source == "made":
+                states = made_states(max(tokens[source]))
+            else:
+                sampled = sampled or smollm2_states(most)
+                states = sharpened(sampled) if source == "sharp" else sampled
+            save_file(states, file)
+            for num_tokens in tokens[source]:
+                for name in SETTINGS:
+                    if name == "jsd" or (source, num_tokens) == FEWER:
+                        yield from measure(source, name, file, num_tokens, args)
 
 
 def measure(
-    source: str, file: Path, num_tokens: int, args: argparse.Namespace
+    source: str, setting_name: str, file: Path, num_tokens: int, args: argparse.Namespace
 ) -> Iterator[dict[str, Any]]:
     """Yield a CSV row per candidate, and one for the floor."""
-    inputs = Inputs.load(file, num_tokens)
-    steps: dict[str, Step] = {name: candidate(name, inputs) for name in CANDIDATES}
-    steps["floor"] = gemm_floor(inputs.student, inputs.teacher, inputs.head)
+    setting = SETTINGS[setting_name]
+    inputs = Inputs.load(file, num_tokens).of(setting)
+    steps: dict[str, Step] = {name: candidate(name, setting, inputs) for name in setting.candidates}
+    steps["floor"] = gemm_floor(
+        inputs.student, inputs.teacher, inputs.head, is_frozen=setting.is_frozen
+    )
     timed = time_alternating(steps, repeats=args.repeats)
     shown = span_divergence(
         inputs.student.detach(),
@@ -116,11 +175,19 @@ def measure(
     seconds = {name: timing.median_s for name, (timing, _) in timed.items()}
     V, H = SHAPES[source]
     for name, (timing, results) in timed.items():
-        memory = math.nan if name == "floor" else run_memory(name, file, num_tokens)
+        memory, units = math.nan, 3.0 if setting.is_frozen else 4.0
+        if name != "floor":
+            memory, units = run_memory(setting_name, name, file, num_tokens)
+        ratios = {
+            f"vs_{other}": f"{timing.median_s / seconds[other]:.3f}" if other in seconds else ""
+            for other in (*PEERS, "floor")
+        }
         row = {
             "liger_kernel": version("liger_kernel"),
+            "trl": version("trl"),
             "threads": torch.get_num_threads(),
             "states": source,
+            "setting": setting_name,
             "tokens": num_tokens,
             "vocab": V,
             "hidden": H,
@@ -129,33 +196,40 @@ def measure(
             "repeats": args.repeats,
             "median_s": f"{timing.median_s:.4f}",
             "spread_frac": f"{timing.spread_frac:.2f}",
-            "vs_eager": f"{timing.median_s / seconds['eager']:.3f}",
-            "vs_liger": f"{timing.median_s / seconds['liger']:.3f}",
-            "vs_floor": f"{timing.median_s / seconds['floor']:.3f}",
-            "active_frac": "" if results[-1] is None else f"{results[-1]:.3f}",
+            **ratios,
+            "active_frac": "" if results[-1] is None else f"{results[-1]:.4f}",
+            "units": f"{units:.2f}",
             "peak_mib": f"{memory:.0f}",
         }
         print(
-            f"{source:8} N {num_tokens:5}  {name:21} {timing.median_s:8.3f} s  "
-            f"x eager {row['vs_eager']}  x liger {row['vs_liger']}  x floor {row['vs_floor']}  "
-            f"peak {row['peak_mib']:>6} MiB  active {row['active_frac']}",
+            f"{source:8} N {num_tokens:5} {setting_name:14} {name:21} {timing.median_s:8.3f} s  "
+            f"x eager {row['vs_eager']:5}  x liger {row['vs_liger']:5}  x trl {row['vs_trl']:5}  "
+            f"x floor {row['vs_floor']}  units {row['units']}  peak {row['peak_mib']:>6} MiB  "
+            f"active {row['active_frac']}",
             flush=True,
         )
         yield row
 
 
-def candidate(name: str, inputs: Inputs) -> Step:
+def candidate(name: str, setting: Setting, inputs: Inputs) -> Step:
     """Return a function that runs forward and backward, and returns the active fraction or None."""
-    if name in ("eager", "liger"):
-        peer = eager_jsd if name == "eager" else liger_jsd
+    if name in PEERS:
+        peer: Callable[..., Tensor] = {"eager": eager_jsd, "liger": liger_jsd}.get(
+            name, trl_divergence
+        )
+        options: dict[str, Any] = {"beta": BETA}
+        if setting.options.get("divergence") == "forward_kl":
+            options["beta"] = 0.0
+        if "softcap" in setting.options:
+            options["softcap"] = setting.options["softcap"]
 
         def forward(inputs: Inputs) -> Any:
-            return peer(inputs.student, inputs.teacher, inputs.head, beta=BETA)
+            return peer(inputs.student, inputs.teacher, inputs.head, **options)
     else:
-        options = ours(name, inputs)
+        chosen = ours(name, inputs) | setting.options
 
         def forward(inputs: Inputs) -> Any:
-            return span_divergence(inputs.student, inputs.teacher, inputs.head, **options)
+            return span_divergence(inputs.student, inputs.teacher, inputs.head, **chosen)
 
     def step() -> float | None:
         inputs.student.grad = inputs.head.grad = None
@@ -179,27 +253,31 @@ def ours(name: str, inputs: Inputs) -> dict[str, Any]:
     return options
 
 
-def run_memory(name: str, file: Path, num_tokens: int) -> float:
-    """Peak MiB of one candidate, measured in a separate process."""
-    command = [sys.executable, __file__, "--tokens", str(num_tokens), "--memory", name, str(file)]
+def run_memory(setting: str, name: str, file: Path, num_tokens: int) -> list[float]:
+    """Peak MiB and units of one candidate, measured in a separate process."""
+    command = [sys.executable, __file__, "--tokens", str(num_tokens)]
+    command += ["--memory", setting, name, str(file)]
     done = subprocess.run(command, check=True, capture_output=True, text=True)
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def peak_memory(args: argparse.Namespace) -> float:
-    """Peak resident MiB of one step, beyond the memory before it and the gradients."""
-    name, file = args.memory
-    inputs = Inputs.load(Path(file), args.tokens[0])
+def peak_and_units(args: argparse.Namespace) -> list[float]:
+    """Peak resident MiB of one step, beyond the memory before it and the gradients; GEMM units."""
+    setting_name, name, file = args.memory
+    setting = SETTINGS[setting_name]
+    inputs = Inputs.load(Path(file), args.tokens[0]).of(setting)
     few = Inputs(inputs.student[:2], inputs.teacher[:2], inputs.head[:256], torch.ones(256))
-    leaves = Inputs(
-        few.student.detach().requires_grad_(),
-        few.teacher,
-        few.head.detach().requires_grad_(),
-        few.permutation_mass,
-    )
-    candidate(name, leaves)()  # for one-time loading
-    gradients = 4 * (inputs.student.numel() + inputs.head.numel())
-    return peak_of(candidate(name, inputs), gradients=gradients)
+    leaves = replace(few, student=few.student.detach(), head=few.head.detach()).of(setting)
+    candidate(name, setting, leaves)()  # for one-time loading
+    trained = [inputs.student] if setting.is_frozen else [inputs.student, inputs.head]
+    gradients = 4 * sum(tensor.numel() for tensor in trained)
+    step = candidate(name, setting, inputs)
+    peak = peak_of(step, gradients=gradients)
+    (N, H), V = inputs.student.shape, inputs.head.shape[0]
+    mapping = {torch.ops.aten.addmm_: lambda _, a, b, **rest: 2 * a[0] * a[1] * b[1]}
+    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+        step()
+    return [peak, counter.get_total_flops() / (2 * N * V * H)]
 
 
 def peak_of(step: Callable[[], Any], *, gradients: int) -> float:
@@ -266,6 +344,11 @@ def smollm2_states(num_tokens: int) -> dict[str, Tensor]:
     return with_mass(student, teacher, model.lm_head.weight.detach().clone(), num_tokens)
 
 
+def sharpened(states: dict[str, Tensor]) -> dict[str, Tensor]:
+    """States of less entropy; the order of the vocabulary stays that of the others."""
+    return states | {side: states[side] * SHARPNESS for side in ("student", "teacher")}
+
+
 def made_states(num_tokens: int) -> dict[str, Tensor]:
     """States of a made model; see above."""
     V, H = SHAPES["made"]
@@ -295,13 +378,16 @@ def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
 
     colours = {
         "chunked": "#0072B2",
+        "chunked entry": "#000000",
         "tiled exact": "#56B4E9",
         "tiled entry": "#009E73",
         "tiled entry, ordered": "#F0E442",
         "eager": "#D55E00",
         "liger": "#CC79A7",
+        "trl": "#882255",
         "floor": "#999999",
     }
+    rows = [row for row in rows if row["setting"] == "jsd"]
     sources = list(dict.fromkeys(row["states"] for row in rows))
     figure = Figure(figsize=(12, 3.6 * len(sources)), layout="constrained")
     axes = figure.subplots(len(sources), 2, squeeze=False)
@@ -312,7 +398,7 @@ def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
         for place, (name, colour) in enumerate(colours.items()):
             mine = [row for row in chosen if row["candidate"] == name]
             mine.sort(key=lambda row: row["tokens"])
-            x = [i + (place - 3) * width for i in range(len(tokens))]
+            x = [i + (place - 4) * width for i in range(len(tokens))]
             left.bar(x, [float(row["vs_eager"]) for row in mine], width, color=colour, label=name)
             if name != "floor":
                 right.bar(x, [float(row["peak_mib"]) for row in mine], width, color=colour)

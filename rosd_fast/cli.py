@@ -17,6 +17,7 @@ from typing import Any
 from rosd_fast import __version__
 from rosd_fast.commands import rank
 from rosd_fast.errors import RunFailed, UserError
+from rosd_fast.threads import wait_briefly
 
 COMMANDS = {
     "train": "train a model: sample, verify, reflect, locate, distil, evaluate",
@@ -36,6 +37,7 @@ def main(args: Sequence[str] | None = None) -> int:
     args = sys.argv[1:] if args is None else list(args)
     for name in NOISY:
         logging.getLogger(name).setLevel(logging.ERROR)
+    wait_briefly()
     try:
         return dispatch(args)
     except UserError as error:

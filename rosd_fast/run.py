@@ -40,11 +40,13 @@ from rosd_fast.report.metrics import FILE_NAME, MetricsLog, read_metrics
 from rosd_fast.report.progress import Progress, describe_metrics, progress
 from rosd_fast.report.rollout_writer import RolloutWriter
 from rosd_fast.report.rollouts import write_skipped
+from rosd_fast.report.stages import STEP_TIME
 from rosd_fast.report.warnings import Watch
 from rosd_fast.rollout.sample import problem_prompt
 from rosd_fast.run_lock import RunLock
 from rosd_fast.stop import StopRequest
-from rosd_fast.trainer.checkpoint import latest_checkpoint, read_state
+from rosd_fast.threads import ThreadWatch, watch_threads
+from rosd_fast.trainer.checkpoint import checkpoint_folder, latest_checkpoint, read_state
 from rosd_fast.trainer.learner import TeacherSource
 from rosd_fast.trainer.ranks import LearnerGroup
 from rosd_fast.trainer.schedule import describe_change, num_updates
@@ -73,6 +75,7 @@ class Run:
     watch: which signs of collapse the metrics have shown.
     idle: whether the last steps had anything to learn from.
     silent: whether the last steps had any answer. A resumed run counts from its first step.
+    threads: chooses the number of threads on a CPU.
     failure: why the run ends before its last step; None: it does not.
     teacher: a separate teacher's full model, as long as something besides the learner needs it.
     first_step: the first step that this process runs; 1 unless it resumes.
@@ -93,6 +96,7 @@ class Run:
     watch: Watch
     idle: LearningWatch
     silent: AnswerWatch
+    threads: ThreadWatch
     first_step: int
     teacher: LoadedModel | None = None
     last_step: int = 0
@@ -223,6 +227,8 @@ class Run:
             self.progress.note(f"warning: step {step}: {warned.text}")
         if (advice := self.idle.see(row, unanswered)) is not None:
             self.progress.note(advice)
+        if changed := self.threads.step_done(row[STEP_TIME]):
+            self.progress.note(changed)
         self.last_step = step
 
     def add_evaluation(self, step: int, metrics: Mapping[str, float]) -> None:
@@ -280,6 +286,10 @@ def opened(config: Config, resume: Path | None, world: World, lock: RunLock) -> 
         log = MetricsLog(folder / FILE_NAME)
         log.truncate_after(first_step - 1)
         evaluated = bool(read_evaluation(folder, first_step - 1))
+        threads = watch_threads(
+            on_cpu=pick_device(config.device).type == "cpu", num_ranks=world.size
+        )
+        contended = threads.begin(recorded_threads(folder, first_step - 1))
         stop, rollouts = StopRequest(), RolloutWriter()
 
         def finish_writing() -> None:
@@ -310,6 +320,8 @@ def opened(config: Config, resume: Path | None, world: World, lock: RunLock) -> 
                 shown.note(f"epochs: {epochs:g} are {config.steps} steps")
             if changed is not None:
                 shown.note(changed)
+            if contended:
+                shown.note(contended)
             for text in (*inputs.model_notes, *inputs.data_notes):
                 shown.note(text)
             for text in inputs.chat_notes():
@@ -327,6 +339,7 @@ def opened(config: Config, resume: Path | None, world: World, lock: RunLock) -> 
                 silent=AnswerWatch(
                     config.select.stop_after_steps if inputs.method.needs_verdicts else 0
                 ),
+                threads=threads,
                 first_step=first_step,
                 last_step=first_step - 1,
                 lacks_evaluation=not evaluated and evaluation_is_due(inputs, first_step - 1),
@@ -409,6 +422,13 @@ def restore(folder: Path, inputs: Inputs, learners: LearnerGroup) -> int:
             fix=f"Give more steps to train on, for example --steps {step + config.steps}",
         )
     return learners.load(checkpoint) + 1
+
+
+def recorded_threads(folder: Path, step: int) -> int | None:
+    """The number of threads that the checkpoint of a step was made with; None: there is no such
+    checkpoint, or it does not say."""
+    path = checkpoint_folder(folder, step)
+    return read_state(path).get("threads") if path.exists() else None
 
 
 def is_due(step: int, every: int) -> bool:

@@ -11,6 +11,7 @@ import asyncio
 from collections.abc import Collection, Sequence
 from dataclasses import replace
 
+import torch
 from torch import Tensor
 
 from rosd_fast.batch.diagnosed import with_diagnosed
@@ -92,9 +93,15 @@ async def learn(
     run: Run, batches: Sequence[PackedBatch], teacher_states: Sequence[Tensor] | None
 ) -> StepResult:
     """Update the weights; in a thread where requests are in flight meanwhile."""
-    if run.config.engine.one_step_ahead or run.config.eval.overlap:
-        return await asyncio.to_thread(run.learners.step, batches, teacher_states)
-    return run.learners.step(batches, teacher_states)
+    if not (run.config.engine.one_step_ahead or run.config.eval.overlap):
+        return run.learners.step(batches, teacher_states)
+    threads = torch.get_num_threads()
+
+    def step() -> StepResult:
+        torch.set_num_threads(threads)  # OpenMP's number belongs to the thread that asks for it
+        return run.learners.step(batches, teacher_states)
+
+    return await asyncio.to_thread(step)
 
 
 def without_unknown_tokens(run: Run, step: int, training: TrainingSet) -> TrainingSet:

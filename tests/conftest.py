@@ -9,12 +9,17 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
+from rosd_fast.threads import wait_briefly
+
 # Read where a Triton kernel is defined, so before anything that may import Triton.
 os.environ["TRITON_INTERPRET"] = "1"
 # Test processes side by side share the cores: threads that wait for one another's are many times
-# slower. Read when torch is imported, here and in the processes that tests start.
+# slower. Read when torch is imported, here and in the processes that tests start, which then do not
+# measure how many threads are fast at the moment: their sums are the same each time.
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
+os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
+wait_briefly()
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM, PreTrainedTokenizerFast

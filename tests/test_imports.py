@@ -14,7 +14,7 @@ from tests.import_graph import graph
 PACKAGE = Path(rosd_fast.__file__).parent
 
 LAYERS = (
-    "errors types stats",
+    "errors types stats threads",
     "files text verify quickstart",
     "config",
     "utils data rollout batch report",

@@ -31,6 +31,7 @@ from rosd_fast.reflection import reflect as reflect_module
 from rosd_fast.report import read_rollouts, rollout_writer, rollouts_path
 from rosd_fast.report.metrics import read_metrics
 from rosd_fast.rollout import sample
+from rosd_fast.run import recorded_threads
 from rosd_fast.train import train
 from rosd_fast.trainer import learner as learner_module
 from rosd_fast.trainer.ranks import LearnerGroup
@@ -164,6 +165,11 @@ def test_checkpoints_load_like_any_model(finished: Path) -> None:
         [{"role": "user", "content": "hi"}], return_tensors="pt", return_dict=False
     )
     assert model(ids).logits.shape[-1] == model.config.vocab_size
+
+
+def test_a_checkpoint_says_with_how_many_threads_it_was_made(finished: Path) -> None:
+    assert recorded_threads(finished, 2) == torch.get_num_threads()
+    assert recorded_threads(finished, 7) is None  # such a run begins
 
 
 def test_the_same_seed_gives_the_same_run(finished: Path, tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from rosd_kernels.auto import choose, kind_of, remember
+from rosd_kernels.auto import choose, remember, start_of
 from rosd_kernels.checks import check_group, check_ids, check_order, check_strategy
 from rosd_kernels.chunked import run_chunked
 from rosd_kernels.records import (
@@ -169,16 +169,22 @@ def _run(
             f"top_k: got {options.top_k} with strategy 'tiled', which has no top-k; "
             "want 'chunked' or 'auto'"
         )
-    kind = None
-    if options.top_k is None:
-        heads = inputs.student_head, inputs.teacher_head
-        kind = kind_of("span_divergence", options.sparsity, heads, vocabulary)
-    name = choose(kind) if strategy == "auto" else strategy
+    name, kind = strategy, None
+    if strategy == "auto":
+        name, kind = choose(
+            "span_divergence",
+            options.sparsity if options.top_k is None else Sparsity(),
+            inputs.student_hidden,
+            (inputs.student_head, inputs.teacher_head),
+            inputs.compute_dtype,
+            vocabulary,
+            options.workspace_mib,
+        )
+    start = start_of(kind)
     # Autocast would run in bfloat16 the GEMMs that are in float32 on purpose.
     with torch.autocast(device_type=inputs.student_hidden.device.type, enabled=False):
         output = STRATEGIES[name](inputs, options, vocabulary)
-    if strategy == "auto":
-        remember(kind, output.stats, inputs.num_tokens)
+    remember(kind, output.stats, inputs.num_tokens, start)
     return output
 
 

@@ -123,8 +123,8 @@ def teacher_prompt(
         return chat.render_problem(problem, user)
 
     longest = max(map(len, texts.values()), default=0)
-    if cut_right:
-        ids = render(longest)
+    ids = render(longest)
+    if cut_right or len(ids) <= max_tokens:
         return ids[:max_tokens], len(ids) > max_tokens
     sizes = {name: encoded_size(chat.tokenizer, text) for name, text in texts.items()}
 

@@ -42,9 +42,9 @@ def conflict(config: Config) -> str | None:
             "cannot be tiled and loss.sparsity must be exact",
         ),
         (
-            loss.sparsity != "exact" and loss.strategy not in ("auto", "tiled"),
-            f"loss.sparsity is {loss.sparsity}: only loss.strategy tiled can drop tiles, and it "
-            f"is {loss.strategy}",
+            loss.sparsity != "exact" and loss.strategy == "reference",
+            f"loss.sparsity is {loss.sparsity}: loss.strategy reference computes every entry; want "
+            "chunked, tiled or auto",
         ),
         (
             (engine.launch == "urls") != bool(engine.urls),

@@ -334,17 +334,17 @@ class LossConfig(Section):
     weights."""
     strategy: Literal["auto", "chunked", "tiled", "reference"] = "auto"
     """How the divergence is computed; results agree up to rounding.
-    auto: tiled with a sparsity, chunked otherwise."""
+    auto: chunked, but tiled with a sparsity on a GPU."""
     sparsity: Literal["exact", "entry", "mass"] = "exact"
-    """Vocabulary tiles that strategy tiled drops.
+    """Vocabulary entries (strategy chunked) or tiles of them (tiled) that have no gradient.
     exact: none.
-    entry: tiles without any probability above sparsity_bound.
-    mass: each token's smallest tiles, while their total mass stays below sparsity_bound."""
+    entry: those without any probability above sparsity_bound in 128 tokens.
+    mass: each token's smallest ones, while their total mass stays below sparsity_bound."""
     sparsity_bound: Annotated[float, Field(gt=0, lt=1)] = 2**-12
     """Bound on the probability that is dropped (sparsity entry and mass)."""
     vocabulary_order: bool = True
-    """With sparsity: group likely entries into shared tiles, learned from the first 1024 distilled
-    tokens."""
+    """With sparsity and strategy tiled: group likely entries into shared tiles, learned from the
+    first 1024 distilled tokens."""
     workspace_mib: PositiveInt = 256
     """Memory for logits in MiB, whatever the number of tokens."""
 

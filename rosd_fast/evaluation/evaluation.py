@@ -19,6 +19,8 @@ from rosd_fast.evaluation.records import Completion, Sampling
 from rosd_fast.evaluation.sample import sample_completions
 from rosd_fast.evaluation.settings import identity_hash, identity_of
 from rosd_fast.run_lock import RunLock
+from rosd_fast.threads import watch_threads
+from rosd_fast.utils.distributed import pick_device
 from rosd_fast.verify import Limits, VerifierPool
 
 if TYPE_CHECKING:
@@ -133,6 +135,9 @@ async def _sample(
         watch.problems(num_done, total)
 
     watch.problems(num_done, total)
+    on_cpu = pick_device(config.device).type == "cpu"
+    if contended := watch_threads(on_cpu=on_cpu).begin():
+        watch.note(contended)
     verifiers = VerifierPool(Limits(**config.verify.model_dump()), note=watch.note)
     try:
         async with open_model(

@@ -14,6 +14,7 @@ import json
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 
 from rosd_fast.errors import UserError
@@ -29,6 +30,7 @@ PART = re.compile(r"['\"]type['\"]")  # of a part of a content, written out
 USER_MARK, SYSTEM_MARK = "the-user-turn", "the-system-turn"
 PROBE = 'It\'s <b>2 & 3</b>,\n"Ä"  of 日本: ' + "Read on. " * 4000 + "The End"
 """A text that a template shows as it is, unless it cuts, escapes or folds what it is given."""
+SANITIZE = "sanitize_control_tokens"  # option of apply_chat_template
 SWITCHES = ("enable_thinking", "thinking")  # arguments that turn thinking on or off in templates
 
 
@@ -112,7 +114,7 @@ class ChatFormat:
             )
         except template_errors() as error:
             raise _failed(error) from error
-        return tuple(int(token) for token in ids)
+        return tuple(map(int, ids))
 
     def check_roles(self, roles: Sequence[str]) -> None:
         """Raise UserError unless the template renders earlier turns of these roles, in order."""
@@ -375,8 +377,13 @@ def _advice(where: str) -> str:
 
 def _sanitize(tokenizer: Any, *texts: str) -> dict[str, Any]:
     """The option that encodes special tokens in the texts as text; older transformers lack it."""
-    name = "sanitize_control_tokens"
-    if name not in inspect.signature(tokenizer.apply_chat_template).parameters:
+    if not _has_option(type(tokenizer), SANITIZE):
         return {}
     written = any(token in text for token in tokenizer.all_special_tokens for text in texts)
-    return {name: True} if written else {}
+    return {SANITIZE: True} if written else {}
+
+
+@lru_cache
+def _has_option(tokenizer_type: type, name: str) -> bool:
+    """Whether chat templates of these tokenizers are applied with an option of that name."""
+    return name in inspect.signature(tokenizer_type.apply_chat_template).parameters

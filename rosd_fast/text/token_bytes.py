@@ -64,10 +64,10 @@ class TokenBytes:
 
     def num_chars(self, ids: Sequence[int]) -> list[int]:
         """The number of characters of each token; one that tokens share belongs to the first."""
-        return [
-            len(piece) if piece.isascii() else sum(byte & 0xC0 != 0x80 for byte in piece)
-            for piece in self.of(ids)
-        ]
+        pieces = self.of(ids)
+        if b"".join(pieces).isascii():
+            return [*map(len, pieces)]
+        return [len(piece) - sum(byte & 0xC0 == 0x80 for byte in piece) for piece in pieces]
 
     def _pieces(self, ids: Sequence[int]) -> Pieces:
         names = [self._backend.id_to_token(token) for token in ids]

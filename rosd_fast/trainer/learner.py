@@ -194,7 +194,7 @@ class Learner:
             if self.vocab_parallel
             else self.vocab_size
         )
-        self.order = vocabulary_order(config.loss, self._num_rows)
+        self.order = vocabulary_order(config.loss, self._num_rows, model.device)
         self.num_skipped = 0
         self._shards: dict[int | None, Shards] = {}  # held ones by number; None: the current ones
         if world.mesh is not None:

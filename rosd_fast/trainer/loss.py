@@ -109,7 +109,7 @@ def formula(
         "top_k": config.top_k,
         "tail": config.tail,
         "entry_clip": config.entry_clip,
-        "strategy": strategy(config),
+        "strategy": strategy(config, student_head.weight.device),
         "workspace_mib": config.workspace_mib,
     }
 
@@ -139,7 +139,7 @@ def policy_loss(
         temperature=temperature if config.temperature is None else config.temperature,
         softcap=student_head.softcap,
         bias=scaled_bias(student_head),
-        strategy=strategy(config),
+        strategy=strategy(config, device),
         workspace_mib=config.workspace_mib,
         vocab_group=vocab_group,
         **sparsity(config, order),
@@ -172,14 +172,16 @@ class PolicyTokenLoss:
         return self.weights[rows].to(logprob) * losses
 
 
-def strategy(config: LossConfig) -> Literal["chunked", "tiled", "reference"]:
-    """The kernels' strategy, a function of the options alone.
+def strategy(config: LossConfig, device: torch.device) -> Literal["chunked", "tiled", "reference"]:
+    """The kernels' strategy, a function of the options and the kind of device alone.
 
     The kernels' own "auto" depends on measurements of earlier calls, which a resumed run lacks.
     """
     if config.strategy != "auto":
         return config.strategy
-    return "chunked" if config.sparsity == "exact" else "tiled"
+    # On a GPU, "chunked" computes the gradients of all entries whatever the sparsity.
+    drops_tiles = config.sparsity != "exact" and device.type == "cuda"
+    return "tiled" if drops_tiles else "chunked"
 
 
 def sparsity(config: LossConfig, order: VocabularyOrder | None) -> dict[str, Any]:
@@ -190,9 +192,12 @@ def sparsity(config: LossConfig, order: VocabularyOrder | None) -> dict[str, Any
     return {"sparsity": rule(config.sparsity_bound, order)}
 
 
-def vocabulary_order(config: LossConfig, vocab_size: int) -> VocabularyOrder | None:
+def vocabulary_order(
+    config: LossConfig, vocab_size: int, device: torch.device
+) -> VocabularyOrder | None:
     """A new vocabulary order; None if the options make no use of one."""
-    if config.sparsity == "exact" or not config.vocabulary_order:
+    drops_tiles = config.sparsity != "exact" and strategy(config, device) == "tiled"
+    if not drops_tiles or not config.vocabulary_order:
         return None
     return VocabularyOrder(vocab_size)
 

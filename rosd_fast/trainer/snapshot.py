@@ -211,6 +211,7 @@ class Snapshot:
     step: the optimizer step after which it was taken.
     config_hash: of the run's options.
     dev_accuracy: mean accuracy on the dev split after that step; None: not measured.
+    threads: torch's number of threads, on which the rounding of matrix products can depend.
     fingerprint: of the initial weights, on rank 0.
     teacher_fingerprint: of a separate teacher's weights, on rank 0; else empty.
     state: this rank's part of `Learner.state_dict`.
@@ -221,6 +222,7 @@ class Snapshot:
     step: int
     config_hash: str
     dev_accuracy: float | None
+    threads: int
     fingerprint: str
     teacher_fingerprint: str
     state: dict[str, Any]
@@ -252,6 +254,7 @@ class Snapshot:
             step=step,
             config_hash=config_hash,
             dev_accuracy=dev_accuracy,
+            threads=torch.get_num_threads(),
             fingerprint=learner.fingerprint,
             teacher_fingerprint=learner.teacher_fingerprint,
             state=BlockingAsyncStager(cache_staged_state_dict=False).stage(learner.state_dict()),

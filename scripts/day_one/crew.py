@@ -6,10 +6,12 @@ replaced after either. Workers live in the process group of the stage and die wi
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import queue
 import select
+import signal
 import subprocess
 import sys
 import threading
@@ -32,8 +34,11 @@ class Worker:
         self.process: subprocess.Popen[bytes] | None = None
         self.buffer = b""
 
-    def ask(self, key: str, args: Mapping[str, Any], limit_s: float) -> Item:
-        """The item's result; after an error the next item gets a new process."""
+    def ask(self, key: str, args: Mapping[str, Any], limit_s: float, left_s: float) -> Item:
+        """The item's result; after an error the next item gets a new process.
+
+        limit_s: the item's own time limit; left_s: the stage's, which a start does not extend.
+        """
         start = time.monotonic()
         fresh = self.process is None
         answer: dict[str, Any]
@@ -42,7 +47,7 @@ class Worker:
             assert process.stdin is not None
             process.stdin.write(json.dumps({"key": key, "args": dict(args)}).encode() + b"\n")
             process.stdin.flush()
-            answer = self._read(limit_s + (START_S if fresh else 0))
+            answer = self._read(min(limit_s + (START_S if fresh else 0), left_s))
         except (OSError, TimeoutError, ValueError) as error:
             answer = {"error": self._explain(error)}
         if answer.get("error"):
@@ -54,9 +59,11 @@ class Worker:
         )
 
     def stop(self) -> None:
-        """End the process."""
+        """End the process and what it started."""
         if self.process is not None:
-            self.process.kill()
+            for pid in [self.process.pid, *descendants(self.process.pid)]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
             self.process.wait()
             for pipe in (self.process.stdin, self.process.stdout):
                 if pipe is not None:
@@ -91,6 +98,18 @@ class Worker:
         if isinstance(error, TimeoutError):
             return str(error)
         return ": ".join([str(error), *last_lines(self.log)])
+
+
+def descendants(pid: int) -> list[int]:
+    """The processes that a process has started, and that those have started."""
+    parents: dict[int, int] = {}
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError, ValueError, IndexError):
+            parents[int(path.parent.name)] = int(path.read_text().rpartition(")")[2].split()[1])
+    found = [pid]
+    for one in found:  # grows
+        found += [child for child, parent in parents.items() if parent == one]
+    return found[1:]
 
 
 def last_lines(log: Path) -> list[str]:
@@ -130,7 +149,7 @@ def run_items(
                     key = waiting.get_nowait()
                 except queue.Empty:
                     return
-                item = worker.ask(key, items[key], min(item_s, left))
+                item = worker.ask(key, items[key], item_s, left)
                 if time.monotonic() >= end and item.error:
                     return  # its time was cut, not its own limit: it was not tried
                 with lock:

@@ -176,6 +176,6 @@ def install(needs: Needs, site: Path) -> None:
     if not wheels:
         return
     command = [sys.executable, "-m", "pip", "install", "--quiet", "--no-index", "--no-deps"]
-    command += ["--no-cache-dir", "--no-compile", "--disable-pip-version-check", "--upgrade"]
+    command += ["--no-cache-dir", "--disable-pip-version-check", "--upgrade"]
     command += ["--root-user-action", "ignore", "--target", str(site)]
     subprocess.run([*command, *wheels], check=True)

@@ -32,6 +32,7 @@ TREE = Path(__file__).parents[2]
 JSON, PAGE, SITE = "day_one.json", "day_one.md", "site"
 SOURCES = ("rosd_fast/**/*.py", "kernels/**/*.py", "kernels/**/*.json", "scripts/day_one/**/*.py")
 BAD_CALL = 2
+FLOOR_S = 45.0  # of a stage's time: a first import of torch may take half of it
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -46,13 +47,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except UsageError as error:
         print(f"gpu_day_one: {error}", file=sys.stderr)
         return BAD_CALL
+    if args.device == "cuda" and (problem := cuda_problem(out)):
+        print(f"gpu_day_one: {problem}", file=sys.stderr)
+        return BAD_CALL
     facts = identity(args.device)
     entries = [BY_NAME[name] for name in args.only] if args.only else list(STAGES)
     end = started + 60 * args.minutes
     for index, entry in enumerate(entries):
         left = end - time.monotonic()
         weights = [other.weight for other in entries[index:]]
-        seconds = left * entry.weight / sum(weights)
+        seconds = min(left, max(FLOOR_S, left * entry.weight / sum(weights)))
         print(f"{entry.name}: at most {max(0, seconds):.0f} s", flush=True)
         result = run_stage(
             entry,
@@ -115,6 +119,27 @@ def prepare(wheels: Path | None, out: Path, device: str) -> Needs:
         if purpose := OPTIONAL[requirement_name(text)]:
             print(f"missing: {text}, for {purpose}", flush=True)
     return needs
+
+
+def cuda_problem(out: Path) -> str:
+    """Why torch cannot use a GPU, in a line; empty where it can."""
+    code = (
+        "import torch; assert torch.cuda.is_available(); torch.ones(1, device='cuda').sum().item()"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=environment(STAGES[0], "cuda", out),
+    )
+    if done.returncode == 0:
+        return ""
+    last = (done.stderr.strip().splitlines() or [""])[-1]
+    why = "" if last.startswith("AssertionError") else f" ({last[:200]})"
+    return (
+        f"torch {version('torch')} of {sys.executable} sees no CUDA device that it can use{why}; "
+        "--device cpu rehearses all stages without one"
+    )
 
 
 def python_version() -> str:
@@ -185,7 +210,8 @@ def environment(entry: Entry, device: str, out: Path) -> dict[str, str]:
     path = [TREE / "scripts", TREE, TREE / "kernels", out / SITE]
     names = {
         "PYTHONPATH": os.pathsep.join(map(str, path)),
-        "PYTHONPYCACHEPREFIX": str(work / "pycache"),
+        # The machine's compiled modules are read, and none are written beside them.
+        "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONUNBUFFERED": "1",
         "TMPDIR": str(work / "tmp"),
         "XDG_CACHE_HOME": str(work / "cache"),
@@ -198,7 +224,7 @@ def environment(entry: Entry, device: str, out: Path) -> dict[str, str]:
         "TRANSFORMERS_OFFLINE": "1",
         "PIP_NO_INDEX": "1",
     }
-    drop = {"TRITON_INTERPRET", "ROSD_KERNELS_BACKEND", "PYTHONDONTWRITEBYTECODE"}
+    drop = {"TRITON_INTERPRET", "ROSD_KERNELS_BACKEND"}
     inherited = {name: value for name, value in os.environ.items() if name not in drop}
     if device == "cpu":
         names["CUDA_VISIBLE_DEVICES"] = ""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -62,6 +63,13 @@ class Result:
         """Failed checks, and items without a result."""
         checks = sum(row.get("ok") is False for row in self.rows)
         return checks + sum(bool(item.error) for item in self.items.values())
+
+    def holds_for(self, identity: Mapping[str, str]) -> bool:
+        """Whether it was measured on the same source, device and versions.
+
+        Another commit may have the same source, as where only pages changed.
+        """
+        return {**self.identity, "commit": ""} == {**identity, "commit": ""}
 
     @property
     def is_complete(self) -> bool:

@@ -36,7 +36,7 @@ def run_stage(
     by default that of `day_one.stage`.
     """
     found = load(out, entry.name)
-    if found is not None and found.identity == identity and found.is_complete:
+    if found is not None and found.holds_for(identity) and found.is_complete:
         return found
     if seconds < LEAST_S:
         return ended(entry, out, identity, state="skipped", seconds=0.0, error="")
@@ -87,7 +87,7 @@ def ended(
 ) -> Result:
     """The results of a stage that did not come to its end, with what it had found."""
     found = load(out, entry.name)
-    if found is None or found.identity != identity:
+    if found is None or not found.holds_for(identity):
         found = Result(stage=entry.name, identity=dict(identity))
     elif state == "skipped":
         return found  # what an earlier run found, as it was

@@ -69,10 +69,14 @@ class Plan:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Phase:
-    """Items that may run at the same time, on a number of workers."""
+    """Items that may run at the same time, on a number of workers.
+
+    until: the part of the stage's time after which the next phase begins.
+    """
 
     items: Mapping[str, Mapping[str, Any]]
     workers: int = 1
+    until: float = 1.0
 
 
 class Stage:
@@ -103,7 +107,7 @@ def load_stage(name: str) -> Stage:
 
 def kept_items(result: Result | None, identity: Mapping[str, str]) -> dict[str, Item]:
     """The results of an earlier run that still hold."""
-    if result is None or result.identity != identity:
+    if result is None or not result.holds_for(identity):
         return {}
     return {key: item for key, item in result.items.items() if not item.error}
 
@@ -131,7 +135,7 @@ def run(stage: Stage, plan: Plan, identity: Mapping[str, str], command: Sequence
             log=plan.out / "work" / "logs" / f"{stage.name}.log",
             workers=phase.workers,
             item_s=stage.item_s,
-            end=end,
+            end=start + phase.until * (end - start),
         )
     result.summary = stage.summary(plan)
     result.state = "cut" if result.left else "done"

@@ -59,7 +59,9 @@ def test_same_as_changes_nothing_in_the_section() -> None:
 
 def test_a_conflict_begins_with_an_option_that_exists() -> None:
     config = Config().model_copy(
-        update={"loss": LossConfig().model_copy(update={"sparsity": "mass", "strategy": "chunked"})}
+        update={
+            "loss": LossConfig().model_copy(update={"sparsity": "mass", "strategy": "reference"})
+        }
     )
     message = conflict(config)
     assert message is not None and message.split()[0] in FIELDS

@@ -7,10 +7,10 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+import torch
 
 from day_one import main
 from day_one.registry import STAGES
@@ -23,7 +23,7 @@ def run(
     *arguments: str | Path,
     python: str = sys.executable,
     alone: bool = False,
-    limit_s: float = 400.0,
+    limit_s: float = 1800.0,
 ) -> subprocess.CompletedProcess[str]:
     """Start the script. alone: without a network, where this machine can take it away."""
     command = [str(SCRIPT), *map(str, arguments)]
@@ -46,7 +46,17 @@ def results(out: Path) -> dict:
 
 def test_two_stages_and_a_second_start(tmp_path: Path) -> None:
     """Without a network; then nothing is repeated."""
-    options = ("--device", "cpu", "--out", tmp_path, "--minutes", "3", "--only", "machine", "tools")
+    options = (
+        "--device",
+        "cpu",
+        "--out",
+        tmp_path,
+        "--minutes",
+        "15",
+        "--only",
+        "machine",
+        "tools",
+    )
     first = run(*options, alone=True)
     assert first.returncode == 0, first.stdout + first.stderr
     found = results(tmp_path)
@@ -58,16 +68,14 @@ def test_two_stages_and_a_second_start(tmp_path: Path) -> None:
     page = (tmp_path / main.PAGE).read_text()
     assert "| The learner | not run |" in page and "### GEMMs" in page
 
-    start = time.monotonic()
     assert run(*options).returncode == 0
-    assert time.monotonic() - start < 30
     assert results(tmp_path)["stages"] == found["stages"]  # times included: nothing ran again
 
 
 @pytest.mark.slow
 def test_all_stages_in_miniature(tmp_path: Path) -> None:
     """Everything is done and good, and what is for a GPU alone says so."""
-    done = run("--device", "cpu", "--out", tmp_path, "--minutes", "4", alone=True)
+    done = run("--device", "cpu", "--out", tmp_path, "--minutes", "25", alone=True)
     assert done.returncode == 0, done.stdout + done.stderr
     found = results(tmp_path)["stages"]
     assert list(found) == [entry.name for entry in STAGES]
@@ -120,12 +128,21 @@ def test_a_python_without_torch_is_refused(tmp_path: Path) -> None:
     assert "must have torch" in done.stderr and "set PYTHON" in done.stderr
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_without_a_gpu_a_line_says_so(tmp_path: Path) -> None:
+    pytest.importorskip("triton")
+    done = run("--out", tmp_path)
+    assert done.returncode == 2
+    assert "sees no CUDA device" in done.stderr and "--device cpu" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not (tmp_path / main.JSON).exists()
+
+
 def test_caches_and_temporary_files_go_to_the_folder_of_results(tmp_path: Path) -> None:
     found = main.environment(STAGES[1], "cpu", tmp_path)
     inside = [name for name, value in found.items() if str(tmp_path) in value]
-    assert {"TMPDIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH", "HF_HOME", "PYTHONPYCACHEPREFIX"} <= {
-        *inside
-    }
+    assert {"TMPDIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH", "HF_HOME", "MPLCONFIGDIR"} <= {*inside}
+    assert found["PYTHONDONTWRITEBYTECODE"] == "1"
     assert found["HF_HUB_OFFLINE"] == found["PIP_NO_INDEX"] == "1"
 
 

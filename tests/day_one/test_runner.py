@@ -94,7 +94,7 @@ def test_what_hangs_is_ended_with_all_it_started_and_keeps_its_results(
 ) -> None:
     monkeypatch.setattr(runner, "GRACE_S", 0.0)
     monkeypatch.setattr(runner, "LEAST_S", 0.0)
-    result = start(tmp_path, [sys.executable, "-c", HANGS, str(tmp_path)], seconds=4.0)
+    result = start(tmp_path, [sys.executable, "-c", HANGS, str(tmp_path)], seconds=12.0)
     assert result.state == "ended"
     assert result.items["a"].rows == [{"x": 1}]
     assert load(tmp_path, "machine") == result
@@ -150,6 +150,8 @@ def test_another_source_or_device_measures_again(tmp_path: Path) -> None:
     run_here(tmp_path)
     run_here(tmp_path, identity={"source": "other"})
     assert (tmp_path / "runs").read_text().split() == ["a", "b", "c"] * 2
+    run_here(tmp_path, identity={"source": "other", "commit": "of another page"})
+    assert (tmp_path / "runs").read_text().split() == ["a", "b", "c"] * 2
 
 
 def test_without_time_a_stage_is_skipped_and_old_results_stay(tmp_path: Path) -> None:
@@ -172,6 +174,17 @@ def test_a_stage_without_time_for_its_items_is_cut(tmp_path: Path) -> None:
     plan = Plan(device="cpu", out=tmp_path, seconds=0.0)
     result = stage.run(Slow(), plan, IDENTITY, [sys.executable, "-c", COUNT_RUNS, "x"])
     assert result.state == "cut" and result.left == ["a"]
+
+
+def test_a_phase_may_end_before_the_stage(tmp_path: Path) -> None:
+    class Early(Three):
+        def phases(self, plan: Plan) -> Iterator[Phase]:
+            yield Phase(items={"a": {}}, until=0.0)
+            yield Phase(items={"b": {}})
+
+    plan = Plan(device="cpu", out=tmp_path, seconds=60)
+    result = stage.run(Early(), plan, IDENTITY, [sys.executable, "-c", COUNT_RUNS, "/dev/null"])
+    assert (result.state, result.left, list(result.items)) == ("cut", ["a"], ["b"])
 
 
 def test_a_damaged_file_counts_as_no_results(tmp_path: Path) -> None:

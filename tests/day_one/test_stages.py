@@ -210,3 +210,56 @@ def test_a_config_is_chosen_where_it_wins_enough(tmp_path: Path) -> None:
     assert len(read_table(json.loads(json.dumps({"entries": entries})))) == 1
     on_cpu, _ = tune.winners(results, on_gpu=False)
     assert [entry["capability"] for entry in on_cpu] == [0]
+
+
+def fake_tool(folder: Path, name: str, script: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = folder / name
+    path.write_text(f"#!/bin/sh\n{script}\n")
+    path.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}:{tools.os.environ['PATH']}")
+
+
+def test_a_sanitizer_is_run_on_the_smallest_case(tmp_path: Path, monkeypatch) -> None:
+    fake_tool(
+        tmp_path,
+        "compute-sanitizer",
+        'echo "$@" > "$0.arguments"; echo "$PYTORCH_NO_CUDA_MEMORY_CACHING" >> "$0.arguments"\n'
+        "echo '========= ERROR SUMMARY: 1 error'; exit 9",
+        monkeypatch,
+    )
+    row = tools.sanitize("memcheck", "cuda")
+    assert row["ok"] is False and row["checker"] == "memcheck"
+    arguments = (tmp_path / "compute-sanitizer.arguments").read_text()
+    assert "--tool memcheck" in arguments and "-m day_one.smallest cuda\n1\n" in arguments
+    assert "ok" not in tools.sanitize("initcheck", "cuda")
+    assert tools.sanitize("memcheck", "cpu")["text"] == "absent: no GPU"
+
+
+def test_counters_that_are_not_allowed_say_so(tmp_path: Path, monkeypatch) -> None:
+    text = "==ERROR== ERR_NVGPUCTRPERM - no permission to access GPU Performance Counters"
+    fake_tool(tmp_path, "ncu", f'echo "$@" > "$0.arguments"; echo "{text}"; exit 1', monkeypatch)
+    assert "ERR_NVGPUCTRPERM" in tools.counters("cuda")[0]["kernel"]
+    assert "--clock-control none" in (tmp_path / "ncu.arguments").read_text()
+
+
+def test_the_smallest_case_launches_the_kernels(monkeypatch, capsys) -> None:
+    pytest.importorskip("triton")
+    from day_one import smallest
+    from rosd_kernels.gpu import pair, sweep
+
+    launched: list[str] = []
+
+    def counting(name: str, function: Any) -> Any:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            launched.append(name)
+            return function(*args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(sweep, "launch", counting("sweep", sweep.launch))
+    monkeypatch.setattr(pair, "launch", counting("pair", pair.launch))
+    monkeypatch.setenv("ROSD_KERNELS_BACKEND", "triton")
+    monkeypatch.setattr("sys.argv", ["smallest", "cpu", "9", "130", "16"])
+    smallest.main()
+    assert capsys.readouterr().out == "done\n"
+    assert {"sweep", "pair"} <= set(launched)

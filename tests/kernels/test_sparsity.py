@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rosd_kernels import VocabularyOrder, entry, mass, span_divergence
-from rosd_kernels.sparsity import Sparsity
 from rosd_kernels.tiles import ROW_BLOCK, TILE
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
@@ -189,23 +188,6 @@ def test_order_resumes_where_it_was():
     assert torch.equal(again.permutation, order.permutation)
     with pytest.raises(ValueError, match=r"^mass: got shape \[434\], want \[V\] = \[9\]"):
         VocabularyOrder(9).load_state_dict(order.state_dict())
-
-
-def test_auto_measures_once_and_then_takes_the_cheaper(monkeypatch):
-    from rosd_kernels import auto
-
-    monkeypatch.setattr(auto, "_memories", {})
-    flat, _ = peaked(4, sharpness=0, gap=0, seed=0, spread=False)
-    sharp, _ = peaked(4, sharpness=20, gap=0, seed=0, spread=False)
-
-    def strategy(logits, rule: Sparsity | str) -> str:
-        return gradient_and_output(logits, logits, sparsity=rule)[1].stats.strategy
-
-    assert strategy(sharp, "exact") == "chunked"
-    assert [strategy(sharp, entry(1e-3)) for _ in range(3)] == ["tiled"] * 3
-    assert strategy(flat, entry(1e-5)) == "tiled"  # another rule: nothing is measured yet
-    assert {strategy(flat, entry(1e-5)) for _ in range(auto.MEASURE_EVERY)} == {"chunked"}
-    assert strategy(flat, entry(1e-5)) == "tiled"
 
 
 def test_bound_of_a_dropped_teacher_that_is_far_off():

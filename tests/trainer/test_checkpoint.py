@@ -142,6 +142,7 @@ def test_a_checkpoint_loads_with_from_pretrained(tmp_path, tokenizer):
     assert loaded.chat_template == tokenizer.chat_template
     state = json.loads((path / "trainer_state.json").read_text())
     assert state["step"] == 2 and state["config_hash"] == "abc"
+    assert state["threads"] == torch.get_num_threads()
     assert {"torch", "transformers", "rosd_fast"} <= state["versions"].keys()
     assert not [file for file in path.rglob("*") if file.suffix in (".bin", ".pt", ".pkl")]
 

@@ -398,12 +398,14 @@ def test_top_k_beyond_the_vocabulary_is_named():
         Learner(tiny_model(), config(loss={"top_k": VOCAB + 1}))
 
 
+@pytest.mark.parametrize("strategy", ["auto", "tiled"])
 @pytest.mark.parametrize("rule", ["entry", "mass"])
-def test_sparsity_drops_little_and_reports_how_much(rule, monkeypatch):
+def test_sparsity_drops_little_and_reports_how_much(rule, strategy, monkeypatch):
     samples = [sample(i) for i in range(6)]
     batches = [batch(samples[:3]), batch(samples[3:])]
     exact = Learner(tiny_model(), config())
-    sparse = Learner(tiny_model(), config(loss={"sparsity": rule, "sparsity_bound": 1e-3}))
+    loss = {"sparsity": rule, "sparsity_bound": 1e-3, "strategy": strategy}
+    sparse = Learner(tiny_model(), config(loss=loss))
     for learner in (exact, sparse):
         torch.manual_seed(1)
         with torch.no_grad():  # teacher and student apart
@@ -421,7 +423,8 @@ def test_sparsity_drops_little_and_reports_how_much(rule, monkeypatch):
 
 
 def test_the_vocabulary_order_survives_a_reload():
-    loss = {"sparsity": "entry"}
+    assert Learner(tiny_model(), config(loss={"sparsity": "entry"})).order is None  # chunked
+    loss = {"sparsity": "entry", "strategy": "tiled"}
     first = Learner(tiny_model(), config(loss=loss))
     first.step([batch([sample(i) for i in range(3)])])
     state = first.state_dict()
@@ -440,7 +443,7 @@ def test_the_vocabulary_order_survives_a_reload():
     [
         {"top_k": 3, "strategy": "tiled"},
         {"top_k": 3, "sparsity": "entry"},
-        {"strategy": "chunked", "sparsity": "mass"},
+        {"strategy": "reference", "sparsity": "mass"},
     ],
     ids=str,
 )

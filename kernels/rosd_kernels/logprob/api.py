@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
 
-from rosd_kernels.auto import choose, kind_of, remember
+from rosd_kernels.auto import choose, remember, start_of
 from rosd_kernels.checks import check_group, check_ids, check_order, check_strategy
 from rosd_kernels.logprob.chunked import run_chunked
 from rosd_kernels.logprob.records import (
@@ -130,11 +130,20 @@ def _run(
     check_order(options.sparsity, inputs.vocab_size)
     vocabulary = Vocabulary(inputs.vocab_size, vocab_group, inputs.hidden.device)
     check_ids(inputs.token_ids, vocabulary)
-    kind = kind_of("span_logprob", options.sparsity, (inputs.head,), vocabulary)
-    name = choose(kind) if strategy == "auto" else strategy
+    name, kind = strategy, None
+    if strategy == "auto":
+        name, kind = choose(
+            "span_logprob",
+            options.sparsity,
+            inputs.hidden,
+            (inputs.head,),
+            inputs.compute_dtype,
+            vocabulary,
+            options.workspace_mib,
+        )
+    start = start_of(kind)
     # Autocast would run in bfloat16 the GEMMs that are in float32 on purpose.
     with torch.autocast(device_type=inputs.hidden.device.type, enabled=False):
         output = STRATEGIES[name](inputs, options, vocabulary, token_loss)
-    if strategy == "auto":
-        remember(kind, output.stats, inputs.num_tokens)
+    remember(kind, output.stats, inputs.num_tokens, start)
     return output

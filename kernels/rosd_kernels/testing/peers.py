@@ -1,6 +1,7 @@
 """Baselines for `span_divergence` and `span_logprob`, and states to compare on.
 
-They run on any device, but for `liger_cross_entropy`; Liger's need the package liger-kernel.
+They run on any device, but for `liger_cross_entropy`; Liger's need the package liger-kernel, TRL's
+the package trl.
 """
 
 from __future__ import annotations
@@ -37,6 +38,30 @@ def liger_jsd(student: Tensor, teacher: Tensor, head: Tensor, *, beta: float) ->
     return loss(student, head, teacher, head.detach(), labels)
 
 
+def trl_divergence(
+    student: Tensor,
+    teacher: Tensor,
+    head: Tensor,
+    *,
+    beta: float,
+    softcap: float | None = None,
+    chunk_rows: int = 256,
+) -> Tensor:
+    """TRL's chunked divergence, summed over the tokens; arguments as for `eager_jsd`.
+
+    beta: 0 is the forward KL, 1 the reverse one. chunk_rows: tokens whose logits of a part of the
+    vocabulary are in memory (TRL's default is 4096).
+    """
+    from trl.kernels import chunked_divergence as trl
+
+    trl.TOKEN_CHUNK_SIZE = chunk_rows
+    cap = softcap
+    divergence, _ = trl.ChunkedDivergenceFunction.apply(
+        *(student, head, None, teacher, head.detach(), None, beta, 1.0, 1.0, cap, 1.0, cap)
+    )
+    return divergence.sum()
+
+
 def minus_logprob(logprob: Tensor, entropy: Tensor, rows: slice) -> Tensor:
     """Cross entropy, as `span_logprob`'s `token_loss`."""
     return -logprob
@@ -69,13 +94,18 @@ def liger_grpo(hidden: Tensor, head: Tensor, ids: Tensor, *, sequence: int = 128
 
 
 def gemm_floor(
-    student: Tensor, teacher: Tensor | None, head: Tensor, *, chunk_rows: int = 128
+    student: Tensor,
+    teacher: Tensor | None,
+    head: Tensor,
+    *,
+    chunk_rows: int = 128,
+    is_frozen: bool = False,
 ) -> Callable[[], None]:
     """Return a function that does the GEMM sweeps of dense gradients and nothing else.
 
-    The sweeps are the logits (of the teacher too, unless None), dh and dW, in chunks of tokens: 4
-    or 3. The buffers, one of [chunk_rows, V]
-    and the gradients, are allocated here.
+    The sweeps are the logits (of the teacher too, unless None), dh and, unless `is_frozen`, dW, in
+    chunks of tokens: 2 to 4. The buffers, one of [chunk_rows, V] and the gradients, are allocated
+    here.
     """
     student, head = student.detach(), head.detach()
     logits = student.new_zeros(min(chunk_rows, student.shape[0]), head.shape[0])
@@ -89,7 +119,8 @@ def gemm_floor(
                 torch.mm(teacher[rows], head.T, out=part)
             torch.mm(student[rows], head.T, out=part)
             torch.mm(part, head, out=dh[rows])
-            dW.addmm_(part.T, student[rows])
+            if not is_frozen:
+                torch.addmm(dW, part.T, student[rows], out=dW)
 
     return run
 

@@ -14,7 +14,6 @@ import torch
 from day_one.results import Row
 from day_one.stage import GPU_GIB, Phase, Plan, Stage
 from day_one.timing import timed
-from rosd_fast.machine import host_memory
 
 PACKAGES = (
     "torch triton transformers tokenizers numpy safetensors liger-kernel flash-attn "
@@ -56,7 +55,9 @@ def versions(device: torch.device) -> list[Row]:
         "python": platform.python_version(),
         "system": platform.platform(),
         "cores": len(os.sched_getaffinity(0)),
-        "host memory GiB": round((host_memory() or 0) / 2**30, 1),
+        "host memory GiB": round(
+            os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30, 1
+        ),
     }
     for package in PACKAGES:
         try:

@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 FILE = "tuned.json"
 CANDIDATES, WINNERS = "Candidates", "Chosen"
 GAIN = 0.03  # of its time, that a config must win
-MOST_WORKERS, GIB_EACH = 8, 6.0
+MOST_WORKERS, GIB_EACH = 8, 9.0
+CHECKED_UNTIL = 0.65  # of the stage's time: what has passed until then is timed
 # The small problem compiles what the large one launches: N is no part of a kernel's specialization.
 SMALL_N = 256
 SHAPES = {"cuda": Shape(8192, SIZE.V, SIZE.H), "cpu": Shape(130, 256, 64)}
@@ -52,6 +53,7 @@ class Tune(Stage):
         yield Phase(
             items={f"{CHECK} {key}": {**args, "shape": small} for key, args in items.items()},
             workers=workers,
+            until=CHECKED_UNTIL,
         )
         good = {key: args for key, args in items.items() if passed(plan.results, key)}
         yield Phase(items={f"{TIME} {key}": {**args, "shape": shape} for key, args in good.items()})

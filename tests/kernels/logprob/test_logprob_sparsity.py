@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from rosd_kernels import VocabularyOrder, auto, entry, mass, span_logprob
+from rosd_kernels import VocabularyOrder, entry, mass, span_logprob
 from rosd_kernels.tiles import ROW_BLOCK, TILE
 
 V = 3 * TILE + 50
@@ -98,21 +98,6 @@ def test_bound_without_a_loss_is_for_a_slope_of_one(of):
     error = (got - exact).abs().sum(1).max().item()
     assert stats.active_frac == 0.5
     assert 0 < error <= stats.grad_error_bound + 1e-5
-
-
-def test_auto_measures_once_and_then_takes_the_cheaper(monkeypatch):
-    """ "tiled" below f = 2/3; `span_divergence` remembers its own calls."""
-    monkeypatch.setattr(auto, "_memories", {})
-
-    def strategy(sharpness: float, rule: Any) -> str:
-        logits, ids = peaked(4, sharpness, 0)
-        return span_logprob(logits, torch.eye(V), ids, sparsity=rule).stats.strategy
-
-    assert strategy(20, "exact") == "chunked"
-    assert [strategy(20, entry(1e-3)) for _ in range(3)] == ["tiled"] * 3
-    assert strategy(0, entry(1e-5)) == "tiled"  # another rule: nothing is measured yet
-    assert {strategy(0, entry(1e-5)) for _ in range(auto.MEASURE_EVERY)} == {"chunked"}
-    assert strategy(0, entry(1e-5)) == "tiled"
 
 
 @pytest.mark.parametrize("loss", ["clipped", "afterwards clipped"])
