@@ -41,6 +41,7 @@ template <typename scalar_t>
 Options<scalar_t> options_of(double beta, std::optional<double> entry_clip) {
   Options<scalar_t> options{};
   options.beta = static_cast<scalar_t>(beta);
+  options.one_minus_beta = static_cast<scalar_t>(1 - beta);
   options.entry_clip = static_cast<scalar_t>(entry_clip.value_or(0));
   return options;
 }
