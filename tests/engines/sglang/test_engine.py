@@ -212,7 +212,7 @@ def test_completions_cut_by_a_small_cache_are_an_error(tmp_path: Path) -> None:
 
 def test_a_log_probability_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
     async def test(setting: Setting) -> None:
-        with pytest.raises(UserError, match="step1/p0.*logits are not finite"):
+        with pytest.raises(UserError, match=r"step1/p0.*logits are not finite"):
             await setting.engine.generate([make_request(0)])
 
     with_fakes(tmp_path, test, FakeSglang(faults=("not finite",)))
