@@ -8,11 +8,12 @@ Both take the same model, the same prompts, eight completions per prompt of exac
 tokens (no early stop), the same teacher prompt (the problem and the group's one correct completion,
 which the benchmark chooses: the first), JSD over the full vocabulary, a frozen teacher and AdamW in
 float32. TRL is `trl.experimental.sdpo`, in micro-batches of `--trl-batch` sequences, without
-gradient checkpointing, which is the faster choice.
+gradient checkpointing, which is the faster choice; ours have up to `--max-tokens` tokens.
 
 The candidates run in turns, each in a process of its own: a step to warm up, then `--steps` that
-count. Seconds are medians. `peak_mib` is that of the whole process, `used_mib` the same without the
-libraries: weights, teacher, gradients, moments, caches and activations. With `--busy 1` another
+count. Seconds are medians; `cpu_s` are those of all threads, from one step's end to the next, which
+other processes hardly change. `peak_mib` is that of the whole process, `used_mib` the same without
+the libraries: weights, teacher, gradients, moments, caches and activations. With `--busy 1` another
 process computes meanwhile, without a pause. `trl` has torch's own number of threads, as a script
 has; `ours` chooses its own.
 """
@@ -54,9 +55,10 @@ def main() -> None:
         return
     for row in record(args.csv, rows(args)):
         print(
-            f"{row['model']:10} {row['busy']} busy  {row['candidate']:5} {row['step_s']:>7} s a "
-            f"step (x{row['ours_over_this']} ours/this, x{row['alone_over_this']} alone/this)  "
-            f"peak {row['peak_mib']} MiB, without libraries {row['used_mib']} MiB",
+            f"{row['model']:10} {row['busy']} busy  {row['candidate']:5} {row['step_s']:>7} s per "
+            f"step (x{row['ours_over_this']} ours/this, x{row['alone_over_this']} alone/this), "
+            f"CPU {row['cpu_s']} s, peak {row['peak_mib']} MiB, {row['used_mib']} MiB without "
+            "libraries",
             flush=True,
         )
 
@@ -71,6 +73,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=2)
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--trl-batch", type=int, default=16)
+    parser.add_argument("--max-tokens", type=int, default=2048, help="of our micro-batches")
     parser.add_argument("--csv", type=Path, default=CSV)
     parser.add_argument("--measure", choices=("model", *CANDIDATES), help=argparse.SUPPRESS)
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
@@ -137,6 +140,7 @@ def run_apart(model: str, name: str, folder: Path, args: argparse.Namespace) -> 
     command = [sys.executable, __file__, "--measure", name, "--models", model]
     command += ["--length", str(args.length), "--steps", str(args.steps)]
     command += ["--trl-batch", str(args.trl_batch), "--problems", str(num_problems(model, args))]
+    command += ["--max-tokens", str(args.max_tokens)]
     command += ["--folder", str(folder), "--result", str(result)]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
@@ -149,7 +153,10 @@ def summary(runs: Sequence[dict[str, Any]]) -> dict[str, float]:
     steps = [step for run in runs for step in run["steps"]]
     totals = [step["step"] for step in steps]
     middle = statistics.median(totals)
-    stages = {f"{s}_s": statistics.median(step.get(s, 0.0) for step in steps) for s in STAGES}
+    stages = {
+        f"{name}_s": statistics.median(step.get(name, 0.0) for step in steps)
+        for name in ("cpu", *STAGES)
+    }
     return {"step_s": middle, "spread": (max(totals) - min(totals)) / middle, **stages}
 
 
@@ -164,6 +171,7 @@ class Clock:
         self.steps: list[dict[str, float]] = []
         self.libraries = resident("VmRSS")  # bytes; the clock is made when all are loaded
         self.peak = 0  # bytes of the process, up to the last step
+        self._computed = time.process_time()
         self._seconds: defaultdict[str, float] = defaultdict(float)
         self._inner = [0.0]
 
@@ -184,7 +192,9 @@ class Clock:
         setattr(owner, method, run)
 
     def end_step(self, seconds: float) -> None:
-        self.steps.append({"step": seconds, **self._seconds})
+        computed = time.process_time()
+        self.steps.append({"step": seconds, "cpu": computed - self._computed, **self._seconds})
+        self._computed = computed
         self._seconds.clear()
         self.peak = resident("VmHWM")
 
@@ -400,6 +410,7 @@ def run_ours(model: str, args: argparse.Namespace) -> dict[str, Any]:
             "teacher.solution_template": "{problem}"
             + SOLUTION.format("{demonstration}")
             + INSTRUCTION,
+            "pack.max_tokens": args.max_tokens,
             "loss.importance_clip": None,
             "optim.lr": LR,
             "optim.warmup_steps": 0,

@@ -42,7 +42,7 @@ def test_a_stage_within_another_counts_once() -> None:
     assert first["loss"] >= 0.02
     assert first["teacher"] >= 0.04
     assert first["loss"] + first["teacher"] <= first["step"]
-    assert set(second) == {"step", "teacher"}
+    assert set(second) == {"step", "cpu", "teacher"}
 
 
 def test_medians_are_over_the_steps_of_all_runs() -> None:
