@@ -211,8 +211,11 @@ def measure(
         yield row
 
 
-def candidate(name: str, setting: Setting, inputs: Inputs) -> Step:
-    """Return a function that runs forward and backward, and returns the active fraction or None."""
+def candidate(name: str, setting: Setting, inputs: Inputs, *, factor: float = 1.0) -> Step:
+    """Return a function that runs forward and backward, and returns the active fraction or None.
+
+    factor: of the loss; one other than 1 has the whole gradient of the head written.
+    """
     if name in PEERS:
         peer: Callable[..., Tensor] = {"eager": eager_jsd, "liger": liger_jsd}.get(
             name, trl_divergence
@@ -235,7 +238,7 @@ def candidate(name: str, setting: Setting, inputs: Inputs) -> Step:
         inputs.student.grad = inputs.head.grad = None
         out = forward(inputs)
         loss = out if isinstance(out, Tensor) else out.loss
-        loss.backward()
+        (loss if factor == 1 else factor * loss).backward()
         return None if isinstance(out, Tensor) else out.stats.active_frac
 
     return step
@@ -271,7 +274,7 @@ def peak_and_units(args: argparse.Namespace) -> list[float]:
     candidate(name, setting, leaves)()  # for one-time loading
     trained = [inputs.student] if setting.is_frozen else [inputs.student, inputs.head]
     gradients = 4 * sum(tensor.numel() for tensor in trained)
-    step = candidate(name, setting, inputs)
+    step = candidate(name, setting, inputs, factor=2.0)
     peak = peak_of(step, gradients=gradients)
     (N, H), V = inputs.student.shape, inputs.head.shape[0]
     mapping = {torch.ops.aten.addmm_: lambda _, a, b, **rest: 2 * a[0] * a[1] * b[1]}

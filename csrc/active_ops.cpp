@@ -157,8 +157,7 @@ Tensor scanned_terms(
         transform_of<scalar_t>("student_bias", student_bias, student, softcap, temperature);
     const auto of_teacher =
         transform_of<scalar_t>("teacher_bias", teacher_bias, teacher, softcap, temperature);
-    const Options<scalar_t> options{
-        static_cast<scalar_t>(beta), static_cast<scalar_t>(entry_clip.value_or(0))};
+    const auto options = options_of<scalar_t>(beta, entry_clip);
     const scalar_t* const s = student.const_data_ptr<scalar_t>();
     const scalar_t* const z = teacher.const_data_ptr<scalar_t>();
     const scalar_t* const s_lse = student_lse.const_data_ptr<scalar_t>();

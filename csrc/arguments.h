@@ -37,6 +37,15 @@ LogitTransform<scalar_t> transform_of(
       static_cast<scalar_t>(softcap.value_or(0)), static_cast<scalar_t>(temperature)};
 }
 
+template <typename scalar_t>
+Options<scalar_t> options_of(double beta, std::optional<double> entry_clip) {
+  Options<scalar_t> options{};
+  options.beta = static_cast<scalar_t>(beta);
+  options.one_minus_beta = static_cast<scalar_t>(1 - beta);
+  options.entry_clip = static_cast<scalar_t>(entry_clip.value_or(0));
+  return options;
+}
+
 // Calls `run<D, CLIP, SOFTCAP>()` of the options.
 template <typename Run>
 void dispatch_divergence(int64_t divergence, bool has_clip, bool has_softcap, const Run& run) {

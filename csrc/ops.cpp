@@ -118,8 +118,7 @@ Tensor terms_(
         transform_of<scalar_t>("student_bias", student_bias, student, softcap, temperature);
     const auto of_teacher =
         transform_of<scalar_t>("teacher_bias", teacher_bias, teacher, softcap, temperature);
-    const Options<scalar_t> options{
-        static_cast<scalar_t>(beta), static_cast<scalar_t>(entry_clip.value_or(0))};
+    const auto options = options_of<scalar_t>(beta, entry_clip);
     dispatch_divergence(
         divergence, entry_clip.has_value(), softcap.has_value(),
         [&]<Divergence D, bool CLIP, bool SOFTCAP>() {

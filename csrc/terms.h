@@ -17,7 +17,7 @@ enum class Divergence : int64_t { forward_kl = 0, reverse_kl = 1, jsd = 2 };
 
 template <typename scalar_t>
 struct Options {
-  scalar_t beta;
+  scalar_t beta, one_minus_beta;  // of jsd; each rounded once
   scalar_t entry_clip;
 };
 
@@ -39,25 +39,29 @@ void entry_terms(
   using V = Vec<scalar_t>;
   p = log_p.exp();
   const V q = log_q.exp();
+  // log(q/p); 0 where both are -inf
+  const V r = V::blendv(log_q - log_p, V(0), log_q == log_p);
   if constexpr (D == Divergence::forward_kl) {
-    c = q * (log_q - log_p);
+    c = q * r;
     e = q.neg();
     if constexpr (!CLIP) {
       c = c + (p - q);
     }
   } else if constexpr (D == Divergence::reverse_kl) {
-    c = e = p * (log_p - log_q);
-    if constexpr (CLIP) {
-      e = e + p;
-    } else {
-      c = c - (p - q);
-    }
+    e = p * r.neg();
+    c = e - (p - q);
   } else {
     const V limit(static_cast<scalar_t>(kMaxLogRatio));
-    const V r = at::vec::minimum(at::vec::maximum(log_q - log_p, limit.neg()), limit);
-    const V log_m_over_p = (r.expm1() * V(options.beta)).log1p();
-    e = p * log_m_over_p * V(options.beta - 1);
-    c = q * (r - log_m_over_p) * V(options.beta) + e;
+    const V ratio = at::vec::minimum(at::vec::maximum(r, limit.neg()), limit);
+    if (options.beta <= options.one_minus_beta) {
+      const V log_m_over_p = (ratio.expm1() * V(options.beta)).log1p();
+      e = (p * log_m_over_p * V(options.one_minus_beta)).neg();
+      c = q * (ratio - log_m_over_p) * V(options.beta) + e;
+    } else {  // log(m/p) would subtract near 1
+      const V log_m_over_q = (ratio.neg().expm1() * V(options.one_minus_beta)).log1p();
+      e = (p * (ratio + log_m_over_q) * V(options.one_minus_beta)).neg();
+      c = e - q * log_m_over_q * V(options.beta);
+    }
   }
   if constexpr (CLIP) {
     const V clip(options.entry_clip);

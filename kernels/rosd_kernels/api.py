@@ -76,11 +76,12 @@ def span_divergence(
         beta: weight of the teacher in `m`, in (0, 1). Read by `jsd` only.
         temperature: divides both logits, after the soft cap.
         softcap: `softcap(x) = cap tanh(x / cap)`, on both logits. None: the identity.
-        student_bias, teacher_bias: [V], finite, added before the soft cap. None: no bias (but see
-            `teacher_head`).
+        student_bias, teacher_bias: [V], added before the soft cap. None: no bias (but see
+            `teacher_head`). -inf on both sides, without a soft cap, takes an entry out.
         weights: [N], without a gradient. None: ones. The loss is a sum, not a mean: a normalization
             over the whole optimizer step goes into the weights.
         token_ids: [N] sampled ids, int64 or int32; gives `student_logprob` and `teacher_logprob`.
+            Ids out of range raise a ValueError on a CPU, and stop the device on a GPU.
         rollout_logprobs: [N] log-probs of `token_ids` under the policy that sampled them. Read only
             where `importance_clip` is set.
         importance_clip: multiplies weight n by `min(exp(student_logprob_n -
@@ -91,9 +92,11 @@ def span_divergence(
         tail: with `top_k`, True adds a bucket that holds the remaining mass of either side; False
             renormalizes both over the k ids.
         entry_clip: bounds what an entry contributes from above, `min(contribution_v, entry_clip)`;
-            an entry above the bound has no gradient. The tail's bucket is an entry as well. No
-            lower bound is needed: a contribution is at least -1/e in the KLs and at least 0 in
-            `jsd`. A clipped KL may be negative. None: no bound.
+            an entry above the bound has no gradient. The tail's bucket is an entry as well. In
+            `reverse_kl` an entry counts as `p_v log(p_v/q_v) - p_v + q_v`, which is the same in sum
+            and never negative; in `forward_kl` as published, so that its bounded value may be
+            negative. None: no bound. A bounded gradient need not lower the unbounded divergence:
+            `docs/kernels.md` has measured directions.
         sparsity: "exact", all entries are computed; `entry(eps)` or `mass(tol)`, entries of the
             vocabulary that hold almost no probability have no gradient, and `stats` reports how
             much they held: "tiled" skips tiles (see sparsity.py), "chunked" single entries (see

@@ -134,7 +134,9 @@ def refuse_second_derivative(function: str) -> None:
 def scale_(gradient: Tensor, factor: Tensor, dtype: torch.dtype) -> Tensor:
     """`factor * gradient`, rounded once to `dtype`: in place, or else part by part."""
     if gradient.dtype == dtype:
-        return gradient.mul_(factor)
+        # The factor of loss.backward(). Reading it on a GPU would wait for the device.
+        is_one = factor.device.type == "cpu" and bool(factor == 1)
+        return gradient if is_one else gradient.mul_(factor)
     result = gradient.new_empty(gradient.shape, dtype=dtype)
     step = max(1, CAST_BYTES // max(1, gradient[:1].nbytes))
     for start, stop in ranges(gradient.shape[0], step):

@@ -124,11 +124,21 @@ def check_order(sparsity: Sparsity, vocab_size: int) -> None:
 def check_ids(ids: Tensor | None, vocabulary: Vocabulary) -> None:
     """The ids are within the whole vocabulary.
 
-    Checked on a CPU only, where reading them costs no synchronization.
+    Reading them on another device would wait for it, so there the device itself asserts.
     """
-    if ids is None or ids.device.type != "cpu" or len(ids) == 0:
+    if ids is None or len(ids) == 0:
+        return
+    if ids.device.type != "cpu":
+        assert_ids(ids, vocabulary)
         return
     low, high = int(ids.min()), int(ids.max())
     if low < 0 or high >= vocabulary.size:
         wrong = low if low < 0 else high
         raise ValueError(f"token_ids: got id {wrong}, want 0 <= id < V = {vocabulary.size}")
+
+
+def assert_ids(ids: Tensor, vocabulary: Vocabulary) -> None:
+    """`check_ids` without a synchronization: a later one raises, and no kernel reads the ids."""
+    inside = (ids >= 0) & (ids < vocabulary.size)
+    message = f"token_ids: got an id outside of 0 <= id < V = {vocabulary.size}"
+    torch._assert_async(inside.all(), message)

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from rosd_kernels.divergences import is_never_negative
 from rosd_kernels.logits import LogitTransform
 from rosd_kernels.records import DIVERGENCES, SpanOptions
 
@@ -124,7 +125,7 @@ def terms_(
         options.softcap,
         options.temperature,
     )
-    if options.entry_clip is None:  # a divergence is never negative; its rounded sum may be
+    if is_never_negative(options):  # a divergence is never negative; its rounded sum may be
         result[0].clamp_(min=0)
     return result
 

@@ -21,6 +21,7 @@ import math
 import torch
 from torch import Tensor
 
+from rosd_kernels.divergences import is_never_negative
 from rosd_kernels.records import (
     SpanDivergenceOutput,
     SpanInputs,
@@ -47,10 +48,12 @@ def run_reference(
         ids = log_p.detach().topk(options.top_k, dim=-1).indices
         log_p, log_q = (restrict(x, ids, tail=options.tail) for x in (log_p, log_q))
     entries = contributions(log_p, log_q, options)
+    if options.entry_clip is not None and options.divergence == "reverse_kl":
+        entries = entries + (log_q.exp() - log_p.exp())  # sums to 0; each entry is then >= 0
     if options.entry_clip is not None:
         entries = entries.clamp(max=options.entry_clip)
     per_token = entries.sum(-1)
-    if options.entry_clip is None:  # a divergence is never negative, but its rounded sum may be
+    if is_never_negative(options):  # a divergence is never negative, but its rounded sum may be
         per_token = per_token - per_token.detach().clamp(max=0)
     loss = (inputs.token_weights(student_logprob, options) * per_token).sum()
     return SpanDivergenceOutput(
@@ -84,7 +87,7 @@ def log_probs(
 
 def describe(log_p: Tensor, token_ids: Tensor | None) -> tuple[Tensor | None, Tensor]:
     """Return ([N] log-prob of the token or None, [N] entropy) for [N, V] log-probabilities."""
-    entropy = -(log_p.exp() * log_p).sum(-1)
+    entropy = torch.special.entr(log_p.exp()).sum(-1)  # 0 where p is
     if token_ids is None:
         return None, entropy
     return log_p.gather(-1, token_ids[:, None]).squeeze(-1), entropy
@@ -101,6 +104,12 @@ def restrict(log_p: Tensor, ids: Tensor, *, tail: bool) -> Tensor:
 
 def contributions(log_p: Tensor, log_q: Tensor, options: SpanOptions) -> Tensor:
     """What each entry contributes to the divergence; same shape as `log_p`."""
+    masked = (log_p == -math.inf) & (log_q == -math.inf)  # by biases; such an entry contributes 0
+    log_p, log_q = log_p.masked_fill(masked, 0), log_q.masked_fill(masked, 0)
+    return _contributions(log_p, log_q, options).masked_fill(masked, 0)
+
+
+def _contributions(log_p: Tensor, log_q: Tensor, options: SpanOptions) -> Tensor:
     if options.divergence == "forward_kl":
         return log_q.exp() * (log_q - log_p)
     if options.divergence == "reverse_kl":

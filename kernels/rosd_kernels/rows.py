@@ -26,7 +26,15 @@ def row_stats(
     `sampled` [R]: the token's scaled logit, 0 on the shards that do not have it.
     """
     of_row = vocabulary.logsumexp(torch.logsumexp(lse, -1) if lse.shape[1] > 1 else lse[:, 0])
-    log_mass = lse - of_row[:, None]
-    total = vocabulary.sum_((log_mass.exp() * (entropy - log_mass)).sum(-1))
-    logprob = None if sampled is None else vocabulary.sum_(sampled) - of_row
+    total = vocabulary.sum_(entropy_terms(entropy, lse - of_row[:, None]).sum(-1))
+    logprob = None
+    if sampled is not None:
+        # The token's dot product may be summed in another sequence than its row's: 1e-5 above 0.
+        logprob = (vocabulary.sum_(sampled) - of_row).clamp_(max=0)
     return RowStats(lse=of_row, entropy=total, logprob=logprob)
+
+
+def entropy_terms(entropy: Tensor, log_mass: Tensor) -> Tensor:
+    """`P (entropy - log P)` of tiles, for their log masses; 0 for a tile without mass."""
+    mass = log_mass.exp()
+    return torch.where(mass > 0, mass * (entropy - log_mass), 0)

@@ -25,9 +25,9 @@ from rosd_kernels.active import (
     scanned_terms,
     select_entries,
 )
-from rosd_kernels.autograd import Computed, Needed, ranges, zero_gradients
-from rosd_kernels.compact import add_gradients
-from rosd_kernels.divergences import entry_terms, known_total
+from rosd_kernels.autograd import Computed, Needed, ranges
+from rosd_kernels.compact import add_gradients, untouched_gradients
+from rosd_kernels.divergences import entry_terms, is_never_negative, known_total
 from rosd_kernels.elementwise import subtract_total, terms_, uses_native
 from rosd_kernels.logits import LogitTransform
 from rosd_kernels.records import SpanInputs, SpanOptions, SpanStats
@@ -56,7 +56,7 @@ def compute_sparse(
     )
     workspace = Workspace(plan, hidden.device)
     results = empty_results(inputs)
-    gradients = zero_gradients(inputs.students, needed, inputs.compute_dtype)
+    gradients = untouched_gradients(inputs.students, needed, inputs.compute_dtype)
     transforms = inputs.transforms(options)
     skipped = torch.zeros_like(results.per_token), torch.zeros_like(results.per_token)
     num_computed = 0
@@ -183,7 +183,7 @@ def _sums(sides: list[Side], entries: ActiveEntries, options: SpanOptions) -> Te
     c.masked_fill_(entries.scanned, 0)
     e.masked_fill_(entries.scanned, 0)
     value, total = value + c.sum(1), total + e.sum(1)
-    if options.entry_clip is None:
+    if is_never_negative(options):
         value = value.clamp_(min=0)
     student_mass, teacher_mass = (lost_mass(side, entries)[0] for side in sides)
     return torch.stack([value, total, student_mass, teacher_mass, known_error, bound.sum(1)])

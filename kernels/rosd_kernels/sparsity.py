@@ -20,7 +20,7 @@ the dropped entries D (see divergences.py for e and K). The gradient of a row w.
 
     forward_kl   E_D = Q_D                          e = -q
     reverse_kl   E_D = sum_t P_t max(0, r_t) + Q_D/e    p log(q/p) <= q/e, and log(p/q) <= r_t
-                 (+ P_D with entry_clip)            r_t: student's highest less teacher's lowest
+                                                    r_t: student's highest less teacher's lowest
     jsd          E_D = (1-b) (P_D log(1/(1-b)) + b Q_D)    p log(p/m) <= p log(1/(1-b)),
                                                     p log(m/p) <= m - p <= b q
 
@@ -161,8 +161,8 @@ def tile_error_bound(
         return q.clone()
     if options.divergence == "reverse_kl":
         assert log_ratio is not None
-        slack = 0.0 if options.entry_clip is None else 1.0
-        return p * (log_ratio.clamp(min=0) + slack) + q / math.e
+        # A tile without mass has none, however unlikely its entries are for the teacher.
+        return torch.where(p > 0, p * log_ratio.clamp(min=0), 0) + q / math.e
     beta = options.beta
     return (1 - beta) * (p * -math.log1p(-beta) + beta * q)
 

@@ -164,8 +164,7 @@ def dropped(
         e_bound = q
     elif options.divergence == "reverse_kl":
         highest = (student.max - of_student.lse[:, None]) - (teacher.min - of_teacher.lse[:, None])
-        slack = 0.0 if options.entry_clip is None else 1.0
-        e_bound = p * (highest.clamp(min=0) + slack) + q / math.e
+        e_bound = torch.where(p > 0, p * highest.clamp(min=0), 0) + q / math.e
     else:
         e_bound = (1 - beta) * (p * -math.log1p(-beta) + beta * q)
     c, _ = entry_terms(log_p, log_q, log_p.exp(), log_q.exp(), options)

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils.flop_counter import FlopCounterMode
 
-from rosd_kernels import active, entry, mass, span_divergence
+from rosd_kernels import active, compact, entry, mass, span_divergence
 from rosd_kernels.workspace import CPU_CHUNK_ROWS
 from tests.kernels.test_memory import allocations, peak_of
 
@@ -281,3 +281,26 @@ def test_a_frozen_head_has_no_gradient_in_memory(make_case):
     tensors["student_hidden"].requires_grad_()
     call = {"strategy": "chunked", "sparsity": entry(1e-3), "workspace_mib": 0.2}
     assert max(allocations(lambda: span_divergence(**tensors, **call))) < 4 * V * H
+
+
+@pytest.mark.parametrize("factor", [1.0, 3.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_of_the_heads_gradient_that_nothing_writes(make_case, monkeypatch, factor, dtype):
+    """They are zeros that took no memory; a second use, and autograd's own sums, work on them."""
+    monkeypatch.setattr(compact, "UNTOUCHED_BYTES", 0)
+    case = make_case(40, 3000, 64, weights=True, scale=8.0, dtype=dtype)
+    options = {"strategy": "chunked", "sparsity": entry(0.01), "factor": factor}
+    mine = case.run(**options)
+    monkeypatch.setattr(compact, "UNTOUCHED_BYTES", 2**60)
+    wanted = case.run(**options)
+    head = mine.gradients["student_head"]
+    assert torch.equal(head, wanted.gradients["student_head"])
+    assert 0 < int((head != 0).any(1).sum()) < 1500
+    leaf = case.tensors["student_head"].clone().requires_grad_()
+    for _ in range(2):
+        tensors = case.tensors | {"student_head": leaf}
+        monkeypatch.setattr(compact, "UNTOUCHED_BYTES", 0)
+        (
+            factor * span_divergence(**tensors, strategy="chunked", sparsity=entry(0.01)).loss
+        ).backward()
+    assert leaf.grad is not None and torch.allclose(leaf.grad, 2 * head, rtol=1e-2)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from rosd_kernels.gpu.math import MASKED
 from rosd_kernels.gpu.modes import INTERPRET
 
 
@@ -89,7 +90,8 @@ def project(
 def add_bias(logits, bias_ptr, vocab_rows, HAS_BIAS: tl.constexpr):
     """logits [BLOCK_M, BLOCK_V] plus the bias of their columns."""
     if HAS_BIAS:
-        logits += tl.load(bias_ptr + vocab_rows).to(tl.float32)[None, :]
+        bias = tl.load(bias_ptr + vocab_rows).to(tl.float32)
+        logits += tl.maximum(bias, MASKED)[None, :]
     return logits
 
 

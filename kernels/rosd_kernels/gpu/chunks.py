@@ -49,7 +49,7 @@ class GradientChunks:
         return self.hidden.shape[0] * self.tiles * TILE * self.dtype.itemsize
 
     def gradients(self, active: Tensor, needed: Needed, write: WriteGradient) -> Gradients:
-        """dh [N, H] and db [V] in float32, dW [V, H] in the head's dtype.
+        """dh [N, H] and db [V] in float32, dW [V, H] in `head_grad_dtype`.
 
         active: [B, T] uint8. write: writes G of a chunk's active tiles.
         """
@@ -57,7 +57,7 @@ class GradientChunks:
         (N, H), V = hidden.shape, head.shape[0]
         needs_hidden, needs_head, needs_bias = needed
         dh = hidden.new_zeros(N, H, dtype=torch.float32) if needs_hidden else None
-        dW = torch.empty_like(head, memory_format=torch.contiguous_format) if needs_head else None
+        dW = head.new_empty(head.shape, dtype=head_grad_dtype(head)) if needs_head else None
         db = head.new_empty(V, dtype=torch.float32) if needs_bias else None
         workspace = hidden.new_empty(N, self.tiles * TILE, dtype=self.dtype)
         for first in range(0, active.shape[1], self.tiles):
@@ -70,3 +70,8 @@ class GradientChunks:
                 out = {"out": dW, "out_bias": db}
                 grad_head(G, hidden, order, chunk, first_tile=first, vocab_size=V, **out)
         return Gradients(dh, dW, db)
+
+
+def head_grad_dtype(head: Tensor) -> torch.dtype:
+    """The dtype of dW until a backward scales it: float16 would underflow before the scale."""
+    return torch.float32 if head.dtype == torch.float16 else head.dtype

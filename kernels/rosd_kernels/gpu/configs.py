@@ -9,6 +9,10 @@ refuses spills and too much shared memory.
     grad_hidden      [block_m rows] x [block_n of the width], reduced over block_k of the vocabulary
     grad_head        [block_m vocabulary] x [block_n of the width], reduced over block_k rows
 
+The devices of one family share a table: 80 serves all whose shared memory is small (86, 89, 120).
+Triton before 3.8 keeps more values in registers; `OLDER` has smaller blocks for the kernels that
+would spill there.
+
 A lean problem has rows of aligned, even length and, where logits are computed, one head and no
 bias, soft cap or clip, as with most models. Its blocks may be larger than those that support all
 options.
@@ -17,12 +21,25 @@ options.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cache
 from typing import Literal
 
 Kernel = Literal["sweep", "pair", "logprob_tile", "grad_hidden", "grad_head"]
 Precision = Literal["narrow", "tf32", "tf32x3", "ieee"]
-ARCHITECTURES = (80, 90, 100)
-SHARED_BYTES = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+FAMILIES = (80, 90, 100)
+ARCHITECTURES = (80, 86, 89, 90, 100, 120)  # that the gate compiles for
+# What a block may take (CUDA's programming guide, "Technical Specifications per Compute
+# Capability").
+SHARED_BYTES = {
+    80: 163 * 1024,
+    86: 99 * 1024,
+    89: 99 * 1024,
+    90: 227 * 1024,
+    100: 227 * 1024,
+    120: 99 * 1024,
+}
+TMA_CAPABILITY = 90
+OLD_TRITON = (3, 8)  # before it, `OLDER` applies
 
 
 LEAN_WIDTH = 64  # a multiple of each block_k along the width
@@ -48,13 +65,21 @@ class Config:
 _128x256 = Config(128, 256, 64, 8, 3)
 _128x128 = Config(128, 128, 64, 8, 3)
 _64x128 = Config(64, 128, 64, 8, 3)
+_32x128x32 = Config(32, 128, 32, 8, 2)
+_64x128x16 = Config(64, 128, 16, 8, 2, max_registers=240)
+_32x128x16 = Config(32, 128, 16, 8, 2)
 
 # (lean problems, all others)
 CONFIGS: dict[tuple[Kernel, int, Precision], tuple[Config, Config]] = {
     ("sweep", 80, "narrow"): (_128x128, _128x128),
     ("sweep", 90, "narrow"): (_128x256, _128x128),
     ("sweep", 100, "narrow"): (Config(128, 128, 64, 8, 3, max_registers=255), _64x128),
-    ("pair", 80, "narrow"): (_64x128, Config(64, 128, 32, 8, 3)),
+    # Left alone, the assembler takes 128 registers on 86, for two blocks at once, and spills; with
+    # 255 it spills in the KLs.
+    ("pair", 80, "narrow"): (
+        Config(64, 128, 64, 8, 3, max_registers=240),
+        Config(64, 128, 32, 8, 3),
+    ),
     ("pair", 90, "narrow"): (_128x128, _64x128),
     ("pair", 100, "narrow"): (_128x128, _64x128),
     ("logprob_tile", 80, "narrow"): (_128x128, _64x128),
@@ -69,18 +94,31 @@ CONFIGS: dict[tuple[Kernel, int, Precision], tuple[Config, Config]] = {
 }
 _FLOATS: dict[Precision, tuple[Config, Config]] = {  # (pair, all other kernels)
     "tf32": (Config(64, 128, 32, 8, 2), Config(64, 128, 32, 8, 2)),
-    "tf32x3": (Config(32, 128, 32, 8, 2), Config(64, 128, 32, 8, 2)),
-    "ieee": (Config(32, 128, 16, 8, 2), Config(64, 128, 16, 8, 2)),
+    "tf32x3": (_32x128x32, Config(64, 128, 32, 8, 2)),
+    "ieee": (_32x128x16, Config(64, 128, 16, 8, 2)),
 }
 for _precision, (_pair, _other) in _FLOATS.items():
-    for _arch in ARCHITECTURES:
+    for _arch in FAMILIES:
         CONFIGS["pair", _arch, _precision] = (_pair, _pair)
         for _kernel in ("sweep", "logprob_tile", "grad_hidden", "grad_head"):
             CONFIGS[_kernel, _arch, _precision] = (_other, _other)
 
 
-def architecture(capability: int) -> int:
-    """Return the member of ARCHITECTURES whose configs fit a device.
+OLDER: dict[tuple[Kernel, int, Precision], tuple[Config, Config]] = {
+    ("pair", 90, "narrow"): (_64x128, Config(64, 128, 64, 16, 3)),
+    ("pair", 100, "narrow"): (_64x128, _64x128),
+    ("sweep", 90, "ieee"): (_64x128x16, _64x128x16),
+    ("sweep", 100, "ieee"): (_32x128x16, _32x128x16),
+    ("sweep", 100, "tf32"): (_32x128x32, _32x128x32),
+}
+
+# (entries of a row that a program of the elementwise kernels reads at once, warps)
+ROWS = (2048, 8)
+OLDER_ROWS = (1024, 8)
+
+
+def family(capability: int) -> int:
+    """Return the member of FAMILIES whose configs fit a device, also one that is not known yet.
 
     Only data-centre GPUs have the shared memory and tensor cores of 90 and 100. Consumer GPUs,
     including the later ones (120), use the configs of 80.
@@ -88,6 +126,35 @@ def architecture(capability: int) -> int:
     return {9: 90, 10: 100, 11: 100}.get(capability // 10, 80)
 
 
+def shared_limit(capability: int) -> int:
+    """What a block of a device may take; of a device that is not known, what its kind has."""
+    kind = family(capability)
+    return SHARED_BYTES.get(capability, SHARED_BYTES[86 if kind == 80 else kind])
+
+
+@cache
+def is_old_triton() -> bool:
+    """Whether Triton is older than OLD_TRITON."""
+    import triton
+
+    major, minor = triton.__version__.split(".")[:2]
+    return (int(major), int(minor)) < OLD_TRITON
+
+
+def has_tma(capability: int) -> bool:
+    """Whether operands are loaded through tensor descriptors."""
+    if is_old_triton() and family(capability) == 80:  # spills up to 20 registers on 120
+        return False
+    return capability >= TMA_CAPABILITY
+
+
 def select(kernel: Kernel, capability: int, precision: Precision, *, lean: bool) -> Config:
     """Return the config of a kernel on a device."""
-    return CONFIGS[kernel, architecture(capability), precision][0 if lean else 1]
+    key = kernel, family(capability), precision
+    older = OLDER.get(key) if is_old_triton() else None
+    return (older or CONFIGS[key])[0 if lean else 1]
+
+
+def rows_config() -> tuple[int, int]:
+    """Return (entries of a row at once, warps) of the elementwise kernels."""
+    return OLDER_ROWS if is_old_triton() else ROWS

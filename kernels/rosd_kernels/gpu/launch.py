@@ -10,14 +10,13 @@ from torch import Tensor
 from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from rosd_kernels.gpu.configs import LEAN_WIDTH, Config, Kernel, Precision, select
+from rosd_kernels.gpu.configs import LEAN_WIDTH, Config, Kernel, Precision, has_tma, select
 from rosd_kernels.gpu.modes import INTERPRETED
 from rosd_kernels.gpu.tuned import tuned
 
 # Few, so that programs in the interpreter loop several times, as they do on a device.
 INTERPRETED_PROGRAMS = 3
 INTERPRETED_CAPABILITY = 90
-TMA_CAPABILITY = 90
 TMA_ALIGNMENT = 16  # bytes; of the base address and of the row stride
 DOT_PRECISIONS: dict[str, Precision] = {"highest": "ieee", "high": "tf32x3", "medium": "tf32"}
 # Triton 3.10 turns fusion into FMAs off by default.
@@ -45,17 +44,16 @@ class Gemm:
         """
         a = operands[0]
         cast = len({operand.dtype for operand in operands}) > 1
-        precision = DOT_PRECISIONS[torch.get_float32_matmul_precision()]
         narrow = not cast and a.dtype in NARROW
+        precision = "narrow" if narrow else float32_precision()
         aligned = all(_is_aligned(operand) for operand in operands)
-        use_tma = capability(a.device) >= TMA_CAPABILITY and order is None and aligned
-        even = all(operand.shape[1] % LEAN_WIDTH == 0 for operand in operands)
         device = capability(a.device)
-        of_operands: Precision = "narrow" if narrow else precision
+        use_tma = has_tma(device) and order is None and aligned
+        even = all(operand.shape[1] % LEAN_WIDTH == 0 for operand in operands)
         lean = aligned and even and not extras
         return cls(
-            config=tuned(kernel, device, of_operands, lean=lean)
-            or select(kernel, device, of_operands, lean=lean),
+            config=tuned(kernel, device, precision, lean=lean)
+            or select(kernel, device, precision, lean=lean),
             precision="ieee" if narrow else precision,
             cast=cast,
             use_tma=use_tma,
@@ -66,6 +64,14 @@ class Gemm:
         if not self.use_tma:
             return tensor
         return TensorDescriptor.from_tensor(tensor, [rows, columns])
+
+
+def float32_precision() -> Precision:
+    """How float32 operands are multiplied, by whichever of torch's two settings was used last."""
+    try:
+        return DOT_PRECISIONS[torch.get_float32_matmul_precision()]
+    except RuntimeError:  # the older setting cannot be read once the newer one was written
+        return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
 
 
 def launch(kernel: Any, grid: tuple[int, ...], config: Config, **arguments: Any) -> None:

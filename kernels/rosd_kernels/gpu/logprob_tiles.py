@@ -146,7 +146,7 @@ class TritonLogprobTiles:
     def gradients(
         self, active: Tensor, columns: Tensor, lse: Tensor, factors: Tensor, needed: Needed
     ) -> Gradients:
-        """dh [N, H] and db [V] in float32, dW [V, H] in the head's dtype."""
+        """dh [N, H] and db [V] in float32, dW [V, H]: see `GradientChunks`."""
         rows = columns, lse.float().contiguous(), factors.float().contiguous()
 
         def write(chunk: Tensor, first_tile: int, out: Tensor) -> None:

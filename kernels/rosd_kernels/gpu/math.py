@@ -8,15 +8,15 @@ error of a few 2^-24.
 for clipped KLs) and to the gradient (`e`, constant factors included), with r = log q - log p:
 
     forward_kl   value = q r + p - q                               e = -q
-    reverse_kl   value = -p r - p + q                              e = -p r    (+ p where clipping)
+    reverse_kl   value = -p r - p + q                              e = -p r
     jsd          value = b q log(q/m) + (1-b) p log(p/m)           e = (1-b) p log(p/m)
 
     m = b q + (1-b) p;  gradient of the row w.r.t. its logits: e - p K,  K = sum of e
 
 `p - q` sums to zero, so it changes only the rounding: each entry's value is then a Bregman
 divergence, of second order in r, and so is the effect of errors in the log-normalizers. For jsd
-that holds without it. With `clip` the KLs omit it, and an entry above `clip` has the value `clip`
-and e = 0.
+that holds without it. With `clip` forward_kl omits it, and an entry above `clip` has the value
+`clip` and e = 0. A bias of -inf reads as MASKED, so r is 0 where both sides are masked.
 """
 
 from __future__ import annotations
@@ -26,9 +26,21 @@ import math
 import triton
 import triton.language as tl
 
+from rosd_kernels import divergences
 from rosd_kernels.gpu.modes import INTERPRET
+from rosd_kernels.records import SpanOptions
 
+SKEWED = 0.1  # a JSD whose beta is within this of 0 or 1 takes the formulas for any beta
 LN_2 = tl.constexpr(math.log(2))
+MAX_LOG_RATIO = tl.constexpr(divergences.MAX_LOG_RATIO)
+MASKED = tl.constexpr(-1e30)  # its exp is 0, and 0 * MASKED is 0, unlike 0 * -inf
+
+
+def formula(options: SpanOptions) -> str:
+    """The kernels' constexpr DIVERGENCE."""
+    if options.divergence == "jsd" and min(options.beta, 1 - options.beta) < SKEWED:
+        return "skewed_jsd"
+    return options.divergence
 
 
 @triton.jit
@@ -137,7 +149,32 @@ def jsd_terms(r, p, q, beta):
 
 
 @triton.jit
-def entry_terms(log_p, log_q, p, q, beta, clip, DIVERGENCE: tl.constexpr, HAS_CLIP: tl.constexpr):
+def skewed_jsd_terms(r, p, q, beta, rest):
+    """`jsd_terms` for a beta near 0 or 1; rest: 1 - beta, rounded once.
+
+    `jsd_terms` would subtract near 1. Here the base is the side whose weight in m is near 1, and
+    log(m / base) = log1p(c x) has c < SKEWED. Where the sides differ much,
+
+        value = c other (r - log(m / base)) - (1 - c) base log(m / base).
+    """
+    swap = beta > rest
+    base, other = tl.where(swap, q, p), tl.where(swap, p, q)
+    c, of_base = tl.minimum(beta, rest), tl.maximum(beta, rest)
+    r = tl.minimum(tl.maximum(tl.where(swap, -r, r), -MAX_LOG_RATIO), MAX_LOG_RATIO)
+    x = expm1(r)
+    log_m_over_base, f_of_m = log1p(c * x)
+    f = tl.where(tl.abs(r) < 0.5, bregman_gamma(r), (1.0 + x) * r - x)
+    near = base * (c * f - f_of_m)
+    far = c * other * (r - log_m_over_base) - of_base * base * log_m_over_base
+    value = tl.maximum(tl.where(tl.abs(r) < 2.0, near, far), 0.0)
+    log_p_over_m = tl.where(swap, r - log_m_over_base, -log_m_over_base)
+    return value, rest * p * log_p_over_m
+
+
+@triton.jit
+def entry_terms(
+    log_p, log_q, p, q, beta, rest, clip, DIVERGENCE: tl.constexpr, HAS_CLIP: tl.constexpr
+):
     """(value, e) of the module's docstring; both are 0 for padding, where p = q = 0."""
     r = log_q - log_p
     if DIVERGENCE == "forward_kl":
@@ -147,11 +184,9 @@ def entry_terms(log_p, log_q, p, q, beta, clip, DIVERGENCE: tl.constexpr, HAS_CL
             value = tl.where(tl.abs(r) < 0.5, q * bregman_exp(-r), value + (p - q))
     elif DIVERGENCE == "reverse_kl":
         e = -p * r
-        value = e
-        if HAS_CLIP:
-            e += p
-        else:
-            value = tl.where(tl.abs(r) < 0.5, p * bregman_exp(r), value + (q - p))
+        value = tl.where(tl.abs(r) < 0.5, p * bregman_exp(r), e + (q - p))
+    elif DIVERGENCE == "skewed_jsd":
+        value, e = skewed_jsd_terms(r, p, q, beta, rest)
     else:
         value, e = jsd_terms(r, p, q, beta)
     if HAS_CLIP:
@@ -178,6 +213,7 @@ def pair_entry(
     valid,
     scale,
     beta,
+    rest,
     clip,
     DIVERGENCE: tl.constexpr,
     HAS_CLIP: tl.constexpr,
@@ -189,7 +225,7 @@ def pair_entry(
     log_q = teacher * scale - teacher_lse
     p = tl.where(valid, tl.exp(log_p), 0.0)
     q = tl.where(valid, tl.exp(log_q), 0.0)
-    value, e = entry_terms(log_p, log_q, p, q, beta, clip, DIVERGENCE, HAS_CLIP)
+    value, e = entry_terms(log_p, log_q, p, q, beta, rest, clip, DIVERGENCE, HAS_CLIP)
     e -= p * total
     if not INTERPRET:
         value, e = compiler_fence(value), compiler_fence(e)
@@ -198,33 +234,49 @@ def pair_entry(
 
 # map_elementwise passes no constexprs, hence one function for each of their combinations.
 @triton.jit
-def forward_kl_entry(s, t, lse_s, lse_t, total, valid, scale, beta, clip):
-    return pair_entry(s, t, lse_s, lse_t, total, valid, scale, beta, clip, "forward_kl", False)
+def forward_kl_entry(s, t, lse_s, lse_t, total, valid, scale, beta, rest, clip):
+    return pair_entry(
+        s, t, lse_s, lse_t, total, valid, scale, beta, rest, clip, "forward_kl", False
+    )
 
 
 @triton.jit
-def forward_kl_entry_clipped(s, t, lse_s, lse_t, total, valid, scale, beta, clip):
-    return pair_entry(s, t, lse_s, lse_t, total, valid, scale, beta, clip, "forward_kl", True)
+def forward_kl_entry_clipped(s, t, lse_s, lse_t, total, valid, scale, beta, rest, clip):
+    return pair_entry(s, t, lse_s, lse_t, total, valid, scale, beta, rest, clip, "forward_kl", True)
 
 
 @triton.jit
-def reverse_kl_entry(s, t, lse_s, lse_t, total, valid, scale, beta, clip):
-    return pair_entry(s, t, lse_s, lse_t, total, valid, scale, beta, clip, "reverse_kl", False)
+def reverse_kl_entry(s, t, lse_s, lse_t, total, valid, scale, beta, rest, clip):
+    return pair_entry(
+        s, t, lse_s, lse_t, total, valid, scale, beta, rest, clip, "reverse_kl", False
+    )
 
 
 @triton.jit
-def reverse_kl_entry_clipped(s, t, lse_s, lse_t, total, valid, scale, beta, clip):
-    return pair_entry(s, t, lse_s, lse_t, total, valid, scale, beta, clip, "reverse_kl", True)
+def reverse_kl_entry_clipped(s, t, lse_s, lse_t, total, valid, scale, beta, rest, clip):
+    return pair_entry(s, t, lse_s, lse_t, total, valid, scale, beta, rest, clip, "reverse_kl", True)
 
 
 @triton.jit
-def jsd_entry(s, t, lse_s, lse_t, total, valid, scale, beta, clip):
-    return pair_entry(s, t, lse_s, lse_t, total, valid, scale, beta, clip, "jsd", False)
+def jsd_entry(s, t, lse_s, lse_t, total, valid, scale, beta, rest, clip):
+    return pair_entry(s, t, lse_s, lse_t, total, valid, scale, beta, rest, clip, "jsd", False)
 
 
 @triton.jit
-def jsd_entry_clipped(s, t, lse_s, lse_t, total, valid, scale, beta, clip):
-    return pair_entry(s, t, lse_s, lse_t, total, valid, scale, beta, clip, "jsd", True)
+def jsd_entry_clipped(s, t, lse_s, lse_t, total, valid, scale, beta, rest, clip):
+    return pair_entry(s, t, lse_s, lse_t, total, valid, scale, beta, rest, clip, "jsd", True)
+
+
+@triton.jit
+def skewed_jsd_entry(s, t, lse_s, lse_t, total, valid, scale, beta, rest, clip):
+    return pair_entry(
+        s, t, lse_s, lse_t, total, valid, scale, beta, rest, clip, "skewed_jsd", False
+    )
+
+
+@triton.jit
+def skewed_jsd_entry_clipped(s, t, lse_s, lse_t, total, valid, scale, beta, rest, clip):
+    return pair_entry(s, t, lse_s, lse_t, total, valid, scale, beta, rest, clip, "skewed_jsd", True)
 
 
 @triton.jit
@@ -237,6 +289,7 @@ def pair_entries(
     valid,
     scale,
     beta,
+    rest,
     clip,
     DIVERGENCE: tl.constexpr,
     HAS_CLIP: tl.constexpr,
@@ -248,29 +301,41 @@ def pair_entries(
     no map_elementwise, evaluates whole blocks.
     """
     if INTERPRET:
-        return pair_entry(s, t, lse_s, lse_t, total, valid, scale, beta, clip, DIVERGENCE, HAS_CLIP)
+        return pair_entry(
+            s, t, lse_s, lse_t, total, valid, scale, beta, rest, clip, DIVERGENCE, HAS_CLIP
+        )
     elif DIVERGENCE == "forward_kl" and HAS_CLIP:
         return tl.map_elementwise(
-            forward_kl_entry_clipped, s, t, lse_s, lse_t, total, valid, scale, beta, clip
+            forward_kl_entry_clipped, s, t, lse_s, lse_t, total, valid, scale, beta, rest, clip
         )
     elif DIVERGENCE == "forward_kl":
         return tl.map_elementwise(
-            forward_kl_entry, s, t, lse_s, lse_t, total, valid, scale, beta, clip
+            forward_kl_entry, s, t, lse_s, lse_t, total, valid, scale, beta, rest, clip
         )
     elif DIVERGENCE == "reverse_kl" and HAS_CLIP:
         return tl.map_elementwise(
-            reverse_kl_entry_clipped, s, t, lse_s, lse_t, total, valid, scale, beta, clip
+            reverse_kl_entry_clipped, s, t, lse_s, lse_t, total, valid, scale, beta, rest, clip
         )
     elif DIVERGENCE == "reverse_kl":
         return tl.map_elementwise(
-            reverse_kl_entry, s, t, lse_s, lse_t, total, valid, scale, beta, clip
+            reverse_kl_entry, s, t, lse_s, lse_t, total, valid, scale, beta, rest, clip
+        )
+    elif DIVERGENCE == "skewed_jsd" and HAS_CLIP:
+        return tl.map_elementwise(
+            skewed_jsd_entry_clipped, s, t, lse_s, lse_t, total, valid, scale, beta, rest, clip
+        )
+    elif DIVERGENCE == "skewed_jsd":
+        return tl.map_elementwise(
+            skewed_jsd_entry, s, t, lse_s, lse_t, total, valid, scale, beta, rest, clip
         )
     elif HAS_CLIP:
         return tl.map_elementwise(
-            jsd_entry_clipped, s, t, lse_s, lse_t, total, valid, scale, beta, clip
+            jsd_entry_clipped, s, t, lse_s, lse_t, total, valid, scale, beta, rest, clip
         )
     else:
-        return tl.map_elementwise(jsd_entry, s, t, lse_s, lse_t, total, valid, scale, beta, clip)
+        return tl.map_elementwise(
+            jsd_entry, s, t, lse_s, lse_t, total, valid, scale, beta, rest, clip
+        )
 
 
 @triton.jit

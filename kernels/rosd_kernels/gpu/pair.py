@@ -15,7 +15,7 @@ from torch import Tensor
 from rosd_kernels.gpu.active import active_pairs
 from rosd_kernels.gpu.blocks import add_bias, dot, head_rows, project, sum_both
 from rosd_kernels.gpu.launch import Gemm, launch, rowwise
-from rosd_kernels.gpu.math import pair_entries, round_to, tanh_each
+from rosd_kernels.gpu.math import formula, pair_entries, round_to, tanh_each
 from rosd_kernels.logits import LogitTransform
 from rosd_kernels.records import SpanInputs, SpanOptions, same_memory
 from rosd_kernels.tiles import ROW_BLOCK
@@ -96,6 +96,7 @@ def pair_terms(
     student_head_stride,
     teacher_head_stride,
     beta,
+    rest,
     clip,
     softcap,
     inv_temperature,
@@ -195,6 +196,7 @@ def pair_terms(
         (columns < V)[None, :],
         scale,
         beta,
+        rest,
         clip,
         DIVERGENCE,
         HAS_CLIP,
@@ -230,6 +232,7 @@ def pair_kernel(
     student_head_stride,
     teacher_head_stride,
     beta,
+    rest,
     clip,
     softcap,
     inv_temperature,
@@ -289,6 +292,7 @@ def pair_kernel(
         student_head_stride,
         teacher_head_stride,
         beta,
+        rest,
         clip,
         softcap,
         inv_temperature,
@@ -389,7 +393,8 @@ class Pair:
         """Run `pair_kernel`, which says what `out` is. There must be a token, N >= 1."""
         options, shared = self.options, same_memory(*self.heads)
         more = (self.student_bias, self.teacher_bias, options.softcap, options.entry_clip)
-        extras = not shared or any(option is not None for option in more)
+        skewed = formula(options) == "skewed_jsd"
+        extras = not shared or skewed or any(option is not None for option in more)
         gemm = Gemm.of("pair", *self.hidden, *self.heads, order=self.order, extras=extras)
         config = gemm.config
         pairs, num_pairs = active_pairs(active, config.group)
@@ -424,11 +429,12 @@ class Pair:
             student_head_stride=self.student_head.stride(0),
             teacher_head_stride=self.teacher_head.stride(0),
             beta=options.beta,
+            rest=1 - options.beta,
             clip=options.entry_clip or 0.0,
             softcap=options.softcap or 1.0,
             inv_temperature=1.0 / options.temperature,
             WRITE_GRADIENT=total is not None,
-            DIVERGENCE=options.divergence,
+            DIVERGENCE=formula(options),
             HAS_CLIP=options.entry_clip is not None,
             HAS_SOFTCAP=options.softcap is not None,
             HAS_STUDENT_BIAS=self.student_bias is not None,

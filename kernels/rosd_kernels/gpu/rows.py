@@ -21,16 +21,16 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rosd_kernels.gpu.configs import rows_config
 from rosd_kernels.gpu.launch import COMPILER_OPTIONS
-from rosd_kernels.gpu.math import entry_terms, transform_logits
+from rosd_kernels.gpu.math import MASKED, entry_terms, formula, transform_logits
 from rosd_kernels.logits import LogitTransform
 from rosd_kernels.records import SpanOptions
 from rosd_kernels.rows import RowStats, row_stats
 from rosd_kernels.vocabulary import Vocabulary
 
 Stage = Literal["all", "value", "stats", "terms", "grad"]
-BLOCK_V = 2048
-NUM_WARPS = 8
+BLOCK_V, NUM_WARPS = rows_config()
 
 
 @triton.jit
@@ -48,7 +48,8 @@ def load_logits(
     inside = columns < V
     logits = tl.load(logits_ptr + columns, mask=inside, other=0.0)
     if HAS_BIAS:
-        logits += tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + columns, mask=inside, other=0.0).to(tl.float32)
+        logits += tl.maximum(bias, MASKED)
     return transform_logits(logits, softcap, inv_temperature, HAS_SOFTCAP)
 
 
@@ -99,7 +100,8 @@ def sampled_logit(
     """Scaled logit at a column; 0 where the column is -1."""
     logit = tl.load(logits_ptr + column, mask=column >= 0, other=0.0)
     if HAS_BIAS:
-        logit += tl.load(bias_ptr + column, mask=column >= 0, other=0.0).to(tl.float32)
+        bias = tl.load(bias_ptr + column, mask=column >= 0, other=0.0).to(tl.float32)
+        logit += tl.maximum(bias, MASKED)
     s, _ = transform_logits(logit, softcap, inv_temperature, HAS_SOFTCAP)
     return s
 
@@ -120,6 +122,7 @@ def rows_kernel(
     student_stride,
     teacher_stride,
     beta,
+    rest,
     clip,
     softcap,
     inv_temperature,
@@ -224,7 +227,7 @@ def rows_kernel(
             log_p, log_q = s - student_lse, t - teacher_lse
             p = tl.where(inside, tl.exp(log_p), 0.0)
             q = tl.where(inside, tl.exp(log_q), 0.0)
-            value, e = entry_terms(log_p, log_q, p, q, beta, clip, DIVERGENCE, HAS_CLIP)
+            value, e = entry_terms(log_p, log_q, p, q, beta, rest, clip, DIVERGENCE, HAS_CLIP)
             if grad_pass == 0:
                 value_sum += tl.sum(value)
                 total += tl.sum(e)
@@ -275,13 +278,14 @@ def rows(
             student.stride(0),
             teacher.stride(0),
             options.beta,
+            1 - options.beta,
             options.entry_clip or 0.0,
             options.softcap or 1.0,
             1.0 / options.temperature,
             STATS=has_stats,
             TERMS=has_terms,
             GRAD=stage in ("all", "grad"),
-            DIVERGENCE=options.divergence,
+            DIVERGENCE=formula(options),
             HAS_CLIP=options.entry_clip is not None,
             HAS_SOFTCAP=options.softcap is not None,
             HAS_STUDENT_BIAS=student_bias is not None,

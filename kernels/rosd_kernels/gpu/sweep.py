@@ -20,13 +20,12 @@ from torch import Tensor
 
 from rosd_kernels.gpu.blocks import add_bias, grouped, head_rows, project, sum_both
 from rosd_kernels.gpu.launch import COMPILER_OPTIONS, Gemm, launch, num_programs, rowwise
-from rosd_kernels.gpu.math import transform_logits
+from rosd_kernels.gpu.math import MASKED, transform_logits
 from rosd_kernels.logits import LogitTransform
 from rosd_kernels.tiles import TILE, num_tiles
 
 TILE_SIZE = tl.constexpr(TILE)
 LOG2_E = tl.constexpr(math.log2(math.e))
-MASKED = tl.constexpr(-1e30)  # its exp is 0, and 0 * MASKED is 0, unlike 0 * -inf
 LN_2 = tl.constexpr(math.log(2))
 
 
@@ -138,7 +137,7 @@ def sampled_kernel(
         acc += a.to(tl.float32) * b.to(tl.float32)
     logit = tl.sum(acc)
     if HAS_BIAS:
-        logit += tl.load(bias_ptr + vocab_row).to(tl.float32)
+        logit += tl.maximum(tl.load(bias_ptr + vocab_row).to(tl.float32), MASKED)
     s, _ = transform_logits(logit, softcap, inv_temperature, HAS_SOFTCAP)
     tl.store(sampled_ptr + row, tl.where(column >= 0, s, 0.0))
 

@@ -68,7 +68,7 @@ class TritonTiles:
         row_scale: Tensor,  # [N] weight / temperature
         needed: Needed,
     ) -> Gradients:
-        """dh [N, H] and db [V] in float32, dW [V, H] in the head's dtype."""
+        """dh [N, H] and db [V] in float32, dW [V, H]: see `GradientChunks`."""
 
         def write(chunk: Tensor, first_tile: int, out: Tensor) -> None:
             lse = student_lse, teacher_lse

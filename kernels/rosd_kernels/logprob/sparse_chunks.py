@@ -21,8 +21,8 @@ import torch
 from torch import Tensor
 
 from rosd_kernels.active import ActiveEntries, Side, compact_, lost_mass, select_entries
-from rosd_kernels.autograd import Gradients, Needed, ranges, zero_gradients
-from rosd_kernels.compact import add_gradients
+from rosd_kernels.autograd import Gradients, Needed, ranges
+from rosd_kernels.compact import add_gradients, untouched_gradients
 from rosd_kernels.elementwise import uses_native
 from rosd_kernels.logprob.elementwise import gradient, row_factors
 from rosd_kernels.logprob.records import (
@@ -91,7 +91,7 @@ class SparseChunks:
         """1 + 2f sweeps: ([N] losses, values, gradients of the losses' sum)."""
         found = TokenValues.empty(self.inputs)
         losses = torch.empty_like(found.lse)
-        gradients = zero_gradients(self.inputs.leaves, needed, self.plan.dtype)
+        gradients = untouched_gradients(self.inputs.leaves, needed, self.plan.dtype)
         for rows, side in self._sides(found):
             entries = self._select(rows, side)
             values = found.at(rows)
@@ -105,7 +105,7 @@ class SparseChunks:
 
     def gradients(self, values: TokenValues, slopes: Slopes, needed: Needed) -> Gradients:
         """1 + 2f sweeps: the gradients, given the slopes of all tokens."""
-        gradients = zero_gradients(self.inputs.leaves, needed, self.plan.dtype)
+        gradients = untouched_gradients(self.inputs.leaves, needed, self.plan.dtype)
         for rows, side in self._sides(None):
             self._add(gradients, rows, side, self._select(rows, side), slopes.at(rows))
         return self._summed(gradients)

@@ -42,7 +42,7 @@ from rosd_kernels.logprob.records import (
 from rosd_kernels.logprob.token_loss import evaluate
 from rosd_kernels.order import positions
 from rosd_kernels.records import SpanStats
-from rosd_kernels.rows import row_stats
+from rosd_kernels.rows import entropy_terms, row_stats
 from rosd_kernels.sparsity import Sparsity, Sweep, TileStats, is_dropped, measured
 from rosd_kernels.tiles import ROW_BLOCK, TILE
 from rosd_kernels.vocabulary import Vocabulary
@@ -167,8 +167,9 @@ class Call:
         if sparsity.rule == "exact":
             return Selection(active, None, None)
         log_mass = tiles.lse - values.lse[:, None]
-        mass = log_mass.exp().mul_(is_dropped(active, len(log_mass)))
-        lost = torch.stack([mass.sum(1), (mass * (tiles.entropy - log_mass)).sum(1)])
+        lost = is_dropped(active, len(log_mass))
+        terms = log_mass.exp(), entropy_terms(tiles.entropy, log_mass)
+        lost = torch.stack([(term * lost).sum(1) for term in terms])
         lost_mass, lost_entropy = self.vocabulary.sum_(lost)
         return Selection(active, lost_mass, lost_entropy + values.entropy * lost_mass)
 

@@ -1,4 +1,4 @@
-"""Compile every Triton kernel for three GPU generations, without a GPU, and gate the result.
+"""Compile every Triton kernel for all GPU generations, without a GPU, and gate the result.
 
     python -m rosd_kernels.testing.aot [--check] [--quick] [--csv FILE] [--markdown]
 
@@ -8,7 +8,7 @@ machine code. The columns of the table:
 
     spills   instructions that load or store local memory, where registers do not suffice
     shared   KiB per block
-    mma      tensor-core instructions: HMMA (80), HGMMA (90), UTC*MMA (100)
+    mma      tensor-core instructions: HGMMA (90), UTC*MMA (100), HMMA (all others)
     tma      UTMALDG instructions, each of which loads a block
     wide     IMAD.WIDE instructions: 32 x 32 -> 64-bit products, for 64-bit addresses
     blocks   blocks that fit a multiprocessor at once
@@ -34,18 +34,19 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rosd_kernels.gpu.configs import ARCHITECTURES, SHARED_BYTES
+from rosd_kernels.gpu.configs import ARCHITECTURES, FAMILIES, SHARED_BYTES, Precision
 
 if TYPE_CHECKING:
     from rosd_kernels.testing.signatures import Job
 
 WORKERS = 2
-TENSOR_CORES = {80: "HMMA", 90: "HGMMA", 100: "UTC*MMA"}
+NARROW: tuple[Precision, ...] = ("narrow",)
+TENSOR_CORES = {90: "HGMMA", 100: "UTC*MMA"}  # HMMA elsewhere
 # Per multiprocessor (CUDA's programming guide, "Technical Specifications per Compute Capability").
 REGISTERS = 64 * 1024
-WARPS = 64
-BLOCKS = 32
-SHARED_KIB = {80: 164, 90: 228, 100: 228}
+WARPS = {80: 64, 86: 48, 89: 48, 90: 64, 100: 64, 120: 48}
+BLOCKS = {80: 32, 86: 16, 89: 24, 90: 32, 100: 32, 120: 24}
+SHARED_KIB = {80: 164, 86: 100, 89: 100, 90: 228, 100: 228, 120: 100}
 TENSOR_MEMORY_COLUMNS = 512
 BLOCK_RESERVE_BYTES = 1024  # of shared memory, which every block costs on top of its own
 
@@ -77,7 +78,7 @@ class Record:
     @property
     def mma(self) -> int:
         """Tensor-core instructions of the architecture's own kind."""
-        return {80: self.hmma, 90: self.hgmma, 100: self.utcmma}[self.arch]
+        return {90: self.hgmma, 100: self.utcmma}.get(self.arch, self.hmma)
 
     @property
     def any_mma(self) -> int:
@@ -100,7 +101,8 @@ def violations(record: Record) -> list[str]:
             "take a smaller block or fewer stages"
         )
     if r.is_gemm and r.precision == "narrow" and not r.mma:
-        found.append(f"no {TENSOR_CORES[r.arch]}: 16-bit operands miss the tensor cores")
+        instruction = TENSOR_CORES.get(r.arch, "HMMA")
+        found.append(f"no {instruction}: 16-bit operands miss the tensor cores")
     if r.is_gemm and r.precision in ("tf32", "tf32x3") and not r.any_mma:
         found.append("no tensor-core instruction of any kind")
     if r.use_tma and not r.tma:
@@ -116,9 +118,9 @@ def blocks_per_processor(
     """Number of blocks of num_warps warps that fit a multiprocessor; registers are per thread."""
     # Registers are allocated to warps in units of 256, from four equal parts of the file.
     warp_registers = -(-max(registers, 1) * 32 // 256) * 256
-    warps = min(WARPS, REGISTERS // 4 // warp_registers * 4)
+    warps = min(WARPS[arch], REGISTERS // 4 // warp_registers * 4)
     limits = [
-        BLOCKS,
+        BLOCKS[arch],
         warps // num_warps,
         SHARED_KIB[arch] * 1024 // (shared_bytes + BLOCK_RESERVE_BYTES),
     ]
@@ -202,11 +204,18 @@ def short_strides(ttir: str) -> int:
 
 
 def all_jobs(quick: bool) -> list[Job]:
-    """All compilations; `quick`: each kernel once for 90, in bf16, and the sweep for every one."""
+    """All compilations, in float32 once per family of devices.
+
+    quick: each kernel once for 90, in bf16, and the sweep for every architecture.
+    """
     from rosd_kernels.testing import signatures
 
     if not quick:
-        return [job for arch in ARCHITECTURES for job in signatures.jobs(arch)]
+        return [
+            job
+            for arch in ARCHITECTURES
+            for job in signatures.jobs(arch, signatures.VARIANTS if arch in FAMILIES else NARROW)
+        ]
     found: dict[tuple[str, int], Job] = {}
     for arch in ARCHITECTURES:
         for job in signatures.jobs(arch, ["narrow"]):
@@ -248,7 +257,7 @@ def write_csv(path: Path, records: Iterable[Record]) -> None:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="python -m rosd_kernels.testing.aot",
-        description="Compile the Triton kernels for three GPU generations, without a GPU.",
+        description="Compile the Triton kernels for all GPU generations, without a GPU.",
     )
     parser.add_argument("--check", action="store_true", help="exit 1 where a rule is broken")
     parser.add_argument("--quick", action="store_true", help="one config per kernel, bf16")
@@ -281,7 +290,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(line, file=sys.stderr)
     verdict = f", {len(broken)} rules broken" if args.check else ""
     seconds = time.perf_counter() - start
-    print(f"\n{len(records)} kernels compiled in {seconds:.0f} s{verdict}", flush=True)
+    import triton
+
+    by = f"by Triton {triton.__version__} in {seconds:.0f} s"
+    print(f"\n{len(records)} kernels compiled {by}{verdict}", flush=True)
     return 1 if broken else 0
 
 

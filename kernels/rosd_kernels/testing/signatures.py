@@ -42,6 +42,7 @@ class Variant:
     hidden: torch.dtype = torch.bfloat16
     head: torch.dtype = torch.bfloat16
     divergence: Divergence = "jsd"
+    beta: float = 0.3
     V: int = 2176  # a multiple of 16, as with most models
     H: int = 512
     everything: bool = False  # biases, soft cap, clip, a teacher with its own head
@@ -55,6 +56,7 @@ NARROW = (
     Variant(name="ragged", V=2173, H=250),
     Variant(name="forward_kl", divergence="forward_kl"),
     Variant(name="reverse_kl", divergence="reverse_kl"),
+    Variant(name="skewed", beta=0.999),
     Variant(name="kl, everything", divergence="reverse_kl", everything=True),
 )
 WIDE = (
@@ -202,7 +204,7 @@ def _step(variant: Variant) -> None:
     )
     options = SpanOptions(
         divergence=variant.divergence,
-        beta=0.3,
+        beta=variant.beta,
         softcap=30.0 if everything else None,
         entry_clip=0.1 if everything else None,
     )

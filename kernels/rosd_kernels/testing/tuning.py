@@ -18,7 +18,7 @@ import triton
 from torch import Tensor
 
 from rosd_kernels.gpu import gradient, logprob_tiles, pair, sweep
-from rosd_kernels.gpu.configs import LEAN_WIDTH, SHARED_BYTES, Config, Kernel, architecture, select
+from rosd_kernels.gpu.configs import LEAN_WIDTH, Config, Kernel, select, shared_limit
 from rosd_kernels.gpu.launch import capability
 from rosd_kernels.gpu.logprob_tiles import TritonLogprobTiles
 from rosd_kernels.gpu.modes import INTERPRETED
@@ -136,7 +136,7 @@ def current(kernel: Kernel, device: torch.device, *, lean: bool) -> Config:
 
 def candidates(kernel: Kernel, base: Config, arch_capability: int) -> list[Config]:
     """The config in use, then others, those first that differ in fewer numbers."""
-    limit = SHARED_BYTES[architecture(arch_capability)] - RESERVE_BYTES
+    limit = shared_limit(arch_capability) - RESERVE_BYTES
     fitting = [
         config
         for config in _grid(kernel, base)

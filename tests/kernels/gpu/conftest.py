@@ -132,17 +132,19 @@ def entry_terms(
         c, e = q * (log_q - log_p), -q
     elif divergence == "reverse_kl":
         c = p * (log_p - log_q)
-        e = c if entry_clip is None else c + p
+        e = c
     else:
         log_m = torch.logaddexp(
             log_q + torch.tensor(beta).double().log(), log_p + torch.tensor(1 - beta).double().log()
         )
         e = (1 - beta) * p * (log_p - log_m)
         c = beta * q * (log_q - log_m) + e
+    if divergence == "reverse_kl":
+        c = c + q - p
     if entry_clip is not None:
         return c.clamp(max=entry_clip), e.masked_fill(c > entry_clip, 0)
     # p - q sums to zero over the vocabulary, but not over some tiles of it.
-    return c + {"forward_kl": p - q, "reverse_kl": q - p, "jsd": 0 * p}[divergence], e
+    return c + (p - q if divergence == "forward_kl" else 0), e
 
 
 def make(

@@ -12,7 +12,15 @@ from typing import Any
 
 import pytest
 
-from rosd_kernels.gpu.configs import ARCHITECTURES, CONFIGS, SHARED_BYTES, architecture, select
+from rosd_kernels.gpu import configs
+from rosd_kernels.gpu.configs import (
+    ARCHITECTURES,
+    CONFIGS,
+    OLDER,
+    SHARED_BYTES,
+    family,
+    select,
+)
 from rosd_kernels.testing import aot
 
 GOOD = aot.Record(
@@ -48,7 +56,7 @@ def run(*args: str, **variables: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_the_quick_gate_passes(tmp_path):
-    """Each kernel for sm_90 and the sweep for all three."""
+    """Each kernel for sm_90 and the sweep for every architecture."""
     done = run("--quick", "--check", "--csv", str(tmp_path / "aot.csv"))
     assert done.returncode == 0, done.stderr
     assert "0 rules broken" in done.stdout
@@ -60,10 +68,10 @@ def test_the_quick_gate_passes(tmp_path):
     assert {"logprob_tile", "logprob_stats", "logprob_grad"} <= names
     assert all(int(row["spills"]) == 0 for row in rows)
     assert f"{len(rows)} kernels compiled" in done.stdout
-    for arch, column in ((80, "hmma"), (90, "hgmma"), (100, "utcmma")):
+    for arch, column in ((80, "hmma"), (90, "hgmma"), (100, "utcmma"), (120, "hmma")):
         sweep = next(r for r in rows if r["kernel"] == "sweep" and r["arch"] == str(arch))
         assert int(sweep[column]) > 0
-        assert (int(sweep["tma"]) > 0) == (arch >= 90)
+        assert (int(sweep["tma"]) > 0) == configs.has_tma(arch)
 
 
 def test_in_the_interpreter_it_says_so_in_one_line():
@@ -85,6 +93,7 @@ def test_a_good_kernel_breaks_no_rule():
         ({"shared_bytes": SHARED_BYTES[90] + 1}, "over the limit"),
         ({"hgmma": 0, "hmma": 16}, "no HGMMA"),
         ({"hgmma": 0, "arch": 80, "use_tma": False}, "no HMMA"),
+        ({"hgmma": 0, "hmma": 8, "arch": 89, "use_tma": False}, "over the limit of 101376"),
         ({"hgmma": 0, "precision": "tf32"}, "no tensor-core instruction"),
         ({"tma": 0}, "no UTMALDG"),
         ({"short_strides": 1}, "overflow"),
@@ -160,11 +169,38 @@ def test_tables():
 
 @pytest.mark.parametrize(
     ("capability", "arch"),
-    [(80, 80), (86, 80), (89, 80), (90, 90), (100, 100), (103, 100), (110, 100), (120, 80)],
+    [
+        *((75, 80), (80, 80), (86, 80), (89, 80), (90, 90), (100, 100), (103, 100)),
+        *((110, 100), (120, 80), (121, 80), (130, 80)),
+    ],
 )
 def test_the_configs_of_a_device(capability, arch):
-    assert architecture(capability) == arch
+    assert family(capability) == arch
+    table = CONFIGS | (OLDER if configs.is_old_triton() else {})
     for kernel, of_arch, precision in CONFIGS:
         if of_arch == arch:
             lean = select(kernel, capability, precision, lean=True)
-            assert lean is CONFIGS[kernel, arch, precision][0]
+            assert lean is table[kernel, arch, precision][0]
+
+
+@pytest.mark.parametrize(
+    ("version", "is_old"),
+    [("3.6.0", True), ("3.7.1+git12", True), ("3.8.0", False), ("3.10.0", False)],
+)
+def test_an_older_triton_has_its_own_table(monkeypatch, version, is_old):
+    """Smaller blocks where it would spill, and no TMA on consumer GPUs."""
+    import triton
+
+    monkeypatch.setattr(triton, "__version__", version)
+    configs.is_old_triton.cache_clear()
+    try:
+        for (kernel, arch, precision), older in OLDER.items():
+            for lean, want in ((True, older[0]), (False, older[1])):
+                newer = CONFIGS[kernel, arch, precision][0 if lean else 1]
+                assert select(kernel, arch, precision, lean=lean) is (want if is_old else newer)
+        assert configs.has_tma(120) == (not is_old)
+        assert configs.has_tma(90)
+        assert not configs.has_tma(89)
+        assert configs.rows_config() == ((1024, 8) if is_old else (2048, 8))
+    finally:
+        configs.is_old_triton.cache_clear()

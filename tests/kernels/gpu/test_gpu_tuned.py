@@ -11,7 +11,7 @@ import torch
 pytest.importorskip("triton")
 
 from rosd_kernels.gpu import tuned
-from rosd_kernels.gpu.configs import ARCHITECTURES, SHARED_BYTES, Config, select
+from rosd_kernels.gpu.configs import ARCHITECTURES, SHARED_BYTES, Config, select, shared_limit
 from rosd_kernels.gpu.launch import Gemm
 from rosd_kernels.testing import tuning
 from rosd_kernels.testing.checking import Shape
@@ -71,7 +71,7 @@ def test_the_committed_table_fits_the_devices_that_it_names():
         kernel, capability, _, precision, _ = key
         assert precision == "narrow"
         assert capability >= 80
-        limit = SHARED_BYTES[tuning.architecture(capability)]
+        limit = shared_limit(capability)
         assert tuning.shared_bytes(kernel, config) <= limit  # type: ignore[arg-type]
 
 
