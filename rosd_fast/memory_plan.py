@@ -247,7 +247,7 @@ def sampling_rows(shape: ModelShape, config: Config, *, num_ranks: int, on_gpu: 
     """Rank 0's whole model, and the KV cache of the local engine at its longest rollouts."""
     engine, sample, size = config.engine, config.sample, BYTES[config.dtype]
     local = engine.kind == "local"
-    on_device = local or engine.sync == "distributed" or not on_gpu
+    on_device = local or not on_gpu
     rows = []
     if num_ranks > 1:
         place: Place = "device" if on_device else "host"

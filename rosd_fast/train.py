@@ -14,6 +14,7 @@ import asyncio
 from dataclasses import replace
 from pathlib import Path
 
+from rosd_fast.background import in_background
 from rosd_fast.batch.weights import micro_batch_mean, mini_batches, with_problem_weights
 from rosd_fast.config import Config
 from rosd_fast.engines.lifecycle import Engines
@@ -143,7 +144,7 @@ async def train_on(run: Run, engines: Engines, step: int, sampled: Sampled) -> d
     progress, method = run.progress, run.inputs.method
     verdicts, selection = sampled.verdicts, sampled.selection
     # In a thread, as requests may be in flight: those of the next step, or of an evaluation.
-    training = await asyncio.to_thread(
+    training = await in_background(
         method.build, selection.kept, verdicts, sampled.annotations, progress
     )
     weighted = with_problem_weights(training.samples, selection.kept)

@@ -14,6 +14,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from rosd_fast.background import in_background
 from rosd_fast.batch.diagnosed import with_diagnosed
 from rosd_fast.batch.packing import pack
 from rosd_fast.batch.weights import normalized
@@ -40,7 +41,7 @@ async def update(
     """
     progress = run.progress
     with progress.stage(Stage.BUILD):
-        batches = await asyncio.to_thread(
+        batches = await in_background(
             packed, run, step, samples, () if engines.teacher_server else located
         )
     teacher_states = None

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from rosd_fast import update as update_module
+from rosd_fast.background import THREAD_NAME
 from rosd_fast.config import Config
 from rosd_fast.config.load import apply_args, apply_toml, load_preset
 from rosd_fast.errors import RunFailed, UserError
@@ -104,7 +105,8 @@ def test_rank_0s_own_work_leaves_the_event_loop(
     folder = train(small(tmp_path, steps=1, data__dev=None, data__dev_ood=None))
     assert threads.keys() == {name for _, name in work}
     assert threads.pop("save") == {threading.main_thread().name}
-    assert all(threading.main_thread().name not in names for names in threads.values())
+    assert threads.pop("write_rollouts") == {"rollouts"}
+    assert set.union(*threads.values()) == {f"{THREAD_NAME}_0"}
     assert len(read_rollouts(rollouts_path(folder, 1))) == 16
 
 

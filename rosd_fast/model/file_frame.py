@@ -23,7 +23,7 @@ from rosd_fast.model.adapter_files import adapter_weights
 from rosd_fast.model.adapters import merged_weights, plain_name
 from rosd_fast.model.file_layout import file_weights, layer_of
 from rosd_fast.model.fsdp import skeleton
-from rosd_fast.model.release import filled
+from rosd_fast.model.release import filled, places
 from rosd_fast.model.weight_stream import BUCKET_BYTES, TensorSpec
 
 
@@ -50,6 +50,7 @@ class FileFrame:
     def __init__(self, model: PreTrainedModel, *, bucket_bytes: int = BUCKET_BYTES) -> None:
         """Raises UserError if transformers cannot undo a conversion."""
         self._model = skeleton(model, None)
+        self._places = places(self._model)
         self._lock = Lock()
         named = list(self._model.named_parameters(remove_duplicate=False))
         first = {id(parameter): name for name, parameter in reversed(named)}
@@ -89,17 +90,15 @@ class FileFrame:
 
         parameters: full tensors by the names in `bucket.parameters`.
         """
-        with self._lock, torch.no_grad(), filled(self._model, parameters):
+        with self._lock, torch.no_grad(), filled(self._places, parameters):
             state = merged_weights(self._model)
-            made: dict[str, Tensor] = {}
-            for unit in bucket.units:
-                own = {name: state[name] for name in unit}
-                made |= self._unique(own, file_weights(self._model, own))
+            own = {name: state[name] for unit in bucket.units for name in unit}
+            made = self._unique(own, file_weights(self._model, own))
         return {name: tensor.detach().contiguous() for name, tensor in made.items()}
 
     def adapter_weights(self, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The adapters by the names of peft's files. parameters: those that `adapters` names."""
-        with self._lock, filled(self._model, parameters):
+        with self._lock, filled(self._places, parameters):
             return {name: t.detach() for name, t in adapter_weights(self._model).items()}
 
     def _units(self, state: Mapping[str, Tensor]) -> Iterator[tuple[str, ...]]:

@@ -117,13 +117,13 @@ def load_model(
 def full_model_device(device: str, engine: EngineConfig) -> torch.device:
     """The device of rank 0's full model.
 
-    It is the learner's device, except on several ranks if the full model neither samples nor sends
-    its weights to servers from the device: then only checkpoints read it, from host memory.
+    It is the learner's device, except on several ranks if the full model does not sample: then it
+    is read once, for the ranks' shards.
 
     device: the option `device`.
     """
-    on_device = engine.kind == "local" or engine.sync == "distributed"
-    return pick_device(device) if on_device or not launched() else torch.device("cpu")
+    on_device = engine.kind == "local" or not launched()
+    return pick_device(device) if on_device else torch.device("cpu")
 
 
 def find(model: str, *, weights: bool = True) -> Path | str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -23,27 +24,39 @@ def allocate_parameters(model: nn.Module, device: torch.device) -> None:
     _replace(model, device)
 
 
-@contextmanager
-def filled(model: nn.Module, values: Mapping[str, Tensor]) -> Iterator[None]:
-    """Within the block, some parameters of a model without memory have the given values.
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Where a parameter is: in several modules if it is tied."""
 
-    values: by the first name of each parameter.
-    """
+    parameter: nn.Parameter
+    owners: tuple[tuple[nn.Module, str], ...]
+
+
+def places(model: nn.Module) -> dict[str, Place]:
+    """The places of a model's parameters, by their first names."""
     owners: dict[int, list[tuple[nn.Module, str]]] = defaultdict(list)
     for module in model.modules():
         for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
             owners[id(parameter)].append((module, name))
-    empty = {name: p for name, p in model.named_parameters() if name in values}
+    return {name: Place(p, tuple(owners[id(p)])) for name, p in model.named_parameters()}
+
+
+@contextmanager
+def filled(of_model: Mapping[str, Place], values: Mapping[str, Tensor]) -> Iterator[None]:
+    """Within the block, some parameters of a model without memory have the given values.
+
+    of_model: the model's `places`. values: by the first name of each parameter.
+    """
     try:
-        for name, parameter in empty.items():
-            given = nn.Parameter(values[name], requires_grad=False)
-            for module, attribute in owners[id(parameter)]:
+        for name, value in values.items():
+            given = nn.Parameter(value, requires_grad=False)
+            for module, attribute in of_model[name].owners:
                 setattr(module, attribute, given)
         yield
     finally:
-        for parameter in empty.values():
-            for module, attribute in owners[id(parameter)]:
-                setattr(module, attribute, parameter)
+        for name in values:
+            for module, attribute in of_model[name].owners:
+                setattr(module, attribute, of_model[name].parameter)
 
 
 def _replace(model: nn.Module, device: torch.device) -> None:

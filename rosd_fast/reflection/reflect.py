@@ -9,10 +9,10 @@ quote without any constraint.
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from rosd_fast.background import in_background
 from rosd_fast.reflection.filters import apply_filters
 from rosd_fast.reflection.parse import parse_reflection
 from rosd_fast.reflection.requests import ReflectionTask, build_reflection_requests
@@ -50,7 +50,7 @@ async def reflect(
     Raises UserError as `build_reflection_requests` and the engine do, and ValueError when the
     engine's completions are not those that were requested.
     """
-    tasks = await asyncio.to_thread(
+    tasks = await in_background(
         build_reflection_requests,
         groups,
         verdicts,

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from typing import TYPE_CHECKING, TypedDict, Unpack
 
+from rosd_fast.background import in_background
 from rosd_fast.errors import UserError
 from rosd_fast.text.decode import decode
 from rosd_fast.types import GenerationRequest, Group, Rollout, SamplingParams
@@ -71,9 +71,7 @@ async def stream_groups(
     }
     async for generations in engine.stream(requests, on_tokens=on_tokens):
         problem, request = asked[generations[0].request_id]
-        (group,) = await asyncio.to_thread(
-            collect_groups, [problem], [request], generations, chat=chat
-        )
+        (group,) = await in_background(collect_groups, [problem], [request], generations, chat=chat)
         yield group
 
 

@@ -123,7 +123,6 @@ class Learner:
     world: this process among the ranks.
     full_model: rank 0's model with all weights, None elsewhere; on one process it is the student.
         It may be without memory (`keeps_full_model`).
-    full_device: the device of that model.
     fingerprint: of the initial weights, on rank 0.
     teacher_fingerprint: of a separate teacher's weights, on rank 0; else empty.
     num_head_rows: number of rows of the student's output head.
@@ -202,7 +201,7 @@ class Learner:
             dtypes = world.broadcast({name: p.dtype for name, p in named})
             self._shards[None] = Shards.of(self.model, dtypes)
         self._gathered: int | None = None  # number of updates that `full_model` has seen
-        self.full_device = model.device
+        self._full_device = model.device
         self.release_weights()
 
     @property
@@ -258,7 +257,7 @@ class Learner:
         """Update rank 0's full model to the current weights."""
         if self._gathered != self.optimizer.num_updates:
             if self.full_model is not None and self.full_model.device.type == "meta":
-                allocate_parameters(self.full_model, self.full_device)
+                allocate_parameters(self.full_model, self._full_device)
             self.policy.gather_weights(self.full_model)
             self._gathered = self.optimizer.num_updates
 
@@ -267,14 +266,15 @@ class Learner:
     ) -> dict[str, Tensor]:
         """Full parameters of a sharded student on rank 0, none elsewhere.
 
-        They are on the device of the full model, in its dtypes. number: of the shards that
-        `hold_shards` has copied; None: the current ones.
+        They have the dtypes of the full model, and are in host memory unless servers get them from
+        the device. number: of the shards that `hold_shards` has copied; None: the current ones.
         """
         assert self.world.mesh is not None
         found = self._shards[number].gather(
             names, self.world.shard_group, self.world.mesh.device_type
         )
-        return {name: tensor.to(self.full_device) for name, tensor in found.items()}
+        stays = self.config.engine.sync == "distributed"
+        return found if stays else {name: tensor.to("cpu") for name, tensor in found.items()}
 
     def hold_shards(self, number: int) -> None:
         """Copy the current shards into host memory. Older copies but the newest are dropped."""

@@ -118,7 +118,7 @@ class LearnerGroup:
         return ShardedWeights(
             self.learner.frame,
             self._gather,
-            on_gpu=self.learner.full_device.type == "cuda",
+            on_gpu=self.learner.policy.device.type == "cuda",
             hold=self._hold,
         )
 

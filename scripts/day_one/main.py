@@ -30,8 +30,12 @@ from rosd_fast.files import write_atomic
 
 TREE = Path(__file__).parents[2]
 JSON, PAGE, SITE = "day_one.json", "day_one.md", "site"
-SOURCES = ("rosd_fast/**/*.py", "kernels/**/*.py", "kernels/**/*.json", "scripts/day_one/**/*.py")
+SOURCES = (
+    *("rosd_fast/**/*.py", "rosd_fast/**/*.toml", "kernels/**/*.py", "kernels/**/*.json"),
+    "scripts/day_one/**/*.py",
+)
 BAD_CALL = 2
+LONGEST_TMPDIR = 70  # a socket in a temporary folder has a path of at most 107 characters
 FLOOR_S = 45.0  # of a stage's time: a first import of torch may take half of it
 
 
@@ -42,8 +46,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     started = time.monotonic()
     out: Path = args.out.resolve()
     try:
-        out.mkdir(parents=True, exist_ok=True)
+        (out / "work" / "tmp").mkdir(parents=True, exist_ok=True)
         needs = prepare(args.wheels, out, args.device)
+    except OSError as error:
+        print(f"gpu_day_one: {out} cannot be written: {error.strerror}", file=sys.stderr)
+        return BAD_CALL
     except UsageError as error:
         print(f"gpu_day_one: {error}", file=sys.stderr)
         return BAD_CALL
@@ -206,14 +213,13 @@ def commit() -> str:
 def environment(entry: Entry, device: str, out: Path) -> dict[str, str]:
     """The variables of a stage's process: caches in `out`, no network, no writes elsewhere."""
     work = out / "work"
-    (work / "tmp").mkdir(parents=True, exist_ok=True)
+    inherited = list(filter(None, [os.environ.get("PYTHONPATH")]))
     path = [TREE / "scripts", TREE, TREE / "kernels", out / SITE]
     names = {
-        "PYTHONPATH": os.pathsep.join(map(str, path)),
+        "PYTHONPATH": os.pathsep.join([*map(str, path), *inherited]),
         # The machine's compiled modules are read, and none are written beside them.
         "PYTHONDONTWRITEBYTECODE": "1",
         "PYTHONUNBUFFERED": "1",
-        "TMPDIR": str(work / "tmp"),
         "XDG_CACHE_HOME": str(work / "cache"),
         "TRITON_CACHE_DIR": str(work / "triton"),
         "TORCHINDUCTOR_CACHE_DIR": str(work / "inductor"),
@@ -225,12 +231,14 @@ def environment(entry: Entry, device: str, out: Path) -> dict[str, str]:
         "PIP_NO_INDEX": "1",
     }
     drop = {"TRITON_INTERPRET", "ROSD_KERNELS_BACKEND"}
-    inherited = {name: value for name, value in os.environ.items() if name not in drop}
+    if len(str(work / "tmp")) <= LONGEST_TMPDIR:
+        names["TMPDIR"] = str(work / "tmp")
+    others = {name: value for name, value in os.environ.items() if name not in drop}
     if device == "cpu":
         names["CUDA_VISIBLE_DEVICES"] = ""
         if entry.interpreted and version("triton"):
             names |= {"TRITON_INTERPRET": "1", "ROSD_KERNELS_BACKEND": "triton"}
-    return inherited | names
+    return others | names
 
 
 def report(result: Result) -> None:

@@ -81,7 +81,7 @@ def test_all_stages_in_miniature(tmp_path: Path) -> None:
     assert list(found) == [entry.name for entry in STAGES]
     for name, stage in found.items():
         assert (stage["state"], stage["failed"]) == ("done", 0), (name, stage)
-    tables = {row["table"] for stage in found.values() for row in stage["rows"]}
+    tables = {row.get("table") for stage in found.values() for row in stage["rows"]}
     assert tables >= {
         "Checks against float64",
         "Divergence, forward and backward",
@@ -118,6 +118,13 @@ def test_a_wrong_call_is_one_clear_line(tmp_path: Path, arguments: list[str], te
     assert text in done.stderr and "Traceback" not in done.stderr
 
 
+def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    done = run("--device", "cpu", "--out", tmp_path / "file" / "out")
+    assert done.returncode == 2
+    assert done.stderr.count("\n") == 1 and "cannot be written: Not a directory" in done.stderr
+
+
 def test_a_python_without_torch_is_refused(tmp_path: Path) -> None:
     """A bare Python: what is missing is named, with what to do."""
     bare = tmp_path / "bare"
@@ -141,7 +148,11 @@ def test_without_a_gpu_a_line_says_so(tmp_path: Path) -> None:
 def test_caches_and_temporary_files_go_to_the_folder_of_results(tmp_path: Path) -> None:
     found = main.environment(STAGES[1], "cpu", tmp_path)
     inside = [name for name, value in found.items() if str(tmp_path) in value]
-    assert {"TMPDIR", "TRITON_CACHE_DIR", "CUDA_CACHE_PATH", "HF_HOME", "MPLCONFIGDIR"} <= {*inside}
+    assert {"TRITON_CACHE_DIR", "CUDA_CACHE_PATH", "HF_HOME", "MPLCONFIGDIR"} <= {*inside}
+    long = main.environment(STAGES[1], "cpu", tmp_path / ("x" * 70))
+    short = main.environment(STAGES[1], "cpu", Path("/tmp/x"))
+    assert short["TMPDIR"] == "/tmp/x/work/tmp"
+    assert long.get("TMPDIR") == os.environ.get("TMPDIR")
     assert found["PYTHONDONTWRITEBYTECODE"] == "1"
     assert found["HF_HUB_OFFLINE"] == found["PIP_NO_INDEX"] == "1"
 

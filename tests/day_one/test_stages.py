@@ -64,7 +64,11 @@ def test_all_checks_run_on_a_gpu_and_some_in_miniature(tmp_path: Path) -> None:
         return [key for phase in numerics.STAGE.phases(plan) for key in phase.items]
 
     assert keys("cuda") == list(numerics.checks("cuda"))
-    assert 0 < len(keys("cpu")) <= len(numerics.checks("cpu")) / 5
+    machine(tmp_path, {"what": GPU_GIB, "value": "79.6"})
+    large = ["addresses chunked", "addresses tiled"]
+    assert keys("cuda") == [*numerics.checks("cuda"), *large]
+    assert keys("cpu")[-2:] == large
+    assert 0 < len(keys("cpu")) - 2 <= len(numerics.checks("cpu")) / 5
     assert {key.split()[0] for key in keys("cpu")} >= {"chunked", "tiled", "logprob"}
 
 

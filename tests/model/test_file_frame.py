@@ -14,7 +14,7 @@ from rosd_fast.model.adapter_files import adapter_weights
 from rosd_fast.model.adapters import merged_weights
 from rosd_fast.model.file_frame import FileFrame
 from rosd_fast.model.file_layout import file_weights
-from rosd_fast.model.release import filled, release_parameters
+from rosd_fast.model.release import filled, places, release_parameters
 from rosd_fast.model.weight_stream import TensorSpec, distinct
 from tests.families import FAMILIES as ALL
 from tests.model.test_file_layout import FAMILIES
@@ -99,7 +99,7 @@ def test_parameters_are_filled_for_a_block() -> None:
     release_parameters(model)
     before = dict(model.named_parameters())
     value = torch.ones(64, 32)
-    with filled(model, {"model.embed_tokens.weight": value}):
+    with filled(places(model), {"model.embed_tokens.weight": value}):
         assert model.lm_head.weight.data_ptr() == value.data_ptr()
     assert dict(model.named_parameters()) == before
     assert model.lm_head.weight is model.model.embed_tokens.weight and model.lm_head.weight.is_meta

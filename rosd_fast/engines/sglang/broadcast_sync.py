@@ -143,8 +143,9 @@ class _Packed:
     def of(cls, tensors: Sequence[NamedTensor], device: torch.device) -> _Packed:
         # Large items first, so that they are aligned to their item size.
         ordered = sorted(tensors, key=lambda item: -item[1].itemsize)
-        flat = torch.cat([tensor.flatten().view(torch.uint8) for _, tensor in ordered])
-        return cls({name: TensorSpec.of(tensor) for name, tensor in ordered}, flat.to(device))
+        # Parts that transformers has copied, and buffers, are in host memory.
+        parts = [tensor.to(device).flatten().view(torch.uint8) for _, tensor in ordered]
+        return cls({name: TensorSpec.of(tensor) for name, tensor in ordered}, torch.cat(parts))
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -10,12 +10,12 @@ The first two are worth a retry. SGLang reports errors in three JSON shapes; `me
 
 from __future__ import annotations
 
-import asyncio
 import json
 from typing import Any
 
 import aiohttp
 
+from rosd_fast.background import in_background
 from rosd_fast.engines.sglang.answers import read_json
 
 BUSY, BROKEN = {429, 503}, {500, 502, 504}
@@ -107,7 +107,7 @@ class Endpoint:
         try:
             if len(data) < LARGE_BYTES:
                 return read_json(data)
-            return await asyncio.to_thread(read_json, data)
+            return await in_background(read_json, data)
         except ValueError:
             raise Unreachable(self.url, f"the answer to {path} is not complete JSON") from None
 

@@ -10,9 +10,11 @@ import torch
 
 from day_one.results import Row
 from day_one.stage import Phase, Plan, Stage
+from rosd_kernels.testing.addresses import LARGE, NEEDED_GIB, check_addresses
 from rosd_kernels.testing.checking import SHAPES, SMALL, Shape
 from rosd_kernels.testing.parts import Part, parts
 
+STRATEGIES = ("chunked", "tiled")
 CHECKS = "Checks against float64"
 MOST_WORKERS, GIB_EACH = 8, 2.0
 # In the interpreter: shapes of one and of two row blocks, and of them one check in ten.
@@ -31,9 +33,20 @@ class Numerics(Stage):
             names = names[::ONE_IN]
         workers = plan.workers(MOST_WORKERS, gib_each=GIB_EACH)
         yield Phase(items={name: {} for name in names}, workers=workers)
+        if not plan.on_gpu or plan.gpu_gib >= NEEDED_GIB:  # one at a time: they fill the memory
+            large = LARGE if plan.on_gpu else Shape(9, 300, 20)
+            items = {
+                f"addresses {strategy}": {"strategy": strategy, "shape": large}
+                for strategy in STRATEGIES
+            }
+            yield Phase(items=items)
 
     def handle(self, key: str, args: Mapping[str, Any], device: str) -> list[Row]:
-        check = checks(device)[key](torch.device(device))
+        on = torch.device(device)
+        if "strategy" in args:
+            check = check_addresses(on, args["strategy"], Shape(*args["shape"]))
+        else:
+            check = checks(device)[key](on)
         return [{"table": CHECKS, "check": check.name, "text": check.text, "ok": check.ok}]
 
 

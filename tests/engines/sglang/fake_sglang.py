@@ -246,6 +246,8 @@ class FakeSglang:
             items[0]["meta_info"]["finish_reason"] = {"type": "abort", "message": "retracted"}
         if fault == "incomplete":
             del items[0]["meta_info"]["output_token_logprobs"]
+        if fault == "not finite":  # in the JSON of SGLang's library
+            items[-1]["meta_info"]["output_token_logprobs"][0][0] = None
         if fault == "fewer":
             items = items[1:]
         answer = items if "n" in body["sampling_params"] else items[0]

@@ -210,6 +210,14 @@ def test_completions_cut_by_a_small_cache_are_an_error(tmp_path: Path) -> None:
     with_fakes(tmp_path, test, FakeSglang(faults=("short",)))
 
 
+def test_a_log_probability_that_is_not_finite_is_an_error(tmp_path: Path) -> None:
+    async def test(setting: Setting) -> None:
+        with pytest.raises(UserError, match=r"step1/p0.*logits are not finite"):
+            await setting.engine.generate([make_request(0)])
+
+    with_fakes(tmp_path, test, FakeSglang(faults=("not finite",)))
+
+
 def test_all_requests_of_a_problem_go_to_one_server(tmp_path: Path) -> None:
     requests = [make_request(index, affinity=f"problem {index % 5}") for index in range(20)]
 

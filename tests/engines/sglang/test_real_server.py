@@ -628,7 +628,10 @@ def test_another_model_on_a_server_teaches_as_one_in_the_trainer(
 def test_states_are_those_of_the_model_from_any_position(
     model: LoadedModel, tmp_path: Path
 ) -> None:
-    """Also when the cache holds all but the last token, and concurrently."""
+    """Also when the cache holds all but the last token, and concurrently.
+
+    They come as files in memory: the answers themselves are short.
+    """
     config = with_teacher(tmp_path)
     texts = [problem.prompt for problem in load_split("train")[:6]]
     teacher = open_sglang_teacher(config, model, tmp_path, note=print)
@@ -650,6 +653,9 @@ def test_states_are_those_of_the_model_from_any_position(
             with torch.no_grad():
                 expected = hidden_states(model.model, packed)[first:]
             torch.testing.assert_close(states, expected, rtol=1e-3, atol=1e-3)
+        assert teacher.servers[0].num_bytes < 4000 * (len(cases) + 1)
+        assert teacher._states_folder is not None
+        assert not list(teacher._states_folder.iterdir())
 
     async def run() -> None:
         try:

@@ -9,10 +9,12 @@ initial weights, and compares both with what is made from the whole model.
 from __future__ import annotations
 
 import argparse
+import errno
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
@@ -20,9 +22,11 @@ from torch.distributed import ProcessGroup
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from rosd_fast.engines.sglang.weight_folder import WeightFolder
+from rosd_fast.errors import UserError
 from rosd_fast.model.adapter_files import adapter_weights
 from rosd_fast.model.adapters import without_adapters
 from rosd_fast.model.file_frame import FileFrame
+from rosd_fast.model.tensor_file import TensorFile
 from rosd_fast.model.weight_stream import WeightStream, distinct
 from rosd_fast.trainer import shards
 from rosd_fast.trainer.ranks import LearnerGroup, run_worker
@@ -100,6 +104,7 @@ def compare(learners: LearnerGroup, case: str, out: Path, gathered: Gathered) ->
     check_memory(learners, gathered, case)
     assert read(folder, learners.stream(), 3) != after, case
     export(learners, case, out, gathered)
+    check_full_disk(learners, case, out)
     if several:
         ours, full = learners.adapter_weights(), learner.full_model
         learners.gather_weights()
@@ -163,6 +168,30 @@ def export(learners: LearnerGroup, case: str, out: Path, gathered: Gathered) -> 
     for file in (out / "expected").iterdir():
         if file.name != "config.json":  # it gets an interval of layers
             assert file.read_bytes() == (found / file.name).read_bytes(), (case, file.name)
+
+
+def check_full_disk(learners: LearnerGroup, case: str, out: Path) -> None:
+    """An export that cannot be written ends on all ranks, and the next one is whole."""
+    own = TensorFile.write
+    left = [3]
+
+    def full(file: TensorFile, name: str, tensor: Tensor) -> None:
+        left[0] -= 1
+        if left[0] < 0:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        own(file, name, tensor)
+
+    TensorFile.write = full  # type: ignore[method-assign]
+    try:
+        learners.save(out, 2, None)
+        with pytest.raises(UserError, match="No space left on device"):
+            learners.finish_save()
+    finally:
+        TensorFile.write = own  # type: ignore[method-assign]
+    assert not list(out.glob("checkpoints/*2"))
+    learners.save(out, 3, None)
+    learners.finish_save()
+    assert list(out.glob("checkpoints/*3/model.safetensors")), case
 
 
 @torch.no_grad()
