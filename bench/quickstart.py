@@ -1,6 +1,6 @@
 """Train the quickstart with three seeds and record its accuracy before and after.
 
-    python bench/quickstart.py             # about 10 minutes on two cores
+    python bench/quickstart.py             # about five minutes on two cores
 
 Writes bench/results/quickstart.csv, the table in README.md and docs/learning_curve.png. The figures
 are mean@4 accuracy at temperature 1 on the dev splits. Neither training nor tuning uses the test
