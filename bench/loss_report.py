@@ -75,7 +75,7 @@ def table(rows: Sequence[Row]) -> str:
     first = found[SHOWN[0][:2]]
     lines = [
         f"JSD of {TOKENS} tokens, forward and backward, V = {first['vocab']}, H = "
-        f"{first['hidden']}, float32, {first['threads']} cores, SmolLM2's states "
+        f"{first['hidden']}, float32, threads: {first['threads']}, SmolLM2's states "
         f"({float(first['student_entropy']):.1f} nats); commit {first['commit']}:",
         "",
         "| | units | time / four GEMMs | peak memory |",
