@@ -59,7 +59,7 @@ def compute_sparse(
     )
     workspace = Workspace(plan, hidden.device)
     results = empty_results(inputs)
-    gradients = untouched_gradients(inputs.students, needed, inputs.compute_dtype)
+    gradients = untouched_gradients(inputs.students, needed, inputs.compute_dtype, inputs.head_sum)
     transforms = inputs.transforms(options)
     skipped = torch.zeros_like(results.per_token), torch.zeros_like(results.per_token)
     num_computed = 0
@@ -78,7 +78,7 @@ def compute_sparse(
         if any(needed):
             logprob = results.student_logprob
             of_chunk = None if logprob is None else logprob[rows]
-            row_scale = chunk.token_weights(of_chunk, options) / options.temperature
+            row_scale = chunk.row_scale(chunk.token_weights(of_chunk, options), options)
             add_gradients(
                 gradients,
                 logits[0][:, :size],
