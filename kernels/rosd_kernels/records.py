@@ -229,6 +229,10 @@ class SpanInputs:
                 f"{dtype} of shape [V, H] = {list(head.shape)}"
             )
         check_devices(student_head=head, head_grad=buffer)
+        if any(buffer.data_ptr() == x.data_ptr() != 0 for x in (head, self.teacher_head)):
+            raise ValueError("head_grad: got the memory of a head, want memory of its own")
+        if buffer.requires_grad:
+            raise ValueError("head_grad: got a tensor that requires a gradient, want one without")
         check_scales(head_grad_factor=factor)
         return replace(self, head_sum=HeadSum(buffer=buffer, factor=float(factor)))
 
