@@ -110,8 +110,9 @@ def span_divergence(
             `sparsity` only those that matter, without `top_k`;
             "reference", plain PyTorch on whole [N, V] logits, for tests; "auto", see auto.py. They
             agree up to rounding and what `sparsity` skips.
-        workspace_mib: bound on all logit-sized buffers together. One row ("chunked") or one tile
-            ("tiled") is held in any case. None: by the device, see `default_workspace_mib`.
+        workspace_mib: bound on all logit-sized buffers together, statistics of tiles included. One
+            row ("chunked"), or one tile and the statistics of 128 rows ("tiled"), are held in any
+            case. None: by the device, see `default_workspace_mib`.
         vocab_group: a torch.distributed process group over which the vocabulary is sharded: heads
             and biases are this rank's rows, in rank order, of any number; hidden states, weights,
             ids (of the whole vocabulary) and log-probs are the same on all ranks. So are the
