@@ -177,7 +177,8 @@ def _run(
     """The last checks, which need the whole vocabulary's size, then the strategy."""
     check_group(vocab_group, strategy)
     check_order(options.sparsity, inputs.vocab_size)
-    vocabulary = Vocabulary(inputs.vocab_size, vocab_group, inputs.student_hidden.device)
+    head = inputs.student_head
+    vocabulary = Vocabulary(inputs.vocab_size, vocab_group, head.device, head.data_ptr())
     _check_sizes(inputs, options, vocabulary)
     if options.top_k == vocabulary.size:  # nothing is left for a tail
         options = replace(options, top_k=None)

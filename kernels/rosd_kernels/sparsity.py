@@ -64,7 +64,9 @@ class Sparsity:
         """[V] int64: the head's row of each position of the vocabulary; None: its own order."""
         if self.order is None or self.order.permutation is None:
             return None
-        return self.order.permutation.to(device)
+        if self.order.permutation.device != device:  # once: a copy waits for the device
+            self.order.permutation = self.order.permutation.to(device)
+        return self.order.permutation
 
 
 def entry(eps: float, order: VocabularyOrder | None = None) -> Sparsity:
@@ -177,7 +179,7 @@ def is_dropped(active: Tensor, num_tokens: int) -> Tensor:
 
 def measured(active: Tensor, mass: Tensor, bound: Tensor, vocabulary: Vocabulary) -> Tensor:
     """[3] active fraction, and the largest of the [N] dropped masses and [N] error bounds."""
-    counts = torch.stack([active.sum(dtype=mass.dtype), mass.new_tensor(active.numel())])
+    counts = torch.stack([active.sum(dtype=mass.dtype), mass.new_full((), active.numel())])
     return measured_counts(counts, mass, bound, vocabulary)
 
 

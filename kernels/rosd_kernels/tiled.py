@@ -119,7 +119,8 @@ def _compute(
     )
     columns = positions(vocabulary.columns(inputs.token_ids), permutation)
     parts = [_group(tiles, rows, columns, options, vocabulary) for rows in groups.slices()]
-    of_student, of_teacher = (RowStats.joined([part[side] for part in parts]) for side in (0, 1))
+    of_student = RowStats.joined([part.student for part in parts])
+    of_teacher = RowStats.joined([part.teacher for part in parts])
     active = torch.cat([part.active for part in parts])
     if sparsity.order is not None:
         _update_order(sparsity, inputs, options, of_student, of_teacher)

@@ -107,9 +107,8 @@ class WorkspacePlan:
         if vocabulary.is_sharded:
             # Ranks communicate per chunk and block, so all need the same sizes, whatever the layout
             # of their heads and with or without the C++ extension.
-            mine = torch.tensor([-rows, -block, -is_fused], device=device)
-            fewest = vocabulary.max_(mine).tolist()
-            rows, block, is_fused = -fewest[0], -fewest[1], fewest[2] != 0
+            rows, block, fused = vocabulary.fewest(rows, block, int(is_fused))
+            is_fused = bool(fused)
         if is_sparse:
             rows = min(rows, block)
         num_chunks = max(1, -(-num_tokens // rows))

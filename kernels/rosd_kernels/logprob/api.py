@@ -132,7 +132,9 @@ def _run(
     """The last checks, which need the whole vocabulary's size, then the strategy."""
     check_group(vocab_group, strategy)
     check_order(options.sparsity, inputs.vocab_size)
-    vocabulary = Vocabulary(inputs.vocab_size, vocab_group, inputs.hidden.device)
+    vocabulary = Vocabulary(
+        inputs.vocab_size, vocab_group, inputs.head.device, inputs.head.data_ptr()
+    )
     check_ids(inputs.token_ids, vocabulary)
     name, kind = strategy, None
     if strategy == "auto":
