@@ -1,6 +1,6 @@
 """Training curves with and without a sparse gradient: does `loss.sparsity = "entry"` cost accuracy?
 
-    python bench/sparsity_curves.py              # 12 runs of the quickstart, 20 minutes on two cores
+    python bench/sparsity_curves.py              # 12 runs of the quickstart, 20 minutes
     python bench/sparsity_curves.py --smollm2    # few steps of SmolLM2-135M (V = 49152), 15 minutes
 
 Runs of one seed start from the same weights and see the same problems; they differ by what the rule

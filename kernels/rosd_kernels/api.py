@@ -110,8 +110,9 @@ def span_divergence(
             `sparsity` only those that matter, without `top_k`;
             "reference", plain PyTorch on whole [N, V] logits, for tests; "auto", see auto.py. They
             agree up to rounding and what `sparsity` skips.
-        workspace_mib: bound on all logit-sized buffers together. One row ("chunked") or one tile
-            ("tiled") is held in any case. None: by the device, see `default_workspace_mib`.
+        workspace_mib: bound on all logit-sized buffers together, statistics of tiles included. One
+            row ("chunked"), or one tile and the statistics of 128 rows ("tiled"), are held in any
+            case. None: by the device, see `default_workspace_mib`.
         vocab_group: a torch.distributed process group over which the vocabulary is sharded: heads
             and biases are this rank's rows, in rank order, of any number; hidden states, weights,
             ids (of the whole vocabulary) and log-probs are the same on all ranks. So are the
@@ -177,7 +178,8 @@ def _run(
     """The last checks, which need the whole vocabulary's size, then the strategy."""
     check_group(vocab_group, strategy)
     check_order(options.sparsity, inputs.vocab_size)
-    vocabulary = Vocabulary(inputs.vocab_size, vocab_group, inputs.student_hidden.device)
+    head = inputs.student_head
+    vocabulary = Vocabulary(inputs.vocab_size, vocab_group, head.device, head.data_ptr())
     _check_sizes(inputs, options, vocabulary)
     if options.top_k == vocabulary.size:  # nothing is left for a tail
         options = replace(options, top_k=None)

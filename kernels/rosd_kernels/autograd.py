@@ -74,18 +74,29 @@ def needed_of(leaves: Leaves) -> Needed:
 
 
 def zero_gradients(
-    leaves: Leaves, needed: Needed, dtype: torch.dtype, head_sum: HeadSum | None = None
+    leaves: Leaves,
+    needed: Needed,
+    dtype: torch.dtype,
+    head_sum: HeadSum | None = None,
+    *,
+    head_is_written: bool = False,
 ) -> Gradients:
     """Zeros in the dtype in which the parts of a gradient are summed; of the head, the sum so far.
 
-    head_sum: where the call adds the head's gradient, see `HeadSum`.
+    head_sum: where the call adds the head's gradient, see `HeadSum`. head_is_written: the first
+    part overwrites the head's gradient, which is left as it is found in memory: zeros would be
+    written and read for nothing, and it is the largest tensor of a call.
     """
     hidden, head, bias = (
         tensor.new_zeros(tensor.shape, dtype=dtype)
-        if need and tensor is not None and not (head_sum is not None and tensor is leaves[1])
+        if need
+        and tensor is not None
+        and not ((head_sum is not None or head_is_written) and tensor is leaves[1])
         else None
         for tensor, need in zip(leaves, needed, strict=True)
     )
+    if head_is_written and needed[1] and head_sum is None:
+        head = leaves[1].new_empty(leaves[1].shape, dtype=dtype)
     if head_sum is not None and needed[1]:
         head = head_sum.buffer
     return Gradients(hidden, head, bias)

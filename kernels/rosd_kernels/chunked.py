@@ -83,7 +83,13 @@ def _compute(
     )
     workspace = Workspace(plan, hidden.device)
     results = empty_results(inputs)
-    gradients = zero_gradients(inputs.students, needed, inputs.compute_dtype, inputs.head_sum)
+    gradients = zero_gradients(
+        inputs.students,
+        needed,
+        inputs.compute_dtype,
+        inputs.head_sum,
+        head_is_written=inputs.num_tokens > 0,
+    )
     transforms = inputs.transforms(options)
     block_divergence = rows_kernel or (
         _block_divergence if options.top_k is None else _block_divergence_top_k
@@ -238,4 +244,5 @@ def _add_gradients(
         torch.mul(grad_hidden, column, out=gradients.hidden[rows])
     if gradients.head is not None:
         scaled = workspace.operand(chunk.student_hidden.to(column.dtype) * column)
-        multiply(grad_logits.T, scaled, out=gradients.head, add=True)
+        is_first = rows.start == 0 and chunk.head_sum is None
+        multiply(grad_logits.T, scaled, out=gradients.head, add=not is_first)

@@ -46,14 +46,14 @@ class GemmTiles:
         column_bytes = (SWEEP_ROWS + copied) * self.dtype.itemsize
         self.budget = int(options.workspace_mib * MIB)
         self.width = chunk_width(self.budget // 2, column_bytes, inputs.vocab_size)
-        self.workspace_bytes = column_bytes * self.width
+        self.sweep_bytes = self.workspace_bytes = column_bytes * self.width
         self.logits = inputs.student_hidden.new_empty(SWEEP_ROWS * self.width, dtype=self.dtype)
         self.kept: dict[tuple[int, int], tuple[Tensor, Tensor]] | None = None
 
-    def sweep(self, columns: Tensor | None) -> tuple[Sweep, Sweep]:
+    def sweep(self, columns: Tensor | None, rows: slice = slice(None)) -> tuple[Sweep, Sweep]:
         """Statistics of all tiles of the student and of the teacher; see `tiled.Tiles`."""
         is_stacked = self.inputs.is_stacked
-        return sweep_sides(self._sweep, self.hidden, columns, is_stacked=is_stacked)
+        return sweep_sides(self._sweep, self.hidden, columns, rows, is_stacked=is_stacked)
 
     def _sweep(
         self, hidden: Tensor, side: int, columns: Tensor | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -16,6 +17,15 @@ class RowStats(NamedTuple):
     lse: Tensor  # log sum exp of the scaled logits
     entropy: Tensor  # nats
     logprob: Tensor | None  # log-prob of the sampled token
+
+    @classmethod
+    def joined(cls, parts: Sequence[RowStats]) -> RowStats:
+        """The statistics of consecutive groups of rows."""
+        if len(parts) == 1:
+            return parts[0]
+        lse, entropy, logprob = zip(*parts, strict=True)
+        of_sampled = None if logprob[0] is None else torch.cat(logprob)
+        return cls(torch.cat(lse), torch.cat(entropy), of_sampled)
 
 
 def row_stats(
@@ -37,4 +47,4 @@ def row_stats(
 def entropy_terms(entropy: Tensor, log_mass: Tensor) -> Tensor:
     """`P (entropy - log P)` of tiles, for their log masses; 0 for a tile without mass."""
     mass = log_mass.exp()
-    return torch.where(mass > 0, mass * (entropy - log_mass), 0)
+    return (entropy - log_mass).mul_(mass).masked_fill_(~(mass > 0), 0)

@@ -65,7 +65,9 @@ class Sparsity:
         """[V] int64: the head's row of each position of the vocabulary; None: its own order."""
         if self.order is None or self.order.permutation is None:
             return None
-        return self.order.permutation.to(device)
+        if self.order.permutation.device != device:  # once: a copy waits for the device
+            self.order.permutation = self.order.permutation.to(device)
+        return self.order.permutation
 
 
 def entry(eps: float, order: VocabularyOrder | None = None) -> Sparsity:
@@ -110,20 +112,23 @@ def sweep_sides(
     sweep_side: SweepSide,
     hidden: tuple[Tensor, Tensor],  # [N, H] of the student, [N, Ht] of the teacher
     columns: Tensor | None,  # [N]
+    rows: slice,  # the R of the N rows to sweep
     *,
     is_stacked: bool,
 ) -> tuple[Sweep, Sweep]:
-    """Sweep the student and the teacher, in one call on [2N, H] rows where `is_stacked`.
+    """Sweep the student and the teacher, in one call on [2R, H] rows where `is_stacked`.
 
     `is_stacked`: both sides have the same head, bias and dtype.
     """
+    hidden = hidden[0][rows], hidden[1][rows]
+    columns = None if columns is None else columns[rows]
     if is_stacked:
-        N = hidden[0].shape[0]
+        R = hidden[0].shape[0]
         twice = None if columns is None else torch.cat([columns, columns])
         stats, sampled = sweep_side(torch.cat(hidden), 0, twice)
         found = [
-            (stats[:, rows], None if sampled is None else sampled[rows])
-            for rows in (slice(0, N), slice(N, None))
+            (stats[:, side], None if sampled is None else sampled[side])
+            for side in (slice(0, R), slice(R, None))
         ]
     else:
         found = [sweep_side(hidden[side], side, columns) for side in (0, 1)]
@@ -175,7 +180,7 @@ def is_dropped(active: Tensor, num_tokens: int) -> Tensor:
 
 def measured(active: Tensor, mass: Tensor, bound: Tensor, vocabulary: Vocabulary) -> Tensor:
     """[3] active fraction, and the largest of the [N] dropped masses and [N] error bounds."""
-    counts = torch.stack([active.sum(dtype=mass.dtype), mass.new_tensor(active.numel())])
+    counts = torch.stack([active.sum(dtype=mass.dtype), mass.new_full((), active.numel())])
     return measured_counts(counts, mass, bound, vocabulary)
 
 

@@ -9,13 +9,15 @@ A unit is one sweep of the head's GEMM over all tokens, f the active fraction. T
 chunks of the vocabulary, not of the tokens: after the last row block of a chunk, the chunk's rows
 of dW are complete.
 
+Sweep and selection go over groups of rows, so that the statistics of their tiles take at most half
+of the workspace (row_groups.py).
+
 Where the vocabulary is sharded, each rank selects among its own tiles; normalizers, values, K and
 dh are summed over the ranks. Sums have a fixed sequence and there are no atomics.
 """
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple, Protocol
 
 import torch
@@ -31,21 +33,35 @@ from rosd_kernels.records import (
     SpanOptions,
     SpanStats,
 )
+from rosd_kernels.row_groups import RowGroups
 from rosd_kernels.rows import RowStats, row_stats
-from rosd_kernels.sparsity import Sparsity, Sweep, TileStats, is_dropped, measured
+from rosd_kernels.sparsity import (
+    Sparsity,
+    Sweep,
+    TileStats,
+    is_dropped,
+    measured,
+    tile_error_bound,
+)
 from rosd_kernels.vocabulary import Vocabulary
+
+ALL_ROWS = slice(None)
+# Statistics of a row and tile that are held at once: four of each side, and temporary ones.
+EXACT_PLANES = 12
+SPARSE_PLANES = 20
 
 
 class Tiles(Protocol):
     """The dense work of one call of `span_divergence` on one device."""
 
-    workspace_bytes: int  # logit-sized buffers held at once
+    sweep_bytes: int  # logit-sized buffers held beside the statistics of a sweep
+    workspace_bytes: int  # those held in the loss and the gradients, at once
 
-    def sweep(self, columns: Tensor | None) -> tuple[Sweep, Sweep]:
-        """Statistics of all tiles of the student and of the teacher.
+    def sweep(self, columns: Tensor | None, rows: slice = ALL_ROWS) -> tuple[Sweep, Sweep]:
+        """Statistics of all tiles of the student and of the teacher, for some rows.
 
-        `columns` [N]: positions of the sampled tokens. Sides that share head and bias are one GEMM
-        on stacked rows.
+        `columns` [N]: positions of the sampled tokens, of all rows. Sides that share head and bias
+        are one GEMM on stacked rows.
         """
         ...
 
@@ -93,28 +109,34 @@ def _compute(
     permutation = sparsity.permutation(inputs.student_hidden.device)
     tiles = make_tiles(inputs, options, permutation)
 
-    student, teacher = tiles.sweep(positions(vocabulary.columns(inputs.token_ids), permutation))
-    of_student, of_teacher = (
-        row_stats(side.stats.lse, side.stats.entropy, side.sampled, vocabulary)
-        for side in (student, teacher)
+    is_exact = sparsity.rule == "exact"
+    groups = RowGroups.of(
+        inputs.num_tokens,
+        vocabulary.largest,
+        inputs.compute_dtype,
+        planes=EXACT_PLANES if is_exact else SPARSE_PLANES,
+        budget=options.workspace_mib / 2,
     )
+    columns = positions(vocabulary.columns(inputs.token_ids), permutation)
+    parts = [_group(tiles, rows, columns, options, vocabulary) for rows in groups.slices()]
+    of_student = RowStats.joined([part.student for part in parts])
+    of_teacher = RowStats.joined([part.teacher for part in parts])
+    active = torch.cat([part.active for part in parts])
     if sparsity.order is not None:
         _update_order(sparsity, inputs, options, of_student, of_teacher)
-    rule = sparsity.of_shard(vocabulary.num_shards)
-    active = tiles.select(student.stats, teacher.stats, of_student.lse, of_teacher.lse, rule)
 
     value, total = tiles.loss(active, of_student.lse, of_teacher.lse, needed)
     sums = [value, total]
-    if sparsity.rule != "exact":
-        lost = dropped(student.stats, teacher.stats, of_student, of_teacher, active, options)
-        sums = [value + lost.value, total, *lost[1:]]
+    if not is_exact:
+        lost = torch.cat([part.lost for part in parts if part.lost is not None], dim=1)
+        sums = [value + lost[0], total, *lost[1:]]
     summed = vocabulary.sum_(torch.stack(sums))
     value, total = summed[0], summed[1]
     known = known_total(options)
     if known is not None:
         total = torch.full_like(total, known)
     found = None
-    if sparsity.rule != "exact":
+    if not is_exact:
         found = _measure(active, summed[2:], total, options, vocabulary)
 
     results = TokenResults(
@@ -133,8 +155,43 @@ def _compute(
         loss=(weights * value).sum(),
         results=results,
         gradients=gradients,
-        stats=SpanStats(strategy="tiled", workspace_bytes=tiles.workspace_bytes, measured=found),
+        stats=SpanStats(
+            strategy="tiled",
+            workspace_bytes=max(tiles.sweep_bytes + groups.num_bytes, tiles.workspace_bytes),
+            measured=found,
+        ),
     )
+
+
+class _Group(NamedTuple):
+    """What outlives the statistics of a group of rows."""
+
+    student: RowStats
+    teacher: RowStats
+    active: Tensor  # [B, T] uint8 of its row blocks
+    lost: Tensor | None  # [4, R]: `Dropped`; None: no tile is dropped
+
+
+def _group(
+    tiles: Tiles,
+    rows: slice,
+    columns: Tensor | None,
+    options: SpanOptions,
+    vocabulary: Vocabulary,
+) -> _Group:
+    """Sweep, select and sum what is dropped, for a group of rows."""
+    student, teacher = tiles.sweep(columns, rows)
+    of_student, of_teacher = (
+        row_stats(side.stats.lse, side.stats.entropy, side.sampled, vocabulary)
+        for side in (student, teacher)
+    )
+    rule = options.sparsity.of_shard(vocabulary.num_shards)
+    active = tiles.select(student.stats, teacher.stats, of_student.lse, of_teacher.lse, rule)
+    lost = None
+    if options.sparsity.rule != "exact":
+        found = dropped(student.stats, teacher.stats, of_student, of_teacher, active, options)
+        lost = torch.stack(found)
+    return _Group(of_student, of_teacher, active, lost)
 
 
 class Dropped(NamedTuple):
@@ -159,16 +216,13 @@ def dropped(
     log_q = teacher.lse - of_teacher.lse[:, None]
     lost = is_dropped(active, log_p.shape[0])
     p, q = log_p.exp().mul_(lost), log_q.exp().mul_(lost)
-    beta = options.beta
-    if options.divergence == "forward_kl":
-        e_bound = q
-    elif options.divergence == "reverse_kl":
-        highest = (student.max - of_student.lse[:, None]) - (teacher.min - of_teacher.lse[:, None])
-        e_bound = torch.where(p > 0, p * highest.clamp(min=0), 0) + q / math.e
-    else:
-        e_bound = (1 - beta) * (p * -math.log1p(-beta) + beta * q)
+    log_ratio = None
+    if options.divergence == "reverse_kl":
+        log_ratio = student.max - of_student.lse[:, None]
+        log_ratio.sub_(teacher.min).add_(of_teacher.lse[:, None])
+    e_bound = tile_error_bound(p, q, log_ratio, options).sum(1)
     c, _ = entry_terms(log_p, log_q, log_p.exp(), log_q.exp(), options)
-    return Dropped((c * lost).sum(1), p.sum(1), q.sum(1), e_bound.sum(1))
+    return Dropped(c.mul_(lost).sum(1), p.sum(1), q.sum(1), e_bound)
 
 
 def _measure(

@@ -12,17 +12,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from rosd_kernels.exchange import exchanged
+
 
 class Vocabulary:
     """This rank's entries: the ids from `offset` to `offset + local_size`, out of `size`."""
 
-    def __init__(self, local_size: int, group: Any = None, device: torch.device | None = None):
+    def __init__(
+        self,
+        local_size: int,
+        group: Any = None,
+        device: torch.device | None = None,
+        address: int = 0,
+    ):
         """Exchange the sizes of the shards, which the ranks of `group` hold in rank order.
 
-        With a group this is a collective: all of its ranks call it. Raises ValueError where
-        `group` is not a process group.
+        address: of this rank's rows of the head in memory, see exchange.py. With a group this is a
+        collective: all of its ranks call it. Raises ValueError where `group` is not a process
+        group.
         """
-        self.group = group
+        self.group, self.address = group, address
+        self.device = torch.device("cpu") if device is None else device
         self.local_size, self.size, self.largest = local_size, local_size, local_size
         self.rank, self.num_shards, self.offset = 0, 1, 0
         if group is None:
@@ -33,10 +43,7 @@ class Vocabulary:
                 "that this rank belongs to, or None"
             )
         self.rank, self.num_shards = dist.get_rank(group), dist.get_world_size(group)
-        mine = torch.tensor([local_size], device=device)
-        parts = [torch.empty_like(mine) for _ in range(self.num_shards)]
-        dist.all_gather(parts, mine, group=group)
-        sizes = [int(part) for part in parts]
+        sizes = [size for (size,) in self._exchanged(local_size)]
         self.offset, self.size, self.largest = sum(sizes[: self.rank]), sum(sizes), max(sizes)
 
     @property
@@ -49,6 +56,16 @@ class Vocabulary:
             return ids
         local = ids - self.offset
         return torch.where((local >= 0) & (local < self.local_size), local, -1)
+
+    def _exchanged(self, *numbers: int) -> list[tuple[int, ...]]:
+        return exchanged(numbers, self.group, self.device, self.address)
+
+    def fewest(self, *numbers: int) -> tuple[int, ...]:
+        """The minimum of each number over the shards."""
+        if not self.is_sharded:
+            return numbers
+        found = self._exchanged(*numbers)
+        return tuple(min(of_ranks) for of_ranks in zip(*found, strict=True))
 
     def sum_(self, tensor: Tensor) -> Tensor:
         """In-place sum over the shards."""

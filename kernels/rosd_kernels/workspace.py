@@ -30,6 +30,7 @@ SCAN_PLANES = 10
 CPU_MIB = 256
 LARGEST_MIB = 2048
 DEVICE_SHARE = 32  # of the memory
+ROW_ALIGNMENT = 16  # bytes; GEMMs read whole vectors where rows begin at multiples of it
 # Devices on which a GEMM of bfloat16 operands returns its float32 sums unrounded.
 NARROW_DEVICES = ("cuda",)
 
@@ -88,9 +89,9 @@ class WorkspacePlan:
             cast_rows = min(max(1, cast_budget // (cast_width * gemm_dtype.itemsize)), vocab_size)
         cast_bytes = cast_rows * cast_width * gemm_dtype.itemsize
         scratch_bytes = scratch_rows * vocab_size * dtype.itemsize
-        held_bytes = len(sides) * vocab_size * dtype.itemsize  # of a row, from GEMM to GEMM
+        held_bytes = len(sides) * row_bytes(vocab_size, dtype)  # of a row, from GEMM to GEMM
         if is_narrow and len(sides) == 1:
-            held_bytes += vocab_size * gemm_dtype.itemsize
+            held_bytes += row_bytes(vocab_size, gemm_dtype)
         if is_sparse:
             held_bytes += (
                 len(sides) * num_tiles(vocab_size, SCAN_TILE) * SCAN_PLANES * dtype.itemsize
@@ -107,9 +108,8 @@ class WorkspacePlan:
         if vocabulary.is_sharded:
             # Ranks communicate per chunk and block, so all need the same sizes, whatever the layout
             # of their heads and with or without the C++ extension.
-            mine = torch.tensor([-rows, -block, -is_fused], device=device)
-            fewest = vocabulary.max_(mine).tolist()
-            rows, block, is_fused = -fewest[0], -fewest[1], fewest[2] != 0
+            rows, block, fused = vocabulary.fewest(rows, block, int(is_fused))
+            is_fused = bool(fused)
         if is_sparse:
             rows = min(rows, block)
         num_chunks = max(1, -(-num_tokens // rows))
@@ -136,10 +136,10 @@ class Workspace:
     def __init__(self, plan: WorkspacePlan, device: torch.device) -> None:
         self.plan = plan
         shape = plan.sides * plan.rows, plan.vocab_size
-        self.logits = torch.empty(shape, dtype=plan.dtype, device=device)
+        self.logits = empty_rows(shape, plan.dtype, device)
         self.narrow: Tensor | None = None
         if plan.sides == 1 and plan.gemm_dtype != plan.dtype:
-            self.narrow = torch.empty(shape, dtype=plan.gemm_dtype, device=device)
+            self.narrow = empty_rows(shape, plan.gemm_dtype, device)
         num_cast = plan.cast_rows * plan.cast_width
         self.cast = torch.empty(num_cast, dtype=plan.gemm_dtype, device=device)
 
@@ -183,10 +183,21 @@ class Workspace:
     def backproject(self, grad_logits: Tensor, head: Tensor) -> Tensor:
         """`grad_logits head`, [R, H], summed over the tiles in the compute dtype."""
         shape = grad_logits.shape[0], head.shape[1]
-        total = grad_logits.new_zeros(shape, dtype=self.plan.dtype)
+        total = grad_logits.new_empty(shape, dtype=self.plan.dtype)
         for columns, rows in self.tiles(head):
-            multiply(grad_logits[:, columns], rows, out=total, add=True)
+            multiply(grad_logits[:, columns], rows, out=total, add=columns.start > 0)
         return total
+
+
+def row_bytes(columns: int, dtype: torch.dtype) -> int:
+    """Bytes from row to row of `empty_rows`."""
+    return -(-columns * dtype.itemsize // ROW_ALIGNMENT) * ROW_ALIGNMENT
+
+
+def empty_rows(shape: tuple[int, int], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """An [R, C] matrix whose rows all begin at multiples of ROW_ALIGNMENT, whatever C is."""
+    stride = row_bytes(shape[1], dtype) // dtype.itemsize
+    return torch.empty((shape[0], stride), dtype=dtype, device=device)[:, : shape[1]]
 
 
 def default_workspace_mib(device: torch.device) -> int:

@@ -180,7 +180,8 @@ def topk_agreement(
     workspace_mib: bounds the logits that are held at once; one row is held in any case.
     vocab_group: ranks of a vocab-parallel head, which all call this with the same states.
     """
-    vocabulary = Vocabulary(heads[0].weight.shape[0], vocab_group, student.device)
+    head = heads[0].weight
+    vocabulary = Vocabulary(head.shape[0], vocab_group, student.device, head.data_ptr())
     k = min(k, vocabulary.size)
     size = max(1, int(workspace_mib * 2**20 / (4 * BUFFERS * vocabulary.largest)))
     parts = []

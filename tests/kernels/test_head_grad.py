@@ -74,14 +74,15 @@ def test_no_gradient_of_the_head_is_made_beside_the_buffer(make_case, monkeypatc
     """The largest tensor of a call with a buffer is smaller than the head."""
     case = make_case(4, 4096, 64)
     sizes: list[int] = []
-    new_zeros = Tensor.new_zeros
-    monkeypatch.setattr(
-        Tensor,
-        "new_zeros",
-        lambda self, *args, **kwargs: (
-            sizes.append((t := new_zeros(self, *args, **kwargs)).numel()) or t
-        ),
-    )
+    for name in ("new_zeros", "new_empty"):
+        make = getattr(Tensor, name)
+        monkeypatch.setattr(
+            Tensor,
+            name,
+            lambda self, *args, make=make, **kwargs: (
+                sizes.append((t := make(self, *args, **kwargs)).numel()) or t
+            ),
+        )
     run(case, torch.float32, torch.zeros(4096, 64), strategy="chunked")
     assert max(sizes) < 4096 * 64
     run(case, torch.float32, None, strategy="chunked")

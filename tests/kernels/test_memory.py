@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from rosd_kernels import entry, span_divergence
+from rosd_kernels import entry, mass, span_divergence, span_logprob
 from rosd_kernels.head_tiles import CHUNK_TILES
+from rosd_kernels.records import DIVERGENCES
 from rosd_kernels.tiles import ROW_BLOCK, TILE, num_tiles
 
 
@@ -37,9 +38,10 @@ def peak_of(sizes: list[int]) -> int:
     [{}, {"top_k": 20}, {"top_k": 900, "tail": False}, {"entry_clip": 0.01, "softcap": 5.0}],
     ids=str,
 )
-def test_memory_stays_within_the_workspace(make_case, dtype, options):
+@pytest.mark.parametrize("V", [2000, 2001])
+def test_memory_stays_within_the_workspace(make_case, dtype, options, V):
     """Peak memory = workspace + float32 gradients + less than one row of logits."""
-    N, V, H, mib = 300, 2000, 8, 0.25
+    N, H, mib = 300, 8, 0.25
     case = make_case(N, V, H, weights=True, sampled=True, dtype=dtype)
     tensors = dict(case.tensors)
     tensors["student_hidden"].requires_grad_()
@@ -56,13 +58,9 @@ def test_memory_stays_within_the_workspace(make_case, dtype, options):
 @pytest.mark.parametrize("options", [{}, {"sparsity": entry(1e-3)}], ids=["exact", "entry"])
 @pytest.mark.parametrize("mib", [0.25, 8])
 def test_tiles_need_no_more_logits_for_more_tokens(make_case, dtype, options, mib):
-    """Peak memory = workspace + float32 gradients + what grows with N.
-
-    The latter are the statistics of tiles (8 planes, 16 with temporaries, each a 128th of the
-    logits) and some [N, H], but no logits.
-    """
+    """Peak memory = workspace + float32 gradients + what grows with N: values of rows, [N, H]."""
     V, H = 2000, 8
-    planes = 16 if options else 12
+    planes = 20 if options else 12
     for N in (150, 600, 2400):
         tensors = dict(make_case(N, V, H, weights=True, sampled=True, dtype=dtype).tensors)
         tensors["student_hidden"].requires_grad_()
@@ -70,11 +68,49 @@ def test_tiles_need_no_more_logits_for_more_tokens(make_case, dtype, options, mi
         call = {"importance_clip": 2.0, "workspace_mib": mib, "strategy": "tiled", **options}
         sizes = allocations(lambda t=tensors, c=call: span_divergence(**t, **c))
         one_tile = (4 * ROW_BLOCK + 2 * H) * TILE * 4  # logits, and a converted piece of a head
-        workspace, gradients = max(mib * 2**20, one_tile), 4 * (V * H + N * H)
-        growing = 4 * N * (planes * num_tiles(V) + 2 * H + 16)
+        one_block = 4 * ROW_BLOCK * planes * num_tiles(V)  # statistics of a row block's tiles
+        workspace, gradients = max(mib * 2**20, one_tile + one_block), 4 * (V * H + N * H)
+        growing = 4 * N * (2 * H + 30)
         part_of_head = 4 * H * TILE * CHUNK_TILES
         assert peak_of(sizes) <= workspace + gradients + growing + part_of_head, f"N = {N}"
     assert max(sizes) < 4 * N * V / 4  # no [N, V] tensor
+
+
+def of_divergence(case, **options):
+    tensors = dict(case.tensors)
+    for name in ("student_hidden", "student_head"):
+        tensors[name].requires_grad_()
+    return span_divergence(**tensors, **options)
+
+
+def of_logprob(case, **options):
+    given = case.tensors
+    hidden, head = (given[f"student_{name}"].requires_grad_() for name in ("hidden", "head"))
+    return span_logprob(hidden, head, given["token_ids"], token_loss=loss_of_logprob, **options)
+
+
+def loss_of_logprob(logprob, entropy, rows):
+    return -logprob
+
+
+@pytest.mark.parametrize("sparsity", ["exact", entry(1e-3), mass(1e-2)], ids=str)
+@pytest.mark.parametrize(
+    ("function", "more"),
+    [*((of_divergence, {"divergence": name}) for name in DIVERGENCES), (of_logprob, {})],
+    ids=[*DIVERGENCES, "logprob"],
+)
+def test_statistics_of_tiles_count_in_the_workspace(make_case, sparsity, function, more):
+    """`workspace_bytes` is the peak without gradients and values of rows, and within the bound."""
+    N, V, H, mib = 1500, 16000, 4, 4
+    options = {"sparsity": sparsity, "strategy": "tiled", "workspace_mib": mib, **more}
+    case = make_case(N, V, H, sampled=True, dtype=torch.float32)
+    found = []
+    sizes = allocations(lambda: found.append(function(case, **options)) or found)
+    others = 4 * (V * H + N * H + N * (2 * H + 30) + 4 * H * TILE * CHUNK_TILES)
+    statistics = 4 * 8 * N * num_tiles(V)  # of both sides for all tokens
+    stated = found[0].stats.workspace_bytes
+    assert stated <= mib * 2**20 < statistics
+    assert 0.8 * stated <= peak_of(sizes) <= stated + others
 
 
 @pytest.mark.parametrize("layout", ["bfloat16", "spread"])

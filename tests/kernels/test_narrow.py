@@ -39,6 +39,11 @@ def narrow_gemms(monkeypatch):
     library._destroy()
 
 
+def gemms_of(options) -> set[str]:
+    """The first chunk writes the head's gradient, and the others add to it."""
+    return {"mm", "addmm"} if "workspace_mib" in options else {"mm"}
+
+
 @pytest.mark.parametrize(
     "options",
     [
@@ -59,7 +64,7 @@ def test_agrees_with_float64(narrow_gemms, make_case, agrees, options, teacher_w
         dtype=torch.float64, **{**options, "strategy": "reference", "workspace_mib": 256}
     )
     actual = case.run(**options, strategy="chunked")
-    assert {"mm", "addmm"} == set(narrow_gemms)
+    assert set(narrow_gemms) == gemms_of(options)
     for name in ("loss", "per_token", "student_logprob", "teacher_entropy"):
         got, want = getattr(actual.output, name), getattr(truth.output, name)
         assert torch.allclose(got.double(), want.double(), rtol=1e-5, atol=1e-5), name
@@ -76,7 +81,7 @@ def test_log_probs_agree_with_float64(narrow_gemms, make_logprob, loss, options)
     wide = options | {"strategy": "reference", "workspace_mib": 256}
     truth = case.run(loss, dtype=torch.float64, **wide)
     actual = case.run(loss, **options, strategy="chunked")
-    assert {"mm", "addmm"} == set(narrow_gemms)
+    assert set(narrow_gemms) == gemms_of(options)
     for name in ("logprob", "entropy"):
         got, want = getattr(actual.output, name), getattr(truth.output, name)
         assert torch.allclose(got.double(), want, rtol=1e-5, atol=1e-5), name

@@ -132,11 +132,13 @@ class TritonLogprobTiles:
         self.chunks = GradientChunks.of(
             self.hidden, self.head, permutation, workspace_mib=options.workspace_mib
         )
+        self.sweep_bytes = 0
         self.workspace_bytes = self.chunks.workspace_bytes
 
-    def sweep(self, columns: Tensor) -> Sweep:
+    def sweep(self, columns: Tensor, rows: slice = slice(None)) -> Sweep:
         """Statistics of all tiles; see `logprob.tiled.Tiles`."""
-        stats, sampled = sweep(self.hidden, self.head, self.transform, self.order, columns)
+        hidden, columns = self.hidden[rows], columns[rows]
+        stats, sampled = sweep(hidden, self.head, self.transform, self.order, columns)
         return Sweep(TileStats(*stats), sampled)
 
     def select(self, stats: TileStats, lse: Tensor, rule: Sparsity) -> Tensor:

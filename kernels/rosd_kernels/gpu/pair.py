@@ -6,7 +6,7 @@ loaded once for both. `loss.py` and `gradient.py` turn the result into sums and 
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import triton
 import triton.language as tl
@@ -358,6 +358,14 @@ class Pair:
             teacher_bias=teacher_bias,
             order=order,
             options=options,
+        )
+
+    def at(self, rows: slice) -> Pair:
+        """The same sides for some of the rows."""
+        return replace(
+            self,
+            student_hidden=self.student_hidden[rows],
+            teacher_hidden=self.teacher_hidden[rows],
         )
 
     @property

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from rosd_kernels.autograd import Gradients, Needed
@@ -12,7 +13,11 @@ from rosd_kernels.gpu.pair import Pair
 from rosd_kernels.gpu.select import select
 from rosd_kernels.gpu.sweep import sweep
 from rosd_kernels.records import SpanInputs, SpanOptions
+from rosd_kernels.row_groups import RowGroups
 from rosd_kernels.sparsity import Sparsity, Sweep, TileStats, sweep_sides
+from rosd_kernels.tiles import ROW_BLOCK, num_row_blocks
+
+LOSS_PLANES = 2  # partial sums of a row and tile, see gpu/loss.py
 
 
 class TritonTiles:
@@ -29,11 +34,19 @@ class TritonTiles:
         self.is_stacked = inputs.is_stacked and same_dtype
         student = self.pair.student_hidden, self.pair.student_head
         self.chunks = GradientChunks.of(*student, permutation, workspace_mib=options.workspace_mib)
-        self.workspace_bytes = self.chunks.workspace_bytes
+        self.groups = RowGroups.of(
+            inputs.num_tokens,
+            inputs.vocab_size,
+            torch.float32,
+            planes=LOSS_PLANES,
+            budget=options.workspace_mib,
+        )
+        self.sweep_bytes = 0
+        self.workspace_bytes = max(self.chunks.workspace_bytes, self.groups.num_bytes)
 
-    def sweep(self, columns: Tensor | None) -> tuple[Sweep, Sweep]:
+    def sweep(self, columns: Tensor | None, rows: slice = slice(None)) -> tuple[Sweep, Sweep]:
         """Statistics of all tiles of the student and of the teacher; see `tiled.Tiles`."""
-        return sweep_sides(self._sweep, self.pair.hidden, columns, is_stacked=self.is_stacked)
+        return sweep_sides(self._sweep, self.pair.hidden, columns, rows, is_stacked=self.is_stacked)
 
     def _sweep(
         self, hidden: Tensor, side: int, columns: Tensor | None
@@ -56,7 +69,12 @@ class TritonTiles:
         self, active: Tensor, student_lse: Tensor, teacher_lse: Tensor, needed: Needed
     ) -> tuple[Tensor, Tensor]:
         """([N] sum of c, [N] sum of e) over the active tiles of each row."""
-        value, total = loss(self.pair, student_lse, teacher_lse, active)
+        found = []
+        for rows in self.groups.slices():
+            blocks = slice(rows.start // ROW_BLOCK, num_row_blocks(rows.stop))
+            of_rows = student_lse[rows], teacher_lse[rows], active[blocks]
+            found.append(loss(self.pair.at(rows), *of_rows))
+        value, total = torch.cat(found, dim=1)
         return value, total
 
     def gradients(

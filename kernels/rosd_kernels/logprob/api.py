@@ -81,8 +81,9 @@ def span_logprob(
             of the entries that matter; "tiled", one tile of the vocabulary at a time, and with
             `sparsity` only those that matter; "reference", plain PyTorch on whole [N, V] logits,
             for tests; "auto", see auto.py. They agree up to rounding and what `sparsity` skips.
-        workspace_mib: bound on all logit-sized buffers together. One row ("chunked") or one tile
-            ("tiled") is held in any case. None: by the device, see `default_workspace_mib`.
+        workspace_mib: bound on all logit-sized buffers together, statistics of tiles included. One
+            row ("chunked"), or one tile and the statistics of 128 rows ("tiled"), are held in any
+            case. None: by the device, see `default_workspace_mib`.
         vocab_group: a torch.distributed process group over which the vocabulary is sharded: head
             and bias are this rank's rows, in rank order, of any number; hidden states and ids (of
             the whole vocabulary) are the same on all ranks, and `token_loss` computes the same. So
@@ -131,7 +132,9 @@ def _run(
     """The last checks, which need the whole vocabulary's size, then the strategy."""
     check_group(vocab_group, strategy)
     check_order(options.sparsity, inputs.vocab_size)
-    vocabulary = Vocabulary(inputs.vocab_size, vocab_group, inputs.hidden.device)
+    vocabulary = Vocabulary(
+        inputs.vocab_size, vocab_group, inputs.head.device, inputs.head.data_ptr()
+    )
     check_ids(inputs.token_ids, vocabulary)
     name, kind = strategy, None
     if strategy == "auto":

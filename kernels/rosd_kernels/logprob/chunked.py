@@ -126,7 +126,7 @@ class Chunks:
         """Three sweeps: ([N] losses, values, gradients of the losses' sum)."""
         found = TokenValues.empty(self.inputs)
         losses = torch.empty_like(found.lse)
-        gradients = zero_gradients(self.inputs.leaves, needed, self.plan.dtype)
+        gradients = self._empty_gradients(needed)
         for chunk in self._chunks():
             for rows, logits, out in self._blocks(chunk):
                 self._store_values(found, rows, logits)
@@ -139,12 +139,17 @@ class Chunks:
 
     def gradients(self, values: TokenValues, slopes: Slopes, needed: Needed) -> Gradients:
         """Three sweeps: the gradients, given the slopes of all tokens."""
-        gradients = zero_gradients(self.inputs.leaves, needed, self.plan.dtype)
+        gradients = self._empty_gradients(needed)
         for chunk in self._chunks():
             for rows, logits, out in self._blocks(chunk):
                 self._gradient(rows, logits, values.at(rows), slopes.at(rows), out)
             self._add_gradients(gradients, chunk)
         return self._summed(gradients)
+
+    def _empty_gradients(self, needed: Needed) -> Gradients:
+        """Where chunks are added; the first one writes the head's."""
+        leaves, is_written = self.inputs.leaves, self.inputs.num_tokens > 0
+        return zero_gradients(leaves, needed, self.plan.dtype, head_is_written=is_written)
 
     def _chunks(self) -> Iterator[slice]:
         """Yield the rows of each chunk, whose raw logits are then in the workspace."""
@@ -180,7 +185,7 @@ class Chunks:
             gradients.hidden[chunk] = self.workspace.backproject(grad_logits, head)
         if gradients.head is not None:
             hidden = self.workspace.operand(self.inputs.hidden[chunk].detach())
-            multiply(grad_logits.T, hidden, out=gradients.head, add=True)
+            multiply(grad_logits.T, hidden, out=gradients.head, add=chunk.start > 0)
         if gradients.bias is not None:
             gradients.bias.add_(grad_logits.sum(0, dtype=self.plan.dtype))
 

@@ -33,14 +33,16 @@ class GemmLogprobTiles:
         self.head = HeadTiles(inputs.head, inputs.transform(options), permutation, self.dtype)
         self.hidden = inputs.hidden.detach().to(self.dtype)
         column_bytes = (SWEEP_ROWS + self.head.copied_width) * self.dtype.itemsize
-        budget = int(options.workspace_mib * MIB)
+        budget = int(options.workspace_mib * MIB) // 2  # the other half is for statistics
         self.width = chunk_width(budget, column_bytes, inputs.vocab_size)
-        self.workspace_bytes = column_bytes * self.width
+        self.sweep_bytes = self.workspace_bytes = column_bytes * self.width
         self.logits = self.hidden.new_empty(SWEEP_ROWS * self.width)
 
-    def sweep(self, columns: Tensor) -> Sweep:
+    def sweep(self, columns: Tensor, rows: slice = slice(None)) -> Sweep:
         """Statistics of all tiles; see `logprob.tiled.Tiles`."""
-        found, sampled = self.head.sweep(self.hidden, columns, width=self.width, logits=self.logits)
+        found, sampled = self.head.sweep(
+            self.hidden[rows], columns[rows], width=self.width, logits=self.logits
+        )
         return Sweep(TileStats(*found), sampled)
 
     def select(self, stats: TileStats, lse: Tensor, rule: Sparsity) -> Tensor:

@@ -15,12 +15,16 @@ logprob/elementwise.py, a row's error is at most, in L1 norm w.r.t. its scaled l
 
 The tile of a sampled token is active in any case: its entry has most of the gradient.
 
+Sweep and selection go over groups of rows, so that the statistics of their tiles take at most half
+of the workspace (row_groups.py).
+
 Where the vocabulary is sharded, each rank selects among its own tiles; normalizers, entropies and
 dh are summed over the ranks. Sums have a fixed sequence and there are no atomics.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
 import torch
@@ -42,19 +46,29 @@ from rosd_kernels.logprob.records import (
 from rosd_kernels.logprob.token_loss import evaluate
 from rosd_kernels.order import positions
 from rosd_kernels.records import SpanStats
-from rosd_kernels.rows import entropy_terms, row_stats
+from rosd_kernels.row_groups import RowGroups
+from rosd_kernels.rows import RowStats, entropy_terms, row_stats
 from rosd_kernels.sparsity import Sparsity, Sweep, TileStats, is_dropped, measured
 from rosd_kernels.tiles import ROW_BLOCK, TILE
 from rosd_kernels.vocabulary import Vocabulary
+
+ALL_ROWS = slice(None)
+# Statistics of a row and tile that are held at once: four, and temporary ones.
+EXACT_PLANES = 8
+SPARSE_PLANES = 12
 
 
 class Tiles(Protocol):
     """The dense work of one call of `span_logprob` on one device."""
 
-    workspace_bytes: int  # logit-sized buffers held at once
+    sweep_bytes: int  # logit-sized buffers held beside the statistics of a sweep
+    workspace_bytes: int  # those held in the gradients, at once
 
-    def sweep(self, columns: Tensor) -> Sweep:
-        """Statistics of all tiles. `columns` [N]: positions of the sampled tokens."""
+    def sweep(self, columns: Tensor, rows: slice = ALL_ROWS) -> Sweep:
+        """Statistics of all tiles, for some rows.
+
+        `columns` [N]: positions of the sampled tokens, of all rows.
+        """
         ...
 
     def select(self, stats: TileStats, lse: Tensor, rule: Sparsity) -> Tensor:
@@ -79,6 +93,15 @@ class Selection(NamedTuple):
     active: Tensor  # [B, T] uint8
     mass: Tensor | None  # [N] P_D; None: all tiles are active
     entropy_error: Tensor | None  # [N] the second bracket of the module's docstring
+
+    @classmethod
+    def joined(cls, parts: Sequence[Selection]) -> Selection:
+        """The selection of consecutive groups of rows."""
+        if len(parts) == 1:
+            return parts[0]
+        active, *rest = zip(*parts, strict=True)
+        mass, error = (None if of[0] is None else torch.cat(of) for of in rest)
+        return cls(torch.cat(active), mass, error)
 
 
 def run_tiled(
@@ -140,13 +163,20 @@ class Call:
         assert columns is not None
         self.columns = columns
         self.tiles = make_tiles(inputs, options, permutation)
+        self.groups = RowGroups.of(
+            inputs.num_tokens,
+            vocabulary.largest,
+            inputs.compute_dtype,
+            planes=EXACT_PLANES if options.sparsity.rule == "exact" else SPARSE_PLANES,
+            budget=options.workspace_mib / 2,
+        )
 
     def forward(self) -> tuple[TokenValues, Selection]:
         """The sweep: the values of all tokens, and the tiles for the gradient."""
-        tiles, sampled = self.tiles.sweep(self.columns)
-        rows = row_stats(tiles.lse, tiles.entropy, sampled, self.vocabulary)
-        assert rows.logprob is not None
         sparsity, options = self.options.sparsity, self.options
+        parts = [self._group(rows) for rows in self.groups.slices()]
+        rows = RowStats.joined([of_rows for of_rows, _ in parts])
+        assert rows.logprob is not None
         if sparsity.order is not None:
             sparsity.order.observe(
                 self.inputs.hidden.detach(),
@@ -158,12 +188,18 @@ class Call:
             )
             sparsity.order.settle()
         values = TokenValues(rows.lse, rows.entropy, rows.logprob)
-        return values, self._select(tiles, values)
+        return values, Selection.joined([selection for _, selection in parts])
 
-    def _select(self, tiles: TileStats, values: TokenValues) -> Selection:
+    def _group(self, rows: slice) -> tuple[RowStats, Selection]:
+        """Sweep a group of rows and select its tiles."""
+        tiles, sampled = self.tiles.sweep(self.columns, rows)
+        of_rows = row_stats(tiles.lse, tiles.entropy, sampled, self.vocabulary)
+        return of_rows, self._select(tiles, of_rows, self.columns[rows])
+
+    def _select(self, tiles: TileStats, values: RowStats, columns: Tensor) -> Selection:
         sparsity = self.options.sparsity
         rule = sparsity.of_shard(self.vocabulary.num_shards)
-        active = with_sampled(self.tiles.select(tiles, values.lse, rule), self.columns)
+        active = with_sampled(self.tiles.select(tiles, values.lse, rule), columns)
         if sparsity.rule == "exact":
             return Selection(active, None, None)
         log_mass = tiles.lse - values.lse[:, None]
@@ -182,9 +218,8 @@ class Call:
             if slopes is not None:
                 bound = slopes.logprob.abs() * mass + slopes.entropy.abs() * entropy_error
             found = measured(active, mass, bound / self.options.temperature, self.vocabulary)
-        return SpanStats(
-            strategy="tiled", workspace_bytes=self.tiles.workspace_bytes, measured=found
-        )
+        num_bytes = max(self.tiles.sweep_bytes + self.groups.num_bytes, self.tiles.workspace_bytes)
+        return SpanStats(strategy="tiled", workspace_bytes=num_bytes, measured=found)
 
     def gradients(
         self, active: Tensor, values: TokenValues, slopes: Slopes, needed: Needed

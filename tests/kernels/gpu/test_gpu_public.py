@@ -230,6 +230,14 @@ def test_chunks_do_not_change_the_result(make_case, agrees, strategy):
     assert parts.output.stats.workspace_bytes < whole.output.stats.workspace_bytes
 
 
+def test_groups_of_rows_do_not_change_the_result(make_case, agrees):
+    case = make_case(200, 140, 16, bias=True, weights=True, sampled=True)
+    whole = case.run(strategy="tiled")
+    parts = case.run(strategy="tiled", workspace_mib=1e-4)  # a row block per group
+    agrees(parts, whole, tolerance=2e-6)
+    assert torch.equal(parts.output.per_token, whole.output.per_token)
+
+
 V = 3 * TILE + 50
 
 
