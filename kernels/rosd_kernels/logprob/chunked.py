@@ -80,7 +80,7 @@ def run_chunked(
         chunks = Rows(inputs, options, vocabulary)
         losses, values, gradients = chunks.losses(token_loss, needed)
     return SpanLogprobOutput(
-        loss=precomputed("span_logprob", inputs.leaves, losses.sum(), gradients),
+        loss=precomputed("span_logprob", inputs.leaves, losses.sum(), gradients, inputs.head_sum),
         logprob=values.logprob,
         entropy=values.entropy,
         stats=chunks.stats,
@@ -94,7 +94,7 @@ class Chunks:
         self, inputs: LogprobInputs, options: LogprobOptions, vocabulary: Vocabulary
     ) -> None:
         self.inputs, self.vocabulary = inputs, vocabulary
-        self.transform = inputs.transform(options)
+        self.transform, self.scale = inputs.transform(options), inputs.scale(options)
         columns = vocabulary.columns(inputs.token_ids)
         assert columns is not None
         self.columns = columns
@@ -126,7 +126,7 @@ class Chunks:
         """Three sweeps: ([N] losses, values, gradients of the losses' sum)."""
         found = TokenValues.empty(self.inputs)
         losses = torch.empty_like(found.lse)
-        gradients = zero_gradients(self.inputs.leaves, needed, self.plan.dtype)
+        gradients = self._empty(needed)
         for chunk in self._chunks():
             for rows, logits, out in self._blocks(chunk):
                 self._store_values(found, rows, logits)
@@ -139,12 +139,15 @@ class Chunks:
 
     def gradients(self, values: TokenValues, slopes: Slopes, needed: Needed) -> Gradients:
         """Three sweeps: the gradients, given the slopes of all tokens."""
-        gradients = zero_gradients(self.inputs.leaves, needed, self.plan.dtype)
+        gradients = self._empty(needed)
         for chunk in self._chunks():
             for rows, logits, out in self._blocks(chunk):
                 self._gradient(rows, logits, values.at(rows), slopes.at(rows), out)
             self._add_gradients(gradients, chunk)
         return self._summed(gradients)
+
+    def _empty(self, needed: Needed) -> Gradients:
+        return zero_gradients(self.inputs.leaves, needed, self.plan.dtype, self.inputs.head_sum)
 
     def _chunks(self) -> Iterator[slice]:
         """Yield the rows of each chunk, whose raw logits are then in the workspace."""
@@ -169,7 +172,7 @@ class Chunks:
     def _gradient(
         self, rows: slice, logits: Tensor, values: TokenValues, slopes: Slopes, out: Tensor
     ) -> None:
-        factors = row_factors(values, slopes, self.transform.temperature)
+        factors = row_factors(values, slopes, self.scale)
         gradient(logits, self.transform, self.columns[rows], values.lse, factors, out=out)
 
     def _add_gradients(self, gradients: Gradients, chunk: slice) -> None:
