@@ -56,11 +56,9 @@ def differentiable(
     needed = needed_of(inputs.students)
     with torch.no_grad():
         computed = compute(needed)
-    students, gradients, head_sum = inputs.students, computed.gradients, inputs.head_sum
-    of_head = gradients.head
-    if head_sum is not None and of_head is not None and of_head is not head_sum.buffer:
-        head_sum.buffer.add_(of_head)  # "tiled" on a GPU forms dW in memory of its own
-    loss = precomputed("span_divergence", students, computed.loss, gradients, head_sum)
+    loss = precomputed(
+        "span_divergence", inputs.students, computed.loss, computed.gradients, inputs.head_sum
+    )
     return SpanDivergenceOutput(loss=loss, **computed.results._asdict(), stats=computed.stats)
 
 
@@ -113,8 +111,11 @@ def precomputed(
 
     function: the public function, for error messages.
     """
-    factor, adds_head = 1.0, head_sum is not None and gradients.head is not None
+    factor, of_head = 1.0, gradients.head
+    adds_head = head_sum is not None and of_head is not None
     if head_sum is not None:
+        if of_head is not None and of_head is not head_sum.buffer:
+            head_sum.buffer.add_(of_head)  # "tiled" on a GPU forms dW in memory of its own
         gradients, factor = gradients._replace(head=None), head_sum.factor
     return _Precomputed.apply(*leaves, loss, gradients, factor, adds_head, function)
 
