@@ -29,6 +29,7 @@ from rosd_fast.inputs import Inputs, load_inputs
 from rosd_fast.model.blocks import describe
 from rosd_fast.model.load import LoadedModel
 from rosd_fast.model.run_folder import run_model
+from rosd_fast.narrow import about_bfloat16
 from rosd_fast.report import (
     draw_plots,
     render_tokens_html,
@@ -310,6 +311,8 @@ def opened(config: Config, resume: Path | None, world: World, lock: RunLock) -> 
                 num_ranks=world.size,
             )
             shown.note(f"learner: {learner}")
+            if config.dtype == "bfloat16" and pick_device(config.device).type == "cpu":
+                shown.note(f"bfloat16 on this CPU: {about_bfloat16()}")
             for found in of_runs:
                 shown.note(f"model {found.describe()}")
             if arms := control_arms(config):

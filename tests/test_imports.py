@@ -14,7 +14,7 @@ from tests.import_graph import graph
 PACKAGE = Path(rosd_fast.__file__).parent
 
 LAYERS = (
-    "errors types stats threads background",
+    "errors types stats threads narrow background",
     "files text verify quickstart",
     "config",
     "utils data rollout batch report",

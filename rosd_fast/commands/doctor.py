@@ -15,6 +15,7 @@ from typing import Any
 from rosd_fast.config import Config, Section, same_as
 from rosd_fast.config.load import apply_args
 from rosd_fast.errors import UserError
+from rosd_fast.narrow import about_bfloat16
 
 POSITIONAL: tuple[str, ...] = ()
 
@@ -129,7 +130,10 @@ def examine(options: Options) -> Iterator[Finding]:
     triton = version("triton")
     yield Finding("triton", triton or "not installed: no GPU kernels", None)
     yield kernels()
-    yield find_device()
+    device = find_device()
+    yield device
+    if device.text.startswith("cpu"):
+        yield Finding("bfloat16", about_bfloat16(), None)
     yield Finding("machine", machine(), None)
     yield quickstart_model()
     yield run_folder(Path(options.out).expanduser())
