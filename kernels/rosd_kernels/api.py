@@ -123,7 +123,8 @@ def span_divergence(
             returns none for the head: micro-batches then share one buffer. None: autograd gets
             the head's gradient. Not for "reference".
         head_grad_factor: what the loss is multiplied by before backward, a loss scale included;
-            with `head_grad` only. The other gradients come out of backward as always.
+            with `head_grad` only. The other gradients come out of backward as always. On a CPU a
+            backward with another factor raises RuntimeError.
 
     Returns:
         `SpanDivergenceOutput`. Its `loss` is differentiable w.r.t. `student_hidden`, `student_head`

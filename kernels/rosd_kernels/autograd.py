@@ -7,6 +7,7 @@ gradient would be the largest tensor of all. Gradients that nobody needs are not
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -16,6 +17,7 @@ from torch import Tensor
 from rosd_kernels.records import HeadSum, SpanDivergenceOutput, SpanInputs, SpanStats
 from rosd_kernels.workspace import CAST_BYTES
 
+FACTOR_TOLERANCE = 1e-2  # relative, of `head_grad_factor`: a loss scale may be rounded to bfloat16
 Needed = tuple[bool, bool, bool]  # which gradients: hidden states, head, bias
 Leaves = tuple[Tensor, Tensor, Tensor | None]  # hidden states, head, bias
 
@@ -54,11 +56,9 @@ def differentiable(
     needed = needed_of(inputs.students)
     with torch.no_grad():
         computed = compute(needed)
-    students, gradients, head_sum = inputs.students, computed.gradients, inputs.head_sum
-    of_head = gradients.head
-    if head_sum is not None and of_head is not None and of_head is not head_sum.buffer:
-        head_sum.buffer.add_(of_head)  # "tiled" on a GPU forms dW in memory of its own
-    loss = precomputed("span_divergence", students, computed.loss, gradients, head_sum)
+    loss = precomputed(
+        "span_divergence", inputs.students, computed.loss, computed.gradients, inputs.head_sum
+    )
     return SpanDivergenceOutput(loss=loss, **computed.results._asdict(), stats=computed.stats)
 
 
@@ -111,10 +111,13 @@ def precomputed(
 
     function: the public function, for error messages.
     """
-    factor = 1.0
+    factor, of_head = 1.0, gradients.head
+    adds_head = head_sum is not None and of_head is not None
     if head_sum is not None:
+        if of_head is not None and of_head is not head_sum.buffer:
+            head_sum.buffer.add_(of_head)  # "tiled" on a GPU forms dW in memory of its own
         gradients, factor = gradients._replace(head=None), head_sum.factor
-    return _Precomputed.apply(*leaves, loss, gradients, factor, function)
+    return _Precomputed.apply(*leaves, loss, gradients, factor, adds_head, function)
 
 
 class _Precomputed(torch.autograd.Function):
@@ -129,10 +132,11 @@ class _Precomputed(torch.autograd.Function):
         loss: Tensor,
         gradients: Gradients,
         factor: float,
+        has_head_sum: bool,
         function: str,
     ) -> Tensor:
         ctx.gradients, ctx.factor, ctx.function = gradients, factor, function
-        ctx.dtypes = dtypes_of((hidden, head, bias))
+        ctx.dtypes, ctx.has_head_sum = dtypes_of((hidden, head, bias)), has_head_sum
         return loss.clone()
 
     @staticmethod
@@ -145,13 +149,15 @@ class _Precomputed(torch.autograd.Function):
                 "strategy='reference'"
             )
         gradients, ctx.gradients = ctx.gradients, None
+        if ctx.has_head_sum:
+            refuse_other_factor(ctx.function, grad_loss, ctx.factor)
         if ctx.factor != 1:
             grad_loss = grad_loss / ctx.factor
         scaled = (
             None if gradient is None else scale_(gradient, grad_loss, dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         )
-        return (*scaled, None, None, None, None)
+        return (*scaled, None, None, None, None, None)
 
 
 def dtypes_of(leaves: Leaves) -> tuple[torch.dtype | None, ...]:
@@ -163,6 +169,21 @@ def refuse_second_derivative(function: str) -> None:
     if torch.is_grad_enabled():
         raise RuntimeError(
             f"{function}: create_graph=True is supported only with strategy='reference'"
+        )
+
+
+def refuse_other_factor(function: str, grad_loss: Tensor, factor: float) -> None:
+    """Raise RuntimeError where the loss was not multiplied by the factor that forward was told.
+
+    The head's gradient is already added with it. Reading `grad_loss` on a GPU would wait for it.
+    """
+    if grad_loss.device.type != "cpu":
+        return
+    given = float(grad_loss)
+    if not math.isclose(given, factor, rel_tol=FACTOR_TOLERANCE):
+        raise RuntimeError(
+            f"{function}: head_grad_factor is {factor:g}, but the loss was multiplied by "
+            f"{given:g} before backward; want the same number"
         )
 
 

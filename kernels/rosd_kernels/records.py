@@ -76,6 +76,36 @@ class HeadSum:
     buffer: Tensor  # [V, H] in the dtype of the results, contiguous
     factor: float  # what the caller multiplies the loss by before backward
 
+    @classmethod
+    def of(
+        cls,
+        buffer: Tensor,
+        factor: float,
+        *,
+        dtype: torch.dtype,
+        others: tuple[Tensor, ...] = (),
+        **heads: Tensor,
+    ) -> HeadSum:
+        """Check the arguments `head_grad` and `head_grad_factor`. Raises ValueError.
+
+        dtype: of the results. heads: the [V, H] whose gradient is added, by its argument's name.
+        others: further heads, whose memory the buffer must not be.
+        """
+        (head,) = heads.values()
+        check_matrix("head_grad", buffer, f"[V, H] = {list(head.shape)}")
+        if buffer.shape != head.shape or buffer.dtype != dtype or not buffer.is_contiguous():
+            raise ValueError(
+                f"head_grad: got {buffer.dtype} of shape {list(buffer.shape)}, want contiguous "
+                f"{dtype} of shape [V, H] = {list(head.shape)}"
+            )
+        check_devices(**heads, head_grad=buffer)
+        if any(buffer.data_ptr() == x.data_ptr() != 0 for x in (head, *others)):
+            raise ValueError("head_grad: got the memory of a head, want memory of its own")
+        if buffer.requires_grad:
+            raise ValueError("head_grad: got a tensor that requires a gradient, want one without")
+        check_scales(head_grad_factor=factor)
+        return cls(buffer=buffer, factor=float(factor))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SpanInputs:
@@ -221,16 +251,14 @@ class SpanInputs:
         """The inputs of a call that adds the head's gradient to `buffer`. Raises ValueError."""
         if buffer is None:
             return self
-        head, dtype = self.student_head, self.compute_dtype
-        check_matrix("head_grad", buffer, f"[V, H] = {list(head.shape)}")
-        if buffer.shape != head.shape or buffer.dtype != dtype or not buffer.is_contiguous():
-            raise ValueError(
-                f"head_grad: got {buffer.dtype} of shape {list(buffer.shape)}, want contiguous "
-                f"{dtype} of shape [V, H] = {list(head.shape)}"
-            )
-        check_devices(student_head=head, head_grad=buffer)
-        check_scales(head_grad_factor=factor)
-        return replace(self, head_sum=HeadSum(buffer=buffer, factor=float(factor)))
+        found = HeadSum.of(
+            buffer,
+            factor,
+            dtype=self.compute_dtype,
+            others=(self.teacher_head,),
+            student_head=self.student_head,
+        )
+        return replace(self, head_sum=found)
 
     def rows(self, start: int, stop: int) -> SpanInputs:
         """The inputs of tokens start..stop only, as views."""

@@ -7,11 +7,14 @@
     dh = a G W[index], dW[index] += G^T a h    compact.py: 2f units, or f without dW
 
 with f = A/V. A chunk is one block, whose rows share their active entries. The loss is at most the
-exact one, the gradient's error at most `grad_error_bound`, see active.py.
+exact one (but for a clipped forward_kl, see sparsity.py), the gradient's error at most
+`grad_error_bound`, see active.py. In reverse_kl a tile of which a bias masks only a part is
+scanned: as one entry it would have no bound.
 """
 
 from __future__ import annotations
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -126,6 +129,8 @@ def sparse_block(
         for logits, transform in zip((student, teacher), transforms, strict=True)
     ]
     entries = select_entries(sides, options.sparsity.of_shard(vocabulary.num_shards))
+    if options.divergence == "reverse_kl":
+        entries.scanned.logical_or_(_unbounded(sides))
     lses = sides[0].rows.lse, sides[1].rows.lse
     if entries.is_dense:
         sums = torch.cat([terms_(student, teacher, *transforms, *lses, options), zeros(lses[0], 4)])
@@ -150,6 +155,12 @@ def sparse_block(
         lost_mass=torch.maximum(student_mass, teacher_mass),
         grad_error=error / options.temperature,
     )
+
+
+def _unbounded(sides: list[Side]) -> Tensor:
+    """[R, T] tiles in which reverse_kl has no bound on log(p/q): only some entries are masked."""
+    student, teacher = (side.tiles for side in sides)
+    return (teacher.min == -math.inf) & (student.max > -math.inf)
 
 
 def zeros(like: Tensor, count: int) -> Tensor:

@@ -10,9 +10,10 @@ row block's active tiles, and the mass of the others is known as well:
     entry(eps)  tiles in which some row of the block has an entry with p or q above eps
     mass(tol)   all but the smallest tiles of each row that together hold at most tol of p and of q
 
-A dropped tile enters the loss as one entry with probabilities P and Q (never too much, as merging
-entries lowers a divergence), and its entries get no gradient. Let `E_D` bound `sum_D |e_v|` over
-the dropped entries D (see divergences.py for e and K). The gradient of a row w.r.t. its logits,
+A dropped tile enters the loss as one entry with probabilities P and Q, and its entries get no
+gradient. As merging entries lowers a divergence, the loss is never too large, except in forward_kl
+with entry_clip, some of whose entries are negative. Let `E_D` bound `sum_D |e_v|` over the dropped
+entries D (see divergences.py for e and K). The gradient of a row w.r.t. its logits,
 `e_v - p_v K`, is then off in L1 norm by at most
 
     2 E_D + P_D (|K_A| + E_D)       with K_A the sum of e over the active entries,

@@ -522,6 +522,7 @@ class Learner:
             temperature=self.config.sample.temperature,
             order=self.order,
             vocab_group=self.world.shard_group if self.vocab_parallel else None,
+            head_grad=self._head_sum(),
         )
         return output if gathered is None else gathered.local_part(output)
 

@@ -131,11 +131,13 @@ def policy_loss(
     temperature: float,
     order: VocabularyOrder | None = None,
     vocab_group: ProcessGroup | None = None,
+    head_grad: Tensor | None = None,  # [V, H] float32
 ) -> SpanLogprobOutput:
     """The micro-batch's weighted sum of policy gradient and likelihood losses.
 
-    The arguments are those of `span_loss`. Differentiable with respect to the student's states and
-    head; log-probs and entropies are detached.
+    The arguments are those of `span_loss`; the loss is not divided by anything before backward.
+    Differentiable with respect to the student's states and head; log-probs and entropies are
+    detached.
     """
     device = student_hidden.device
     return span_logprob(
@@ -149,6 +151,7 @@ def policy_loss(
         strategy=strategy(config, device),
         workspace_mib=config.workspace_mib,
         vocab_group=vocab_group,
+        head_grad=head_grad,
         **sparsity(config, order),
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import math
 import os
 import signal
 import subprocess
@@ -57,9 +58,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.device == "cuda" and (problem := cuda_problem(out)):
         print(f"gpu_day_one: {problem}", file=sys.stderr)
         return BAD_CALL
+    try:
+        return run(args, out, needs, end=started + 60 * args.minutes)
+    except OSError as error:
+        print(
+            f"gpu_day_one: {error.filename or out}: {error.strerror}; start it again to go on",
+            file=sys.stderr,
+        )
+        return 1
+
+
+def run(args: argparse.Namespace, out: Path, needs: Needs, *, end: float) -> int:
+    """Run the stages until `end`, seconds of the monotonic clock; returns the exit status.
+
+    Raises OSError where a result cannot be written; those before it are kept.
+    """
     facts = identity(args.device)
     entries = [BY_NAME[name] for name in args.only] if args.only else list(STAGES)
-    end = started + 60 * args.minutes
     for index, entry in enumerate(entries):
         left = end - time.monotonic()
         weights = [other.weight for other in entries[index:]]
@@ -97,7 +112,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     names = [entry.name for entry in STAGES]
     parser.add_argument("--only", nargs="+", choices=names, metavar="STAGE", help=", ".join(names))
     args = parser.parse_args(argv)
-    if args.minutes <= 0:
+    if not 0 < args.minutes < math.inf:
         parser.error(f"--minutes is {args.minutes:g}; give a number above 0")
     return args
 

@@ -51,39 +51,63 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--python", nargs="+", default=["3.11", "3.12"], metavar="VERSION")
     parser.add_argument("--max-mb", type=float, default=60.0, help="size of the folder")
     args = parser.parse_args(argv)
-    folder: Path = args.folder
-    if folder.exists() and any(
-        path.suffix != ".whl" and path.name != SOURCE for path in folder.iterdir()
-    ):
+    try:
+        return make(args.folder, args.python, args.max_mb)
+    except OSError as error:
+        print(f"gpu_wheels: {error.filename or args.folder}: {error.strerror}", file=sys.stderr)
+        return 2
+
+
+def make(folder: Path, pythons: Sequence[str], max_mb: float) -> int:
+    """Fill the folder; returns the exit status. Raises OSError where it cannot be written."""
+    if not prepare(folder):
         print(f"gpu_wheels: {folder} has other files in it; name a new folder", file=sys.stderr)
         return 2
-    folder.mkdir(parents=True, exist_ok=True)
-    for path in folder.iterdir():
-        path.unlink()
-    commit = archive_source(folder / SOURCE)
+    try:
+        commit = archive_source(folder / SOURCE)
+    except subprocess.CalledProcessError as error:
+        said = (error.stderr or "").strip() or f"exit status {error.returncode}"
+        print(f"gpu_wheels: git cannot archive {TREE}: {said}", file=sys.stderr)
+        return 1
     with tempfile.TemporaryDirectory() as name:
         downloads = Path(name)
-        for python in args.python:
+        for python in pythons:
             try:
                 download(python, downloads)
             except subprocess.CalledProcessError:  # pip has said why
                 print(f"gpu_wheels: pip found no wheels for Python {python}", file=sys.stderr)
                 return 1
-        left_out = fill(folder, downloads, max_bytes=args.max_mb * MB)
+        left_out = fill(folder, downloads, max_bytes=max_mb * MB)
     size = folder_size(folder)
     print(
         f"{folder}: commit {commit}, {len(list(folder.glob('*.whl')))} wheels, {size / MB:.1f} MB"
     )
     if left_out:
-        print(f"left out, to stay under {args.max_mb:g} MB: {', '.join(left_out)}")
-    for python in args.python:
-        print(f"a machine with Python {python} must have {', '.join(lacks(folder, python))}")
-    if size > args.max_mb * MB:
-        print(
-            f"gpu_wheels: {folder} is over {args.max_mb:g} MB; name one --python", file=sys.stderr
-        )
+        print(f"left out, to stay under {max_mb:g} MB: {', '.join(left_out)}")
+    for python in pythons:
+        lacking = ", ".join(lacks(folder, python))
+        lacking = lacking.replace("matplotlib", "matplotlib (only for plots)")
+        print(f"a machine with Python {python} must have {lacking}")
+    if size > max_mb * MB:
+        print(f"gpu_wheels: {folder} is over {max_mb:g} MB; name one --python", file=sys.stderr)
         return 1
     return 0
+
+
+def prepare(folder: Path) -> bool:
+    """Make the folder, or empty one that an earlier call made; whether it could be.
+
+    A folder without the source may be somebody's own wheels, which are kept.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    names = {path.name for path in folder.iterdir()}
+    if any(not name.endswith(".whl") and name != SOURCE for name in names):
+        return False
+    if names and SOURCE not in names:
+        return False
+    for name in names - {SOURCE}:
+        (folder / name).unlink()
+    return True
 
 
 def archive_source(path: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import shutil
@@ -109,6 +110,8 @@ def test_all_stages_in_miniature(tmp_path: Path) -> None:
     [
         (["--wheels", "no/such/folder"], "no/such/folder is no folder"),
         (["--minutes", "0"], "give a number above 0"),
+        (["--minutes", "nan"], "give a number above 0"),
+        (["--minutes", "inf"], "give a number above 0"),
         (["--only", "lunch"], "invalid choice: 'lunch'"),
     ],
 )
@@ -123,6 +126,19 @@ def test_a_place_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     done = run("--device", "cpu", "--out", tmp_path / "file" / "out")
     assert done.returncode == 2
     assert done.stderr.count("\n") == 1 and "cannot be written: Not a directory" in done.stderr
+
+
+def test_a_full_disk_is_one_clear_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(main, "run_stage", full)
+    monkeypatch.setattr(main.signal, "signal", lambda *_: None)  # this process keeps its handler
+    assert main.main(["--device", "cpu", "--out", str(tmp_path), "--only", "machine"]) == 1
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1 and f"{tmp_path}: No space left on device" in said
 
 
 def test_a_python_without_torch_is_refused(tmp_path: Path) -> None:

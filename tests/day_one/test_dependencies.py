@@ -156,6 +156,36 @@ def test_a_folder_with_other_files_is_not_emptied(
     assert "other files" in capsys.readouterr().err
 
 
+def test_wheels_that_it_did_not_make_are_kept(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    kept = wheel(tmp_path, "own", "1.0")
+    assert wheels.main([str(tmp_path)]) == 2
+    assert kept.exists() and "name a new folder" in capsys.readouterr().err
+    (tmp_path / wheels.SOURCE).write_bytes(b"")  # now an earlier call made it
+    assert wheels.prepare(tmp_path)
+    assert not kept.exists()
+
+
+def test_a_folder_that_cannot_be_made_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "file").write_text("")
+    for folder in (tmp_path / "file", tmp_path / "file" / "wheels"):
+        assert wheels.main([str(folder)]) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("gpu_wheels: ") and said.count("\n") == 1 and str(folder) in said
+
+
+def test_a_tree_without_git_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(wheels, "TREE", tmp_path)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path.parent))
+    assert wheels.main([str(tmp_path / "wheels")]) == 1
+    assert "git cannot archive" in capsys.readouterr().err
+
+
 def test_the_source_archive_names_its_commit(tmp_path: Path) -> None:
     import tarfile
 

@@ -118,6 +118,28 @@ def test_a_wrong_buffer_is_refused(make_case, options, text):
         span_divergence(**case.tensors, **options)
 
 
+def test_memory_of_a_head_or_with_a_gradient_is_refused(make_case):
+    x = make_case(4, 140, 8).tensors
+    with pytest.raises(ValueError, match="memory of a head"):
+        span_divergence(**x, head_grad=x["student_head"].detach())
+    with pytest.raises(ValueError, match="requires a gradient"):
+        span_divergence(**x, head_grad=torch.zeros(140, 8, requires_grad=True))
+
+
+@pytest.mark.parametrize("is_frozen", [False, True])
+def test_a_backward_with_another_factor_is_refused(make_case, is_frozen):
+    x = dict(make_case(4, 140, 8).tensors)
+    x["student_hidden"].requires_grad_()
+    x["student_head"].requires_grad_(not is_frozen)
+    options: dict[str, Any] = {"head_grad": torch.zeros(140, 8), "head_grad_factor": 0.5}
+    loss = span_divergence(**x, **options).loss
+    if is_frozen:  # nothing was added to the buffer
+        (loss * 2).backward()
+        return
+    with pytest.raises(RuntimeError, match=r"head_grad_factor is 0.5, .* multiplied by 2"):
+        (loss * 2).backward()
+
+
 @pytest.mark.parametrize(("gib", "mib"), [(6, 256), (24, 768), (80, 2048), (141, 2048)])
 def test_the_default_workspace_follows_the_device(gib, mib):
     assert gpu_workspace_mib(gib * 1024 * MIB) == mib

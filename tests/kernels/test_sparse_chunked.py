@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -130,6 +131,30 @@ def test_peaked_distributions_need_few_entries(backend, divergence, rule):
     assert out.stats.grad_error_bound < 3e-3
     assert torch.allclose(got, exact, atol=1e-4)
     assert out.loss.item() == pytest.approx(truth.loss.item(), rel=1e-4)
+
+
+@pytest.mark.parametrize("is_own", [False, True], ids=["both", "teacher"])
+def test_masked_entries_leave_reverse_kl_its_bound(backend, is_own):
+    """is_own: only the teacher's entries are masked, so that the loss is infinite."""
+    student, teacher = peaked(3, sharpness=20, gap=0.3, seed=0, likely=5)
+    bias = torch.zeros(V)
+    bias[::3] = -math.inf
+    likely = student.sum(0).topk(5).indices
+    bias[likely] = 0
+    options: Any = {
+        "divergence": "reverse_kl",
+        "student_bias": None if is_own else bias,
+        "teacher_bias": bias,
+    }
+    exact, truth = gradient_and_output(student, teacher, **options)
+    got, out = gradient_and_output(student, teacher, sparsity=entry(2**-12), **options)
+    assert out.stats.active_frac < 0.1
+    if is_own:
+        assert bool((truth.per_token == math.inf).all())
+        assert bool((out.per_token == math.inf).all())
+        return
+    assert (got - exact).abs().sum(1).max() <= out.stats.grad_error_bound < 1e-2
+    assert torch.allclose(out.per_token, truth.per_token, rtol=1e-3)
 
 
 def test_nothing_dropped_is_the_exact_result(backend):

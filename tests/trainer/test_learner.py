@@ -22,7 +22,7 @@ from rosd_fast.trainer.learner import Learner, TrainingDiverged
 from rosd_fast.trainer.loss import span_loss
 from rosd_fast.trainer.optim import Optimizer
 from rosd_fast.trainer.teacher import Teacher
-from rosd_fast.types import PackedBatch, PackedSequences
+from rosd_fast.types import PackedBatch, PackedSequences, PolicyTokens
 from tests.tiny import SHAPE, VOCAB
 
 
@@ -99,6 +99,24 @@ def batch(samples: list[dict]) -> PackedBatch:
         weights=torch.tensor([s["weight"] for s in samples]).repeat_interleave(counts),
         rollout_logprobs=torch.cat([s["logprobs"][s["start"] :] for s in samples]),
         sample_index=torch.arange(len(samples)).repeat_interleave(counts),
+    )
+
+
+def with_policy(batch: PackedBatch) -> PackedBatch:
+    """The batch, with its distilled tokens trained by a policy gradient and a likelihood too."""
+    assert batch.student.gather is not None
+    count = batch.num_distilled
+    return dataclasses.replace(
+        batch,
+        policy=PolicyTokens(
+            gather=batch.student.gather,
+            token_ids=batch.token_ids,
+            weights=batch.weights / 8,
+            advantages=torch.linspace(-1, 1, count),
+            is_likelihood=torch.arange(count) % 3 == 0,
+            rollout_logprobs=batch.rollout_logprobs,
+            sample_index=batch.sample_index,
+        ),
     )
 
 
@@ -213,9 +231,19 @@ def test_micro_batches_do_not_change_the_gradient(dtype, bound, monkeypatch):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("tied", [True, False])
 def test_the_heads_gradient_is_summed_in_place(dtype, tied, monkeypatch):
-    """Micro-batches add it to one float32 buffer; the gradients are those that autograd gives."""
+    """Both losses of all micro-batches add it to one float32 buffer; the gradients are those that
+    autograd gives."""
     samples = [sample(i) for i in range(4)]
-    batches = [batch(samples[:2]), batch(samples[2:])]
+    batches = [with_policy(batch(samples[:2])), with_policy(batch(samples[2:]))]
+    buffers = []
+    for name in ("span_loss", "policy_loss"):
+        loss = getattr(learner_module, name)
+
+        def watched(*args, loss=loss, **kwargs):
+            buffers.append(kwargs["head_grad"])
+            return loss(*args, **kwargs)
+
+        monkeypatch.setattr(learner_module, name, watched)
     found, made = [], []
     for in_place in (True, False):
         learner = Learner(tiny_model(dtype, tied=tied), config())
@@ -225,6 +253,7 @@ def test_the_heads_gradient_is_summed_in_place(dtype, tied, monkeypatch):
         made.append(of_head)
         found.append(gradients_of_step(learner, batches, monkeypatch))
     assert made[0] is not None and made[0].dtype == torch.float32
+    assert [buffer is not None for buffer in buffers] == [True] * 4 + [False] * 4
     assert found[0].keys() == found[1].keys()
     rounding = 1e-5 if dtype == torch.float32 else 2e-2  # autograd's bfloat16 is rounded twice
     for name, want in found[1].items():

@@ -45,6 +45,8 @@ def span_logprob(
     strategy: Literal["auto", "tiled", "chunked", "reference"] = "auto",
     workspace_mib: float | None = None,
     vocab_group: ProcessGroup | None = None,
+    head_grad: Tensor | None = None,  # [V, H]
+    head_grad_factor: float = 1.0,
 ) -> SpanLogprobOutput:
     """Log-probabilities of sampled tokens and entropies, from hidden states, without [N, V] logits.
 
@@ -89,6 +91,8 @@ def span_logprob(
             the whole vocabulary) are the same on all ranks, and `token_loss` computes the same. So
             are the results, and each rank's gradient of `hidden` is the whole one. A collective,
             and without `token_loss` so is its backward. Not for "reference".
+        head_grad, head_grad_factor: as in `span_divergence`; with `token_loss` only, as the
+            gradient is known in backward without.
 
     Returns:
         `SpanLogprobOutput`. With `token_loss`, its `loss` is differentiable w.r.t. `hidden`, `head`
@@ -116,7 +120,12 @@ def span_logprob(
         sparsity=Sparsity() if sparsity == "exact" else sparsity,
         workspace_mib=default_workspace_mib(device) if workspace_mib is None else workspace_mib,
     )
-    inputs = LogprobInputs.of(hidden=hidden, head=head, bias=bias, token_ids=token_ids)
+    inputs = LogprobInputs.of(
+        hidden=hidden, head=head, bias=bias, token_ids=token_ids
+    ).with_head_sum(head_grad, head_grad_factor)
+    if head_grad is not None and (strategy == "reference" or token_loss is None):
+        where = "without token_loss" if token_loss is None else "with strategy 'reference'"
+        raise ValueError(f"head_grad: got a tensor, want None {where}")
     # A tracer would unroll the loops over chunks; it cannot trace collectives or auto's memory.
     run: Any = torch.compiler.disable(_run) if torch.compiler.is_compiling() else _run
     return run(strategy, inputs, options, vocab_group, token_loss)

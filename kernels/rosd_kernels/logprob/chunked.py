@@ -80,7 +80,7 @@ def run_chunked(
         chunks = Rows(inputs, options, vocabulary)
         losses, values, gradients = chunks.losses(token_loss, needed)
     return SpanLogprobOutput(
-        loss=precomputed("span_logprob", inputs.leaves, losses.sum(), gradients),
+        loss=precomputed("span_logprob", inputs.leaves, losses.sum(), gradients, inputs.head_sum),
         logprob=values.logprob,
         entropy=values.entropy,
         stats=chunks.stats,
@@ -94,7 +94,7 @@ class Chunks:
         self, inputs: LogprobInputs, options: LogprobOptions, vocabulary: Vocabulary
     ) -> None:
         self.inputs, self.vocabulary = inputs, vocabulary
-        self.transform = inputs.transform(options)
+        self.transform, self.scale = inputs.transform(options), inputs.scale(options)
         columns = vocabulary.columns(inputs.token_ids)
         assert columns is not None
         self.columns = columns
@@ -147,9 +147,10 @@ class Chunks:
         return self._summed(gradients)
 
     def _empty_gradients(self, needed: Needed) -> Gradients:
-        """Where chunks are added; the first one writes the head's."""
+        """Where chunks are added; the first one writes the head's, but not a caller's sum."""
         leaves, is_written = self.inputs.leaves, self.inputs.num_tokens > 0
-        return zero_gradients(leaves, needed, self.plan.dtype, head_is_written=is_written)
+        head_sum = self.inputs.head_sum
+        return zero_gradients(leaves, needed, self.plan.dtype, head_sum, head_is_written=is_written)
 
     def _chunks(self) -> Iterator[slice]:
         """Yield the rows of each chunk, whose raw logits are then in the workspace."""
@@ -174,7 +175,7 @@ class Chunks:
     def _gradient(
         self, rows: slice, logits: Tensor, values: TokenValues, slopes: Slopes, out: Tensor
     ) -> None:
-        factors = row_factors(values, slopes, self.transform.temperature)
+        factors = row_factors(values, slopes, self.scale)
         gradient(logits, self.transform, self.columns[rows], values.lse, factors, out=out)
 
     def _add_gradients(self, gradients: Gradients, chunk: slice) -> None:
@@ -185,7 +186,12 @@ class Chunks:
             gradients.hidden[chunk] = self.workspace.backproject(grad_logits, head)
         if gradients.head is not None:
             hidden = self.workspace.operand(self.inputs.hidden[chunk].detach())
-            multiply(grad_logits.T, hidden, out=gradients.head, add=chunk.start > 0)
+            multiply(
+                grad_logits.T,
+                hidden,
+                out=gradients.head,
+                add=chunk.start > 0 or self.inputs.head_sum is not None,
+            )
         if gradients.bias is not None:
             gradients.bias.add_(grad_logits.sum(0, dtype=self.plan.dtype))
 

@@ -71,10 +71,10 @@ def gradient(
         out.copy_(logits)
 
 
-def row_factors(values: TokenValues, slopes: Slopes, temperature: float) -> Tensor:
-    """[3, N] a, b and a + b entropy, over the temperature: all that G reads of a row's loss."""
+def row_factors(values: TokenValues, slopes: Slopes, scale: float) -> Tensor:
+    """[3, N] a, b and a + b entropy, times `scale`: all that G reads of a row's loss."""
     a, b = slopes
-    return torch.stack([a, b, a + b * values.entropy]).div_(temperature)
+    return torch.stack([a, b, a + b * values.entropy]).mul_(scale)
 
 
 def plain_gradient_(

@@ -53,7 +53,9 @@ class GemmLogprobTiles:
         self, active: Tensor, columns: Tensor, lse: Tensor, factors: Tensor, needed: Needed
     ) -> Gradients:
         """Gradients from the active tiles, in the compute dtype."""
-        hidden, head, bias = zero_gradients(self.inputs.leaves, needed, self.dtype)
+        hidden, head, bias = zero_gradients(
+            self.inputs.leaves, needed, self.dtype, self.inputs.head_sum
+        )
         num_tokens, vocab_size = self.inputs.num_tokens, self.inputs.vocab_size
         for chunk, found in active_chunks(active, num_tokens, vocab_size, self.width):
             of_chunk = self.head.rows(chunk)

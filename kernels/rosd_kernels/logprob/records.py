@@ -8,7 +8,7 @@ argument.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ from rosd_kernels.checks import (
     shape_text,
 )
 from rosd_kernels.logits import LogitTransform, compute_dtype
-from rosd_kernels.records import SpanStats
+from rosd_kernels.records import HeadSum, SpanStats
 from rosd_kernels.sparsity import Sparsity
 from rosd_kernels.vocabulary import Vocabulary
 
@@ -56,6 +56,7 @@ class LogprobInputs:
     head: Tensor  # [V, H]
     bias: Tensor | None  # [V]
     token_ids: Tensor  # [N] int64
+    head_sum: HeadSum | None = None
 
     @classmethod
     def of(
@@ -93,6 +94,18 @@ class LogprobInputs:
     def compute_dtype(self) -> torch.dtype:
         """The dtype of logits, sums and results."""
         return compute_dtype(self.hidden, self.head)
+
+    def with_head_sum(self, buffer: Tensor | None, factor: float) -> LogprobInputs:
+        """The inputs of a call that adds the head's gradient to `buffer`. Raises ValueError."""
+        if buffer is None:
+            return self
+        found = HeadSum.of(buffer, factor, dtype=self.compute_dtype, head=self.head)
+        return replace(self, head_sum=found)
+
+    def scale(self, options: LogprobOptions) -> float:
+        """The factor of every row's G."""
+        factor = 1.0 if self.head_sum is None else self.head_sum.factor
+        return factor / options.temperature
 
     def transform(self, options: LogprobOptions) -> LogitTransform:
         """The transform of the logits."""

@@ -47,7 +47,7 @@ class SparseChunks:
         self, inputs: LogprobInputs, options: LogprobOptions, vocabulary: Vocabulary
     ) -> None:
         self.inputs, self.vocabulary = inputs, vocabulary
-        self.transform = inputs.transform(options)
+        self.transform, self.scale = inputs.transform(options), inputs.scale(options)
         self.rule = options.sparsity.of_shard(vocabulary.num_shards)
         columns = vocabulary.columns(inputs.token_ids)
         assert columns is not None
@@ -91,7 +91,7 @@ class SparseChunks:
         """1 + 2f sweeps: ([N] losses, values, gradients of the losses' sum)."""
         found = TokenValues.empty(self.inputs)
         losses = torch.empty_like(found.lse)
-        gradients = untouched_gradients(self.inputs.leaves, needed, self.plan.dtype)
+        gradients = self._empty(needed)
         for rows, side in self._sides(found):
             entries = self._select(rows, side)
             values = found.at(rows)
@@ -105,10 +105,14 @@ class SparseChunks:
 
     def gradients(self, values: TokenValues, slopes: Slopes, needed: Needed) -> Gradients:
         """1 + 2f sweeps: the gradients, given the slopes of all tokens."""
-        gradients = untouched_gradients(self.inputs.leaves, needed, self.plan.dtype)
+        gradients = self._empty(needed)
         for rows, side in self._sides(None):
             self._add(gradients, rows, side, self._select(rows, side), slopes.at(rows))
         return self._summed(gradients)
+
+    def _empty(self, needed: Needed) -> Gradients:
+        inputs = self.inputs
+        return untouched_gradients(inputs.leaves, needed, self.plan.dtype, inputs.head_sum)
 
     def _sides(self, found: TokenValues | None) -> Iterator[tuple[slice, Side]]:
         """Yield the rows of each chunk with their logits, and store their values in `found`."""
@@ -151,7 +155,7 @@ class SparseChunks:
         if index is not None:
             logits, transform = compact_(logits, index), transform.at(index)
             columns = torch.where(columns >= 0, torch.searchsorted(index, columns), -1)
-        factors = row_factors(_values(side), slopes, transform.temperature)
+        factors = row_factors(_values(side), slopes, self.scale)
         gradient(logits, transform, columns, side.rows.lse, factors, out=logits)
         add_gradients(gradients, logits, self.hidden[rows], self.head, rows, index, self.workspace)
 

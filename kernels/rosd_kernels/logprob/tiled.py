@@ -141,7 +141,7 @@ def run_tiled(
         if slopes is not None:
             gradients = call.gradients(selection.active, values, slopes, needed)
     return SpanLogprobOutput(
-        loss=precomputed("span_logprob", inputs.leaves, losses.sum(), gradients),
+        loss=precomputed("span_logprob", inputs.leaves, losses.sum(), gradients, inputs.head_sum),
         logprob=values.logprob,
         entropy=values.entropy,
         stats=call.stats(selection, slopes),
@@ -225,7 +225,7 @@ class Call:
         self, active: Tensor, values: TokenValues, slopes: Slopes, needed: Needed
     ) -> Gradients:
         """The gradients, given the slopes of all tokens."""
-        factors = row_factors(values, slopes, self.options.temperature)
+        factors = row_factors(values, slopes, self.inputs.scale(self.options))
         gradients = self.tiles.gradients(active, self.columns, values.lse, factors, needed)
         if gradients.hidden is not None:
             self.vocabulary.sum_(gradients.hidden)
