@@ -188,7 +188,7 @@ def measured_counts(counts: Tensor, mass: Tensor, bound: Tensor, vocabulary: Voc
     """`measured`, from the [2] numbers of computed pairs and of all pairs of this shard."""
     num_active, num_pairs = vocabulary.sum_(counts)
     if mass.shape[0] == 0:
-        return mass.new_tensor([1.0, 0.0, 0.0])
+        return torch.cat([mass.new_ones(1), mass.new_zeros(2)])
     return torch.stack([num_active / num_pairs, mass.max(), bound.max()])
 
 

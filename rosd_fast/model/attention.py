@@ -31,6 +31,7 @@ from rosd_fast.errors import UserError
 from rosd_fast.model.flash import attend_flash, can_flash
 from rosd_fast.model.sdpa import Rule, attend
 from rosd_fast.types import PackedSequences
+from rosd_fast.utils.transfer import on_device
 
 PACKED = "rosd_packed"
 LAYER_TYPES = {"full_attention", "sliding_attention", "chunked_attention"}
@@ -57,12 +58,13 @@ class Segments:
         """The segments of `packed`, with tensors on `device`."""
         lengths, paths = packed.lengths, packed.paths
         key_lengths = [sum(lengths[index] for index in path) for path in paths]
+        cu_seqlens_q = torch.tensor(packed.cu_seqlens, dtype=torch.int32)
         cu_seqlens_k = torch.tensor([0, *accumulate(key_lengths)], dtype=torch.int32)
         return cls(
             lengths=lengths,
             paths=paths,
-            cu_seqlens_q=torch.tensor(packed.cu_seqlens, dtype=torch.int32).to(device),
-            cu_seqlens_k=cu_seqlens_k.to(device),
+            cu_seqlens_q=on_device(cu_seqlens_q, device),
+            cu_seqlens_k=on_device(cu_seqlens_k, device),
         )
 
     @property

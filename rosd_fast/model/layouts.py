@@ -34,6 +34,7 @@ from rosd_fast.model.attention import (
 )
 from rosd_fast.model.head import head, logits
 from rosd_fast.types import PackedSequences
+from rosd_fast.utils.transfer import on_device
 
 Layout = Literal["shared", "packed", "padded"]
 LAYOUTS: tuple[Layout, ...] = get_args(Layout)
@@ -78,10 +79,10 @@ def decode(model: PreTrainedModel, packed: PackedSequences, device: torch.device
         states = _packed_states(model, whole.packed(), device, by_state=True)
         places = whole.places
     else:
-        ids = whole.padded().to(device)
+        ids = on_device(whole.padded(), device)
         states = backbone(model)(input_ids=ids, use_cache=False).last_hidden_state
         places = whole.padded_places
-    return states.flatten(0, 1).index_select(0, places.to(device))[None]
+    return states.flatten(0, 1).index_select(0, on_device(places, device))[None]
 
 
 def _packed_states(
@@ -99,19 +100,19 @@ def _packed_states(
     segments = Segments.of(packed, device)
     borders = {}
     if by_state:
-        lengths = torch.tensor(packed.lengths, device=device)
-        index = torch.arange(len(lengths), dtype=torch.int32, device=device)
+        lengths = torch.tensor(packed.lengths)
+        index = torch.arange(len(lengths), dtype=torch.int32).repeat_interleave(lengths)
         longest = max(packed.lengths)
         borders = {
             "cu_seq_lens_q": segments.cu_seqlens_q,
             "cu_seq_lens_k": segments.cu_seqlens_q,
             "max_length_q": longest,
             "max_length_k": longest,
-            "seq_idx": index.repeat_interleave(lengths)[None],
+            "seq_idx": on_device(index, device)[None],
         }
     output = backbone(model)(
-        input_ids=packed.input_ids[None].to(device),
-        position_ids=packed.position_ids[None].to(device),
+        input_ids=on_device(packed.input_ids[None], device),
+        position_ids=on_device(packed.position_ids[None], device),
         use_cache=False,
         packed_segments=segments,
         **borders,

@@ -32,6 +32,7 @@ from rosd_fast.errors import UserError
 from rosd_fast.model.head import output_layer
 from rosd_fast.types import PackedBatch, PolicyTokens
 from rosd_fast.utils.distributed import World
+from rosd_fast.utils.transfer import on_device
 from rosd_kernels import SpanDivergenceOutput, SpanLogprobOutput
 
 Output = TypeVar("Output", SpanDivergenceOutput, SpanLogprobOutput)
@@ -100,9 +101,13 @@ class GatheredTokens:
     group: ProcessGroup
 
     @classmethod
-    def of(cls, count: int, group: ProcessGroup, device: torch.device) -> GatheredTokens:
-        """Gather the ranks' numbers of tokens, `count` on this rank. A collective of the group."""
-        local = torch.tensor([count], device=device)
+    def of(cls, count: int, group: ProcessGroup) -> GatheredTokens:
+        """Gather the ranks' numbers of tokens, `count` on this rank. A collective of the group.
+
+        It runs in host memory, which every group of `open_world` has a backend for: the sizes of
+        the next tensors depend on it, and reading it from a GPU would wait for all work there.
+        """
+        local = torch.tensor([count])
         counts = [torch.empty_like(local) for _ in range(dist.get_world_size(group))]
         dist.all_gather(counts, local, group=group)
         return cls(tuple(int(each) for each in counts), group)
@@ -122,15 +127,15 @@ class GatheredTokens:
         """`local` with the token ids, weights and log-probabilities of all ranks."""
         return replace(
             local,
-            token_ids=self.gather(local.token_ids.to(device)),
-            weights=self.gather(local.weights.to(device)),
-            rollout_logprobs=self.gather(local.rollout_logprobs.to(device)),
+            token_ids=self.gather(on_device(local.token_ids, device)),
+            weights=self.gather(on_device(local.weights, device)),
+            rollout_logprobs=self.gather(on_device(local.rollout_logprobs, device)),
         )
 
     def policy_tokens(self, local: PolicyTokens, device: torch.device) -> PolicyTokens:
         """`local` with what the loss reads of the tokens of all ranks."""
         names = "token_ids weights advantages is_likelihood rollout_logprobs".split()
-        rows = {name: self.gather(getattr(local, name).to(device)) for name in names}
+        rows = {name: self.gather(on_device(getattr(local, name), device)) for name in names}
         return replace(local, **rows)
 
     def local_part(self, output: Output) -> Output:

@@ -14,6 +14,7 @@ from rosd_fast.model.head import Head, logits
 from rosd_fast.model.vocab_parallel import GatheredTokens
 from rosd_fast.trainer.loss import token_divergences
 from rosd_fast.types import DiagnosedTokens, PackedBatch, PackedSequences
+from rosd_fast.utils.transfer import on_device
 from rosd_kernels.vocabulary import Vocabulary
 from rosd_kernels.workspace import default_workspace_mib
 
@@ -65,15 +66,15 @@ def agreement_of(
         states of all ranks, and keeps the results of its own.
     """
     device = states.device
-    rows = diagnosed.rows.to(device)
+    rows = on_device(diagnosed.rows, device)
     num_distilled, num_before = batch.num_distilled, len(diagnosed.teacher_before)
     distilled = _Pairs.of(
-        states[batch.student.gather.to(device)[rows]],
+        states[on_device(batch.student.gather, device)[rows]],
         teacher_states[:num_distilled][rows],
         vocab_group,
     )
     before = _Pairs.of(
-        states[diagnosed.student_before.to(device)],
+        states[on_device(diagnosed.student_before, device)],
         teacher_states[num_distilled : num_distilled + num_before],
         vocab_group,
     )
@@ -120,7 +121,7 @@ class _Pairs:
     def of(cls, student: Tensor, teacher: Tensor, vocab_group: ProcessGroup | None) -> _Pairs:
         if vocab_group is None:
             return cls(student, teacher, slice(None))
-        tokens = GatheredTokens.of(len(student), vocab_group, student.device)
+        tokens = GatheredTokens.of(len(student), vocab_group)
         return cls(tokens.gather(student), tokens.gather(teacher), tokens.local_rows)
 
 

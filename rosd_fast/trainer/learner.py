@@ -45,6 +45,7 @@ from rosd_fast.trainer.teacher import Teacher, needs_copy
 from rosd_fast.trainer.token_logprobs import token_logprobs
 from rosd_fast.types import PackedBatch, PolicyTokens
 from rosd_fast.utils.distributed import SINGLE_PROCESS, World, full
+from rosd_fast.utils.transfer import on_device
 from rosd_kernels import SpanDivergenceOutput, SpanLogprobOutput, VocabularyOrder
 
 MAX_SKIPPED = 5  # steps in a row
@@ -473,8 +474,8 @@ class Learner:
         results are cut back to this rank's tokens. `loss` stays the total, so that the gradient of
         this rank's rows is complete.
         """
-        student_hidden = states.index_select(0, batch.student.gather.to(states.device))
-        gathered = self._gathered_tokens(batch.num_distilled, states.device)
+        student_hidden = states.index_select(0, on_device(batch.student.gather, states.device))
+        gathered = self._gathered_tokens(batch.num_distilled)
         if gathered is not None:
             student_hidden = gathered.gather(student_hidden)
             teacher_hidden = gathered.gather(teacher_hidden)
@@ -507,8 +508,8 @@ class Learner:
 
     def _policy_loss(self, states: Tensor, tokens: PolicyTokens) -> SpanLogprobOutput:
         """The loss at the micro-batch's other tokens; vocab-parallel as `_divergence`."""
-        hidden = states.index_select(0, tokens.gather.to(states.device))
-        gathered = self._gathered_tokens(len(tokens.token_ids), states.device)
+        hidden = states.index_select(0, on_device(tokens.gather, states.device))
+        gathered = self._gathered_tokens(len(tokens.token_ids))
         if gathered is not None:
             hidden = gathered.gather(hidden)
             tokens = gathered.policy_tokens(tokens, states.device)
@@ -525,13 +526,13 @@ class Learner:
         )
         return output if gathered is None else gathered.local_part(output)
 
-    def _gathered_tokens(self, count: int, device: torch.device) -> GatheredTokens | None:
+    def _gathered_tokens(self, count: int) -> GatheredTokens | None:
         """How the tokens of all ranks are gathered, of which this rank has `count`; None where the
         head is not sharded."""
         if not self.vocab_parallel:
             return None
         assert self.world.shard_group is not None
-        return GatheredTokens.of(count, self.world.shard_group, device)
+        return GatheredTokens.of(count, self.world.shard_group)
 
     def _check_logprob_gap(self, collected: MicroBatchStats, num_tokens: int) -> None:
         """Raise LogprobGapTooLarge on all ranks where the gap exceeds the options' limit.

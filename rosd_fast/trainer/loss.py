@@ -22,6 +22,7 @@ from torch.distributed import ProcessGroup
 from rosd_fast.config import LossConfig, PolicyConfig
 from rosd_fast.model.head import Head
 from rosd_fast.types import PackedBatch, PolicyTokens
+from rosd_fast.utils.transfer import on_device
 from rosd_kernels import (
     SpanDivergenceOutput,
     SpanLogprobOutput,
@@ -65,11 +66,11 @@ def span_loss(
         scaled(teacher_hidden, teacher_head),
         student_head.weight,
         teacher_head.weight,
-        weights=batch.weights.to(device),
-        token_ids=batch.token_ids.to(device),
+        weights=on_device(batch.weights, device),
+        token_ids=on_device(batch.token_ids, device),
         rollout_logprobs=None
         if config.importance_clip is None
-        else batch.rollout_logprobs.to(device),
+        else on_device(batch.rollout_logprobs, device),
         importance_clip=config.importance_clip,
         vocab_group=vocab_group,
         head_grad=head_grad,
@@ -142,7 +143,7 @@ def policy_loss(
     return span_logprob(
         scaled(student_hidden, student_head),
         student_head.weight,
-        tokens.token_ids.to(device),
+        on_device(tokens.token_ids, device),
         token_loss=PolicyTokenLoss(tokens, policy, device),
         temperature=temperature if config.temperature is None else config.temperature,
         softcap=student_head.softcap,
@@ -160,10 +161,10 @@ class PolicyTokenLoss:
 
     def __init__(self, tokens: PolicyTokens, config: PolicyConfig, device: torch.device) -> None:
         self.config = config
-        self.weights = tokens.weights.to(device)
-        self.advantages = tokens.advantages.to(device)
-        self.is_likelihood = tokens.is_likelihood.to(device)
-        self.rollout_logprobs = tokens.rollout_logprobs.to(device)
+        self.weights = on_device(tokens.weights, device)
+        self.advantages = on_device(tokens.advantages, device)
+        self.is_likelihood = on_device(tokens.is_likelihood, device)
+        self.rollout_logprobs = on_device(tokens.rollout_logprobs, device)
 
     def __call__(self, logprob: Tensor, entropy: Tensor, rows: slice) -> Tensor:
         """[n] losses of the tokens in `rows`, given their [n] log-probs and entropies."""

@@ -13,6 +13,7 @@ from rosd_fast.config import PolicyConfig
 from rosd_fast.trainer.agreement import Agreement
 from rosd_fast.trainer.loss import PolicyTokenLoss, importance_weights
 from rosd_fast.types import PackedBatch, PolicyTokens
+from rosd_fast.utils.transfer import on_device
 from rosd_kernels import SpanDivergenceOutput, SpanLogprobOutput, SpanStats
 
 SUMMED = frozenset({"policy/loss"})
@@ -145,12 +146,12 @@ class MicroBatchStats:
         divergence, logprob = output.per_token, output.student_logprob
         assert logprob is not None  # token_ids were given
         assert output.student_entropy is not None and output.teacher_entropy is not None
-        importance = importance_weights(
-            logprob, batch.rollout_logprobs.to(logprob), self.importance_clip
-        )
-        self.sums["loss/divergence"] += (batch.weights.to(divergence) * divergence).sum()
+        rollout_logprobs = on_device(batch.rollout_logprobs, logprob.device).to(logprob.dtype)
+        weights = on_device(batch.weights, logprob.device).to(divergence.dtype)
+        importance = importance_weights(logprob, rollout_logprobs, self.importance_clip)
+        self.sums["loss/divergence"] += (weights * divergence).sum()
         self.sums["loss/importance_weight_mean"] += importance.sum()
-        gap = (logprob - batch.rollout_logprobs.to(logprob)).abs()
+        gap = (logprob - rollout_logprobs).abs()
         self.sums["loss/logprob_gap_mean"] += gap.sum()
         self.gaps.append(gap.max())
         if self.importance_clip is not None:
@@ -162,8 +163,12 @@ class MicroBatchStats:
 
     def _add_policy(self, tokens: PolicyTokens, output: SpanLogprobOutput) -> None:
         logprob, config = output.logprob, self.policy
-        delta = logprob - tokens.rollout_logprobs.to(logprob)
-        ratio, advantages = delta.exp(), tokens.advantages.to(logprob)
+        rollout_logprobs, advantages = (
+            on_device(values, logprob.device).to(logprob.dtype)
+            for values in (tokens.rollout_logprobs, tokens.advantages)
+        )
+        delta = logprob - rollout_logprobs
+        ratio = delta.exp()
         clipped = (ratio > 1 + config.clip_high) & (advantages > 0)
         clipped |= (ratio < 1 - config.clip_low) & (advantages < 0)
         # Not `output.loss`: a vocab-parallel one is the sum over all ranks.

@@ -26,6 +26,7 @@ from rosd_fast.model.head import Head, output_layer
 from rosd_fast.model.policy import PolicyModel
 from rosd_fast.trainer.optim import is_full_precision
 from rosd_fast.types import PackedSequences
+from rosd_fast.utils.transfer import on_device
 
 
 class Teacher:
@@ -86,10 +87,11 @@ class Teacher:
             if server_states is None:
                 states = self._hidden_states(packed)
                 head = self._head()
-                yield states.index_select(0, packed.gather.to(states.device)), head
+                yield states.index_select(0, on_device(packed.gather, states.device)), head
             else:
                 head = self._head()
-                yield server_states.to(head.weight), head
+                states = on_device(server_states, head.weight.device)
+                yield states.to(head.weight.dtype), head
         finally:
             if self.policy is not self.student:
                 self.policy.release()

@@ -10,20 +10,22 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from rosd_kernels import exchange, span_divergence, span_logprob
+from rosd_kernels.sparsity import measured
 from rosd_kernels.vocabulary import Vocabulary
 
 READS = ("aten::_local_scalar_dense", "aten::item", "aten::nonzero", "aten::equal")
+SENT = "aten::lift_fresh"  # of torch.tensor and new_tensor: numbers that are copied to a device
 
 
 class Reads(TorchDispatchMode):
-    """Counts the operators that give the host a value."""
+    """Counts the operators that give the host a value, or those that `names` are."""
 
-    def __init__(self) -> None:
+    def __init__(self, names: tuple[str, ...] = READS) -> None:
         super().__init__()
-        self.count = 0
+        self.names, self.count = names, 0
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.count += func._schema.name in READS
+        self.count += func._schema.name in self.names
         return func(*args, **(kwargs or {}))
 
 
@@ -109,3 +111,15 @@ def test_a_second_call_with_a_group_reads_nothing_more(group, remembers, functio
     alone = counted(lambda: call(None))
     first, second, third = (counted(lambda: call(group)) for _ in range(3))
     assert first > second == third == alone
+
+
+@pytest.mark.parametrize("num_tokens", [0, 5])
+def test_what_was_dropped_is_measured_without_a_copy_of_numbers(num_tokens):
+    active, rows = torch.ones(1, 3, dtype=torch.uint8), torch.arange(float(num_tokens))
+    with Reads((*READS, SENT)) as reads:
+        found = measured(active, rows, 2 * rows, Vocabulary(300))
+    assert reads.count == 0
+    assert found.tolist() == ([1.0, 4.0, 8.0] if num_tokens else [1.0, 0.0, 0.0])
+    with Reads((*READS, SENT)) as reads:
+        rows.new_tensor([1.0])
+    assert reads.count == 1
