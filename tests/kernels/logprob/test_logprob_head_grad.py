@@ -74,22 +74,23 @@ def test_two_micro_batches_add_up_in_one_buffer(make_logprob, monkeypatch, optio
 
 @pytest.mark.parametrize("sparsity", ["exact", entry(1e-3)], ids=str)
 def test_no_gradient_of_the_head_is_made_beside_the_buffer(make_logprob, monkeypatch, sparsity):
-    """No tensor of zeros as large as the head is made where the call has a buffer."""
+    """No tensor as large as the head is made where the call has a buffer."""
     case = make_logprob(4, 1024, 64)
     sizes: list[int] = []
-    new_zeros = Tensor.new_zeros
-    monkeypatch.setattr(
-        Tensor,
-        "new_zeros",
-        lambda self, *args, **kwargs: (
-            sizes.append((t := new_zeros(self, *args, **kwargs)).numel()) or t
-        ),
-    )
+    for name in ("new_zeros", "new_empty"):
+        make = getattr(Tensor, name)
+
+        def counted(self, *args, make=make, **kwargs):
+            made = make(self, *args, **kwargs)
+            sizes.append(made.numel())
+            return made
+
+        monkeypatch.setattr(Tensor, name, counted)
     options: dict[str, Any] = {"strategy": "chunked", "sparsity": sparsity}
     run(case, torch.float32, torch.zeros(1024, 64), **options)
     assert max(sizes) < 1024 * 64
     run(case, torch.float32, None, **options)
-    assert max(sizes) == 1024 * 64
+    assert max(sizes) >= 1024 * 64
 
 
 @pytest.mark.parametrize("strategy", ["chunked", "tiled"])
