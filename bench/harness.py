@@ -133,3 +133,15 @@ def append_row(path: Path, row: Mapping[str, object]) -> None:
         if not header:
             writer.writeheader()
         writer.writerow(row)
+
+
+def write_between(path: Path, begin: str, end: str, text: str) -> None:
+    """Replace what a file has between two markers by `text`, on lines of its own.
+
+    Raises ValueError if the file does not have each marker once.
+    """
+    before, *rest = path.read_text().split(begin)
+    after = rest[0].split(end) if len(rest) == 1 else []
+    if len(after) != 2:
+        raise ValueError(f"{path}: want {begin} and {end} once each, in this order")
+    path.write_text(f"{before}{begin}\n{text}\n{end}{after[1]}")

@@ -1,6 +1,6 @@
 """The divergence, forward and backward: `span_divergence` against eager PyTorch, Liger and TRL.
 
-    python bench/loss.py                         # all shapes; rewrites the CSV and the picture
+    python bench/loss.py      # all shapes; rewrites the CSV, the picture and README.md's table
     python bench/loss.py --tokens 128 --repeats 2 --csv /tmp/loss.csv --picture /tmp/loss.png
     python bench/loss.py --tokens 2048 --csv /tmp/loss.csv --picture /tmp/loss.png   # slow
 
@@ -31,13 +31,14 @@ import math
 import subprocess
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from harness import RESULTS, ROOT, record, time_alternating, version
+from harness import record, time_alternating, version
+from loss_report import CSV, PICTURE, README, draw, report
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
@@ -81,8 +82,6 @@ SETTINGS = {
     "top-100 + tail": Setting({"top_k": 100}, candidates=("chunked",)),
 }
 FEWER = ("smollm2", 512)  # states and tokens of the settings beyond JSD
-CSV = RESULTS / "loss_cpu.csv"
-PICTURE = ROOT / "docs" / "loss_cpu.png"
 
 Step = Callable[[], Any]  # forward and backward
 
@@ -119,7 +118,11 @@ def main() -> None:
     if args.memory:
         print(json.dumps(peak_and_units(args)))
         return
-    draw([*record(args.csv, measure_all(args))], args.picture)
+    rows = [*record(args.csv, measure_all(args))]
+    if args.csv == CSV:
+        report(rows, args.picture, README)
+    else:
+        draw(rows, args.picture)
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -373,49 +376,6 @@ def with_mass(student: Tensor, teacher: Tensor, head: Tensor, num_tokens: int) -
         "head": head.contiguous(),
         "mass": order.state_dict()["mass"].contiguous(),
     }
-
-
-def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
-    """Draw time relative to eager, and peak memory, per shape."""
-    from matplotlib.figure import Figure
-
-    colours = {
-        "chunked": "#0072B2",
-        "chunked entry": "#000000",
-        "tiled exact": "#56B4E9",
-        "tiled entry": "#009E73",
-        "tiled entry, ordered": "#F0E442",
-        "eager": "#D55E00",
-        "liger": "#CC79A7",
-        "trl": "#882255",
-        "floor": "#999999",
-    }
-    rows = [row for row in rows if row["setting"] == "jsd"]
-    sources = list(dict.fromkeys(row["states"] for row in rows))
-    figure = Figure(figsize=(12, 3.6 * len(sources)), layout="constrained")
-    axes = figure.subplots(len(sources), 2, squeeze=False)
-    for (left, right), source in zip(axes, sources, strict=True):
-        chosen = [row for row in rows if row["states"] == source]
-        tokens = sorted({row["tokens"] for row in chosen})
-        width = 0.8 / len(colours)
-        for place, (name, colour) in enumerate(colours.items()):
-            mine = [row for row in chosen if row["candidate"] == name]
-            mine.sort(key=lambda row: row["tokens"])
-            x = [i + (place - 4) * width for i in range(len(tokens))]
-            left.bar(x, [float(row["vs_eager"]) for row in mine], width, color=colour, label=name)
-            if name != "floor":
-                right.bar(x, [float(row["peak_mib"]) for row in mine], width, color=colour)
-        V, H = SHAPES[source]
-        for axis in (left, right):
-            axis.set_xticks(range(len(tokens)), [f"{n} tokens" for n in tokens])
-            axis.spines[["top", "right"]].set_visible(False)
-        left.set_title(f"time / time of eager   (V = {V}, H = {H})", loc="left")
-        right.set_title("peak memory beyond inputs and gradients, MiB", loc="left")
-        right.set_yscale("log")
-        left.set_ylim(top=1.35 * left.get_ylim()[1])  # room for the legend
-        left.legend(frameon=False, fontsize=8, ncols=2)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(file, dpi=110)
 
 
 if __name__ == "__main__":

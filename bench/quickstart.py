@@ -1,6 +1,6 @@
 """Train the quickstart with three seeds and record its accuracy before and after.
 
-    python bench/quickstart.py             # about 10 minutes on two cores
+    python bench/quickstart.py             # about five minutes on two cores
 
 Writes bench/results/quickstart.csv, the table in README.md and docs/learning_curve.png. The figures
 are mean@4 accuracy at temperature 1 on the dev splits. Neither training nor tuning uses the test
@@ -17,7 +17,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from harness import environment
+from harness import environment, write_between
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -81,14 +81,6 @@ def table(trials: list[Trial]) -> str:
     return "\n".join(lines)
 
 
-def write_readme(text: str) -> None:
-    """Replace the table between its markers in README.md."""
-    path = ROOT / "README.md"
-    before, rest = path.read_text().split(BEGIN)
-    after = rest.split(END)[1]
-    path.write_text(f"{before}{BEGIN}\n{text}\n{END}{after}")
-
-
 def write_csv(trials: list[Trial]) -> None:
     row = environment()
     with (ROOT / "bench" / "results" / "quickstart.csv").open("w", newline="") as file:
@@ -140,7 +132,7 @@ def main() -> None:
     text = table(trials)
     print(text)
     write_csv(trials)
-    write_readme(text)
+    write_between(ROOT / "README.md", BEGIN, END, text)
     draw(trials)
 
 

@@ -136,8 +136,9 @@ def stages() -> list[Stage]:
         Stage(
             "loss",
             4 * unit,
-            (2 + 2 * ACTIVE) * unit,
-            "4, then 2 + 2f units of 2 N H V FLOPs; f = 0.15",
+            4 * unit,
+            f"4 units of 2 N H V FLOPs; with a sparsity 2 + 6f, {(2 + 6 * ACTIVE) * unit:.2g} s at "
+            f"f = {ACTIVE}",
         ),
         Stage(
             "optimizer",

@@ -11,8 +11,7 @@ json      lists of numbers, as SGLang sends them
 base64    bytes in the answer (`states_hook.py`), as from a server on another machine
 memory    bytes in a file in memory, as from a server that the trainer starts
 
-    network_bytes   received over HTTP, per distilled token
-    bytes           with those in memory
+    network_bytes   received over HTTP, per distilled token; in memory there are 4 `--hidden` more
     seconds         of a step, median of `--repeats` after one more; the spread is that of the same
 
 Rewrites bench/results/teacher_states.csv.
@@ -35,7 +34,6 @@ import torch
 from harness import RESULTS, record, version
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from rosd_fast.engines.sglang import states_plugin, teacher
 from rosd_fast.engines.sglang.pool import ServerHandle
 from rosd_fast.engines.sglang.process import ManagedServer, ServerSpec
 from rosd_fast.engines.sglang.states_hook import FOLDER_VARIABLE
@@ -58,7 +56,7 @@ def main() -> None:
         for row in record(args.csv, measure(args, model, Path(folder))):
             print(
                 f"{row['way']:8} {row['network_bytes']:>8} bytes per token over HTTP "
-                f"({row['bytes']} in all) {row['seconds']:>8} s",
+                f"{row['seconds']:>8} s",
                 flush=True,
             )
 
@@ -134,21 +132,11 @@ async def score(
         states_folder=states_folder,
         note=print,
     )
-    in_memory = 0
-    own = states_plugin.unpacked
-
-    def counting(sent: Any, folder: Path | None) -> Any:
-        nonlocal in_memory
-        if folder is not None:
-            in_memory += (folder / sent["file"]).stat().st_size
-        return own(sent, folder)
-
-    teacher.unpacked = counting
-    seconds, counts, stored = [], [], []
+    seconds, counts = [], []
     try:
         for step in range(1 + args.repeats):
             torch.manual_seed(step)
-            before, in_memory = handle.num_bytes, 0
+            before = handle.num_bytes
             start = time.perf_counter()
             await asyncio.gather(
                 *(
@@ -158,15 +146,12 @@ async def score(
             )
             seconds.append(time.perf_counter() - start)
             counts.append(handle.num_bytes - before)
-            stored.append(in_memory)
     finally:
         await scorer.close()
-        teacher.unpacked = own
     tokens = args.samples * args.tokens
     times = seconds[1:]
     return {
         "network_bytes": round(counts[-1] / tokens),
-        "bytes": round((counts[-1] + stored[-1]) / tokens),
         "seconds": f"{statistics.median(times):.3f}",
         "spread_s": f"{max(times) - min(times):.3f}",
     }

@@ -10,6 +10,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Literal
 
+import torch
 from transformers import PreTrainedModel
 
 from rosd_fast.config import Config
@@ -17,6 +18,8 @@ from rosd_fast.model.adapters import has_adapters
 from rosd_fast.model.blocks import blocks
 from rosd_fast.model.head import output_layer
 from rosd_fast.model.nf4 import BYTES_PER_WEIGHT, linear_layers
+from rosd_fast.utils.distributed import pick_device
+from rosd_kernels.workspace import LARGEST_MIB, default_workspace_mib
 
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -233,7 +236,7 @@ def working_rows(shape: ModelShape, config: Config, *, teacher: bool) -> list[Ro
     else:
         activations = per_block * shape.layers
     states = tokens * size * shape.hidden * (3 if teacher else 2)  # of both sides, and a gradient
-    workspace = config.loss.workspace_mib * 2**20
+    workspace = workspace_mib(config) * 2**20
     what = f"activations of {tokens:,} tokens"
     return [
         Row(what=what, size=activations, when="learning", exact=False),
@@ -314,3 +317,12 @@ def activation_bytes(shape: ModelShape, size: int) -> int:
 def kv_bytes(shape: ModelShape, size: int) -> int:
     """Bytes of the KV cache per token."""
     return 2 * shape.layers * shape.kv_heads * shape.head_dim * size
+
+
+def workspace_mib(config: Config) -> int:
+    """The loss's memory for logits, on this machine's device or, without one, on a large GPU."""
+    if config.loss.workspace_mib is not None:
+        return config.loss.workspace_mib
+    if config.device == "cuda" and not torch.cuda.is_available():
+        return LARGEST_MIB
+    return default_workspace_mib(pick_device(config.device))

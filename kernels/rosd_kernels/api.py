@@ -10,6 +10,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from rosd_kernels.auto import choose, remember, start_of
+from rosd_kernels.backends import on_device
 from rosd_kernels.checks import check_group, check_ids, check_order, check_strategy
 from rosd_kernels.chunked import run_chunked
 from rosd_kernels.records import (
@@ -23,6 +24,7 @@ from rosd_kernels.reference import run_reference
 from rosd_kernels.sparsity import Sparsity
 from rosd_kernels.tiled import run_tiled
 from rosd_kernels.vocabulary import Vocabulary
+from rosd_kernels.workspace import default_workspace_mib
 
 STRATEGIES: dict[str, Strategy] = {
     "chunked": run_chunked,
@@ -52,8 +54,10 @@ def span_divergence(
     entry_clip: float | None = None,
     sparsity: Literal["exact"] | Sparsity = "exact",
     strategy: Literal["auto", "tiled", "chunked", "reference"] = "auto",
-    workspace_mib: float = 256,
+    workspace_mib: float | None = None,
     vocab_group: ProcessGroup | None = None,
+    head_grad: Tensor | None = None,  # [V, H]
+    head_grad_factor: float = 1.0,
 ) -> SpanDivergenceOutput:
     """Token-level divergence of student and teacher, from hidden states: `sum_n w_n D_n`.
 
@@ -107,12 +111,18 @@ def span_divergence(
             "reference", plain PyTorch on whole [N, V] logits, for tests; "auto", see auto.py. They
             agree up to rounding and what `sparsity` skips.
         workspace_mib: bound on all logit-sized buffers together. One row ("chunked") or one tile
-            ("tiled") is held in any case.
+            ("tiled") is held in any case. None: by the device, see `default_workspace_mib`.
         vocab_group: a torch.distributed process group over which the vocabulary is sharded: heads
             and biases are this rank's rows, in rank order, of any number; hidden states, weights,
             ids (of the whole vocabulary) and log-probs are the same on all ranks. So are the
             results, and each rank's gradient of `student_hidden` is the whole one. A collective:
             all ranks of the group call it with the same options. Not for "reference".
+        head_grad: [V, H] float32 (float64 where the inputs are), contiguous. Where `student_head`
+            requires a gradient, forward adds `head_grad_factor * dloss/dhead` to it, and backward
+            returns none for the head: micro-batches then share one buffer. None: autograd gets
+            the head's gradient. Not for "reference".
+        head_grad_factor: what the loss is multiplied by before backward, a loss scale included;
+            with `head_grad` only. The other gradients come out of backward as always.
 
     Returns:
         `SpanDivergenceOutput`. Its `loss` is differentiable w.r.t. `student_hidden`, `student_head`
@@ -129,6 +139,7 @@ def span_divergence(
             it wants.
     """
     check_strategy(strategy, tuple(STRATEGIES))
+    device = getattr(student_hidden, "device", torch.device("cpu"))
     options = SpanOptions(
         divergence=divergence,
         beta=beta,
@@ -139,7 +150,7 @@ def span_divergence(
         tail=tail,
         entry_clip=entry_clip,
         sparsity=Sparsity() if sparsity == "exact" else sparsity,
-        workspace_mib=workspace_mib,
+        workspace_mib=default_workspace_mib(device) if workspace_mib is None else workspace_mib,
     )
     inputs = SpanInputs.of(
         student_hidden=student_hidden,
@@ -151,7 +162,9 @@ def span_divergence(
         weights=weights,
         token_ids=token_ids,
         rollout_logprobs=rollout_logprobs,
-    )
+    ).with_head_sum(head_grad, head_grad_factor)
+    if head_grad is not None and strategy == "reference":
+        raise ValueError("head_grad: got a tensor, want None with strategy 'reference'")
     # A tracer would unroll the loops over chunks; it cannot trace collectives or auto's memory.
     run: Any = torch.compiler.disable(_run) if torch.compiler.is_compiling() else _run
     return run(strategy, inputs, options, vocab_group)
@@ -185,7 +198,8 @@ def _run(
         )
     start = start_of(kind)
     # Autocast would run in bfloat16 the GEMMs that are in float32 on purpose.
-    with torch.autocast(device_type=inputs.student_hidden.device.type, enabled=False):
+    place = inputs.student_hidden.device
+    with on_device(place), torch.autocast(device_type=place.type, enabled=False):
         output = STRATEGIES[name](inputs, options, vocabulary)
     remember(kind, output.stats, inputs.num_tokens, start)
     return output

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from rosd_kernels.records import SpanDivergenceOutput, SpanInputs, SpanStats
+from rosd_kernels.records import HeadSum, SpanDivergenceOutput, SpanInputs, SpanStats
 from rosd_kernels.workspace import CAST_BYTES
 
 Needed = tuple[bool, bool, bool]  # which gradients: hidden states, head, bias
@@ -54,7 +54,11 @@ def differentiable(
     needed = needed_of(inputs.students)
     with torch.no_grad():
         computed = compute(needed)
-    loss = precomputed("span_divergence", inputs.students, computed.loss, computed.gradients)
+    students, gradients, head_sum = inputs.students, computed.gradients, inputs.head_sum
+    of_head = gradients.head
+    if head_sum is not None and of_head is not None and of_head is not head_sum.buffer:
+        head_sum.buffer.add_(of_head)  # "tiled" on a GPU forms dW in memory of its own
+    loss = precomputed("span_divergence", students, computed.loss, gradients, head_sum)
     return SpanDivergenceOutput(loss=loss, **computed.results._asdict(), stats=computed.stats)
 
 
@@ -67,22 +71,39 @@ def needed_of(leaves: Leaves) -> Needed:
     return hidden, head, bias
 
 
-def zero_gradients(leaves: Leaves, needed: Needed, dtype: torch.dtype) -> Gradients:
-    """Zeros in the dtype in which the parts of a gradient are summed."""
-    return Gradients(
-        *(
-            tensor.new_zeros(tensor.shape, dtype=dtype) if need and tensor is not None else None
-            for tensor, need in zip(leaves, needed, strict=True)
-        )
+def zero_gradients(
+    leaves: Leaves, needed: Needed, dtype: torch.dtype, head_sum: HeadSum | None = None
+) -> Gradients:
+    """Zeros in the dtype in which the parts of a gradient are summed; of the head, the sum so far.
+
+    head_sum: where the call adds the head's gradient, see `HeadSum`.
+    """
+    hidden, head, bias = (
+        tensor.new_zeros(tensor.shape, dtype=dtype)
+        if need and tensor is not None and not (head_sum is not None and tensor is leaves[1])
+        else None
+        for tensor, need in zip(leaves, needed, strict=True)
     )
+    if head_sum is not None and needed[1]:
+        head = head_sum.buffer
+    return Gradients(hidden, head, bias)
 
 
-def precomputed(function: str, leaves: Leaves, loss: Tensor, gradients: Gradients) -> Tensor:
+def precomputed(
+    function: str,
+    leaves: Leaves,
+    loss: Tensor,
+    gradients: Gradients,
+    head_sum: HeadSum | None = None,
+) -> Tensor:
     """The loss, connected to the leaves by gradients that exist already.
 
     function: the public function, for error messages.
     """
-    return _Precomputed.apply(*leaves, loss, gradients, function)
+    factor = 1.0
+    if head_sum is not None:
+        gradients, factor = gradients._replace(head=None), head_sum.factor
+    return _Precomputed.apply(*leaves, loss, gradients, factor, function)
 
 
 class _Precomputed(torch.autograd.Function):
@@ -96,9 +117,10 @@ class _Precomputed(torch.autograd.Function):
         bias: Tensor | None,
         loss: Tensor,
         gradients: Gradients,
+        factor: float,
         function: str,
     ) -> Tensor:
-        ctx.gradients, ctx.function = gradients, function
+        ctx.gradients, ctx.factor, ctx.function = gradients, factor, function
         ctx.dtypes = dtypes_of((hidden, head, bias))
         return loss.clone()
 
@@ -112,11 +134,13 @@ class _Precomputed(torch.autograd.Function):
                 "strategy='reference'"
             )
         gradients, ctx.gradients = ctx.gradients, None
+        if ctx.factor != 1:
+            grad_loss = grad_loss / ctx.factor
         scaled = (
             None if gradient is None else scale_(gradient, grad_loss, dtype)
             for gradient, dtype in zip(gradients, ctx.dtypes, strict=True)
         )
-        return (*scaled, None, None, None)
+        return (*scaled, None, None, None, None)
 
 
 def dtypes_of(leaves: Leaves) -> tuple[torch.dtype | None, ...]:

@@ -141,4 +141,4 @@ def assert_ids(ids: Tensor, vocabulary: Vocabulary) -> None:
     """`check_ids` without a synchronization: a later one raises, and no kernel reads the ids."""
     inside = (ids >= 0) & (ids < vocabulary.size)
     message = f"token_ids: got an id outside of 0 <= id < V = {vocabulary.size}"
-    torch._assert_async(inside.all(), message)
+    torch.ops.aten._assert_async.msg(inside.all(), message)

@@ -82,7 +82,7 @@ def _compute(
     )
     workspace = Workspace(plan, hidden.device)
     results = empty_results(inputs)
-    gradients = zero_gradients(inputs.students, needed, inputs.compute_dtype)
+    gradients = zero_gradients(inputs.students, needed, inputs.compute_dtype, inputs.head_sum)
     transforms = inputs.transforms(options)
     block_divergence = rows_kernel or (
         _block_divergence if options.top_k is None else _block_divergence_top_k
@@ -105,7 +105,7 @@ def _compute(
         if any(needed):
             logprob = results.student_logprob
             of_chunk = None if logprob is None else logprob[start:stop]
-            row_scale = chunk.token_weights(of_chunk, options) / options.temperature
+            row_scale = chunk.row_scale(chunk.token_weights(of_chunk, options), options)
             _add_gradients(gradients, chunk, slice(start, stop), row_scale, workspace)
     if gradients.hidden is not None:
         vocabulary.sum_(gradients.hidden)

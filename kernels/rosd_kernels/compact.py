@@ -16,12 +16,15 @@ import torch
 from torch import Tensor
 
 from rosd_kernels.autograd import Gradients, Leaves, Needed, zero_gradients
+from rosd_kernels.records import HeadSum
 from rosd_kernels.workspace import Workspace, multiply
 
 UNTOUCHED_BYTES = 1 << 20  # of a gradient for which pages are worth the trouble
 
 
-def untouched_gradients(leaves: Leaves, needed: Needed, dtype: torch.dtype) -> Gradients:
+def untouched_gradients(
+    leaves: Leaves, needed: Needed, dtype: torch.dtype, head_sum: HeadSum | None = None
+) -> Gradients:
     """`zero_gradients`, with pages of dW that cost neither time nor memory until they are written.
 
     Most rows of dW never are. Filling 113 MB with zeros takes as long as two thirds of a sweep of
@@ -30,8 +33,13 @@ def untouched_gradients(leaves: Leaves, needed: Needed, dtype: torch.dtype) -> G
     """
     head = leaves[1]
     num_bytes = head.numel() * dtype.itemsize
-    if not needed[1] or head.device.type != "cpu" or num_bytes < UNTOUCHED_BYTES:
-        return zero_gradients(leaves, needed, dtype)
+    if (
+        not needed[1]
+        or head_sum is not None
+        or head.device.type != "cpu"
+        or num_bytes < UNTOUCHED_BYTES
+    ):
+        return zero_gradients(leaves, needed, dtype, head_sum)
     rest = zero_gradients(leaves, (needed[0], False, needed[2]), dtype)
     memory = mmap.mmap(-1, num_bytes)  # the tensor keeps it alive
     return rest._replace(head=torch.frombuffer(memory, dtype=dtype).view(head.shape))

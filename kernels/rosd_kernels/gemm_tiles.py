@@ -99,7 +99,9 @@ class GemmTiles:
         needed: Needed,
     ) -> Gradients:
         """Gradients from the active tiles, in the compute dtype."""
-        hidden, head, bias = zero_gradients(self.inputs.students, needed, self.dtype)
+        hidden, head, bias = zero_gradients(
+            self.inputs.students, needed, self.dtype, self.inputs.head_sum
+        )
         weighted = self.hidden[0] * row_scale[:, None] if head is not None else None
         for tiles, heads in self._tile_ranges(active, is_student_only=self.kept is not None):
             if self.kept is None:

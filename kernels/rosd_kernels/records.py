@@ -67,6 +67,17 @@ class SpanOptions:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HeadSum:
+    """Memory of the caller that the head's gradient is added to, in forward.
+
+    All gradients are formed times `factor`, and backward divides the others by it again.
+    """
+
+    buffer: Tensor  # [V, H] in the dtype of the results, contiguous
+    factor: float  # what the caller multiplies the loss by before backward
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SpanInputs:
     """Validated tensors; all but those of the student are detached.
 
@@ -83,6 +94,7 @@ class SpanInputs:
     token_ids: Tensor | None  # [N] int64
     rollout_logprobs: Tensor | None  # [N]
     head_is_shared: bool  # student_head and teacher_head are the same memory
+    head_sum: HeadSum | None = None
 
     @classmethod
     def of(
@@ -199,6 +211,26 @@ class SpanInputs:
         """The dtype of logits, sums and results."""
         heads = self.student_head, self.teacher_head
         return compute_dtype(self.student_hidden, self.teacher_hidden, *heads)
+
+    def row_scale(self, weights: Tensor, options: SpanOptions) -> Tensor:
+        """The factor of each row's G: [N] of the results of `token_weights`."""
+        factor = 1.0 if self.head_sum is None else self.head_sum.factor
+        return weights * (factor / options.temperature)
+
+    def with_head_sum(self, buffer: Tensor | None, factor: float) -> SpanInputs:
+        """The inputs of a call that adds the head's gradient to `buffer`. Raises ValueError."""
+        if buffer is None:
+            return self
+        head, dtype = self.student_head, self.compute_dtype
+        check_matrix("head_grad", buffer, f"[V, H] = {list(head.shape)}")
+        if buffer.shape != head.shape or buffer.dtype != dtype or not buffer.is_contiguous():
+            raise ValueError(
+                f"head_grad: got {buffer.dtype} of shape {list(buffer.shape)}, want contiguous "
+                f"{dtype} of shape [V, H] = {list(head.shape)}"
+            )
+        check_devices(student_head=head, head_grad=buffer)
+        check_scales(head_grad_factor=factor)
+        return replace(self, head_sum=HeadSum(buffer=buffer, factor=float(factor)))
 
     def rows(self, start: int, stop: int) -> SpanInputs:
         """The inputs of tokens start..stop only, as views."""

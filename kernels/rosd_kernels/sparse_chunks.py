@@ -63,7 +63,7 @@ def compute_sparse(
         block_of = partial(kernels.sparse_block, grad_dtype=plan.gemm_dtype)
         add = kernels.add_gradients
     results = empty_results(inputs)
-    gradients = untouched_gradients(inputs.students, needed, inputs.compute_dtype)
+    gradients = untouched_gradients(inputs.students, needed, inputs.compute_dtype, inputs.head_sum)
     transforms = inputs.transforms(options)
     skipped = torch.zeros_like(results.per_token), torch.zeros_like(results.per_token)
     num_computed = results.per_token.new_zeros(())
@@ -81,7 +81,7 @@ def compute_sparse(
         if any(needed):
             logprob = results.student_logprob
             of_chunk = None if logprob is None else logprob[rows]
-            row_scale = chunk.token_weights(of_chunk, options) / options.temperature
+            row_scale = chunk.row_scale(chunk.token_weights(of_chunk, options), options)
             add(
                 gradients,
                 block.grad,

@@ -123,7 +123,7 @@ def _compute(
     weights = inputs.token_weights(results.student_logprob, options)
     gradients = Gradients(None, None, None)
     if any(needed):
-        row_scale = weights / options.temperature
+        row_scale = inputs.row_scale(weights, options)
         gradients = tiles.gradients(
             active, of_student.lse, of_teacher.lse, total, row_scale, needed
         )

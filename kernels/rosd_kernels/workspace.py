@@ -28,6 +28,12 @@ SCAN_PLANES = 10
 # index, so few rows are limited by memory; the entries of many are more than each row needs.
 INDEX_ROWS = 512
 INDEX_BYTES = 9  # per entry of an index: mark, rank, place
+# Chunks by default. A CPU gains nothing from larger ones. A GPU reads and writes the float32 sum of
+# dW once per chunk, so chunks are few; the size follows the whole memory, never the free one, as
+# results would otherwise differ in their last bits from call to call.
+CPU_MIB = 256
+LARGEST_MIB = 2048
+DEVICE_SHARE = 32  # of the memory
 # Devices on which a GEMM of bfloat16 operands returns its float32 sums unrounded.
 NARROW_DEVICES = ("cuda",)
 
@@ -191,6 +197,22 @@ class Workspace:
         for columns, rows in self.tiles(head):
             multiply(grad_logits[:, columns], rows, out=total, add=True)
         return total
+
+
+def default_workspace_mib(device: torch.device) -> int:
+    """The bound on logit-sized buffers where a caller names none.
+
+    256 on a CPU; on a GPU 1/32 of its memory, at least 256 and at most 2048.
+    """
+    if device.type != "cuda":
+        return CPU_MIB
+    memory = torch.cuda.get_device_properties(device).total_memory
+    return gpu_workspace_mib(memory)
+
+
+def gpu_workspace_mib(memory: int) -> int:
+    """`default_workspace_mib` of a GPU with `memory` bytes."""
+    return min(max(memory // DEVICE_SHARE // MIB, CPU_MIB), LARGEST_MIB)
 
 
 def multiply(a: Tensor, b: Tensor, *, out: Tensor, add: bool = False) -> None:

@@ -345,8 +345,9 @@ class LossConfig(Section):
     vocabulary_order: bool = True
     """With sparsity and strategy tiled: group likely entries into shared tiles, learned from the
     first 1024 distilled tokens."""
-    workspace_mib: PositiveInt = 256
-    """Memory for logits in MiB, whatever the number of tokens."""
+    workspace_mib: PositiveInt | None = None
+    """Memory for logits in MiB, whatever the number of tokens. None: 256, on a GPU 1/32 of its
+    memory from 256 to 2048: few and large chunks are fast there."""
 
 
 class PolicyConfig(Section):

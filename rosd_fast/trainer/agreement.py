@@ -15,6 +15,7 @@ from rosd_fast.model.vocab_parallel import GatheredTokens
 from rosd_fast.trainer.loss import token_divergences
 from rosd_fast.types import DiagnosedTokens, PackedBatch, PackedSequences
 from rosd_kernels.vocabulary import Vocabulary
+from rosd_kernels.workspace import default_workspace_mib
 
 BUFFERS = 4  # of the size of a row's logits that are held at once: two, and temporary ones
 
@@ -83,7 +84,7 @@ def agreement_of(
         heads=heads,
         k=config.diagnose.top_k,
         temperature=sampled_at if loss.temperature is None else loss.temperature,
-        workspace_mib=loss.workspace_mib,
+        workspace_mib=loss.workspace_mib or default_workspace_mib(states.device),
         vocab_group=vocab_group,
     )
     overlap, student_mass, teacher_mass = (values[distilled.own] for values in found)

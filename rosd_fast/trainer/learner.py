@@ -434,7 +434,7 @@ class Learner:
                 teacher_states, teacher_head = scored
                 teacher_head = teacher_head.first(self._num_rows)
                 of_distilled = teacher_states[: batch.num_distilled]
-                divergence = self._divergence(states, of_distilled, teacher_head, batch)
+                divergence = self._divergence(states, of_distilled, teacher_head, batch, total)
                 losses.append(divergence.loss / max(1, total))
                 if batch.diagnosed is not None:
                     agreement = agreement_of(
@@ -460,7 +460,12 @@ class Learner:
         return self.policy.head.first(self._num_rows)
 
     def _divergence(
-        self, states: Tensor, teacher_hidden: Tensor, teacher_head: Head, batch: PackedBatch
+        self,
+        states: Tensor,
+        teacher_hidden: Tensor,
+        teacher_head: Head,
+        batch: PackedBatch,
+        total: int,
     ) -> SpanDivergenceOutput:
         """The divergence at the micro-batch's distilled tokens.
 
@@ -484,8 +489,21 @@ class Learner:
             temperature=self.config.sample.temperature,
             order=self.order,
             vocab_group=self.world.shard_group if self.vocab_parallel else None,
+            head_grad=self._head_sum(),
+            head_grad_factor=1 / max(1, total),
         )
         return output if gathered is None else gathered.local_part(output)
+
+    def _head_sum(self) -> Tensor | None:
+        """Where the loss adds the head's gradient, of the rows that it sees.
+
+        So no micro-batch makes a [V, H] of its own. None where autograd has to see the gradient:
+        FSDP reduces it over the ranks, and the reference has no other way.
+        """
+        if self.world.mesh is not None or self.config.loss.strategy == "reference":
+            return None
+        found = self.optimizer.gradient_sum(self.policy.head.weight)
+        return None if found is None else found[: self._num_rows]
 
     def _policy_loss(self, states: Tensor, tokens: PolicyTokens) -> SpanLogprobOutput:
         """The loss at the micro-batch's other tokens; vocab-parallel as `_divergence`."""

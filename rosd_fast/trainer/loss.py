@@ -44,6 +44,8 @@ def span_loss(
     temperature: float,
     order: VocabularyOrder | None = None,
     vocab_group: ProcessGroup | None = None,
+    head_grad: Tensor | None = None,  # [V, H] float32
+    head_grad_factor: float = 1.0,
 ) -> SpanDivergenceOutput:
     """The micro-batch's summed loss, with per-token divergence, log-probs and entropies.
 
@@ -54,6 +56,8 @@ def span_loss(
     order: from `vocabulary_order`; it is learned in the first calls.
     vocab_group: ranks of a vocab-parallel head. The heads are this rank's rows; all other arguments
         are equal on all ranks of the group.
+    head_grad: memory that the head's gradient, times `head_grad_factor`, is added to at once;
+        autograd then gets none. None: autograd gets it.
     """
     device = student_hidden.device
     return span_divergence(
@@ -68,6 +72,8 @@ def span_loss(
         else batch.rollout_logprobs.to(device),
         importance_clip=config.importance_clip,
         vocab_group=vocab_group,
+        head_grad=head_grad,
+        head_grad_factor=head_grad_factor,
         **formula(student_head, teacher_head, config, temperature),
         **sparsity(config, order),
     )

@@ -75,6 +75,22 @@ class Optimizer:
                 master.grad = gradient if master.grad is None else master.grad.add_(gradient)
                 parameter.grad = None
 
+    def gradient_sum(self, parameter: Tensor) -> Tensor | None:
+        """The float32 memory in which a trained parameter's gradients are summed until `step`.
+
+        A caller may add to it beside `accumulate`. None where there is none on the parameter's
+        device: not trained, offloaded, or sharded.
+        """
+        for name, own in self.parameters.items():
+            master = self.masters[name]
+            if own is parameter and type(master) is Parameter and master.is_contiguous():
+                if master.device != own.device or master.dtype != torch.float32:
+                    return None
+                if master.grad is None:
+                    master.grad = torch.zeros_like(master)
+                return master.grad
+        return None
+
     def step(self) -> float:
         """Clip the gradients and update; returns the gradient norm before clipping.
 

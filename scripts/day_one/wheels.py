@@ -77,7 +77,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     if left_out:
         print(f"left out, to stay under {args.max_mb:g} MB: {', '.join(left_out)}")
     for python in args.python:
-        print(f"a machine with Python {python} must have {', '.join(lacks(folder, python))}")
+        lacking = ", ".join(lacks(folder, python))
+        lacking = lacking.replace("matplotlib", "matplotlib (only for plots)")
+        print(f"a machine with Python {python} must have {lacking}")
     if size > args.max_mb * MB:
         print(
             f"gpu_wheels: {folder} is over {args.max_mb:g} MB; name one --python", file=sys.stderr

@@ -397,7 +397,7 @@ def test_a_run_from_before_the_renames_is_read_and_keeps_its_hash(tmp_path: Path
     assert config.select.on_no_success == "skip"
     assert config_hash(config) == OLD_HASHES["old_run"]
     # What the preset did not have yet, or had otherwise.
-    before: dict[str, Any] = {"engine.max_rows": 256, **BEFORE}
+    before: dict[str, Any] = {"engine.max_rows": 256, "loss.workspace_mib": 256, **BEFORE}
     before["teacher.solution_template"] = Config().teacher.solution_template
     assert config_hash(apply_args(load_preset("quickstart"), before)) == OLD_HASHES["quickstart"]
     assert config_hash(read(tmp_path, to_toml(config))) == OLD_HASHES["old_run"]

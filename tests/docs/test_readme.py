@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 
 README = Path(__file__).parents[2] / "README.md"
@@ -26,9 +27,10 @@ def test_the_divergence_snippet_runs() -> None:
     assert head.weight.grad is not None and head.weight.grad.abs().sum() > 0
 
 
-def test_the_quickstart_table_has_its_markers() -> None:
-    """bench/quickstart.py puts its table between them."""
+@pytest.mark.parametrize("name", ["quickstart table", "loss table"])
+def test_tables_have_their_markers(name: str) -> None:
+    """bench/quickstart.py and bench/loss_report.py put their tables between them."""
     text = README.read_text()
-    begin, end = "<!-- quickstart table -->", "<!-- end of quickstart table -->"
+    begin, end = f"<!-- {name} -->", f"<!-- end of {name} -->"
     assert text.count(begin) == text.count(end) == 1
     assert text.index(begin) < text.index(end)

@@ -71,7 +71,7 @@ VALUES = [
     ("importance_clip", -1.0, "> 0"),
     ("entry_clip", 0.0, "> 0"),
     ("workspace_mib", 0, "> 0"),
-    ("workspace_mib", None, "> 0"),
+    ("workspace_mib", "256", "> 0"),
     ("top_k", 0, "1 to V"),
     ("top_k", 2.0, "int"),
     ("top_k", True, "int"),

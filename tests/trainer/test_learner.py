@@ -210,6 +210,37 @@ def test_micro_batches_do_not_change_the_gradient(dtype, bound, monkeypatch):
             assert float((split[name] - gradient).abs().max()) <= bound * max(1, scale), name
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_heads_gradient_is_summed_in_place(dtype, tied, monkeypatch):
+    """Micro-batches add it to one float32 buffer; the gradients are those that autograd gives."""
+    samples = [sample(i) for i in range(4)]
+    batches = [batch(samples[:2]), batch(samples[2:])]
+    found, made = [], []
+    for in_place in (True, False):
+        learner = Learner(tiny_model(dtype, tied=tied), config())
+        if not in_place:
+            monkeypatch.setattr(Learner, "_head_sum", lambda self: None)
+        of_head = learner.optimizer.gradient_sum(learner.policy.head.weight)
+        made.append(of_head)
+        found.append(gradients_of_step(learner, batches, monkeypatch))
+    assert made[0] is not None and made[0].dtype == torch.float32
+    assert found[0].keys() == found[1].keys()
+    rounding = 1e-5 if dtype == torch.float32 else 2e-2  # autograd's bfloat16 is rounded twice
+    for name, want in found[1].items():
+        assert (found[0][name] - want).abs().max() <= rounding * want.abs().max(), name
+
+
+def test_a_head_that_is_not_trained_or_offloaded_has_no_buffer():
+    model = tiny_model(tied=False)
+    offloaded = Learner(model, config(optim={"offload": True}))
+    assert offloaded.optimizer.gradient_sum(offloaded.policy.head.weight) is not None  # on a CPU
+    frozen = tiny_model(tied=False)
+    frozen.lm_head.weight.requires_grad_(False)
+    learner = Learner(frozen, config())
+    assert learner.optimizer.gradient_sum(learner.policy.head.weight) is None
+
+
 def test_training_moves_the_student_to_the_teacher():
     learner = Learner(tiny_model(), config(loss={"importance_clip": None}))
     batches = [batch([sample(i) for i in range(4)])]

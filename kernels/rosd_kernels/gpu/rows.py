@@ -30,7 +30,7 @@ from rosd_kernels.rows import RowStats, row_stats
 from rosd_kernels.vocabulary import Vocabulary
 
 Stage = Literal["all", "value", "stats", "terms", "grad"]
-BLOCK_V, NUM_WARPS = rows_config()
+BLOCK_V, NUM_WARPS, MAX_REGISTERS = rows_config()
 
 
 @triton.jit
@@ -293,6 +293,7 @@ def rows(
             HAS_COLUMNS=columns is not None,
             BLOCK_V=BLOCK_V,
             num_warps=NUM_WARPS,
+            maxnreg=MAX_REGISTERS,
             **COMPILER_OPTIONS,
         )
     return stats if has_stats else None, terms if has_terms else None

@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.distributed import ProcessGroup
 
 from rosd_kernels.auto import choose, remember, start_of
+from rosd_kernels.backends import on_device
 from rosd_kernels.checks import check_group, check_ids, check_order, check_strategy
 from rosd_kernels.logprob.chunked import run_chunked
 from rosd_kernels.logprob.records import (
@@ -22,6 +23,7 @@ from rosd_kernels.logprob.reference import run_reference
 from rosd_kernels.logprob.tiled import run_tiled
 from rosd_kernels.sparsity import Sparsity
 from rosd_kernels.vocabulary import Vocabulary
+from rosd_kernels.workspace import default_workspace_mib
 
 STRATEGIES: dict[str, Strategy] = {
     "chunked": run_chunked,
@@ -41,7 +43,7 @@ def span_logprob(
     bias: Tensor | None = None,  # [V]
     sparsity: Literal["exact"] | Sparsity = "exact",
     strategy: Literal["auto", "tiled", "chunked", "reference"] = "auto",
-    workspace_mib: float = 256,
+    workspace_mib: float | None = None,
     vocab_group: ProcessGroup | None = None,
 ) -> SpanLogprobOutput:
     """Log-probabilities of sampled tokens and entropies, from hidden states, without [N, V] logits.
@@ -80,7 +82,7 @@ def span_logprob(
             `sparsity` only those that matter; "reference", plain PyTorch on whole [N, V] logits,
             for tests; "auto", see auto.py. They agree up to rounding and what `sparsity` skips.
         workspace_mib: bound on all logit-sized buffers together. One row ("chunked") or one tile
-            ("tiled") is held in any case.
+            ("tiled") is held in any case. None: by the device, see `default_workspace_mib`.
         vocab_group: a torch.distributed process group over which the vocabulary is sharded: head
             and bias are this rank's rows, in rank order, of any number; hidden states and ids (of
             the whole vocabulary) are the same on all ranks, and `token_loss` computes the same. So
@@ -106,11 +108,12 @@ def span_logprob(
     check_strategy(strategy, tuple(STRATEGIES))
     if token_loss is not None and not callable(token_loss):
         raise ValueError(f"token_loss: got {type(token_loss).__name__}, want a callable or None")
+    device = getattr(hidden, "device", torch.device("cpu"))
     options = LogprobOptions(
         temperature=temperature,
         softcap=softcap,
         sparsity=Sparsity() if sparsity == "exact" else sparsity,
-        workspace_mib=workspace_mib,
+        workspace_mib=default_workspace_mib(device) if workspace_mib is None else workspace_mib,
     )
     inputs = LogprobInputs.of(hidden=hidden, head=head, bias=bias, token_ids=token_ids)
     # A tracer would unroll the loops over chunks; it cannot trace collectives or auto's memory.
@@ -143,7 +146,8 @@ def _run(
         )
     start = start_of(kind)
     # Autocast would run in bfloat16 the GEMMs that are in float32 on purpose.
-    with torch.autocast(device_type=inputs.hidden.device.type, enabled=False):
+    place = inputs.hidden.device
+    with on_device(place), torch.autocast(device_type=place.type, enabled=False):
         output = STRATEGIES[name](inputs, options, vocabulary, token_loss)
     remember(kind, output.stats, inputs.num_tokens, start)
     return output

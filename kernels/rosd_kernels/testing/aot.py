@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from rosd_kernels.testing.signatures import Job
 
 WORKERS = 2
+SAME_AS_86 = 89  # the same blocks and limits, so one variant shows that it compiles
 NARROW: tuple[Precision, ...] = ("narrow",)
 TENSOR_CORES = {90: "HGMMA", 100: "UTC*MMA"}  # HMMA elsewhere
 # Per multiprocessor (CUDA's programming guide, "Technical Specifications per Compute Capability").
@@ -215,6 +216,7 @@ def all_jobs(quick: bool) -> list[Job]:
             job
             for arch in ARCHITECTURES
             for job in signatures.jobs(arch, signatures.VARIANTS if arch in FAMILIES else NARROW)
+            if arch != SAME_AS_86 or job.variant == "plain"
         ]
     found: dict[tuple[str, int], Job] = {}
     for arch in ARCHITECTURES:

@@ -201,6 +201,6 @@ def test_an_older_triton_has_its_own_table(monkeypatch, version, is_old):
         assert configs.has_tma(120) == (not is_old)
         assert configs.has_tma(90)
         assert not configs.has_tma(89)
-        assert configs.rows_config() == ((1024, 8) if is_old else (2048, 8))
+        assert configs.rows_config() == ((1024, 8, 64) if is_old else (2048, 8, None))
     finally:
         configs.is_old_triton.cache_clear()

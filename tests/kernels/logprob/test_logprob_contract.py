@@ -44,7 +44,7 @@ VALUES = [
     ("temperature", 0, "> 0"),
     ("temperature", float("nan"), "finite"),
     ("softcap", 0.0, "> 0"),
-    ("workspace_mib", None, "> 0"),
+    ("workspace_mib", "256", "> 0"),
     ("sparsity", None, r"'exact', entry\(eps\) or mass\(tol\)"),
     ("sparsity", entry(0.0), r"eps in the open interval \(0, 1\)"),
     ("sparsity", mass(1.0), r"tol in the open interval \(0, 1\)"),
