@@ -27,7 +27,7 @@ from rosd_kernels.tiles import SCAN_TILE, num_tiles
 from rosd_kernels.workspace import INDEX_ROWS
 
 STATS_TILES = 8  # tiles of a program
-MARK_ROWS = 16  # rows that are read at once; divides INDEX_UNIT
+MARK_ROWS = 8  # rows that are read at once; divides INDEX_UNIT
 INDEX_UNIT = 128  # a multiple of each block of rows in configs.py
 LEVELS = 8  # thresholds that are tried at once
 STEPS = 4  # reads of the logits: the threshold is one of (LEVELS + 1)^STEPS
