@@ -104,7 +104,7 @@ def span_divergence(
         sparsity: "exact", all entries are computed; `entry(eps)` or `mass(tol)`, entries of the
             vocabulary that hold almost no probability have no gradient, and `stats` reports how
             much they held: "tiled" skips tiles (see sparsity.py), "chunked" single entries (see
-            active.py). "reference", and "chunked" with `top_k` or on a GPU, compute everything.
+            active.py). "reference", and "chunked" with `top_k`, compute everything.
         strategy: "chunked", dense GEMMs through a bounded workspace, and with `sparsity` gradients
             of the entries that matter; "tiled", one tile of the vocabulary at a time, and with
             `sparsity` only those that matter, without `top_k`;

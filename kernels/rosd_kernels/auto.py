@@ -7,17 +7,17 @@ is smaller:
     span_divergence    4                      2 + 2g                    2 + 6f
     span_logprob       3                      1 + 2g                    1 + 3f
 
-Where "chunked" restricts its gradients to active entries (everywhere but in Triton's kernels), it
-is never dearer, and the choice depends on the arguments alone: "tiled" only where the workspace
-does not hold MIN_ROWS rows of logits, so that the GEMMs would be thin.
+Without Triton "chunked" is never dearer, and the choice depends on the arguments alone: "tiled"
+only where the workspace does not hold MIN_ROWS rows of logits, so that the GEMMs would be thin.
 
-Where "chunked" computes all entries, "tiled" is cheaper below some f, but a sweep does not take the
-same time in both. So the device times a call of each strategy, and the faster one per token is
-used; until both were timed, f decides as if sweeps were equal, below 1/3 and 2/3. Every 64th call
-takes the other one. Times and f are copied to the CPU behind the call and read by a later call that
-finds them there: no call waits for the device, and while a CUDA graph is captured nothing is
-measured. The choice then depends on earlier calls, and results differ by what `sparsity` skips:
-name the strategy where runs must be repeatable to the bit.
+In Triton's kernels "chunked" gathers rows of the head (span_divergence) or computes all entries
+(span_logprob), and a sweep does not take the same time in both strategies. So the device times a
+call of each, and the faster one per token is used; until both were timed, f decides as if sweeps
+were equal and "chunked" computed all entries, below 1/3 and 2/3. Every 64th call takes the other
+one. Times and f are copied to the CPU behind the call and read by a later call that finds them
+there: no call waits for the device, and while a CUDA graph is captured nothing is measured. The
+choice then depends on earlier calls, and results differ by what `sparsity` skips: name the strategy
+where runs must be repeatable to the bit.
 """
 
 from __future__ import annotations
@@ -133,7 +133,8 @@ def remember(kind: Kind | None, stats: SpanStats, num_tokens: int, start: Any) -
     """Have the device report on a call that ends; `start`: what `start_of` returned."""
     if kind is None or num_tokens == 0:
         return
-    memory, measured, name = _memories[kind], stats.measured, stats.strategy
+    memory, name = _memories[kind], stats.strategy
+    measured = stats.measured if name == "tiled" else None  # f is of tiles, not of entries
     if measured is not None and not measured.is_cuda:
         memory.active_frac = float(measured[0])
     if start is None:

@@ -50,6 +50,15 @@ def gpu_rows(like: Tensor, dtype: torch.dtype) -> Callable[..., Any] | None:
     return block_divergence
 
 
+def gpu_sparse(like: Tensor, dtype: torch.dtype) -> Any:
+    """The module of the passes of "chunked" with a sparsity, or None as in `gpu_rows`."""
+    if not uses_triton(like, dtype):
+        return None
+    from rosd_kernels.gpu import sparse
+
+    return sparse
+
+
 def gpu_logprob(like: Tensor, dtype: torch.dtype) -> Any:
     """The module of `span_logprob`'s elementwise passes, or None as in `gpu_rows`."""
     if not uses_triton(like, dtype):

@@ -60,7 +60,6 @@ def run_chunked(
 ) -> SpanDivergenceOutput:
     """Compute the divergence in chunks of rows that fit `options.workspace_mib`."""
     is_dense = options.sparsity.rule == "exact" or options.top_k is not None
-    is_dense = is_dense or gpu_rows(inputs.student_hidden, inputs.compute_dtype) is not None
     compute = _compute if is_dense else compute_sparse
     return differentiable(inputs, lambda needed: compute(inputs, options, vocabulary, needed))
 

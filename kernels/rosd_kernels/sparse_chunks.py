@@ -6,7 +6,8 @@
     G of the active entries [R, A]         compacted in place
     dh = a G W[index], dW[index] += G^T a h    compact.py: 2f units, or f without dW
 
-with f = A/V. A chunk is one block, whose rows share their active entries. The loss is at most the
+with f = A/V. A chunk is one block, whose rows share their active entries; on a GPU, where chunks
+are larger and gpu/sparse.py has all passes but the first, it has several. The loss is at most the
 exact one (but for a clipped forward_kl, see sparsity.py), the gradient's error at most
 `grad_error_bound`, see active.py. In reverse_kl a tile of which a bias masks only a part is
 scanned: as one entry it would have no bound.
@@ -15,7 +16,7 @@ scanned: as one entry it would have no bound.
 from __future__ import annotations
 
 import math
-from typing import NamedTuple
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -29,14 +30,14 @@ from rosd_kernels.active import (
     select_entries,
 )
 from rosd_kernels.autograd import Computed, Needed, ranges
+from rosd_kernels.backends import gpu_sparse
 from rosd_kernels.compact import add_gradients, untouched_gradients
-from rosd_kernels.divergences import entry_terms, is_never_negative, known_total
 from rosd_kernels.elementwise import subtract_total, terms_, uses_native
 from rosd_kernels.logits import LogitTransform
 from rosd_kernels.records import SpanInputs, SpanOptions, SpanStats
 from rosd_kernels.row_chunks import empty_results, project_sides, store
-from rosd_kernels.rows import RowStats
-from rosd_kernels.sparsity import measured_counts, tile_error_bound
+from rosd_kernels.sparse_block import SparseBlock, add_tiles, gradient_error
+from rosd_kernels.sparsity import measured_counts
 from rosd_kernels.vocabulary import Vocabulary
 from rosd_kernels.workspace import Workspace, WorkspacePlan
 
@@ -48,7 +49,8 @@ def compute_sparse(
 ) -> Computed:
     """Loss, results and gradients of one call."""
     hidden = inputs.student_hidden
-    is_fused = uses_native(hidden.new_empty(0, dtype=inputs.compute_dtype))
+    kernels = gpu_sparse(hidden, inputs.compute_dtype)
+    is_fused = kernels is not None or uses_native(hidden.new_empty(0, dtype=inputs.compute_dtype))
     plan = WorkspacePlan.of(
         [(hidden, inputs.student_head), (inputs.teacher_hidden, inputs.teacher_head)],
         vocabulary,
@@ -56,32 +58,36 @@ def compute_sparse(
         scratch_rows=0 if is_fused else PLAIN_SCRATCH,
         is_fused=is_fused,
         is_sparse=True,
+        is_gathered=kernels is not None,
     )
     workspace = Workspace(plan, hidden.device)
+    block_of, add = sparse_block, add_gradients
+    if kernels is not None:
+        block_of = partial(kernels.sparse_block, grad_dtype=plan.gemm_dtype)
+        add = kernels.add_gradients
     results = empty_results(inputs)
     gradients = untouched_gradients(inputs.students, needed, inputs.compute_dtype, inputs.head_sum)
     transforms = inputs.transforms(options)
     skipped = torch.zeros_like(results.per_token), torch.zeros_like(results.per_token)
-    num_computed = 0
+    num_computed = results.per_token.new_zeros(())
     for start, stop in ranges(inputs.num_tokens, plan.rows):
         rows, chunk = slice(start, stop), inputs.rows(start, stop)
         logits = project_sides(chunk, workspace)
         columns = vocabulary.columns(chunk.token_ids)
-        block = sparse_block(
+        block = block_of(
             *logits, transforms, columns, options, vocabulary, needs_gradient=any(needed)
         )
         store(results, rows, block.value, block.student, block.teacher)
         for of_all, of_block in zip(skipped, (block.lost_mass, block.grad_error), strict=True):
             of_all[rows] = of_block
-        size = inputs.vocab_size if block.index is None else len(block.index)
-        num_computed += size * (stop - start)
+        num_computed += block.num_computed
         if any(needed):
             logprob = results.student_logprob
             of_chunk = None if logprob is None else logprob[rows]
             row_scale = chunk.row_scale(chunk.token_weights(of_chunk, options), options)
-            add_gradients(
+            add(
                 gradients,
-                logits[0][:, :size],
+                block.grad,
                 chunk.student_hidden,
                 chunk.student_head,
                 rows,
@@ -91,7 +97,8 @@ def compute_sparse(
             )
     if gradients.hidden is not None:
         vocabulary.sum_(gradients.hidden)
-    counts = results.per_token.new_tensor([num_computed, inputs.num_tokens * inputs.vocab_size])
+    num_pairs = torch.full_like(num_computed, inputs.num_tokens * inputs.vocab_size)
+    counts = torch.stack([num_computed, num_pairs])
     found = measured_counts(counts, *skipped, vocabulary)
     weights = inputs.token_weights(results.student_logprob, options)
     return Computed(
@@ -102,19 +109,8 @@ def compute_sparse(
     )
 
 
-class SparseBlock(NamedTuple):
-    """What is known of a block of rows."""
-
-    value: Tensor  # [R] divergence
-    student: RowStats
-    teacher: RowStats
-    index: Tensor | None  # [A] columns of G, which are then the first ones; None: all
-    lost_mass: Tensor  # [R] the larger one of p and of q that have no gradient
-    grad_error: Tensor  # [R] bound
-
-
 def sparse_block(
-    student: Tensor,  # [R, V] raw logits in, G out in the first A columns
+    student: Tensor,  # [R, V] raw logits in, `grad` out
     teacher: Tensor,  # [R, V] raw logits in, overwritten
     transforms: tuple[LogitTransform, LogitTransform],
     columns: Tensor | None,  # [R] of the sampled tokens
@@ -143,17 +139,16 @@ def sparse_block(
             of_student, of_teacher = (transform.at(entries.index) for transform in transforms)
             terms_(student, teacher, of_student, of_teacher, *lses, options)
         subtract_total(student, teacher, total, options)
-    of_total = 1.0 if known_total(options) is not None else total.abs()
-    error = known_error + tile_error + student_mass * of_total
-    if known_total(options) is None:
-        error = error + tile_error
     return SparseBlock(
         value=value,
         student=sides[0].rows,
         teacher=sides[1].rows,
+        grad=student,
         index=None if entries.is_dense else entries.index,
+        num_computed=len(lses[0])
+        * (sides[0].logits.shape[1] if entries.is_dense else len(entries.index)),
         lost_mass=torch.maximum(student_mass, teacher_mass),
-        grad_error=error / options.temperature,
+        grad_error=gradient_error(total, student_mass, known_error, tile_error, options),
     )
 
 
@@ -181,20 +176,6 @@ def _sums(sides: list[Side], entries: ActiveEntries, options: SpanOptions) -> Te
         entries,
         options,
     )
-    lowest = torch.finfo(value.dtype).min / 4  # -inf - -inf is not 0
-    log_p = (student.tiles.lse - student.rows.lse[:, None]).clamp_(min=lowest)
-    log_q = (teacher.tiles.lse - teacher.rows.lse[:, None]).clamp_(min=lowest)
-    p, q = log_p.exp(), log_q.exp()
-    ratio = None
-    if options.divergence == "reverse_kl":
-        highest = student.tiles.max - student.rows.lse[:, None]
-        ratio = highest - (teacher.tiles.min - teacher.rows.lse[:, None])
-    bound = tile_error_bound(p, q, ratio, options).masked_fill_(entries.scanned, 0)
-    c, e = entry_terms(log_p, log_q, p, q, options)
-    c.masked_fill_(entries.scanned, 0)
-    e.masked_fill_(entries.scanned, 0)
-    value, total = value + c.sum(1), total + e.sum(1)
-    if is_never_negative(options):
-        value = value.clamp_(min=0)
+    value, total, tile_error = add_tiles(sides, entries.scanned, value, total, options)
     student_mass, teacher_mass = (lost_mass(side, entries)[0] for side in sides)
-    return torch.stack([value, total, student_mass, teacher_mass, known_error, bound.sum(1)])
+    return torch.stack([value, total, student_mass, teacher_mass, known_error, tile_error])

@@ -24,6 +24,10 @@ CPU_BLOCK_ELEMENTS = 1 << 20
 CAST_BYTES = 16 * MIB
 # Statistics of tiles that a sparse block holds per side, temporary ones included.
 SCAN_PLANES = 10
+# Rows that share an index of active entries in Triton's kernels. dW is read and written once per
+# index, so few rows are limited by memory; the entries of many are more than each row needs.
+INDEX_ROWS = 512
+INDEX_BYTES = 9  # per entry of an index: mark, rank, place
 # Chunks by default. A CPU gains nothing from larger ones. A GPU reads and writes the float32 sum of
 # dW once per chunk, so chunks are few; the size follows the whole memory, never the free one, as
 # results would otherwise differ in their last bits from call to call.
@@ -59,14 +63,16 @@ class WorkspacePlan:
         scratch_rows: int,
         is_fused: bool,
         is_sparse: bool = False,
+        is_gathered: bool = False,
     ) -> WorkspacePlan:
         """Return the largest plan within `workspace_mib`, with at least one row.
 
         sides: hidden states [N, H] and head [V, H] of each. scratch_rows: buffers of one row of
         logits that elementwise work on a row allocates. is_fused: that work is one launch for any
         number of rows. is_sparse: a chunk is one block, with statistics of tiles, and rows of the
-        first side's head are gathered. Where the vocabulary is sharded, every rank gets the same
-        plan, the one for the largest shard.
+        first side's head are gathered. is_gathered: Triton's kernels gather them, through an index
+        per row block (gpu/entries.py); the others copy them. Where the vocabulary is sharded, every
+        rank gets the same plan, the one for the largest shard.
         """
         vocab_size = vocabulary.largest
         operands = [operand for side in sides for operand in side]
@@ -81,7 +87,7 @@ class WorkspacePlan:
         cast_width = max(
             (head.shape[1] for head in heads if not is_gemm_ready(head, gemm_dtype)), default=0
         )
-        if is_sparse:
+        if is_sparse and not is_gathered:
             cast_width = max(cast_width, heads[0].shape[1])
         cast_rows = 0
         if cast_width:
@@ -97,7 +103,11 @@ class WorkspacePlan:
                 len(sides) * num_tiles(vocab_size, SCAN_TILE) * SCAN_PLANES * dtype.itemsize
             )
 
-        free = max(0, budget - cast_bytes)
+        index_bytes = 0
+        if is_gathered:
+            blocks = max(1, -(-min(budget // held_bytes, num_tokens) // INDEX_ROWS))
+            index_bytes = INDEX_BYTES * vocab_size * blocks
+        free = max(0, budget - cast_bytes - index_bytes)
         block = max(1, free // (held_bytes + scratch_bytes))
         is_cpu = device.type == "cpu"
         if is_cpu and not is_sparse:
@@ -126,7 +136,7 @@ class WorkspacePlan:
             block=block,
             cast_rows=cast_rows,
             cast_width=cast_width,
-            num_bytes=held_bytes * rows + scratch_bytes * block + cast_bytes,
+            num_bytes=held_bytes * rows + scratch_bytes * block + cast_bytes + index_bytes,
         )
 
 

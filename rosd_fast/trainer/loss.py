@@ -189,7 +189,7 @@ def strategy(config: LossConfig, device: torch.device) -> Literal["chunked", "ti
     """
     if config.strategy != "auto":
         return config.strategy
-    # On a GPU, "chunked" computes the gradients of all entries whatever the sparsity.
+    # On a GPU, `span_logprob` in "chunked" computes all entries' gradients whatever the sparsity.
     drops_tiles = config.sparsity != "exact" and device.type == "cuda"
     return "tiled" if drops_tiles else "chunked"
 

@@ -329,14 +329,3 @@ def test_rows_of_the_heads_gradient_that_nothing_writes(make_case, monkeypatch, 
             factor * span_divergence(**tensors, strategy="chunked", sparsity=entry(0.01)).loss
         ).backward()
     assert leaf.grad is not None and torch.allclose(leaf.grad, 2 * head, rtol=1e-2)
-
-
-def test_kernels_of_whole_rows_compute_all_entries(monkeypatch):
-    """As Triton's do; the result is the exact one."""
-    from rosd_kernels import chunked
-
-    student, teacher = peaked(9, sharpness=9, gap=0.5, seed=2, likely=20)
-    want, _ = gradient_and_output(student, teacher)
-    monkeypatch.setattr(chunked, "gpu_rows", lambda *_: chunked._block_divergence)
-    got, out = gradient_and_output(student, teacher, sparsity=entry(1e-2))
-    assert out.stats.active_frac == 1.0 and torch.equal(got, want)

@@ -8,6 +8,8 @@ refuses spills and too much shared memory.
                      [block_m rows] x [block_n vocabulary], reduced over block_k of the width
     grad_hidden      [block_m rows] x [block_n of the width], reduced over block_k of the vocabulary
     grad_head        [block_m vocabulary] x [block_n of the width], reduced over block_k rows
+    gather_hidden, gather_head
+                     the same of active entries, whose rows of the head are gathered
 
 The devices of one family share a table: 80 serves all whose shared memory is small (86, 89, 120).
 Triton before 3.8 keeps more values in registers; `OLDER` has smaller blocks for the kernels that
@@ -24,7 +26,9 @@ from dataclasses import dataclass
 from functools import cache
 from typing import Literal
 
-Kernel = Literal["sweep", "pair", "logprob_tile", "grad_hidden", "grad_head"]
+Kernel = Literal[
+    "sweep", "pair", "logprob_tile", "grad_hidden", "grad_head", "gather_hidden", "gather_head"
+]
 Precision = Literal["narrow", "tf32", "tf32x3", "ieee"]
 FAMILIES = (80, 90, 100)
 ARCHITECTURES = (80, 86, 89, 90, 100, 120)  # that the gate compiles for
@@ -91,6 +95,12 @@ CONFIGS: dict[tuple[Kernel, int, Precision], tuple[Config, Config]] = {
     ("grad_head", 80, "narrow"): (_128x128, _128x128),
     ("grad_head", 90, "narrow"): (_128x256, _128x256),
     ("grad_head", 100, "narrow"): (_128x256, _128x256),
+    ("gather_hidden", 80, "narrow"): (_128x128, _64x128),
+    ("gather_hidden", 90, "narrow"): (_128x256, _64x128),
+    ("gather_hidden", 100, "narrow"): (_128x128, _64x128),
+    ("gather_head", 80, "narrow"): (_128x128, _64x128),
+    ("gather_head", 90, "narrow"): (_128x128, _64x128),
+    ("gather_head", 100, "narrow"): (_128x128, _64x128),
 }
 _FLOATS: dict[Precision, tuple[Config, Config]] = {  # (pair, all other kernels)
     "tf32": (Config(64, 128, 32, 8, 2), Config(64, 128, 32, 8, 2)),
@@ -100,11 +110,19 @@ _FLOATS: dict[Precision, tuple[Config, Config]] = {  # (pair, all other kernels)
 for _precision, (_pair, _other) in _FLOATS.items():
     for _arch in FAMILIES:
         CONFIGS["pair", _arch, _precision] = (_pair, _pair)
-        for _kernel in ("sweep", "logprob_tile", "grad_hidden", "grad_head"):
+        for _kernel in (
+            *("sweep", "logprob_tile", "grad_hidden", "grad_head"),
+            *("gather_hidden", "gather_head"),
+        ):
             CONFIGS[_kernel, _arch, _precision] = (_other, _other)
 
 
 CONFIGS["pair", 80, "tf32"] = (Config(64, 128, 32, 8, 2), _32x128x32)  # spills with all options
+# Left alone, the assembler takes 80 registers on 90, for three blocks at once, and spills.
+for _arch in FAMILIES:
+    CONFIGS["gather_head", _arch, "ieee"] = (_64x128x16, _64x128x16)
+
+
 OLDER: dict[tuple[Kernel, int, Precision], tuple[Config, Config]] = {
     ("pair", 90, "narrow"): (_64x128, Config(64, 128, 64, 16, 3)),
     ("pair", 100, "narrow"): (_64x128, _64x128),

@@ -20,15 +20,18 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from rosd_kernels.gpu.configs import Kernel, Precision
+from rosd_kernels.gpu.entries import active_index, mass_threshold, tile_stats
+from rosd_kernels.gpu.gather import gather_bias, gather_head, gather_hidden
 from rosd_kernels.gpu.launch import DOT_PRECISIONS
 from rosd_kernels.gpu.logprob import logprob_grad, logprob_stats
 from rosd_kernels.gpu.logprob_tiles import TritonLogprobTiles
 from rosd_kernels.gpu.rows import rows
+from rosd_kernels.gpu.sparse_rows import scanned_sums, write_grad
 from rosd_kernels.gpu.tiles import TritonTiles
 from rosd_kernels.logprob.records import LogprobInputs, LogprobOptions
 from rosd_kernels.records import Divergence, SpanInputs, SpanOptions
 from rosd_kernels.sparsity import entry, mass
-from rosd_kernels.tiles import num_row_blocks, num_tiles
+from rosd_kernels.tiles import SCAN_TILE, num_row_blocks, num_tiles
 
 N = 160
 OPTIONS = ("num_warps", "num_stages", "num_ctas", "maxnreg", "enable_fp_fusion")
@@ -218,6 +221,8 @@ def _step(variant: Variant) -> None:
     tiles.gradients(active, lse, lse, lse, lse, needed)
     if variant.head == torch.bfloat16 and not variant.ordered:  # logits are float32 in any case
         _rows(torch.zeros(2, N, V), inputs.transforms(options)[0].bias, inputs.token_ids, options)
+    if not variant.ordered:
+        _sparse(inputs, options, needed)
 
 
 def _rows(
@@ -238,6 +243,25 @@ def _rows(
             lse=None if has_stats else statistics,
             total=statistics[0] if stage == "grad" else None,
         )
+
+
+def _sparse(inputs: SpanInputs, options: SpanOptions, needed: tuple[bool, bool, bool]) -> None:
+    """Launch the passes over kept logits with a sparsity, and their GEMMs."""
+    V, H = inputs.student_head.shape
+    student, teacher = torch.zeros(2, N, V)
+    transforms, lse = inputs.transforms(options), torch.zeros(2, N)
+    is_narrow = inputs.student_hidden.dtype == inputs.student_head.dtype == torch.bfloat16
+    dtype = torch.bfloat16 if is_narrow else torch.float32
+    tile_stats(student, transforms[0])
+    mass_threshold(student, transforms[0], lse[0], 1e-3)
+    scanned = torch.ones(N, num_tiles(V, SCAN_TILE), dtype=torch.bool)
+    index = active_index(student, teacher, transforms, lse, scanned)
+    scanned_sums(student, teacher, transforms, lse, scanned, index, options)
+    G = write_grad(student, teacher, transforms, lse, lse[0], index, options, dtype=dtype)
+    gather_hidden(G, inputs.student_head, index, lse[0], out=torch.zeros(N, H))
+    gather_head(G, inputs.student_hidden.to(dtype), index, out=torch.zeros(V, H))
+    if needed[2]:
+        gather_bias(G, index, lse[0], out=torch.zeros(V))
 
 
 def _logprob_step(variant: Variant) -> None:
