@@ -30,7 +30,6 @@ from rosd_fast.model.blocks import describe
 from rosd_fast.model.load import LoadedModel
 from rosd_fast.model.run_folder import run_model
 from rosd_fast.narrow import about_bfloat16
-from rosd_fast.products import Library, choose
 from rosd_fast.report import (
     draw_plots,
     render_tokens_html,
@@ -288,14 +287,10 @@ def opened(config: Config, resume: Path | None, world: World, lock: RunLock) -> 
         log = MetricsLog(folder / FILE_NAME)
         log.truncate_after(first_step - 1)
         evaluated = bool(read_evaluation(folder, first_step - 1))
-        on_cpu = pick_device(config.device).type == "cpu"
-        threads = watch_threads(on_cpu=on_cpu, num_ranks=world.size)
-        contended = threads.begin(recorded_threads(folder, first_step - 1))
-        products = choose(
-            on_cpu=on_cpu,
-            num_ranks=world.size,
-            recorded=recorded_products(folder, first_step - 1),
+        threads = watch_threads(
+            on_cpu=pick_device(config.device).type == "cpu", num_ranks=world.size
         )
+        contended = threads.begin(recorded_threads(folder, first_step - 1))
         stop, rollouts = StopRequest(), RolloutWriter()
 
         def finish_writing() -> None:
@@ -328,8 +323,8 @@ def opened(config: Config, resume: Path | None, world: World, lock: RunLock) -> 
                 shown.note(f"epochs: {epochs:g} are {config.steps} steps")
             if changed is not None:
                 shown.note(changed)
-            for text in filter(None, (contended, products)):
-                shown.note(text)
+            if contended:
+                shown.note(contended)
             for text in (*inputs.model_notes, *inputs.data_notes):
                 shown.note(text)
             for text in inputs.chat_notes():
@@ -437,13 +432,6 @@ def recorded_threads(folder: Path, step: int) -> int | None:
     checkpoint, or it does not say."""
     path = checkpoint_folder(folder, step)
     return read_state(path).get("threads") if path.exists() else None
-
-
-def recorded_products(folder: Path, step: int) -> Library | None:
-    """The library of matrix products that the checkpoint of a step was made with, torch where it
-    does not say; None: there is no such checkpoint."""
-    path = checkpoint_folder(folder, step)
-    return read_state(path).get("products", "torch") if path.exists() else None
 
 
 def is_due(step: int, every: int) -> bool:

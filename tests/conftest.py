@@ -19,8 +19,6 @@ os.environ["TRITON_INTERPRET"] = "1"
 if workers := int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "0")):
     os.environ["OMP_NUM_THREADS"] = str(max(1, (os.cpu_count() or 1) // workers))
 os.environ.setdefault("OMP_NUM_THREADS", str(os.cpu_count() or 1))
-# Nor do they measure which library multiplies matrices faster.
-os.environ.setdefault("ROSD_PRODUCTS", "torch")
 wait_briefly()
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ PACKAGE = Path(rosd_fast.__file__).parent
 
 LAYERS = (
     "errors types stats threads narrow background",
-    "files text verify quickstart products",
+    "files text verify quickstart",
     "config",
     "utils data rollout batch report",
     "reflection",

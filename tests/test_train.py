@@ -20,21 +20,19 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from rosd_fast import products
 from rosd_fast import update as update_module
 from rosd_fast.background import THREAD_NAME
 from rosd_fast.config import Config
 from rosd_fast.config.load import apply_args, apply_toml, load_preset
 from rosd_fast.errors import RunFailed, UserError
 from rosd_fast.methods.rosd import Rosd
-from rosd_fast.model import cpu_linear
 from rosd_fast.quickstart import MODEL_DIR
 from rosd_fast.quickstart.tasks import load_split
 from rosd_fast.reflection import reflect as reflect_module
 from rosd_fast.report import read_rollouts, rollout_writer, rollouts_path
 from rosd_fast.report.metrics import read_metrics
 from rosd_fast.rollout import sample
-from rosd_fast.run import recorded_products, recorded_threads
+from rosd_fast.run import recorded_threads
 from rosd_fast.train import train
 from rosd_fast.trainer import learner as learner_module
 from rosd_fast.trainer.ranks import LearnerGroup
@@ -174,31 +172,6 @@ def test_checkpoints_load_like_any_model(finished: Path) -> None:
 def test_a_checkpoint_says_with_how_many_threads_it_was_made(finished: Path) -> None:
     assert recorded_threads(finished, 2) == torch.get_num_threads()
     assert recorded_threads(finished, 7) is None  # such a run begins
-
-
-def test_a_run_resumes_with_the_library_of_its_products(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    if products.onednn_product() is None:
-        pytest.skip("this torch has no oneDNN")
-    monkeypatch.setattr(cpu_linear, "MIN_PRODUCT", 1)
-    monkeypatch.setenv("ROSD_PRODUCTS", "onednn")
-    options: dict[str, Any] = {"lora__rank": 4, "eval__every": 0}
-    try:
-        whole = train(small(tmp_path / "whole", **options))
-        config = small(tmp_path / "cut", **options)
-        run = train(config.model_copy(update={"steps": 1}))
-        assert recorded_products(run, 1) == "onednn"
-        assert recorded_products(run, 7) is None
-        assert capsys.readouterr().out.count("matrix products: oneDNN, by ROSD_PRODUCTS") == 2
-        monkeypatch.delenv("ROSD_PRODUCTS")
-        products.use("torch")
-        train(config, resume=run)
-    finally:
-        products.use("torch")
-    assert "matrix products: oneDNN, as before" in capsys.readouterr().out
-    assert recorded_products(run, 2) == "onednn"
-    assert_same_weights(run, whole)
 
 
 def test_the_same_seed_gives_the_same_run(finished: Path, tmp_path: Path) -> None:

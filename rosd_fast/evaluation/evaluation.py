@@ -18,7 +18,6 @@ from rosd_fast.evaluation.model import EvaluatedModel
 from rosd_fast.evaluation.records import Completion, Sampling
 from rosd_fast.evaluation.sample import sample_completions
 from rosd_fast.evaluation.settings import identity_hash, identity_of
-from rosd_fast.products import choose
 from rosd_fast.run_lock import RunLock
 from rosd_fast.threads import watch_threads
 from rosd_fast.utils.distributed import pick_device
@@ -139,8 +138,6 @@ async def _sample(
     on_cpu = pick_device(config.device).type == "cpu"
     if contended := watch_threads(on_cpu=on_cpu).begin():
         watch.note(contended)
-    if products := choose(on_cpu=on_cpu):
-        watch.note(products)
     verifiers = VerifierPool(Limits(**config.verify.model_dump()), note=watch.note)
     try:
         async with open_model(

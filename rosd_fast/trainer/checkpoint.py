@@ -4,8 +4,8 @@
     adapter/                with LoRA: the adapters by themselves, in peft's layout
     state/*.safetensors     trained weights in full precision, AdamW's moments, averages: one file
                             per rank, readable by any number of ranks
-    trainer_state.json      step, config hash, versions, number of threads, library of matrix
-                            products, dev accuracy, the size of every file
+    trainer_state.json      step, config hash, versions, number of threads, dev accuracy, the size
+                            of every file
 
 A checkpoint is written to a temporary folder, fsynced and renamed: it is complete or absent. Later
 damage is detected by file sizes. A damaged checkpoint is skipped with a warning, and the next save
@@ -93,7 +93,6 @@ def write_checkpoint(run: Path, snapshot: Snapshot, world: World = SINGLE_PROCES
                 "dev_accuracy": snapshot.dev_accuracy,
                 "ranks": world.size,
                 "threads": snapshot.threads,
-                "products": snapshot.products,
                 "versions": versions(),
                 "files": {str(file.relative_to(folder)): file.stat().st_size for file in files},
             }

@@ -24,7 +24,6 @@ from rosd_fast.config import Config
 from rosd_fast.errors import RunFailed, UserError
 from rosd_fast.model.adapters import fingerprint, merged_weights
 from rosd_fast.model.blocks import prepare_blocks
-from rosd_fast.model.cpu_linear import use_cpu_linear
 from rosd_fast.model.file_frame import FileFrame
 from rosd_fast.model.file_layout import file_weights
 from rosd_fast.model.fsdp import shard, skeleton
@@ -405,7 +404,6 @@ class Learner:
         """
         if self.world.mesh is None:
             prepare_blocks(model, self.config.learner, model.device)
-            use_cpu_linear(model)
             return PolicyModel(module=model, device=model.device, offload=offload)
         empty = skeleton(model, stored)
         prepare_blocks(empty, self.config.learner, torch.device(self.world.mesh.device_type))

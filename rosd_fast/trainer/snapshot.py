@@ -26,7 +26,6 @@ from rosd_fast.model.export import write_model
 from rosd_fast.model.file_layout import file_weights
 from rosd_fast.model.other_parts import OtherParts, other_parts
 from rosd_fast.model.weight_stream import TensorSpec, WeightStream, WholeWeights
-from rosd_fast.products import Library, chosen
 from rosd_fast.trainer.learner import Learner
 from rosd_fast.trainer.shards import ShardedWeights, Shards
 from rosd_fast.utils.distributed import World
@@ -213,7 +212,6 @@ class Snapshot:
     config_hash: of the run's options.
     dev_accuracy: mean accuracy on the dev split after that step; None: not measured.
     threads: torch's number of threads, on which the rounding of matrix products can depend.
-    products: the library that computes them on a CPU, on which their rounding depends.
     fingerprint: of the initial weights, on rank 0.
     teacher_fingerprint: of a separate teacher's weights, on rank 0; else empty.
     state: this rank's part of `Learner.state_dict`.
@@ -225,7 +223,6 @@ class Snapshot:
     config_hash: str
     dev_accuracy: float | None
     threads: int
-    products: Library
     fingerprint: str
     teacher_fingerprint: str
     state: dict[str, Any]
@@ -258,7 +255,6 @@ class Snapshot:
             config_hash=config_hash,
             dev_accuracy=dev_accuracy,
             threads=torch.get_num_threads(),
-            products=chosen(),
             fingerprint=learner.fingerprint,
             teacher_fingerprint=learner.teacher_fingerprint,
             state=BlockingAsyncStager(cache_staged_state_dict=False).stage(learner.state_dict()),

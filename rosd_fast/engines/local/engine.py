@@ -26,7 +26,6 @@ from rosd_fast.engines.local.forward import NextToken, Way
 from rosd_fast.engines.local.grammar_mask import Constraint, GrammarCompiler
 from rosd_fast.engines.requests import check_ids, completion_limit
 from rosd_fast.errors import UserError
-from rosd_fast.model.cpu_linear import use_cpu_linear
 from rosd_fast.model.weight_stream import WeightStream
 from rosd_fast.types import Generation, GenerationRequest
 
@@ -61,7 +60,6 @@ class LocalEngine(RolloutEngine):
     ) -> None:
         if max_rows < 1:
             raise ValueError(f"max_rows is {max_rows}, must be at least 1")
-        use_cpu_linear(model)
         self.model = model
         self.max_rows = max_rows
         self.shares_learner_weights = shares_learner_weights
