@@ -135,6 +135,7 @@ OLDER: dict[tuple[Kernel, int, Precision], tuple[Config, Config]] = {
 RowsConfig = tuple[int, int, int | None]
 ROWS: RowsConfig = (2048, 8, None)
 OLDER_ROWS: RowsConfig = (1024, 8, 64)  # left alone, the assembler takes 48 and spills
+OLDER_SUMS_REGISTERS = 96  # of `scanned_sums`; left alone, the assembler takes 80 and spills
 
 
 def family(capability: int) -> int:
@@ -173,6 +174,11 @@ def select(kernel: Kernel, capability: int, precision: Precision, *, lean: bool)
     key = kernel, family(capability), precision
     older = OLDER.get(key) if is_old_triton() else None
     return (older or CONFIGS[key])[0 if lean else 1]
+
+
+def sums_registers() -> int | None:
+    """Registers of a thread of `scanned_sums`; None: the assembler decides."""
+    return OLDER_SUMS_REGISTERS if is_old_triton() else None
 
 
 def rows_config() -> RowsConfig:

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from rosd_kernels.gpu.configs import sums_registers
 from rosd_kernels.gpu.entries import ActiveIndex, scaled_logits
 from rosd_kernels.gpu.launch import COMPILER_OPTIONS
 from rosd_kernels.gpu.math import entry_terms, formula, round_to
@@ -283,6 +284,7 @@ def scanned_sums(
             TILE=SCAN_TILE,
             BLOCK_C=BLOCK_C,
             num_warps=NUM_WARPS,
+            maxnreg=sums_registers(),
             **COMPILER_OPTIONS,
         )
     return out

@@ -204,18 +204,20 @@ def short_strides(ttir: str) -> int:
     return sum("arith.extsi" not in line for line in uses)
 
 
-def all_jobs(quick: bool) -> list[Job]:
+def all_jobs(quick: bool, *, narrow: bool = False) -> list[Job]:
     """All compilations, in float32 once per family of devices.
 
-    quick: each kernel once for 90, in bf16, and the sweep for every architecture.
+    quick: each kernel once for 90, in bf16, and the sweep for every architecture. narrow: those in
+    bf16, for every architecture.
     """
     from rosd_kernels.testing import signatures
 
     if not quick:
+        families = () if narrow else FAMILIES
         return [
             job
             for arch in ARCHITECTURES
-            for job in signatures.jobs(arch, signatures.VARIANTS if arch in FAMILIES else NARROW)
+            for job in signatures.jobs(arch, signatures.VARIANTS if arch in families else NARROW)
             if arch != SAME_AS_86 or job.variant == "plain"
         ]
     found: dict[tuple[str, int], Job] = {}
@@ -263,6 +265,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--check", action="store_true", help="exit 1 where a rule is broken")
     parser.add_argument("--quick", action="store_true", help="one config per kernel, bf16")
+    parser.add_argument("--narrow", action="store_true", help="bf16 only")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write all that was measured")
     parser.add_argument("--markdown", action="store_true", help="print the table in Markdown")
     args = parser.parse_args(argv)
@@ -280,7 +283,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 2
 
     start = time.perf_counter()
-    jobs = all_jobs(args.quick)
+    jobs = all_jobs(args.quick, narrow=args.narrow)
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(min(WORKERS, os.cpu_count() or 1), mp_context=spawn) as pool:
         records = list(pool.map(compile_job, jobs))
