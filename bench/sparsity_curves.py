@@ -5,8 +5,7 @@
 
 Runs of one seed start from the same weights and see the same problems; they differ by what the rule
 drops and, from then on, by what they sample. The spread between seeds is what a difference between
-rules has to exceed. 2^-12 is the resolution of a bfloat16 gradient; 2^-6 is far too coarse, and
-shows that the curves can tell.
+rules has to exceed. 2^-12 is the resolution of a bfloat16 gradient; 2^-6 is coarse.
 
 Writes a row per rule, seed and step to bench/results/sparsity_curves.csv (sparsity_smollm2.csv with
 --smollm2), and draws docs/sparsity_curves.png from the quickstart's. A run folder that exists is
@@ -104,29 +103,25 @@ def summary(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def draw(rows: Sequence[dict[str, Any]], file: Path) -> None:
-    """Draw divergence and accuracy by step: a line per seed, a color per rule."""
-    figure = Figure(figsize=(10, 3.8), dpi=130, layout="constrained")
+    """Draw the divergence by step: a line per seed, a color per rule."""
+    figure = Figure(figsize=(7.2, 3.6), dpi=130, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots(1, 2)
-    for axis, name, title in (
-        (axes[0], "divergence", "divergence per distilled token, nats"),
-        (axes[1], "dev_accuracy", "accuracy in domain, mean@4"),
-    ):
-        for rule, color in COLORS.items():
-            seeds = sorted({row["seed"] for row in rows if row["rule"] == rule})
-            for seed in seeds:
-                mine = [
-                    (row["step"], float(row[name]))
-                    for row in rows
-                    if row["rule"] == rule and row["seed"] == seed and row[name] != ""
-                ]
-                label = rule if seed == seeds[0] else None
-                axis.plot(*zip(*mine, strict=True), color=color, lw=1.2, alpha=0.8, label=label)
-        axis.set_title(title, loc="left", fontsize=10)
-        axis.set_xlabel("optimizer step")
-        axis.spines[["top", "right"]].set_visible(False)
-    axes[0].set_yscale("log")
-    axes[1].legend(frameon=False, loc="lower right")
+    axes = figure.subplots()
+    for rule, color in COLORS.items():
+        seeds = sorted({row["seed"] for row in rows if row["rule"] == rule})
+        for seed in seeds:
+            mine = [
+                (row["step"], float(row["divergence"]))
+                for row in rows
+                if row["rule"] == rule and row["seed"] == seed and row["divergence"] != ""
+            ]
+            label = rule if seed == seeds[0] else None
+            axes.plot(*zip(*mine, strict=True), color=color, lw=1.2, alpha=0.8, label=label)
+    axes.set_title("divergence per distilled token, nats", loc="left", fontsize=10)
+    axes.set_xlabel("optimizer step")
+    axes.set_yscale("log")
+    axes.spines[["top", "right"]].set_visible(False)
+    axes.legend(frameon=False)
     figure.savefig(file)
 
 
