@@ -175,12 +175,13 @@ def refuse_second_derivative(function: str) -> None:
 def refuse_other_factor(function: str, grad_loss: Tensor, factor: float) -> None:
     """Raise RuntimeError where the loss was not multiplied by the factor that forward was told.
 
-    The head's gradient is already added with it. Reading `grad_loss` on a GPU would wait for it.
+    The head's gradient is already added with it. A factor that is not finite passes: it shows in
+    the other gradients. Reading `grad_loss` on a GPU would wait for it.
     """
     if grad_loss.device.type != "cpu":
         return
     given = float(grad_loss)
-    if not math.isclose(given, factor, rel_tol=FACTOR_TOLERANCE):
+    if math.isfinite(given) and not math.isclose(given, factor, rel_tol=FACTOR_TOLERANCE):
         raise RuntimeError(
             f"{function}: head_grad_factor is {factor:g}, but the loss was multiplied by "
             f"{given:g} before backward; want the same number"

@@ -246,7 +246,9 @@ class FakeSglang:
             items[0]["meta_info"]["finish_reason"] = {"type": "abort", "message": "retracted"}
         if fault == "incomplete":
             del items[0]["meta_info"]["output_token_logprobs"]
-        if fault == "not finite":  # in the JSON of SGLang's library
+        if (
+            fault == "not finite" and "return_hidden_states" not in body
+        ):  # in the JSON of SGLang's library
             items[-1]["meta_info"]["output_token_logprobs"][0][0] = None
         if fault == "fewer":
             items = items[1:]

@@ -37,7 +37,7 @@ SERVER = """
 import http.server, json, os, subprocess, sys, time
 arguments = sys.argv[1:]
 print("arguments", arguments, flush=True)
-names = [k for k in os.environ if "RANK" in k or "WORLD" in k or "ELASTIC" in k or "OMP" in k]
+names = [k for k in os.environ if "RANK" in k or "WORLD" in k or "ELASTIC" in k or k == "OMP_NUM_THREADS"]
 print("ranks", names, flush=True)
 print("environment", os.environ.get("CUDA_VISIBLE_DEVICES"), os.getcwd(), flush=True)
 if "--broken" in arguments:

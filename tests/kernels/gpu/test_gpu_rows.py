@@ -85,12 +85,14 @@ class Rows:
         of_student = log_p.exp() * (log_p - (log_m if options.divergence == "jsd" else log_q))
         c = {
             "forward_kl": of_teacher,
-            "reverse_kl": of_student,
+            # its bound is on entries that are never negative
+            "reverse_kl": of_student
+            + (0 if options.entry_clip is None else log_q.exp() - log_p.exp()),
             "jsd": options.beta * of_teacher + (1 - options.beta) * of_student,
         }[options.divergence]
         e = {
             "forward_kl": -log_q.exp(),
-            "reverse_kl": of_student + (0 if options.entry_clip is None else log_p.exp()),
+            "reverse_kl": of_student,
             "jsd": (1 - options.beta) * of_student,
         }[options.divergence]
         if options.entry_clip is not None:
