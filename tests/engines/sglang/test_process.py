@@ -37,7 +37,8 @@ SERVER = """
 import http.server, json, os, subprocess, sys, time
 arguments = sys.argv[1:]
 print("arguments", arguments, flush=True)
-names = [k for k in os.environ if "RANK" in k or "WORLD" in k or "ELASTIC" in k or k == "OMP_NUM_THREADS"]
+words = "RANK", "WORLD", "ELASTIC", "OMP_NUM_THREADS"
+names = [k for k in os.environ if any(word in k for word in words)]
 print("ranks", names, flush=True)
 print("environment", os.environ.get("CUDA_VISIBLE_DEVICES"), os.getcwd(), flush=True)
 if "--broken" in arguments:
