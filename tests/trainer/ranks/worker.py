@@ -87,7 +87,12 @@ CASES: dict[str, tuple[str, dict[str, Any], dict[str, Any]]] = {
     "experts": ("Qwen3Moe", UNTIED | EXPERTS, {"teacher": {"kind": "ema", "ema_rate": 0.3}}),
     "experts sinks": ("GptOss", UNTIED | FAMILIES["GptOss"].changes, {"parallel": ROWS}),
     "experts lora": ("Qwen3Moe", UNTIED | EXPERTS, {"lora": {"rank": 4}}),
-    "image text": ("Gemma3", {}, {"learner": {"activation_checkpointing": True}}),
+    # small steps: AdamW amplifies the rounding of gradients near its epsilon
+    "image text": (
+        "Gemma3",
+        {},
+        {"learner": {"activation_checkpointing": True}, "optim": {"lr": 1e-3}},
+    ),
     "bfloat16": ("Llama", TIED, {"dtype": "bfloat16"}),
     "bfloat16 ema": ("Llama", TIED, {"dtype": "bfloat16", "teacher": {"kind": "ema"}}),
 }
