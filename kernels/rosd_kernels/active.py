@@ -120,11 +120,15 @@ def _threshold(side: Side, rule: Sparsity) -> Tensor:
 
 def lost_mass(side: Side, entries: ActiveEntries) -> Tensor:
     """[2, R] sums of p and of -p log p over the entries that are not active."""
-    of_scanned_p, of_scanned_h, taken_p, taken_h = dropped_mass(
-        side.logits, side.transform, side.rows.lse, entries
-    )
+    sums = dropped_mass(side.logits, side.transform, side.rows.lse, entries)
+    return with_other_tiles(side, entries.scanned, sums)
+
+
+def with_other_tiles(side: Side, scanned: Tensor, sums: Tensor) -> Tensor:
+    """`lost_mass` from the [4, R] sums of `dropped_mass` and the tiles that are not scanned."""
+    of_scanned_p, of_scanned_h, taken_p, taken_h = sums
     log_mass = side.tiles.lse - side.rows.lse[:, None]
-    mass = log_mass.exp().masked_fill_(entries.scanned, 0)
+    mass = log_mass.exp().masked_fill_(scanned, 0)
     entropy = (mass * (side.tiles.entropy - log_mass).nan_to_num_(nan=0.0)).sum(1)
     # What active entries hold of the other tiles is not lost; rounding may make the rest negative.
     return torch.stack(

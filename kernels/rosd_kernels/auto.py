@@ -10,14 +10,13 @@ is smaller:
 Without Triton "chunked" is never dearer, and the choice depends on the arguments alone: "tiled"
 only where the workspace does not hold MIN_ROWS rows of logits, so that the GEMMs would be thin.
 
-In Triton's kernels "chunked" gathers rows of the head (span_divergence) or computes all entries
-(span_logprob), and a sweep does not take the same time in both strategies. So the device times a
-call of each, and the faster one per token is used; until both were timed, f decides as if sweeps
-were equal and "chunked" computed all entries, below 1/3 and 2/3. Every 64th call takes the other
-one. Times and f are copied to the CPU behind the call and read by a later call that finds them
-there: no call waits for the device, and while a CUDA graph is captured nothing is measured. The
-choice then depends on earlier calls, and results differ by what `sparsity` skips: name the strategy
-where runs must be repeatable to the bit.
+In Triton's kernels "chunked" gathers rows of the head, and a sweep does not take the same time in
+both strategies. So the device times a call of each, and the faster one per token is used; until
+both were timed, f decides as if sweeps were equal and "chunked" computed all entries, below 1/3 and
+2/3. Every 64th call takes the other one. Times and f are copied to the CPU behind the call and read
+by a later call that finds them there: no call waits for the device, and while a CUDA graph is
+captured nothing is measured. The choice then depends on earlier calls, and results differ by what
+`sparsity` skips: name the strategy where runs must be repeatable to the bit.
 """
 
 from __future__ import annotations

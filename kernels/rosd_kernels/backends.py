@@ -59,6 +59,15 @@ def gpu_sparse(like: Tensor, dtype: torch.dtype) -> Any:
     return sparse
 
 
+def gpu_logprob_sparse(like: Tensor, dtype: torch.dtype) -> Any:
+    """The block of `span_logprob`'s "chunked" with a sparsity, or None as in `gpu_rows`."""
+    if not uses_triton(like, dtype):
+        return None
+    from rosd_kernels.gpu.logprob_sparse import SparseBlock
+
+    return SparseBlock
+
+
 def gpu_logprob(like: Tensor, dtype: torch.dtype) -> Any:
     """The module of `span_logprob`'s elementwise passes, or None as in `gpu_rows`."""
     if not uses_triton(like, dtype):

@@ -51,6 +51,7 @@ class WorkspacePlan:
     block: int  # rows that are turned from logits into gradients at a time
     cast_rows: int  # rows of a head that are converted at a time; 0: no conversion is needed
     cast_width: int  # columns of such a head
+    has_narrow: bool  # G has memory of its own, in `gemm_dtype`
     num_bytes: int  # all buffers together
 
     @classmethod
@@ -71,8 +72,9 @@ class WorkspacePlan:
         logits that elementwise work on a row allocates. is_fused: that work is one launch for any
         number of rows. is_sparse: a chunk is one block, with statistics of tiles, and rows of the
         first side's head are gathered. is_gathered: Triton's kernels gather them, through an index
-        per row block (gpu/entries.py); the others copy them. Where the vocabulary is sharded, every
-        rank gets the same plan, the one for the largest shard.
+        per row block (gpu/entries.py), and compact G in place in the operands' dtype; the others
+        copy them, for operands in the logits' dtype. Where the vocabulary is sharded, every rank
+        gets the same plan, the one for the largest shard.
         """
         vocab_size = vocabulary.largest
         operands = [operand for side in sides for operand in side]
@@ -80,8 +82,10 @@ class WorkspacePlan:
         num_tokens, device = hidden.shape[0], hidden.device
         dtype = compute_dtype(*operands)
         budget = int(workspace_mib * MIB)
-        is_narrow = device.type in NARROW_DEVICES and all(
-            operand.dtype == torch.bfloat16 for operand in operands
+        is_narrow = (
+            device.type in NARROW_DEVICES
+            and all(operand.dtype == torch.bfloat16 for operand in operands)
+            and (is_gathered or not is_sparse)
         )
         gemm_dtype = torch.bfloat16 if is_narrow else dtype
         cast_width = max(
@@ -96,7 +100,8 @@ class WorkspacePlan:
         cast_bytes = cast_rows * cast_width * gemm_dtype.itemsize
         scratch_bytes = scratch_rows * vocab_size * dtype.itemsize
         held_bytes = len(sides) * row_bytes(vocab_size, dtype)  # of a row, from GEMM to GEMM
-        if is_narrow and len(sides) == 1:
+        has_narrow = is_narrow and len(sides) == 1 and not is_sparse
+        if has_narrow:
             held_bytes += row_bytes(vocab_size, gemm_dtype)
         if is_sparse:
             held_bytes += (
@@ -136,6 +141,7 @@ class WorkspacePlan:
             block=block,
             cast_rows=cast_rows,
             cast_width=cast_width,
+            has_narrow=has_narrow,
             num_bytes=held_bytes * rows + scratch_bytes * block + cast_bytes + index_bytes,
         )
 
@@ -148,7 +154,7 @@ class Workspace:
         shape = plan.sides * plan.rows, plan.vocab_size
         self.logits = empty_rows(shape, plan.dtype, device)
         self.narrow: Tensor | None = None
-        if plan.sides == 1 and plan.gemm_dtype != plan.dtype:
+        if plan.has_narrow:
             self.narrow = empty_rows(shape, plan.gemm_dtype, device)
         num_cast = plan.cast_rows * plan.cast_width
         self.cast = torch.empty(num_cast, dtype=plan.gemm_dtype, device=device)

@@ -5,6 +5,7 @@ python -m day_one.smallest [cuda|cpu] [N V H]
 
 from __future__ import annotations
 
+import itertools
 import sys
 
 import torch
@@ -20,7 +21,8 @@ def main() -> None:
     student, teacher, head = (x.bfloat16() for x in peaked_states(N, V, H, generator))
     ids = torch.randint(V, (N,), generator=generator, device=device)
     leaves = student.requires_grad_(), head.requires_grad_()
-    for strategy, sparsity in (("chunked", "exact"), ("tiled", "exact"), ("tiled", entry(2**-12))):
+    choices = itertools.product(("chunked", "tiled"), ("exact", entry(2**-12)))
+    for strategy, sparsity in choices:
         options = {"strategy": strategy, "sparsity": sparsity, "workspace_mib": 2048}
         out = span_divergence(student, teacher, head, token_ids=ids, **options)
         torch.autograd.grad(out.loss, leaves)

@@ -249,7 +249,7 @@ def test_counters_that_are_not_allowed_say_so(tmp_path: Path, monkeypatch) -> No
 def test_the_smallest_case_launches_the_kernels(monkeypatch, capsys) -> None:
     pytest.importorskip("triton")
     from day_one import smallest
-    from rosd_kernels.gpu import pair, sweep
+    from rosd_kernels.gpu import gather, logprob_sparse, pair, sparse, sweep
 
     launched: list[str] = []
 
@@ -262,8 +262,11 @@ def test_the_smallest_case_launches_the_kernels(monkeypatch, capsys) -> None:
 
     monkeypatch.setattr(sweep, "launch", counting("sweep", sweep.launch))
     monkeypatch.setattr(pair, "launch", counting("pair", pair.launch))
+    monkeypatch.setattr(gather, "launch", counting("gather", gather.launch))
+    for name, module in (("sparse", sparse), ("logprob_sparse", logprob_sparse)):
+        monkeypatch.setattr(module, "write_grad", counting(name, module.write_grad))
     monkeypatch.setenv("ROSD_KERNELS_BACKEND", "triton")
     monkeypatch.setattr("sys.argv", ["smallest", "cpu", "9", "130", "16"])
     smallest.main()
     assert capsys.readouterr().out == "done\n"
-    assert {"sweep", "pair"} <= set(launched)
+    assert {"sweep", "pair", "gather", "sparse", "logprob_sparse"} <= set(launched)

@@ -49,7 +49,7 @@ def test_top_k_is_chunked():
 
 
 class Device:
-    """Calls of one kind on a device whose kernels compute all entries in "chunked"."""
+    """Calls of one kind on a device that has Triton's kernels and times nothing."""
 
     def __init__(self, rule: Sparsity, function: str = "span_divergence") -> None:
         self.rule, self.function = rule, function

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from rosd_kernels import workspace
+from rosd_kernels import entry, workspace
+from rosd_kernels.vocabulary import Vocabulary
 from rosd_kernels.workspace import Workspace, WorkspacePlan
 
 BF16 = torch.bfloat16
@@ -91,6 +92,35 @@ def test_log_probs_agree_with_float64(narrow_gemms, make_logprob, loss, options)
         assert bool(((got - want).abs() <= allowed).all()), name
 
 
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("is_policy", [False, True], ids=["divergence", "logprob"])
+def test_with_a_sparsity(narrow_gemms, make_case, make_logprob, monkeypatch, backend, is_policy):
+    """Triton's kernels write G in bfloat16; the others gather for operands in float32."""
+    if backend == "triton":
+        pytest.importorskip("triton")
+    monkeypatch.setenv("ROSD_KERNELS_BACKEND", backend)
+    case = (make_logprob if is_policy else make_case)(40, 300, 16, bias=True, dtype=BF16)
+    truth = case.run(dtype=torch.float64, strategy="reference")
+    actual = case.run(strategy="chunked", sparsity=entry(1e-9))
+    assert set(narrow_gemms) == ({"mm"} if backend == "triton" else set())
+    for name, want in truth.gradients.items():
+        got = actual.gradients[name].double()
+        allowed = TOLERANCE * (want.abs().max() + want.abs())
+        assert bool(((got - want).abs() <= allowed).all()), name
+
+
+def test_g_of_a_sparsity_needs_no_buffer_of_its_own(narrow_gemms):
+    hidden, head = torch.zeros(40, 16, dtype=BF16), torch.zeros(300, 16, dtype=BF16)
+    call = {"workspace_mib": 1.0, "scratch_rows": 0, "is_fused": True}
+    dense, sparse = (
+        WorkspacePlan.of([(hidden, head)], Vocabulary(300), is_sparse=of, is_gathered=of, **call)
+        for of in (False, True)
+    )
+    assert dense.gemm_dtype == sparse.gemm_dtype == BF16
+    assert (dense.has_narrow, sparse.has_narrow) == (True, False)
+    assert Workspace(sparse, hidden.device).narrow is None
+
+
 def test_what_is_not_all_bfloat16_is_multiplied_in_float32(narrow_gemms, make_case, agrees):
     case = make_case(5, 70, 8, dtype=BF16)
     case.tensors["student_head"] = case.tensors["student_head"].float()
@@ -120,6 +150,7 @@ def test_the_narrow_copy_lies_in_the_workspace():
         block=3,
         cast_rows=0,
         cast_width=0,
+        has_narrow=False,
         num_bytes=0,
     )
     space = Workspace(plan, torch.device("cpu"))

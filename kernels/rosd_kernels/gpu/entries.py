@@ -5,7 +5,8 @@
     active_index     entries above some row's threshold, read in scanned (row, tile) pairs only
 
 A row block is `index_rows` rows, which share their active entries. How many entries are active is
-known to the device only: kernels read the count from memory, and no call waits for it.
+known to the device only: kernels read the count from memory, and no call waits for it. Logits are
+those of a student and a teacher, or of one side.
 
 Legend: R rows of a chunk, V vocabulary (of this rank), T tiles of SCAN_TILE entries, B row blocks.
 """
@@ -13,6 +14,7 @@ Legend: R rows of a chunk, V vocabulary (of this rank), T tiles of SCAN_TILE ent
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -168,7 +170,8 @@ def mark_kernel(
     teacher_ptr,  # [R, V] raw
     student_bias_ptr,  # [V]
     teacher_bias_ptr,  # [V]
-    threshold_ptr,  # [2, R] scaled
+    threshold_ptr,  # [1 or 2, R] scaled
+    always_ptr,  # [R] int64: a row's entry that is active in any case; -1: none
     scanned_ptr,  # [R, T] uint8
     marks_ptr,  # [B, V] uint8, out
     R,
@@ -182,6 +185,8 @@ def mark_kernel(
     HAS_STUDENT_BIAS: tl.constexpr,
     HAS_TEACHER_BIAS: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
+    HAS_TEACHER: tl.constexpr,
+    HAS_ALWAYS: tl.constexpr,
     TILE: tl.constexpr,
     BLOCK_R: tl.constexpr,
 ):
@@ -207,20 +212,26 @@ def mark_kernel(
             HAS_STUDENT_BIAS,
             HAS_SOFTCAP,
         )
-        t, _ = scaled_logits(
-            teacher_ptr + rows[:, None] * teacher_stride + wide,
-            teacher_bias_ptr,
-            wide,
-            mask,
-            softcap,
-            inv_temperature,
-            HAS_TEACHER_BIAS,
-            HAS_SOFTCAP,
-        )
         of_student = tl.load(threshold_ptr + rows, mask=rows < R, other=0.0)
-        of_teacher = tl.load(threshold_ptr + R + rows, mask=rows < R, other=0.0)
-        unlikely = (s <= of_student[:, None]) & (t <= of_teacher[:, None])  # NaN is not
+        unlikely = s <= of_student[:, None]  # NaN is not
+        if HAS_TEACHER:
+            t, _ = scaled_logits(
+                teacher_ptr + rows[:, None] * teacher_stride + wide,
+                teacher_bias_ptr,
+                wide,
+                mask,
+                softcap,
+                inv_temperature,
+                HAS_TEACHER_BIAS,
+                HAS_SOFTCAP,
+            )
+            of_teacher = tl.load(threshold_ptr + R + rows, mask=rows < R, other=0.0)
+            unlikely = unlikely & (t <= of_teacher[:, None])
         found = tl.maximum(found, tl.max(tl.where(mask & (unlikely == 0), 1, 0), axis=0))
+        if HAS_ALWAYS:
+            always = tl.load(always_ptr + rows, mask=rows < R, other=-1).to(tl.int32)
+            is_sampled = columns[None, :] == always[:, None]
+            found = tl.maximum(found, tl.max(is_sampled.to(tl.int32), axis=0))
     marks = marks_ptr + block.to(tl.int64) * V + columns
     tl.store(marks, found.to(tl.uint8), mask=inside)
 
@@ -305,14 +316,16 @@ def mass_threshold(
 
 
 def active_index(
-    student: Tensor,  # [R, V] raw logits
-    teacher: Tensor,  # [R, V] raw logits
-    transforms: tuple[LogitTransform, LogitTransform],
-    thresholds: Tensor,  # [2, R] scaled, of both sides
+    logits: Sequence[Tensor],  # [R, V] raw, of one side or of both
+    transforms: Sequence[LogitTransform],  # likewise
+    thresholds: Tensor,  # [1 or 2, R] scaled, likewise
     scanned: Tensor,  # [R, T] bool
+    always: Tensor | None = None,  # [R] int64 columns that are active in any case; -1: none
 ) -> ActiveIndex:
-    """The entries that some row of a block has above its threshold, on either side."""
-    (R, V), (of_student, of_teacher) = student.shape, transforms
+    """The entries that some row of a block has above its threshold, on any side."""
+    # The last side is the teacher, or the only one, which is then not read twice.
+    student, teacher, of_student, of_teacher = logits[0], logits[-1], transforms[0], transforms[-1]
+    R, V = student.shape
     rows = index_rows(R)
     B = -(-R // rows)
     marks = torch.empty(B, V, dtype=torch.uint8, device=student.device)
@@ -326,6 +339,7 @@ def active_index(
         of_student.bias,
         of_teacher.bias,
         thresholds.contiguous(),
+        None if always is None else always.contiguous(),
         scanned.contiguous().view(torch.uint8),
         marks,
         R,
@@ -339,6 +353,8 @@ def active_index(
         HAS_STUDENT_BIAS=of_student.bias is not None,
         HAS_TEACHER_BIAS=of_teacher.bias is not None,
         HAS_SOFTCAP=of_student.softcap is not None,
+        HAS_TEACHER=len(logits) > 1,
+        HAS_ALWAYS=always is not None,
         TILE=SCAN_TILE,
         BLOCK_R=MARK_ROWS,
         num_warps=4,

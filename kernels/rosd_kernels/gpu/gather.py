@@ -217,15 +217,19 @@ def add_gradients(
     index: ActiveIndex,
     workspace: Workspace,
     *,
-    row_scale: Tensor,  # [R] factor of G's rows
+    row_scale: Tensor | None = None,  # [R] factor of G's rows; None: 1
 ) -> None:
     """Add a chunk of rows, all of its row blocks."""
     of_hidden, of_head, of_bias = gradients
-    scale = row_scale.contiguous()
+    if row_scale is None:
+        scale = torch.ones(len(hidden), device=hidden.device)
+    else:
+        scale = row_scale.contiguous()
     if of_hidden is not None:
         gather_hidden(grad_logits, head, index, scale, out=of_hidden[rows])
     if of_head is not None:
-        scaled = workspace.operand(hidden.to(scale.dtype) * scale[:, None])
+        scaled = hidden if row_scale is None else hidden.to(scale.dtype) * scale[:, None]
+        scaled = workspace.operand(scaled)
         gather_head(grad_logits, scaled, index, out=of_head)
     if of_bias is not None:
         gather_bias(grad_logits, index, scale, out=of_bias)

@@ -11,13 +11,15 @@ active stays on the device, so that no call waits for it.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from rosd_kernels.active import Side
 from rosd_kernels.divergences import known_total
-from rosd_kernels.gpu.entries import active_index, mass_threshold, tile_stats
+from rosd_kernels.gpu.entries import ActiveIndex, active_index, mass_threshold, tile_stats
 from rosd_kernels.gpu.gather import add_gradients as add_gradients
 from rosd_kernels.gpu.sparse_rows import scanned_sums, write_grad
 from rosd_kernels.logits import LogitTransform, transform_
@@ -26,6 +28,48 @@ from rosd_kernels.rows import row_stats
 from rosd_kernels.sparse_block import SparseBlock, add_tiles, gradient_error
 from rosd_kernels.sparsity import Sparsity, TileStats
 from rosd_kernels.vocabulary import Vocabulary
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Scan:
+    """The active entries of a chunk's row blocks."""
+
+    sides: list[Side]
+    scanned: Tensor  # [R, T] bool
+    index: ActiveIndex
+
+    @classmethod
+    def of(
+        cls,
+        logits: Sequence[Tensor],  # [R, V] raw, of one side or of both
+        transforms: Sequence[LogitTransform],  # likewise
+        columns: Tensor | None,  # [R] of the sampled tokens
+        rule: Sparsity,
+        vocabulary: Vocabulary,
+        *,
+        keeps_sampled: bool = False,
+    ) -> Scan:
+        """Find them; keeps_sampled: the sampled tokens are active in any case."""
+        sides = [
+            _side(of_side, transform, columns, vocabulary)
+            for of_side, transform in zip(logits, transforms, strict=True)
+        ]
+        thresholds = torch.stack([_threshold(side, rule) for side in sides])
+        scanned = torch.zeros_like(sides[0].tiles.max, dtype=torch.bool)
+        for side, threshold in zip(sides, thresholds, strict=True):
+            scanned |= ~(side.tiles.max <= threshold[:, None])  # NaN is scanned
+        always = columns if keeps_sampled else None
+        index = active_index(logits, transforms, thresholds, scanned, always)
+        return cls(sides=sides, scanned=scanned, index=index)
+
+    @property
+    def num_computed(self) -> Tensor:
+        """Pairs of a row and an active entry, a scalar."""
+        index, logits = self.index, self.sides[0].logits
+        last = logits.shape[0] - (len(index.counts) - 1) * index.rows
+        sizes = torch.full_like(index.counts, index.rows)
+        sizes[-1:].fill_(last)
+        return (index.counts.to(logits.dtype) * sizes).sum()
 
 
 def sparse_block(
@@ -40,16 +84,9 @@ def sparse_block(
     grad_dtype: torch.dtype,
 ) -> SparseBlock:
     """All elementwise work of a chunk, as `sparse_chunks.sparse_block`."""
-    sides = [
-        _side(logits, transform, columns, vocabulary)
-        for logits, transform in zip((student, teacher), transforms, strict=True)
-    ]
     rule = options.sparsity.of_shard(vocabulary.num_shards)
-    thresholds = torch.stack([_threshold(side, rule) for side in sides])
-    scanned = torch.zeros_like(sides[0].tiles.max, dtype=torch.bool)
-    for side, threshold in zip(sides, thresholds, strict=True):
-        scanned |= ~(side.tiles.max <= threshold[:, None])  # NaN is scanned
-    index = active_index(student, teacher, transforms, thresholds, scanned)
+    scan = Scan.of((student, teacher), transforms, columns, rule, vocabulary)
+    sides, scanned, index = scan.sides, scan.scanned, scan.index
     lse = torch.stack([side.rows.lse for side in sides])
     found = scanned_sums(student, teacher, transforms, lse, scanned, index, options)
     value, total, known_error, lost_p, lost_q, kept_p, kept_q = found
@@ -66,16 +103,13 @@ def sparse_block(
         known = known_total(options)
         K = total if known is None else torch.full_like(total, known)
         grad = write_grad(student, teacher, transforms, lse, K, index, options, dtype=grad_dtype)
-    last = student.shape[0] - (len(index.counts) - 1) * index.rows
-    sizes = torch.full_like(index.counts, index.rows)
-    sizes[-1:].fill_(last)
     return SparseBlock(
         value=value,
         student=sides[0].rows,
         teacher=sides[1].rows,
         grad=grad,
         index=index,
-        num_computed=(index.counts.to(value.dtype) * sizes).sum(),
+        num_computed=scan.num_computed,
         lost_mass=torch.maximum(student_mass, teacher_mass),
         grad_error=gradient_error(total, student_mass, known_error, tile_error, options),
     )

@@ -77,8 +77,8 @@ def span_logprob(
         sparsity: "exact", all entries are computed; `entry(eps)` or `mass(tol)`, entries of the
             vocabulary that hold almost no probability have no gradient, and `stats` reports how
             much they held: "tiled" skips tiles (see sparsity.py), "chunked" single entries (see
-            active.py). Log-probs and entropies are exact in any case. "reference", and "chunked"
-            on a GPU, compute everything.
+            active.py). Log-probs and entropies are exact in any case. "reference" computes
+            everything.
         strategy: "chunked", dense GEMMs through a bounded workspace, and with `sparsity` gradients
             of the entries that matter; "tiled", one tile of the vocabulary at a time, and with
             `sparsity` only those that matter; "reference", plain PyTorch on whole [N, V] logits,

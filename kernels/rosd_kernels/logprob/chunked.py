@@ -29,7 +29,6 @@ from rosd_kernels.autograd import (
     ranges,
     zero_gradients,
 )
-from rosd_kernels.backends import gpu_logprob
 from rosd_kernels.logprob.autograd import Passes, differentiable
 from rosd_kernels.logprob.elementwise import gradient, is_fused, row_factors, row_values
 from rosd_kernels.logprob.records import (
@@ -55,10 +54,7 @@ def run_chunked(
     token_loss: TokenLoss | None,
 ) -> SpanLogprobOutput:
     """Compute log-probs and entropies in chunks of rows that fit `options.workspace_mib`."""
-
-    like = inputs.hidden.new_empty(0, dtype=inputs.compute_dtype)
-    is_dense = options.sparsity.rule == "exact" or gpu_logprob(like, like.dtype) is not None
-    Rows = Chunks if is_dense else SparseChunks
+    Rows = Chunks if options.sparsity.rule == "exact" else SparseChunks
 
     def forward(inputs: LogprobInputs) -> tuple[TokenValues, SpanStats, None]:
         chunks = Rows(inputs, options, vocabulary)

@@ -44,9 +44,7 @@ def row_values(
     else:
         found, sampled = stats(logits, transform, columns)
         lse, entropy = found[0], found[3]
-    whole = row_stats(lse, entropy, sampled, vocabulary)
-    assert whole.logprob is not None
-    return TokenValues(whole.lse, whole.entropy, whole.logprob)
+    return TokenValues.of(row_stats(lse, entropy, sampled, vocabulary))
 
 
 def gradient(

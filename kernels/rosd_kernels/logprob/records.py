@@ -26,6 +26,7 @@ from rosd_kernels.checks import (
 )
 from rosd_kernels.logits import LogitTransform, compute_dtype
 from rosd_kernels.records import HeadSum, SpanStats
+from rosd_kernels.rows import RowStats
 from rosd_kernels.sparsity import Sparsity
 from rosd_kernels.vocabulary import Vocabulary
 
@@ -126,6 +127,12 @@ class TokenValues(NamedTuple):
     def empty(cls, inputs: LogprobInputs) -> TokenValues:
         size, dtype = inputs.num_tokens, inputs.compute_dtype
         return cls(*(inputs.hidden.new_empty(size, dtype=dtype) for _ in cls._fields))
+
+    @classmethod
+    def of(cls, rows: RowStats) -> TokenValues:
+        """The values of rows whose sampled tokens were given."""
+        assert rows.logprob is not None
+        return cls(rows.lse, rows.entropy, rows.logprob)
 
     def at(self, rows: slice) -> TokenValues:
         """The values of some tokens, as views."""

@@ -1,12 +1,14 @@
 """Strategy "chunked" with a sparsity: gradients of the entries that matter, in 1 + 2f units.
 
     logits = h W^T                       1 unit: all entries, a block of rows
-    values, active entries               active.py: one read of the logits, and a few tiles again
+    values, active entries               one read of the logits, and a few tiles again
     slopes, G of the active entries      compacted in place, [R, A]
-    dh = G W[index], dW[index] += G^T h  compact.py: 2f units, or f without dW
+    dh = G W[index], dW[index] += G^T h  2f units, or f without dW
 
-with f = A/V. Log-probs and entropies are those of all entries, and every active entry's G is exact,
-so the error is what the others would have had. With their mass P_D and the slopes a and b,
+with f = A/V. All but the first is sparse_block.py's, or on a GPU, where chunks are larger and have
+several row blocks, gpu/logprob_sparse.py's. Log-probs and entropies are those of all entries, and
+every active entry's G is exact, so the error is what the others would have had. With their mass P_D
+and the slopes a and b,
 
     |a| P_D + |b| sum_D p_v |log p_v + entropy| <= |a| P_D + |b| (sum_D -p_v log p_v + entropy P_D).
 
@@ -20,11 +22,11 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor
 
-from rosd_kernels.active import ActiveEntries, Side, compact_, lost_mass, select_entries
 from rosd_kernels.autograd import Gradients, Needed, ranges
-from rosd_kernels.compact import add_gradients, untouched_gradients
+from rosd_kernels.backends import gpu_logprob_sparse
+from rosd_kernels.compact import untouched_gradients
 from rosd_kernels.elementwise import uses_native
-from rosd_kernels.logprob.elementwise import gradient, row_factors
+from rosd_kernels.logprob.elementwise import row_factors
 from rosd_kernels.logprob.records import (
     LogprobInputs,
     LogprobOptions,
@@ -32,6 +34,7 @@ from rosd_kernels.logprob.records import (
     TokenLoss,
     TokenValues,
 )
+from rosd_kernels.logprob.sparse_block import Block, SparseBlock
 from rosd_kernels.logprob.token_loss import evaluate
 from rosd_kernels.records import SpanStats
 from rosd_kernels.sparse_chunks import PLAIN_SCRATCH
@@ -53,7 +56,10 @@ class SparseChunks:
         assert columns is not None
         self.columns = columns
         self.hidden, self.head = inputs.hidden.detach(), inputs.head.detach()
-        is_fused = uses_native(inputs.hidden.new_empty(0, dtype=inputs.compute_dtype))
+        like = inputs.hidden.new_empty(0, dtype=inputs.compute_dtype)
+        of_gpu: type[Block] | None = gpu_logprob_sparse(like, like.dtype)
+        self.Block: type[Block] = of_gpu or SparseBlock
+        is_fused = of_gpu is not None or uses_native(like)
         self.plan = WorkspacePlan.of(
             [(inputs.hidden, inputs.head)],
             vocabulary,
@@ -61,27 +67,27 @@ class SparseChunks:
             scratch_rows=0 if is_fused else PLAIN_SCRATCH,
             is_fused=is_fused,
             is_sparse=True,
+            is_gathered=of_gpu is not None,
         )
         self.workspace = Workspace(self.plan, inputs.hidden.device)
-        self.num_computed = 0
-        # [2, N] mass and `sum -p log p` of what has no gradient; [N] bound on the gradient's error
-        self.lost = self.hidden.new_zeros(2, inputs.num_tokens, dtype=self.plan.dtype)
-        self.bound = torch.zeros_like(self.lost[0])
+        # Pairs of a row and an active entry; [N] mass of what has no gradient, and bound on the
+        # gradient's error.
+        self.num_computed = like.new_zeros(())
+        self.lost_mass, self.bound = like.new_zeros(2, inputs.num_tokens)
 
     @property
     def stats(self) -> SpanStats:
         """What was skipped; a collective."""
         num_pairs = self.inputs.num_tokens * self.inputs.vocab_size
-        counts = self.bound.new_tensor([self.num_computed, num_pairs])
-        found = measured_counts(counts, self.lost[0], self.bound, self.vocabulary)
+        counts = torch.stack([self.num_computed, torch.full_like(self.num_computed, num_pairs)])
+        found = measured_counts(counts, self.lost_mass, self.bound, self.vocabulary)
         return SpanStats(strategy="chunked", workspace_bytes=self.plan.num_bytes, measured=found)
 
     def values(self) -> TokenValues:
         """One sweep: the values of all tokens. The bound is for a slope of one."""
         found = TokenValues.empty(self.inputs)
-        for rows, side in self._sides(found):
-            self._select(rows, side)
-            self.bound[rows] = torch.maximum(self.lost[0, rows], self._entropy_error(rows, side))
+        for rows, block in self._blocks(found):
+            self.bound[rows] = torch.maximum(*self._errors(rows, block))
         self.bound /= self.transform.temperature
         return found
 
@@ -92,80 +98,56 @@ class SparseChunks:
         found = TokenValues.empty(self.inputs)
         losses = torch.empty_like(found.lse)
         gradients = self._empty(needed)
-        for rows, side in self._sides(found):
-            entries = self._select(rows, side)
-            values = found.at(rows)
-            losses[rows], slopes = evaluate(token_loss, values, rows, any(needed))
+        for rows, block in self._blocks(found):
+            of_logprob, of_entropy = self._errors(rows, block)
+            losses[rows], slopes = evaluate(token_loss, block.values, rows, any(needed))
             if slopes is not None:
-                of_entropy = slopes.entropy.abs() * self._entropy_error(rows, side)
-                self.bound[rows] = slopes.logprob.abs() * self.lost[0, rows] + of_entropy
-                self._add(gradients, rows, side, entries, slopes)
+                self.bound[rows] = slopes.logprob.abs() * of_logprob
+                self.bound[rows] += slopes.entropy.abs() * of_entropy
+                self._add(gradients, rows, block, slopes)
         self.bound /= self.transform.temperature
         return losses, found, self._summed(gradients)
 
     def gradients(self, values: TokenValues, slopes: Slopes, needed: Needed) -> Gradients:
         """1 + 2f sweeps: the gradients, given the slopes of all tokens."""
         gradients = self._empty(needed)
-        for rows, side in self._sides(None):
-            self._add(gradients, rows, side, self._select(rows, side), slopes.at(rows))
+        for rows, block in self._blocks(None):
+            self._add(gradients, rows, block, slopes.at(rows))
         return self._summed(gradients)
 
     def _empty(self, needed: Needed) -> Gradients:
         inputs = self.inputs
         return untouched_gradients(inputs.leaves, needed, self.plan.dtype, inputs.head_sum)
 
-    def _sides(self, found: TokenValues | None) -> Iterator[tuple[slice, Side]]:
+    def _blocks(self, found: TokenValues | None) -> Iterator[tuple[slice, Block]]:
         """Yield the rows of each chunk with their logits, and store their values in `found`."""
         for start, stop in ranges(self.inputs.num_tokens, self.plan.rows):
             rows, logits = slice(start, stop), self.workspace.logits[: stop - start]
             self.workspace.project(self.workspace.operand(self.hidden[rows]), self.head, out=logits)
-            side = Side.of(logits, self.transform, self.columns[rows], self.vocabulary)
+            block = self.Block(
+                logits, self.transform, self.columns[rows], self.rule, self.vocabulary
+            )
             if found is not None:
-                for of_all, of_rows in zip(found, _values(side), strict=True):
+                for of_all, of_rows in zip(found, block.values, strict=True):
                     of_all[rows] = of_rows
-            yield rows, side
+            yield rows, block
 
-    def _select(self, rows: slice, side: Side) -> ActiveEntries:
-        """The active entries of a chunk; what the others lose goes to `lost`."""
-        entries = select_entries([side], self.rule, always=self.columns[rows])
-        lost = self.lost[:, rows]
-        if not entries.is_dense:
-            lost.copy_(lost_mass(side, entries))
-        self.lost[:, rows] = self.vocabulary.sum_(lost.contiguous())
-        width = self.inputs.vocab_size if entries.is_dense else len(entries.index)
-        self.num_computed += width * (rows.stop - rows.start)
-        return entries
+    def _errors(self, rows: slice, block: Block) -> tuple[Tensor, Tensor]:
+        """[R] bounds on the gradients' errors w.r.t. scaled logits: log-probs', entropies'.
 
-    def _entropy_error(self, rows: slice, side: Side) -> Tensor:
-        """[R] bound on the error of an entropy's gradient, w.r.t. scaled logits."""
-        mass, entropy = self.lost[:, rows]
-        return entropy + side.rows.entropy * mass
+        They are what the entries without a gradient hold, which is noted.
+        """
+        mass, entropy = self.vocabulary.sum_(block.lost_mass())
+        self.lost_mass[rows] = mass
+        self.num_computed += block.num_computed
+        return mass, entropy + block.values.entropy * mass
 
-    def _add(
-        self,
-        gradients: Gradients,
-        rows: slice,
-        side: Side,
-        entries: ActiveEntries,
-        slopes: Slopes,
-    ) -> None:
+    def _add(self, gradients: Gradients, rows: slice, block: Block, slopes: Slopes) -> None:
         """Turn a chunk's logits into G and add its gradients."""
-        logits, transform, columns = side.logits, self.transform, self.columns[rows]
-        index = None if entries.is_dense else entries.index
-        if index is not None:
-            logits, transform = compact_(logits, index), transform.at(index)
-            columns = torch.where(columns >= 0, torch.searchsorted(index, columns), -1)
-        factors = row_factors(_values(side), slopes, self.scale)
-        gradient(logits, transform, columns, side.rows.lse, factors, out=logits)
-        add_gradients(gradients, logits, self.hidden[rows], self.head, rows, index, self.workspace)
+        factors = row_factors(block.values, slopes, self.scale)
+        block.add(gradients, factors, self.hidden[rows], self.head, rows, self.workspace)
 
     def _summed(self, gradients: Gradients) -> Gradients:
         if gradients.hidden is not None:
             self.vocabulary.sum_(gradients.hidden)
         return gradients
-
-
-def _values(side: Side) -> TokenValues:
-    lse, entropy, logprob = side.rows
-    assert logprob is not None
-    return TokenValues(lse, entropy, logprob)

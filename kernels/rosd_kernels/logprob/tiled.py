@@ -176,7 +176,6 @@ class Call:
         sparsity, options = self.options.sparsity, self.options
         parts = [self._group(rows) for rows in self.groups.slices()]
         rows = RowStats.joined([of_rows for of_rows, _ in parts])
-        assert rows.logprob is not None
         if sparsity.order is not None:
             sparsity.order.observe(
                 self.inputs.hidden.detach(),
@@ -187,8 +186,7 @@ class Call:
                 temperature=options.temperature,
             )
             sparsity.order.settle()
-        values = TokenValues(rows.lse, rows.entropy, rows.logprob)
-        return values, Selection.joined([selection for _, selection in parts])
+        return TokenValues.of(rows), Selection.joined([selection for _, selection in parts])
 
     def _group(self, rows: slice) -> tuple[RowStats, Selection]:
         """Sweep a group of rows and select its tiles."""

@@ -31,10 +31,11 @@ def parts(shapes: tuple[Shape, ...] = SHAPES, small: tuple[Shape, ...] = SMALL) 
             )
     for case in logprob_acceptance.cases(shapes, small):
         found[case.name] = partial(logprob_acceptance.check, case)
-    for name, rule in RULES:
-        found[f"logprob sparsity {name}({rule.bound})"] = partial(
-            _logprob_sparsity, name, rule, shapes[-1]
-        )
+    for strategy in logprob_acceptance.FAST:
+        for name, rule in RULES:
+            found[f"logprob sparsity {strategy} {name}({rule.bound})"] = partial(
+                _logprob_sparsity, strategy, name, rule, shapes[-1]
+            )
     return {name: partial(_in_float32, part) for name, part in found.items()}
 
 
@@ -49,5 +50,7 @@ def _sparsity(
     return acceptance.check_sparsity(device, divergence, name, rule, shape)
 
 
-def _logprob_sparsity(name: str, rule: Sparsity, shape: Shape, device: torch.device) -> Check:
-    return logprob_acceptance.check_sparsity(device, name, rule, shape)
+def _logprob_sparsity(
+    strategy: str, name: str, rule: Sparsity, shape: Shape, device: torch.device
+) -> Check:
+    return logprob_acceptance.check_sparsity(device, strategy, name, rule, shape)

@@ -19,6 +19,7 @@ from torch import Tensor
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
+from rosd_kernels.gpu import logprob_sparse
 from rosd_kernels.gpu.configs import Kernel, Precision
 from rosd_kernels.gpu.entries import active_index, mass_threshold, tile_stats
 from rosd_kernels.gpu.gather import gather_bias, gather_head, gather_hidden
@@ -255,7 +256,7 @@ def _sparse(inputs: SpanInputs, options: SpanOptions, needed: tuple[bool, bool, 
     tile_stats(student, transforms[0])
     mass_threshold(student, transforms[0], lse[0], 1e-3)
     scanned = torch.ones(N, num_tiles(V, SCAN_TILE), dtype=torch.bool)
-    index = active_index(student, teacher, transforms, lse, scanned)
+    index = active_index((student, teacher), transforms, lse, scanned)
     scanned_sums(student, teacher, transforms, lse, scanned, index, options)
     G = write_grad(student, teacher, transforms, lse, lse[0], index, options, dtype=dtype)
     gather_hidden(G, inputs.student_head, index, lse[0], out=torch.zeros(N, H))
@@ -285,3 +286,9 @@ def _logprob_step(variant: Variant) -> None:
         logprob_stats(logits, transform, columns)
         for out in (logits, torch.zeros(N, V, dtype=torch.bfloat16)):
             logprob_grad(logits, transform, columns, lse, factors, out=out)
+        scanned = torch.ones(N, num_tiles(V, SCAN_TILE), dtype=torch.bool)
+        index = active_index((logits,), (transform,), lse[None], scanned, columns)
+        logprob_sparse.dropped_mass(logits, transform, lse, scanned, index)
+        for dtype in (torch.bfloat16, torch.float32):
+            rows = columns, lse, factors
+            logprob_sparse.write_grad(logits, transform, *rows, index, dtype=dtype)

@@ -118,6 +118,7 @@ def candidates() -> dict[str, Candidate]:
     of_policy = {
         "policy: chunked": policy(strategy="chunked"),
         "policy: chunked, 2048 MiB": policy(strategy="chunked", workspace_mib=2048),
+        "policy: chunked, entry 2^-12": policy(strategy="chunked", **sparse),
         "policy: tiled, entry 2^-12": policy(strategy="tiled", **sparse),
         "policy: eager": peer(peers.eager_cross_entropy, POLICY),
         "policy: liger": peer(peers.liger_cross_entropy, POLICY),

@@ -314,7 +314,7 @@ def test_stages_of_two_shards(close):
         thresholds = whole + math.log(1e-2)
         highest = torch.stack([tile_stats(x, transforms()[0])[1] for x in (s, t)])
         scanned = (highest > thresholds[:, :, None]).any(0)
-        index = active_index(s, t, transforms(), thresholds, scanned)
+        index = active_index((s, t), transforms(), thresholds, scanned)
         chosen = index.entries[0, : int(index.counts[0])] + (columns.start or 0)
         return scanned_sums(s, t, transforms(), whole, scanned, index, options), chosen.tolist()
 

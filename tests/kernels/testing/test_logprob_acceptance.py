@@ -70,14 +70,21 @@ def test_what_is_wrong_fails(monkeypatch, broken, text):
     assert text in check.text
 
 
-def test_sparsity_that_is_off_by_more_than_it_says_fails(monkeypatch):
+@pytest.mark.parametrize("strategy", ["chunked", "tiled"])
+def test_sparsity_that_is_off_by_more_than_it_says_fails(monkeypatch, strategy):
     def half_the_gradient(*args, sparsity, **options):
         out = span_logprob(*args, sparsity=sparsity, **options)
         return out if sparsity == "exact" else replace(out, loss=out.loss / 2)
 
     monkeypatch.setattr(acceptance, "span_logprob", half_the_gradient)
-    check = acceptance.check_sparsity(CPU, "entry", acceptance.entry(1e-3), SHAPES[1])
+    check = acceptance.check_sparsity(CPU, strategy, "entry", acceptance.entry(1e-3), SHAPES[1])
     assert not check.ok
+
+
+def test_a_sparsity_that_drops_too_much_fails(monkeypatch):
+    monkeypatch.setattr(acceptance, "FINE", acceptance.mass(0.3))
+    case = acceptance.Case(strategy="chunked", shape=SHAPES[0], dtype=torch.float32, sparse=True)
+    assert not acceptance.check(case, CPU).ok
 
 
 def test_timings_name_every_candidate():
@@ -86,6 +93,7 @@ def test_timings_name_every_candidate():
     assert names == [
         "chunked",
         "chunked, frozen head",
+        "chunked, entry 2^-12",
         "tiled",
         "tiled, entry 2^-12",
         "eager",

@@ -26,7 +26,9 @@ def test_parts_are_the_checks_of_both_modules_in_their_order(monkeypatch):
     monkeypatch.setattr(
         logprob_acceptance,
         "check_sparsity",
-        lambda device, name, rule, shape: Check(f"logprob sparsity {name}({rule.bound})", True, ""),
+        lambda device, of, name, rule, shape: Check(
+            f"logprob sparsity {of} {name}({rule.bound})", True, ""
+        ),
     )
     wanted = [check.name for check in acceptance.checks(CPU, SHAPES, SMALL)]
     wanted += [check.name for check in logprob_acceptance.checks(CPU, SHAPES, SMALL)]
@@ -40,7 +42,7 @@ def test_a_part_is_a_real_check_in_full_float32():
     torch.set_float32_matmul_precision("high")
     try:
         found = parts.parts(SHAPES[:1], ())
-        for name in ("tiled jsd float32 9x300x20", "logprob sparsity mass(0.001)"):
+        for name in ("tiled jsd float32 9x300x20", "logprob sparsity chunked mass(0.001)"):
             check = found[name](CPU)
             assert check.name == name
             assert check.ok, check.text
