@@ -5,6 +5,7 @@ For runs that spread them over processes, where a check that crashes must not en
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable
 from functools import partial
 
@@ -24,10 +25,10 @@ def parts(shapes: tuple[Shape, ...] = SHAPES, small: tuple[Shape, ...] = SMALL) 
     found: dict[str, Part] = {}
     for case in acceptance.cases(shapes, small):
         found[case.name] = partial(acceptance.check, case)
-    for divergence in DIVERGENCES:
+    for strategy, divergence in itertools.product(acceptance.FAST, DIVERGENCES):
         for name, rule in RULES:
-            found[f"sparsity {name}({rule.bound}) {divergence}"] = partial(
-                _sparsity, divergence, name, rule, shapes[-1]
+            found[f"sparsity {strategy} {name}({rule.bound}) {divergence}"] = partial(
+                _sparsity, strategy, divergence, name, rule, shapes[-1]
             )
     for case in logprob_acceptance.cases(shapes, small):
         found[case.name] = partial(logprob_acceptance.check, case)
@@ -45,9 +46,9 @@ def _in_float32(part: Part, device: torch.device) -> Check:
 
 
 def _sparsity(
-    divergence: str, name: str, rule: Sparsity, shape: Shape, device: torch.device
+    strategy: str, divergence: str, name: str, rule: Sparsity, shape: Shape, device: torch.device
 ) -> Check:
-    return acceptance.check_sparsity(device, divergence, name, rule, shape)
+    return acceptance.check_sparsity(device, strategy, divergence, name, rule, shape)
 
 
 def _logprob_sparsity(

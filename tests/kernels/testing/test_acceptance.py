@@ -71,14 +71,15 @@ def test_what_is_wrong_fails(monkeypatch, broken, text):
     assert text in check.text
 
 
-def test_sparsity_that_is_off_by_more_than_it_says_fails(monkeypatch):
+@pytest.mark.parametrize("strategy", ["chunked", "tiled"])
+def test_sparsity_that_is_off_by_more_than_it_says_fails(monkeypatch, strategy):
     def half_the_gradient(*args, sparsity, **options):
         out = span_divergence(*args, sparsity=sparsity, **options)
         return out if sparsity == "exact" else replace(out, loss=out.loss / 2)
 
     monkeypatch.setattr(acceptance, "span_divergence", half_the_gradient)
     rule = acceptance.entry(1e-3)
-    check = acceptance.check_sparsity(CPU, "jsd", "entry", rule, SHAPES[1])
+    check = acceptance.check_sparsity(CPU, strategy, "jsd", "entry", rule, SHAPES[1])
     assert not check.ok
 
 
@@ -86,6 +87,7 @@ def test_timings_name_every_candidate():
     found = list(acceptance.timings(CPU, Shape(16, 300, 32), torch.float32, repeats=2))
     assert [timing.name for timing in found] == [
         "chunked",
+        "chunked, entry 2^-12",
         "tiled",
         "tiled, entry 2^-12",
         "eager",

@@ -19,8 +19,8 @@ def test_parts_are_the_checks_of_both_modules_in_their_order(monkeypatch):
     monkeypatch.setattr(
         acceptance,
         "check_sparsity",
-        lambda device, of, name, rule, shape: Check(
-            f"sparsity {name}({rule.bound}) {of}", True, ""
+        lambda device, strategy, of, name, rule, shape: Check(
+            f"sparsity {strategy} {name}({rule.bound}) {of}", True, ""
         ),
     )
     monkeypatch.setattr(
