@@ -11,14 +11,30 @@ import asyncio
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextvars import copy_context
-from functools import partial
+from functools import cache, partial
 from typing import ParamSpec, TypeVar
 
 P = ParamSpec("P")
 T = TypeVar("T")
 
 THREAD_NAME = "rank-0"
-_THREAD = ThreadPoolExecutor(max_workers=1, thread_name_prefix=THREAD_NAME)
+
+
+@cache
+def _thread() -> ThreadPoolExecutor:
+    """The thread. torch computes in it without further threads, whatever it does in the caller's.
+
+    libgomp lets no waiting thread spin once the threads of a process, those of all its teams, are
+    more than the cores: each operation of the learner would then have to wake one, for 50 us.
+    """
+    import torch
+
+    pool = ThreadPoolExecutor(max_workers=1, thread_name_prefix=THREAD_NAME)
+    threads = torch.get_num_threads()
+    pool.submit(torch.get_num_threads).result()  # a thread takes the process's number here, once
+    pool.submit(torch.set_num_threads, 1).result()
+    torch.set_num_threads(threads)  # the process's again, which each backward pass takes
+    return pool
 
 
 async def in_background(function: Callable[P, T], /, *arguments: P.args, **options: P.kwargs) -> T:
@@ -28,4 +44,4 @@ async def in_background(function: Callable[P, T], /, *arguments: P.args, **optio
     work, and its result is lost.
     """
     call = partial(copy_context().run, function, *arguments, **options)
-    return await asyncio.get_running_loop().run_in_executor(_THREAD, call)
+    return await asyncio.get_running_loop().run_in_executor(_thread(), call)

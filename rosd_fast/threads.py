@@ -8,6 +8,9 @@ of 50 microseconds then take a hundred times as long. Three things help:
     measure        when a run begins: one thread, two, four, ..., which of them is the fastest now?
     ThreadWatch    measures again when a step was slow, and when cores may have become free
 
+Other threads of the process that use torch must take one thread each (`background`): once all of
+them together are more than the cores, libgomp's waiting threads no longer spin at all.
+
 How many threads share a matrix product can change its rounding, so a checkpoint holds the number,
 and a resumed run begins with it. OMP_NUM_THREADS fixes the number; nothing is measured then.
 """

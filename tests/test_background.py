@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 from contextvars import ContextVar
+from pathlib import Path
 
 import pytest
+import torch
 
 from rosd_fast.background import THREAD_NAME, in_background
 
+TASKS = Path("/proc/self/task")
 WHO: ContextVar[str] = ContextVar("WHO", default="nobody")
 
 
@@ -49,3 +53,26 @@ def test_errors_are_the_callers() -> None:
 def test_a_new_event_loop_uses_the_same_thread() -> None:
     found = {asyncio.run(in_background(threading.get_ident)) for _ in range(3)}
     assert len(found) == 1 and threading.get_ident() not in found
+
+
+@pytest.mark.skipif(not TASKS.is_dir(), reason="threads are counted on Linux only")
+def test_torch_starts_no_threads_for_the_background() -> None:
+    """Or the threads that wait for the learner's next operation would spin no longer."""
+
+    def compute() -> int:
+        (torch.ones(2000, 2000) @ torch.ones(2000, 2000)).add_(1)
+        return torch.get_num_threads()
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        compute()
+        asyncio.run(in_background(int))  # the thread has started
+        tasks = set(os.listdir(TASKS))
+        assert asyncio.run(in_background(compute)) == 1
+        assert set(os.listdir(TASKS)) == tasks
+        assert torch.get_num_threads() == 3
+        torch.ones(300, 300, requires_grad=True).square().sum().backward()
+        assert torch.get_num_threads() == 3  # a backward pass takes that of the process
+    finally:
+        torch.set_num_threads(before)
