@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import os
 import threading
 from contextvars import ContextVar
 from pathlib import Path
@@ -68,9 +67,9 @@ def test_torch_starts_no_threads_for_the_background() -> None:
     try:
         compute()
         asyncio.run(in_background(int))  # the thread has started
-        tasks = set(os.listdir(TASKS))
+        tasks = set(TASKS.iterdir())
         assert asyncio.run(in_background(compute)) == 1
-        assert set(os.listdir(TASKS)) == tasks
+        assert set(TASKS.iterdir()) == tasks
         assert torch.get_num_threads() == 3
         torch.ones(300, 300, requires_grad=True).square().sum().backward()
         assert torch.get_num_threads() == 3  # a backward pass takes that of the process
