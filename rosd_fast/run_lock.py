@@ -12,6 +12,7 @@ import os
 import re
 import socket
 import sys
+import time
 from contextlib import suppress
 from pathlib import Path
 
@@ -19,6 +20,7 @@ from rosd_fast.errors import UserError
 
 LOCK_FILE = "run.lock"  # "PID HOST" of the process that holds it, or held it last
 HOLDER = re.compile(r"(\d+) (\S+)\n")
+NAMING_S = 1.0  # within which a process that has taken a lock writes its name
 
 
 class RunLock:
@@ -72,6 +74,28 @@ class RunLock:
 
 
 def holder(file: Path) -> str:
-    """The process that a lock file names, in words; it may not have written its name yet."""
-    match = HOLDER.fullmatch(file.read_text(errors="replace"))
-    return f"another process (pid {match[1]} on {match[2]})" if match else "another process"
+    """The process that holds a lock file, in words.
+
+    It writes its name just after it has taken the lock. Until then, for up to `NAMING_S`, the file
+    is empty or names the one before it, which has ended.
+    """
+    end = time.monotonic() + NAMING_S
+    while time.monotonic() < end:
+        match = HOLDER.fullmatch(file.read_text(errors="replace"))
+        if match and _may_run(int(match[1]), match[2]):
+            return f"another process (pid {match[1]} on {match[2]})"
+        time.sleep(0.02)
+    return "another process"
+
+
+def _may_run(pid: int, host: str) -> bool:
+    """Whether a process is there, as far as this host can tell."""
+    if host != socket.gethostname():
+        return True
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (PermissionError, OverflowError):
+        pass
+    return True

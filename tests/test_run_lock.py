@@ -8,6 +8,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -71,6 +72,7 @@ def assert_refused(process: subprocess.Popen[str], holder: subprocess.Popen[str]
     assert holder.poll() is None
 
 
+@pytest.mark.slow
 def test_a_run_has_one_process(tmp_path: Path) -> None:
     run = tmp_path / "run"
     with rosd_fast("train", *OPTIONS, "--out", tmp_path) as first:
@@ -125,13 +127,45 @@ def test_the_lock_is_free_after_close(tmp_path: Path, capsys: pytest.CaptureFixt
     assert not capsys.readouterr().err
 
 
-def test_a_holder_that_has_not_written_its_name_yet(tmp_path: Path) -> None:
+ENDED = f"4194304 {socket.gethostname()}\n"  # no process has a number above the kernel's limit
+
+
+@pytest.mark.parametrize("text", ["", "12", "\x00\x00", "x y z", ENDED])
+def test_a_holder_that_does_not_write_its_name(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run_lock, "NAMING_S", 0.1)
     with closing(RunLock()) as lock:
         lock.take(tmp_path)
-        for text in ("", "12", "\x00\x00", "x y z"):
-            (tmp_path / LOCK_FILE).write_text(text)
-            with pytest.raises(UserError, match="another process"):
-                RunLock().take(tmp_path)
+        (tmp_path / LOCK_FILE).write_text(text)
+        with pytest.raises(UserError, match="another process is working on this run"):
+            RunLock().take(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", ENDED])
+def test_a_holder_that_has_not_written_its_name_yet(
+    text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A lock that was taken from a process that was killed names that process at first."""
+    monkeypatch.setattr(run_lock, "NAMING_S", 60)
+    with closing(RunLock()) as lock:
+        lock.take(tmp_path)
+        name = (tmp_path / LOCK_FILE).read_text()
+        (tmp_path / LOCK_FILE).write_text(text)
+        writer = threading.Timer(0.2, (tmp_path / LOCK_FILE).write_text, [name])
+        writer.start()
+        with pytest.raises(UserError, match=rf"another process \(pid {os.getpid()} on "):
+            RunLock().take(tmp_path)
+        writer.join()
+
+
+@pytest.mark.parametrize("name", ["4194304 elsewhere\n", f"1 {socket.gethostname()}\n"])
+def test_a_holder_on_another_host_or_of_another_user_is_named(name: str, tmp_path: Path) -> None:
+    with closing(RunLock()) as lock:
+        lock.take(tmp_path)
+        (tmp_path / LOCK_FILE).write_text(name)
+        with pytest.raises(UserError, match=rf"pid {name.strip().replace(' ', ' on ')}"):
+            RunLock().take(tmp_path)
 
 
 @pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS])
