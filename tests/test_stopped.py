@@ -86,8 +86,11 @@ def read_until(process: subprocess.Popen[str], text: str) -> str:
 
 @pytest.mark.parametrize(
     ("number", "stopping"),
-    [(signal.SIGTERM, False), (signal.SIGTERM, True), (signal.SIGINT, True)],
-    ids=["SIGTERM at the last step", "second SIGTERM", "second Ctrl-C"],
+    [
+        pytest.param(signal.SIGTERM, False, id="SIGTERM at the last step"),
+        pytest.param(signal.SIGTERM, True, id="second SIGTERM", marks=pytest.mark.slow),
+        pytest.param(signal.SIGINT, True, id="second Ctrl-C", marks=pytest.mark.slow),
+    ],
 )
 def test_the_last_checkpoint_is_finished(tmp_path: Path, number: int, stopping: bool) -> None:
     run = tmp_path / "run"

@@ -180,7 +180,7 @@ def test_the_same_seed_gives_the_same_run(finished: Path, tmp_path: Path) -> Non
     assert_same_weights(again, finished)
 
 
-@pytest.mark.parametrize("kind", ["frozen", "ema"])
+@pytest.mark.parametrize("kind", [pytest.param("frozen", marks=pytest.mark.slow), "ema"])
 def test_a_resumed_run_equals_one_that_was_not_stopped(
     kind: str, finished: Path, tmp_path: Path
 ) -> None:

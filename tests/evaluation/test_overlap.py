@@ -185,7 +185,7 @@ def test_the_best_checkpoint_stays_although_it_was_rated_late(
     assert found["checkpoints"] == [(step, accuracies[step]) for step in (best, STEPS)]
 
 
-@pytest.mark.parametrize("held", [1, STEPS])
+@pytest.mark.parametrize("held", [pytest.param(1, marks=pytest.mark.slow), STEPS])
 def test_a_kill_during_an_evaluation_changes_nothing(
     held: int, undisturbed: tuple[Path, GradedSglang], tmp_path: Path
 ) -> None:

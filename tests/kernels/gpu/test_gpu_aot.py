@@ -55,6 +55,7 @@ def run(*args: str, **variables: str) -> subprocess.CompletedProcess[str]:
     )
 
 
+@pytest.mark.slow
 def test_the_quick_gate_passes(tmp_path):
     """Each kernel for sm_90 and the sweep for every architecture."""
     done = run("--quick", "--check", "--csv", str(tmp_path / "aot.csv"))

@@ -30,6 +30,7 @@ def first_weights(out: Path) -> dict[str, bytes]:
     return {file.parts[-4]: file.read_bytes() for file in files}
 
 
+@pytest.mark.slow
 def test_one_rank_and_two_write_the_same_files(tmp_path: Path) -> None:
     run(1, tmp_path / "one", "--few")
     run(2, tmp_path / "two", "--few")

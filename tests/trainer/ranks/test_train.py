@@ -80,6 +80,7 @@ def assert_same_run(one: Path, two: Path) -> None:
         assert other == pytest.approx(own, rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_five_steps_are_the_same_on_two_ranks_and_resume_on_one(tmp_path: Path) -> None:
     for ranks in (1, 2):
         steps = ["--steps", "5", "--out", tmp_path, "--name", f"on{ranks}"]
@@ -152,11 +153,21 @@ def test_sigterm_ends_it_with_a_checkpoint(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["--data.train", "nowhere.json"], "nowhere.json"),
-        (["--parallel.shard-size", "3"], "parallel.shard_size"),
-        (["--parallel.head", "shard"], "parallel.head: shard: the model's output head is its"),
+        pytest.param(
+            ["--data.train", "nowhere.json"], "nowhere.json", id="data", marks=pytest.mark.slow
+        ),
+        pytest.param(
+            ["--parallel.shard-size", "3"],
+            "parallel.shard_size",
+            id="shards",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            ["--parallel.head", "shard"],
+            "parallel.head: shard: the model's output head is its",
+            id="head",
+        ),
     ],
-    ids=["data", "shards", "head"],
 )
 def test_a_user_error_is_printed_once(tmp_path: Path, args: list[str], message: str) -> None:
     result = train(2, *args, "--out", tmp_path, "--name", "run")
