@@ -64,6 +64,33 @@ def scaled_logits(
     return transform_logits(logits, softcap, inv_temperature, HAS_SOFTCAP)
 
 
+@triton.jit
+def load_log_p(
+    logits,  # a row of raw logits
+    bias_ptr,
+    columns,
+    mask,
+    lse,
+    softcap,
+    inv_temperature,
+    HAS_BIAS: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+):
+    """(log p, p, slope) at columns of a row; p = 0 where masked."""
+    s, slope = scaled_logits(
+        logits + columns,
+        bias_ptr,
+        columns,
+        mask,
+        softcap,
+        inv_temperature,
+        HAS_BIAS,
+        HAS_SOFTCAP,
+    )
+    log_p = s - lse
+    return log_p, tl.where(mask, tl.exp(log_p), 0.0), slope
+
+
 @triton.jit(do_not_specialize=["R"])
 def tile_stats_kernel(
     logits_ptr,  # [R, V] raw
@@ -145,18 +172,17 @@ def mass_level_kernel(
         for v in range(0, V, BLOCK_V):
             columns = v + tl.arange(0, BLOCK_V)
             inside = columns < V
-            s, _ = scaled_logits(
-                logits + columns,
+            log_p, p, _ = load_log_p(
+                logits,
                 bias_ptr,
                 columns,
                 inside,
+                lse,
                 softcap,
                 inv_temperature,
                 HAS_BIAS,
                 HAS_SOFTCAP,
             )
-            log_p = s - lse
-            p = tl.where(inside, tl.exp(log_p), 0.0)
             dropped = log_p[None, :] <= levels[:, None]
             below += tl.sum(tl.where(dropped, p[None, :], 0.0), axis=1)
         low += tl.sum((below <= tol).to(tl.int32)).to(tl.float32) * width

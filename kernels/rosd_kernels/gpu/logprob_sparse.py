@@ -28,7 +28,7 @@ from torch import Tensor
 
 from rosd_kernels.active import with_other_tiles
 from rosd_kernels.autograd import Gradients
-from rosd_kernels.gpu.entries import ActiveIndex, scaled_logits
+from rosd_kernels.gpu.entries import ActiveIndex, load_log_p
 from rosd_kernels.gpu.gather import add_gradients
 from rosd_kernels.gpu.launch import COMPILER_OPTIONS
 from rosd_kernels.gpu.math import round_to
@@ -85,33 +85,6 @@ class SparseBlock:
             dtype=workspace.plan.gemm_dtype,
         )
         add_gradients(gradients, G, hidden, head, rows, self.scan.index, workspace)
-
-
-@triton.jit
-def load_log_p(
-    logits,  # a row of raw logits
-    bias_ptr,
-    columns,
-    mask,
-    lse,
-    softcap,
-    inv_temperature,
-    HAS_BIAS: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
-):
-    """(log p, p, slope) at columns of a row; p = 0 where masked."""
-    s, slope = scaled_logits(
-        logits + columns,
-        bias_ptr,
-        columns,
-        mask,
-        softcap,
-        inv_temperature,
-        HAS_BIAS,
-        HAS_SOFTCAP,
-    )
-    log_p = s - lse
-    return log_p, tl.where(mask, tl.exp(log_p), 0.0), slope
 
 
 @triton.jit(do_not_specialize=["R"])

@@ -18,7 +18,7 @@ import triton.language as tl
 from torch import Tensor
 
 from rosd_kernels.gpu.configs import sums_registers
-from rosd_kernels.gpu.entries import ActiveIndex, scaled_logits
+from rosd_kernels.gpu.entries import ActiveIndex, load_log_p
 from rosd_kernels.gpu.launch import COMPILER_OPTIONS
 from rosd_kernels.gpu.math import entry_terms, formula, round_to
 from rosd_kernels.logits import LogitTransform
@@ -47,29 +47,28 @@ def load_sides(
     HAS_TEACHER_BIAS: tl.constexpr,
 ):
     """(log p, log q, p, q, slope) at columns of a row; p = q = 0 where masked."""
-    s, slope = scaled_logits(
-        student + columns,
+    log_p, p, slope = load_log_p(
+        student,
         student_bias_ptr,
         columns,
         mask,
+        student_lse,
         softcap,
         inv_temperature,
         HAS_STUDENT_BIAS,
         HAS_SOFTCAP,
     )
-    t, _ = scaled_logits(
-        teacher + columns,
+    log_q, q, _ = load_log_p(
+        teacher,
         teacher_bias_ptr,
         columns,
         mask,
+        teacher_lse,
         softcap,
         inv_temperature,
         HAS_TEACHER_BIAS,
         HAS_SOFTCAP,
     )
-    log_p, log_q = s - student_lse, t - teacher_lse
-    p = tl.where(mask, tl.exp(log_p), 0.0)
-    q = tl.where(mask, tl.exp(log_q), 0.0)
     return log_p, log_q, p, q, slope
 
 

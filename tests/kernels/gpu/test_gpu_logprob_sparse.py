@@ -21,6 +21,7 @@ from rosd_kernels.gpu.sparse_rows import BLOCK_C
 from rosd_kernels.logits import LogitTransform
 from rosd_kernels.tiles import SCAN_TILE
 from rosd_kernels.vocabulary import Vocabulary
+from tests.kernels.gpu.chunks import OneRankGroup, padded
 
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 V = 2 * SCAN_TILE + 89
@@ -257,12 +258,6 @@ def test_no_call_waits_for_the_device(make_logprob, monkeypatch, loss, rule):
 # The kernels alone.
 
 
-def padded(logits: Tensor) -> Tensor:
-    """A copy in rows that are wider than V, with NaN beyond it."""
-    size = logits.shape[1]
-    return torch.full((len(logits), size + 3), NAN)[:, :size].copy_(logits)
-
-
 @pytest.mark.parametrize("dtype", [FP32, BF16], ids=str)
 @pytest.mark.parametrize("options", [(None, 1.0), (4.0, 1.3)], ids=str)
 def test_grad_is_compacted_in_place(close, dtype, options):
@@ -353,25 +348,13 @@ def test_stages_of_two_shards(close):
     assert set(ids.tolist()) <= set(chosen) and len(chosen) < V
 
 
-class Group(Vocabulary):
-    """A group of one rank, whose sums are complete already."""
-
-    is_sharded = True
-
-    def sum_(self, tensor: Tensor) -> Tensor:
-        return tensor
-
-    def logsumexp(self, lse: Tensor) -> Tensor:
-        return lse
-
-
 def test_a_block_of_a_shard():
     logits, _ = peaked(3)
     columns = torch.tensor([0, -1, V - 1])
     plain = LogitTransform(None, None, 1.0)
     blocks = [
         SparseBlock(padded(logits), plain, columns, mass(0.05), kind(V))
-        for kind in (Vocabulary, Group)
+        for kind in (Vocabulary, OneRankGroup)
     ]
     for name in ("lse", "entropy", "logprob"):
         assert torch.equal(*(getattr(block.values, name) for block in blocks))

@@ -16,6 +16,7 @@ from rosd_kernels.gpu.rows import BLOCK_V, block_divergence, rows
 from rosd_kernels.logits import LogitTransform
 from rosd_kernels.records import SpanOptions
 from rosd_kernels.vocabulary import Vocabulary
+from tests.kernels.gpu.chunks import OneRankGroup
 
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
 NAN = math.nan
@@ -191,20 +192,8 @@ def test_stages_of_two_shards(close, divergence, options):
     close("G", buffers[0], truth.G, 2e-6, slack=1e-8)
 
 
-class Group(Vocabulary):
-    """A group of one rank, whose sums are complete already."""
-
-    is_sharded = True
-
-    def sum_(self, tensor: Tensor) -> Tensor:
-        return tensor
-
-    def logsumexp(self, lse: Tensor) -> Tensor:
-        return lse
-
-
 @pytest.mark.parametrize("needs_gradient", [True, False])
-@pytest.mark.parametrize("kind", [Vocabulary, Group], ids=["whole", "sharded"])
+@pytest.mark.parametrize("kind", [Vocabulary, OneRankGroup], ids=["whole", "sharded"])
 @pytest.mark.parametrize("has_columns", [True, False])
 def test_block_divergence(close, needs_gradient, kind, has_columns):
     case = Rows(4, 300, divergence="reverse_kl", bias=True, temperature=1.3)

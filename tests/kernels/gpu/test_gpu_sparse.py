@@ -22,6 +22,7 @@ from rosd_kernels.logits import LogitTransform
 from rosd_kernels.records import SpanOptions
 from rosd_kernels.tiles import SCAN_TILE
 from rosd_kernels.vocabulary import Vocabulary
+from tests.kernels.gpu.chunks import OneRankGroup, padded
 
 BF16, FP32 = torch.bfloat16, torch.float32
 DIVERGENCES = ("forward_kl", "reverse_kl", "jsd")
@@ -171,12 +172,6 @@ def transforms(bias: Tensor | None = None, **options: Any):
     return one, one
 
 
-def padded(student: Tensor, teacher: Tensor) -> list[Tensor]:
-    """Copies in rows that are wider than V, with NaN beyond it."""
-    return [torch.full((len(x), x.shape[1] + 3), NAN)[:, : x.shape[1]].copy_(x) for x in
-            (student, teacher)]  # fmt: skip
-
-
 @pytest.mark.parametrize("divergence", DIVERGENCES)
 @pytest.mark.parametrize("dtype", [FP32, BF16])
 def test_grad_is_compacted_in_place(close, divergence, dtype):
@@ -184,7 +179,7 @@ def test_grad_is_compacted_in_place(close, divergence, dtype):
     R, width = 3, 4000
     generator = torch.Generator().manual_seed(1)
     raw = 2 * torch.randn(2, R, width, generator=generator)
-    student, teacher = padded(*raw)
+    student, teacher = map(padded, raw)
     places = torch.arange(1, width, 3, dtype=torch.int32)
     listed = torch.full((1, width), -1, dtype=torch.int32)
     listed[0, : len(places)] = places
@@ -274,7 +269,7 @@ def test_no_active_entry():
 def test_statistics_of_tiles(close):
     raw = 3 * torch.randn(3, V, generator=torch.Generator().manual_seed(0))
     bias = torch.randn(V, generator=torch.Generator().manual_seed(1))
-    found = tile_stats(padded(raw, raw)[0], LogitTransform(bias, 5.0, 0.7))
+    found = tile_stats(padded(raw), LogitTransform(bias, 5.0, 0.7))
     tiles = (5 * torch.tanh((raw + bias).double() / 5) / 0.7).split(SCAN_TILE, 1)
     log_p = [tile.log_softmax(1) for tile in tiles]
     wanted = (
@@ -310,7 +305,7 @@ def test_stages_of_two_shards(close):
     options = SpanOptions(divergence="reverse_kl")
 
     def run(columns: slice) -> tuple[Tensor, list[int]]:
-        s, t = padded(student[:, columns], teacher[:, columns])
+        s, t = padded(student[:, columns]), padded(teacher[:, columns])
         thresholds = whole + math.log(1e-2)
         highest = torch.stack([tile_stats(x, transforms()[0])[1] for x in (s, t)])
         scanned = (highest > thresholds[:, :, None]).any(0)
@@ -324,25 +319,13 @@ def test_stages_of_two_shards(close):
     assert chosen == parts[0][1] + parts[1][1] and 0 < len(chosen) < V
 
 
-class Group(Vocabulary):
-    """A group of one rank, whose sums are complete already."""
-
-    is_sharded = True
-
-    def sum_(self, tensor: Tensor) -> Tensor:
-        return tensor
-
-    def logsumexp(self, lse: Tensor) -> Tensor:
-        return lse
-
-
 def test_a_block_of_a_shard():
     student, teacher = peaked(3)
     options = SpanOptions(divergence="jsd", sparsity=mass(0.05))
     found = []
-    for kind in (Vocabulary, Group):
+    for kind in (Vocabulary, OneRankGroup):
         call = {"needs_gradient": True, "grad_dtype": FP32}
-        sides = padded(student, teacher)
+        sides = padded(student), padded(teacher)
         columns = torch.tensor([0, -1, V - 1])
         found.append(sparse_block(*sides, transforms(), columns, options, kind(V), **call))
     assert torch.equal(found[0].value, found[1].value)
